@@ -1,0 +1,260 @@
+// Divergence on the CPU: checks, outputs, threads, and the reduction over rows in a fixed order.
+#include "common/tensor.h"
+#include "divergence/kernel.h"
+
+namespace fastkd::divergence {
+namespace {
+
+enum class Reduction : int64_t { kNone = 0, kSum = 1, kBatchMean = 2, kMean = 3 };
+
+constexpr int64_t kGrainElements = 16384;     // work worth a thread
+constexpr size_t kStreamBytes = size_t{24} << 20;  // gradients beyond this leave the caches before anyone reads them
+
+void check_logits(const char* name, const Tensor& logits) {
+  check_dtype(name, logits, kFloats);
+  check_dim(name, logits, 2);
+  FASTKD_CHECK(logits.size(1) > 0, name, " has shape ", shape_of(logits), ", must have at least one class");
+}
+
+Tensor with_packed_rows(const Tensor& t) {
+  return t.size(1) == 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+// A [rows] tensor of any float dtype as doubles.
+std::vector<double> row_values(const char* name, const std::optional<Tensor>& t, int64_t rows) {
+  if (!t.has_value()) return {};
+  check_dtype(name, *t, {ScalarType::Float, ScalarType::Double});
+  check_shape(name, *t, {rows});
+  std::vector<double> values(rows);
+  const int64_t stride = rows > 0 ? t->stride(0) : 1;
+  for (int64_t r = 0; r < rows; ++r) {
+    values[r] = t->scalar_type() == ScalarType::Float ? static_cast<const float*>(t->const_data_ptr())[r * stride]
+                                                       : static_cast<const double*>(t->const_data_ptr())[r * stride];
+  }
+  return values;
+}
+
+// Writes values in the dtype of the losses: float64 for float64 logits, else float32.
+void write(const Tensor& out, int64_t index, double value) {
+  if (out.scalar_type() == ScalarType::Double) {
+    static_cast<double*>(out.mutable_data_ptr())[index] = value;
+  } else {
+    static_cast<float*>(out.mutable_data_ptr())[index] = static_cast<float>(value);
+  }
+}
+
+ScalarType loss_dtype(const Tensor& logits) { return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor teacher, std::optional<Tensor> target,
+                                                      std::optional<Tensor> weight, std::optional<Tensor> temperatures,
+                                                      double temperature, int64_t kind, double beta, double kd_scale,
+                                                      double task_scale, int64_t ignore_index, int64_t reduction,
+                                                      bool student_gradient, bool teacher_gradient) {
+  check_logits("student_logits", student);
+  check_logits("teacher_logits", teacher);
+  FASTKD_CHECK(teacher.size(0) == student.size(0) && teacher.size(1) == student.size(1), "teacher_logits has shape ",
+               shape_of(teacher), ", must be that of student_logits, ", shape_of(student));
+  FASTKD_CHECK(teacher.scalar_type() == student.scalar_type(), "teacher_logits has dtype ", dtype_name(teacher.scalar_type()),
+               ", must be that of student_logits, ", dtype_name(student.scalar_type()));
+  FASTKD_CHECK(kind >= 0 && kind <= 3, "kind is ", kind, ", must be 0 to 3");
+  FASTKD_CHECK(reduction >= 0 && reduction <= 3, "reduction is ", reduction, ", must be 0 to 3");
+  FASTKD_CHECK(beta >= 0 && beta <= 1, "beta is ", beta, ", must be in [0, 1]");
+  student = with_packed_rows(student);
+  teacher = with_packed_rows(teacher);
+  const int64_t rows = student.size(0), classes = student.size(1);
+
+  const std::vector<double> row_weight = row_values("weight", weight, rows);
+  const std::vector<double> row_temperature = row_values("temperature", temperatures, rows);
+  if (temperatures.has_value()) {
+    for (int64_t r = 0; r < rows; ++r) {
+      FASTKD_CHECK(row_temperature[r] > 0 && row_temperature[r] <= std::numeric_limits<double>::max(), "temperature[", r, "] is ",
+                   row_temperature[r], ", must be positive and finite");
+    }
+  } else {
+    FASTKD_CHECK(temperature > 0 && temperature <= std::numeric_limits<double>::max(), "temperature is ", temperature,
+                 ", must be positive and finite");
+  }
+  int64_t valid = rows;
+  if (target.has_value()) {
+    check_dtype("target", *target, {ScalarType::Long});
+    check_shape("target", *target, {rows});
+    target = torch::stable::contiguous(*target);
+    const int64_t* labels = data_or_null<int64_t>(target);
+    for (int64_t r = 0; r < rows; ++r) {
+      if (labels[r] == ignore_index) {
+        --valid;
+      } else {
+        FASTKD_CHECK(labels[r] >= 0 && labels[r] < classes, "target[", r, "] is ", labels[r], ", must be in [0, ", classes,
+                     ") or ignore_index (", ignore_index, ")");
+      }
+    }
+  }
+
+  const Reduction reduce = static_cast<Reduction>(reduction);
+  double denominator = 1;
+  if (reduce == Reduction::kBatchMean || reduce == Reduction::kMean) denominator = static_cast<double>(std::max<int64_t>(valid, 1));
+  if (reduce == Reduction::kMean) denominator *= static_cast<double>(classes);
+
+  const ScalarType type = student.scalar_type();
+  Tensor student_out = student_gradient ? empty_cpu({rows, classes}, type) : empty_cpu({0}, type);
+  Tensor teacher_out = teacher_gradient ? empty_cpu({rows, classes}, type) : empty_cpu({0}, type);
+  std::vector<double> losses(2 * rows);
+  RowParams params{};
+  params.dtype = kernel_dtype(student);
+  params.kind = static_cast<Kind>(kind);
+  params.classes = classes;
+  params.student = student.const_data_ptr();
+  params.teacher = teacher.const_data_ptr();
+  params.student_stride = student.stride(0);
+  params.teacher_stride = teacher.stride(0);
+  params.target = data_or_null<int64_t>(target);
+  params.ignore_index = ignore_index;
+  params.weight = weight.has_value() ? row_weight.data() : nullptr;
+  params.temperature = temperatures.has_value() ? row_temperature.data() : nullptr;
+  params.temperature_all = temperature;
+  params.beta = beta;
+  params.kd_scale = kd_scale / denominator;
+  params.task_scale = task_scale / denominator;
+  params.task = target.has_value() && task_scale != 0;
+  params.kd_loss = losses.data() + rows;
+  params.task_loss = losses.data();
+  params.student_gradient = student_gradient ? student_out.mutable_data_ptr() : nullptr;
+  params.teacher_gradient = teacher_gradient ? teacher_out.mutable_data_ptr() : nullptr;
+  const size_t gradient_bytes = static_cast<size_t>(rows) * classes * student.element_size();
+  params.stream = gradient_bytes >= kStreamBytes;
+  const Kernels& k = kernels();
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / classes);
+  const int64_t bytes = scratch_bytes(classes, params.dtype);
+  parallel(rows, grain, [&](int64_t begin, int64_t end) { k.rows(params, begin, end, scratch<char>(bytes)); });
+
+  // reduction over rows, in order, in fp64
+  const bool none = reduce == Reduction::kNone;
+  Tensor loss = none ? empty_cpu({rows}, loss_dtype(student)) : empty_cpu({}, loss_dtype(student));
+  Tensor terms = none ? empty_cpu({2, rows}, loss_dtype(student)) : empty_cpu({2}, loss_dtype(student));
+  double task_sum = 0, kd_sum = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    task_sum += params.task_loss[r];
+    kd_sum += params.kd_loss[r];
+    if (none) {
+      write(terms, r, params.task_loss[r]);
+      write(terms, rows + r, params.kd_loss[r]);
+      write(loss, r, (kd_scale != 0 ? kd_scale * params.kd_loss[r] : 0) + task_scale * params.task_loss[r]);
+    }
+  }
+  if (!none) {
+    write(terms, 0, task_sum / denominator);
+    write(terms, 1, kd_sum / denominator);
+    write(loss, 0, ((kd_scale != 0 ? kd_scale * kd_sum : 0) + task_scale * task_sum) / denominator);
+  }
+  return {loss, terms, student_out, teacher_out};
+}
+
+void divergence_backward_(Tensor gradient, Tensor grad_loss) {
+  check_dtype("gradient", gradient, kFloats);
+  check_dim("gradient", gradient, 2);
+  FASTKD_CHECK(gradient.is_contiguous(), "gradient has shape ", shape_of(gradient), ", must be contiguous");
+  check_dtype("grad_loss", grad_loss, {ScalarType::Float, ScalarType::Double});
+  const int64_t rows = gradient.size(0), classes = gradient.size(1);
+  const bool scalar = grad_loss.dim() == 0;
+  if (!scalar) check_shape("grad_loss", grad_loss, {rows});
+  if (rows == 0 || classes == 0) return;
+  const int64_t stride = scalar ? 0 : grad_loss.stride(0);
+  const bool wide = grad_loss.scalar_type() == ScalarType::Double;
+  const void* factors = grad_loss.const_data_ptr();
+  const auto factor = [&](int64_t r) {
+    return wide ? static_cast<const double*>(factors)[r * stride] : static_cast<const float*>(factors)[r * stride];
+  };
+  if (scalar && factor(0) == 1.0) return;
+  const Dtype dtype = kernel_dtype(gradient);
+  const int64_t row_bytes = classes * static_cast<int64_t>(gradient.element_size());
+  char* const data = static_cast<char*>(gradient.mutable_data_ptr());
+  const Kernels& k = kernels();
+  parallel(rows, std::max<int64_t>(1, kGrainElements / classes), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      if (factor(r) != 1.0) k.scale(dtype, data + r * row_bytes, classes, factor(r));
+    }
+  });
+}
+
+void check_temperature(double temperature) {
+  FASTKD_CHECK(temperature > 0 && temperature <= std::numeric_limits<double>::max(), "temperature is ", temperature,
+               ", must be positive and finite");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logit_stats(Tensor logits, double temperature) {
+  check_logits("logits", logits);
+  check_temperature(temperature);
+  logits = with_packed_rows(logits);
+  const int64_t rows = logits.size(0), classes = logits.size(1);
+  const ScalarType type = loss_dtype(logits);
+  Tensor max = empty_cpu({rows}, type), argmax = empty_cpu({rows}, ScalarType::Long), mean = empty_cpu({rows}, type);
+  Tensor logsumexp = empty_cpu({rows}, type), entropy = empty_cpu({rows}, type);
+  const StatsParams params{kernel_dtype(logits),
+                           classes,
+                           logits.const_data_ptr(),
+                           logits.stride(0),
+                           temperature,
+                           max.mutable_data_ptr(),
+                           static_cast<int64_t*>(argmax.mutable_data_ptr()),
+                           mean.mutable_data_ptr(),
+                           logsumexp.mutable_data_ptr(),
+                           entropy.mutable_data_ptr()};
+  const Kernels& k = kernels();
+  parallel(rows, std::max<int64_t>(1, kGrainElements / classes),
+           [&](int64_t begin, int64_t end) { k.stats(params, begin, end); });
+  return {max, argmax, mean, logsumexp, entropy};
+}
+
+Tensor logit_stats_backward(Tensor logits, double temperature, Tensor argmax, Tensor logsumexp, Tensor entropy,
+                            std::optional<Tensor> grad_max, std::optional<Tensor> grad_mean,
+                            std::optional<Tensor> grad_logsumexp, std::optional<Tensor> grad_entropy) {
+  check_logits("logits", logits);
+  check_temperature(temperature);
+  logits = with_packed_rows(logits);
+  const int64_t rows = logits.size(0), classes = logits.size(1);
+  const ScalarType type = loss_dtype(logits);
+  const auto row_tensor = [&](const char* name, Tensor t, ScalarType wanted) {
+    check_dtype(name, t, {wanted});
+    check_shape(name, t, {rows});
+    return torch::stable::contiguous(t);
+  };
+  const auto optional_row_tensor = [&](const char* name, const std::optional<Tensor>& t) -> std::optional<Tensor> {
+    return t.has_value() ? std::optional<Tensor>(row_tensor(name, *t, type)) : std::nullopt;
+  };
+  argmax = row_tensor("argmax", argmax, ScalarType::Long);
+  logsumexp = row_tensor("logsumexp", logsumexp, type);
+  entropy = row_tensor("entropy", entropy, type);
+  grad_max = optional_row_tensor("grad_max", grad_max);
+  grad_mean = optional_row_tensor("grad_mean", grad_mean);
+  grad_logsumexp = optional_row_tensor("grad_logsumexp", grad_logsumexp);
+  grad_entropy = optional_row_tensor("grad_entropy", grad_entropy);
+  Tensor gradient = empty_cpu({rows, classes}, logits.scalar_type());
+  const StatsBackwardParams params{kernel_dtype(logits),
+                                   classes,
+                                   logits.const_data_ptr(),
+                                   logits.stride(0),
+                                   temperature,
+                                   static_cast<const int64_t*>(argmax.const_data_ptr()),
+                                   logsumexp.const_data_ptr(),
+                                   entropy.const_data_ptr(),
+                                   data_or_null<void>(grad_max),
+                                   data_or_null<void>(grad_mean),
+                                   data_or_null<void>(grad_logsumexp),
+                                   data_or_null<void>(grad_entropy),
+                                   gradient.mutable_data_ptr()};
+  const Kernels& k = kernels();
+  parallel(rows, std::max<int64_t>(1, kGrainElements / classes),
+           [&](int64_t begin, int64_t end) { k.stats_backward(params, begin, end); });
+  return gradient;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
+  m.impl("divergence", TORCH_BOX(&divergence));
+  m.impl("divergence_backward_", TORCH_BOX(&divergence_backward_));
+  m.impl("logit_stats", TORCH_BOX(&logit_stats));
+  m.impl("logit_stats_backward", TORCH_BOX(&logit_stats_backward));
+}
+
+}  // namespace fastkd::divergence

@@ -1,0 +1,456 @@
+// Divergence rows on the CPU, compiled once for each instruction set.
+//
+// Mapping: a thread takes whole rows; a row makes two or three sweeps over data that the first one brought
+// into the cache: (0) maxima, (1) exponentials and sums, kept in per-thread scratch, (2) for Jensen-Shannon
+// the log-ratios, (last) gradients. Sums are fp32 lanes folded into fp64 every 64 registers, so that the
+// error does not grow with the number of classes, and the order is fixed: the same bits on every run.
+// Bytes that must move: rows * classes * (student + teacher + gradients); the scratch stays in L2.
+#include "divergence/kernel.h"
+
+#include "common/simd.h"
+#include "divergence/math.h"
+
+namespace fastkd::FASTKD_ISA::divergence {
+namespace {
+
+using namespace divergence_math;
+using ::fastkd::divergence::Kernels;
+using ::fastkd::divergence::Kind;
+using ::fastkd::divergence::RowParams;
+using ::fastkd::divergence::StatsBackwardParams;
+using ::fastkd::divergence::StatsParams;
+
+// body(i, lanes) for registers at 0, L, 2L, ...; the last may be partial.
+template <typename V, typename Body>
+FASTKD_INLINE void sweep(int64_t n, const Body& body) {
+  constexpr int L = kLanes<V>;
+  int64_t i = 0;
+  for (; i <= n - L; i += L) body(i, L);
+  if (i < n) body(i, static_cast<int>(n - i));
+}
+
+// The same with N running sums: body(i, lanes, sum) adds to sum[0..N). Returns the totals.
+template <typename V, int N>
+struct Totals {
+  double value[N];
+};
+template <typename V, int N, typename Body>
+FASTKD_INLINE Totals<V, N> sweep_sum(int64_t n, const Body& body) {
+  constexpr int L = kLanes<V>;
+  F64 total[N] = {};
+  int64_t i = 0;
+  while (i < n) {
+    V sum[N] = {};  // of at most 64 registers, then folded into fp64
+    const int64_t full = n - i >= 64 * L ? i + 64 * L : i + (n - i) / L * L;
+    if (i == full) {
+      body(i, static_cast<int>(n - i), sum);
+      i = n;
+    }
+    for (; i < full; i += L) body(i, L, sum);
+    for (int k = 0; k < N; ++k) total[k] += widen(sum[k]);
+  }
+  Totals<V, N> result;
+  for (int k = 0; k < N; ++k) result.value[k] = reduce_sum(total[k]);
+  return result;
+}
+
+FASTKD_INLINE double log_of(double x) { return log(broadcast<F64>(x))[0]; }
+
+constexpr float kLowest = -__builtin_inff();
+
+template <typename T>
+FASTKD_INLINE Vector<T> row_max(const T* row, int64_t n) {
+  using V = Vector<T>;
+  constexpr int L = kLanes<V>;
+  V best = broadcast<V>(kLowest), others[3] = {best, best, best};  // four chains: a maximum takes cycles
+  int64_t i = 0;
+  for (; i <= n - 4 * L; i += 4 * L) {
+    best = maximum(best, load(row + i));
+    for (int k = 0; k < 3; ++k) others[k] = maximum(others[k], load(row + i + (k + 1) * L));
+  }
+  for (; i < n; i += L) best = maximum(best, load_up_to(row + i, n - i, Scalar<T>(kLowest)));
+  for (const V& other : others) best = maximum(best, other);
+  return broadcast<V>(reduce_max(best));
+}
+
+template <typename T>
+FASTKD_INLINE void write(T* p, Vector<T> v, int lanes, bool stream) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    if (stream && lanes == kLanes<F32>) {
+      _mm512_stream_ps(reinterpret_cast<float*>(p), reinterpret_cast<__m512>(v));
+      return;
+    }
+  }
+#endif
+  (void)stream;
+  store_up_to(p, v, lanes);
+}
+
+// One row: student s, teacher t, gradients gs and gt (null where not wanted).
+template <typename T>
+struct Row {
+  using V = Vector<T>;
+  using S = Scalar<T>;
+
+  const RowParams& params;
+  const T* s;
+  const T* t;
+  T* gs;
+  T* gt;
+  int64_t target;  // class of the cross-entropy, or -1
+  double temperature;
+  double weight;
+  S* buffer[4];
+
+  V inverse_temperature, max_s, max_t;
+
+  // What the sweeps read, as locals: a store of floats may alias any member, and would reload it each time.
+  struct Inputs {
+    const T* const s;
+    const T* const t;
+    const V inverse_temperature, max_s, max_t;
+    FASTKD_INLINE explicit Inputs(const Row& row)
+        : s(row.s), t(row.t), inverse_temperature(row.inverse_temperature), max_s(row.max_s), max_t(row.max_t) {}
+    FASTKD_INLINE V a(int64_t i, int lanes) const { return (load_up_to(s + i, lanes, S(kLowest)) - max_s) * inverse_temperature; }
+    FASTKD_INLINE V b(int64_t i, int lanes) const { return (load_up_to(t + i, lanes, S(kLowest)) - max_t) * inverse_temperature; }
+  };
+
+  void run(double* kd_loss, double* task_loss) {
+    inverse_temperature = broadcast<V>(1.0 / temperature);
+    max_s = row_max(s, params.classes);
+    max_t = row_max(t, params.classes);
+    // streaming stores need 64-byte aligned rows
+    const bool stream = params.stream && reinterpret_cast<uintptr_t>(gs) % 64 == 0 && reinterpret_cast<uintptr_t>(gt) % 64 == 0;
+    double divergence = 0;
+    Task task;
+    switch (params.kind) {
+      case Kind::kForward: divergence = linear<false>(1, task, stream); break;
+      case Kind::kReverse: divergence = linear<true>(1, task, stream); break;
+      case Kind::kSoftCrossEntropy: divergence = linear<false>(0, task, stream); break;
+      case Kind::kJensenShannon: divergence = jensen_shannon(task, stream); break;
+    }
+    if (gs != nullptr && target >= 0) subtract_one_at_target(task);
+    *kd_loss = weight * temperature * temperature * divergence;
+    if (params.task && target >= 0) {
+      const double shifted = (double(load_first(s + target, 1, S(0))[0]) - double(max_s[0]));
+      *task_loss = weight * (task.log_z - shifted);
+    }
+  }
+
+ private:
+  // softmax of the student at T = 1 for the hard cross-entropy; shares the exponentials when T = 1
+  struct Task {
+    double log_z = 0;
+    double inverse_z = 0;
+    S label_gradient = 0;  // gradient at the target before its -1
+  };
+
+  bool shared_task() const { return temperature == 1.0; }
+
+  FASTKD_INLINE void finish_task(Task& task, double z) const {
+    task.log_z = log_of(z);
+    task.inverse_z = 1.0 / z;
+  }
+
+  // KL or cross-entropy; Swap: from the student to the teacher
+  template <bool Swap>
+  FASTKD_INLINE double linear(double c, Task& task, bool stream) {
+    if (params.task && !shared_task()) return linear_sweeps<Swap, true>(c, task, stream);
+    return linear_sweeps<Swap, false>(c, task, stream);
+  }
+
+  template <bool Swap, bool OwnTask>
+  double linear_sweeps(double c, Task& task, bool stream) {
+    const Inputs in(*this);
+    const V c_v = broadcast<V>(c), t_v = broadcast<V>(temperature);
+    const bool keep = gs != nullptr || gt != nullptr;
+    S* const e_s = buffer[0];
+    S* const e_t = buffer[1];
+    const auto sums = sweep_sum<V, OwnTask ? 4 : 3>(params.classes, [&](int64_t i, int lanes, V * sum) __attribute__((always_inline)) {
+      const V ai = in.a(i, lanes), bi = in.b(i, lanes);
+      const V es = exp(ai), et = exp(bi);
+      sum[0] += es;
+      sum[1] += et;
+      sum[2] += Swap ? weigh(es, c_v * ai - bi) : weigh(et, c_v * bi - ai);
+      if constexpr (OwnTask) sum[3] += exp(ai * t_v);
+      if (keep) {
+        store(e_s + i, es);
+        store(e_t + i, et);
+      }
+    });
+    const double zs = sums.value[0], zt = sums.value[1];
+    const double log_s = log_of(zs), log_t = log_of(zt);
+    const double value =
+        Swap ? divergence_value(sums.value[2], zs, log_s, log_t, c) : divergence_value(sums.value[2], zt, log_t, log_s, c);
+    if (params.task) finish_task(task, OwnTask ? sums.value[3] : zs);
+    if (!keep) return value;
+
+    // gradients: of the "to" side it is p_y - p_x, of the "from" side p_x (c log p_x - log p_y - D)
+    const double scale = weight * params.kd_scale * temperature;
+    const V f_s = broadcast<V>(scale / zs), f_t = broadcast<V>(scale / zt);
+    const V f_task = broadcast<V>(weight * params.task_scale * task.inverse_z);
+    const V shift = broadcast<V>(Swap ? -c * log_s + log_t - value : -c * log_t + log_s - value);
+    const auto to_side = [&](int64_t i) __attribute__((always_inline)) {
+      const V es = load(e_s + i), et = load(e_t + i);
+      return Swap ? et * f_t - es * f_s : es * f_s - et * f_t;
+    };
+    const auto from_side = [&](int64_t i, int lanes) __attribute__((always_inline)) {
+      const V ai = in.a(i, lanes), bi = in.b(i, lanes);
+      return Swap ? weigh(load(e_s + i) * f_s, c_v * ai - bi + shift) : weigh(load(e_t + i) * f_t, c_v * bi - ai + shift);
+    };
+    if (gs != nullptr) {
+      T* const out = gs;
+      const bool task_too = params.task;
+      const int64_t label = target;
+      S label_gradient = 0;
+      sweep<V>(params.classes, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+        V g;
+        if constexpr (Swap) {
+          g = from_side(i, lanes);
+        } else {
+          g = to_side(i);
+        }
+        if (task_too) {
+          g += OwnTask ? f_task * exp(in.a(i, lanes) * t_v) : f_task * load(e_s + i);
+          if (uint64_t(label - i) < uint64_t(lanes)) label_gradient = g[label - i];
+        }
+        write(out + i, g, lanes, stream);
+      });
+      task.label_gradient = label_gradient;
+    }
+    if (gt != nullptr) {
+      T* const out = gt;
+      sweep<V>(params.classes, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+        if constexpr (Swap) {
+          write(out + i, to_side(i), lanes, stream);
+        } else {
+          write(out + i, from_side(i, lanes), lanes, stream);
+        }
+      });
+    }
+    return value;
+  }
+
+  double jensen_shannon(Task& task, bool stream) {
+    const Inputs in(*this);
+    const bool own_task = params.task && !shared_task();
+    const V t_v = broadcast<V>(temperature);
+    S* const e_s = buffer[0];
+    S* const e_t = buffer[1];
+    const auto z = sweep_sum<V, 3>(params.classes, [&](int64_t i, int lanes, V * sum) __attribute__((always_inline)) {
+      const V ai = in.a(i, lanes);
+      const V es = exp(ai), et = exp(in.b(i, lanes));
+      sum[0] += es;
+      sum[1] += et;
+      if (own_task) sum[2] += exp(ai * t_v);
+      store(e_s + i, es);
+      store(e_t + i, et);
+    });
+    const double zs = z.value[0], zt = z.value[1];
+    if (params.task) finish_task(task, own_task ? z.value[2] : zs);
+
+    // log-ratios to the mixture; kept for the gradients in the two other buffers
+    const V inverse_zs = broadcast<V>(1.0 / zs), inverse_zt = broadcast<V>(1.0 / zt);
+    const V beta = broadcast<V>(params.beta), one_minus_beta = broadcast<V>(1.0 - params.beta);
+    S* const r_q = gs != nullptr ? buffer[2] : nullptr;
+    S* const r_p = gt != nullptr ? buffer[3] : nullptr;
+    const auto kl = sweep_sum<V, 2>(params.classes, [&](int64_t i, int, V * sum) __attribute__((always_inline)) {
+      const V q = load(e_s + i) * inverse_zs, p = load(e_t + i) * inverse_zt;
+      const V inverse_m = S(1) / mixture(p, q, beta, one_minus_beta);
+      const V q_term = weigh(q, log(q * inverse_m)), p_term = weigh(p, log(p * inverse_m));
+      sum[0] += q_term;
+      sum[1] += p_term;
+      if (r_q != nullptr) store(r_q + i, q_term);
+      if (r_p != nullptr) store(r_p + i, p_term);
+    });
+    const double kq = kl.value[0], kp = kl.value[1];
+
+    const double scale = weight * params.kd_scale * temperature;
+    const V f_q = broadcast<V>(scale * (1.0 - params.beta)), f_p = broadcast<V>(scale * params.beta);
+    const V shift_q = broadcast<V>(kq / zs), shift_p = broadcast<V>(kp / zt);
+    const V f_task = broadcast<V>(weight * params.task_scale * task.inverse_z);
+    if (gs != nullptr) {
+      T* const out = gs;
+      const bool task_too = params.task;
+      const int64_t label = target;
+      S label_gradient = 0;
+      sweep<V>(params.classes, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+        const V es = load(e_s + i);
+        V g = f_q * (load(r_q + i) - es * shift_q);
+        if (task_too) {
+          g += own_task ? f_task * exp(in.a(i, lanes) * t_v) : f_task * es;
+          if (uint64_t(label - i) < uint64_t(lanes)) label_gradient = g[label - i];
+        }
+        write(out + i, g, lanes, stream);
+      });
+      task.label_gradient = label_gradient;
+    }
+    if (gt != nullptr) {
+      T* const out = gt;
+      sweep<V>(params.classes, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+        write(out + i, f_p * (load(r_p + i) - load(e_t + i) * shift_p), lanes, stream);
+      });
+    }
+    return params.beta * kp + (1.0 - params.beta) * kq;
+  }
+
+  FASTKD_INLINE void subtract_one_at_target(const Task& task) {
+    if (params.task) store_first(gs + target, broadcast<V>(task.label_gradient - S(weight * params.task_scale)), 1);
+  }
+};
+
+template <typename T>
+void rows_of(const RowParams& params, int64_t begin, int64_t end, void* scratch) {
+  using S = Scalar<T>;
+  const int64_t padded = (params.classes + 15) / 16 * 16;
+  for (int64_t r = begin; r < end; ++r) {
+    T* const gs = params.student_gradient ? static_cast<T*>(params.student_gradient) + r * params.classes : nullptr;
+    T* const gt = params.teacher_gradient ? static_cast<T*>(params.teacher_gradient) + r * params.classes : nullptr;
+    const double weight = params.weight != nullptr ? params.weight[r] : 1.0;
+    const bool ignored = weight == 0.0 || (params.target != nullptr && params.target[r] == params.ignore_index);
+    params.kd_loss[r] = 0;
+    params.task_loss[r] = 0;
+    if (ignored) {  // zeros, whatever the logits hold
+      if (gs != nullptr) std::memset(gs, 0, sizeof(T) * params.classes);
+      if (gt != nullptr) std::memset(gt, 0, sizeof(T) * params.classes);
+      continue;
+    }
+    S* const buffer = static_cast<S*>(scratch);
+    Row<T> row{params,
+               static_cast<const T*>(params.student) + r * params.student_stride,
+               static_cast<const T*>(params.teacher) + r * params.teacher_stride,
+               gs,
+               gt,
+               params.target != nullptr ? params.target[r] : -1,
+               params.temperature != nullptr ? params.temperature[r] : params.temperature_all,
+               weight,
+               {buffer, buffer + padded, buffer + 2 * padded, buffer + 3 * padded},
+               {},
+               {},
+               {}};
+    row.run(params.kd_loss + r, params.task_loss + r);
+  }
+#if defined(__x86_64__)
+  if (params.stream) _mm_sfence();
+#endif
+}
+
+void rows(const RowParams& params, int64_t begin, int64_t end, void* scratch) {
+  switch (params.dtype) {
+    case Dtype::kFloat32: return rows_of<float>(params, begin, end, scratch);
+    case Dtype::kFloat64: return rows_of<double>(params, begin, end, scratch);
+    case Dtype::kBFloat16: return rows_of<BFloat16>(params, begin, end, scratch);
+    case Dtype::kFloat16: return rows_of<Float16>(params, begin, end, scratch);
+    default: return;
+  }
+}
+
+template <typename T>
+void stats_of(const StatsParams& params, int64_t begin, int64_t end) {
+  using V = Vector<T>;
+  using S = Scalar<T>;
+  const V inverse_temperature = broadcast<V>(1.0 / params.temperature);
+  for (int64_t r = begin; r < end; ++r) {
+    const T* row = static_cast<const T*>(params.logits) + r * params.stride;
+    const V max = row_max(row, params.classes);
+    const auto sums = sweep_sum<V, 3>(params.classes, [&](int64_t i, int lanes, V * sum) __attribute__((always_inline)) {
+      const V x = load_up_to(row + i, lanes, S(kLowest));
+      const V a = (x - max) * inverse_temperature;
+      const V e = exp(a);
+      sum[0] += e;
+      sum[1] += weigh(e, a);
+      sum[2] += lanes == kLanes<V> ? x : load_up_to(row + i, lanes, S(0));
+    });
+    const double total = sums.value[0], log_z = log_of(total);
+    const bool broken = total != total;  // a NaN or +inf among the logits
+    const S largest = broken && !(max[0] == __builtin_inff()) ? S(__builtin_nanf("")) : max[0];
+    int64_t argmax = 0;
+    for (int64_t i = 0; i < params.classes; ++i) {
+      const S x = load_first(row + i, 1, S(0))[0];
+      if (broken && largest != largest ? x != x : x == largest) {
+        argmax = i;
+        break;
+      }
+    }
+    static_cast<S*>(params.max)[r] = S(largest / params.temperature);
+    params.argmax[r] = argmax;
+    static_cast<S*>(params.mean)[r] = S(sums.value[2] / (double(params.classes) * params.temperature));
+    static_cast<S*>(params.logsumexp)[r] = S(double(max[0]) / params.temperature + log_z);
+    static_cast<S*>(params.entropy)[r] = S(log_z - sums.value[1] / total);
+  }
+}
+
+void stats(const StatsParams& params, int64_t begin, int64_t end) {
+  switch (params.dtype) {
+    case Dtype::kFloat32: return stats_of<float>(params, begin, end);
+    case Dtype::kFloat64: return stats_of<double>(params, begin, end);
+    case Dtype::kBFloat16: return stats_of<BFloat16>(params, begin, end);
+    case Dtype::kFloat16: return stats_of<Float16>(params, begin, end);
+    default: return;
+  }
+}
+
+// d max = [j = argmax], d mean = 1/K, d logsumexp = p, d entropy = -p (log p + H); all over T
+template <typename T>
+void stats_backward_of(const StatsBackwardParams& params, int64_t begin, int64_t end) {
+  using V = Vector<T>;
+  using S = Scalar<T>;
+  const auto at = [](const void* data, int64_t r) { return data == nullptr ? 0.0 : double(static_cast<const S*>(data)[r]); };
+  const V inverse_temperature = broadcast<V>(1.0 / params.temperature);
+  for (int64_t r = begin; r < end; ++r) {
+    const T* row = static_cast<const T*>(params.logits) + r * params.stride;
+    T* gradient = static_cast<T*>(params.gradient) + r * params.classes;
+    const V max = row_max(row, params.classes);
+    // log p = (x - max) / T - log Z, log Z = logsumexp - max / T
+    const V log_z = broadcast<V>(at(params.logsumexp, r) - double(max[0]) / params.temperature);
+    const V entropy = broadcast<V>(at(params.entropy, r));
+    const V g_entropy = broadcast<V>(at(params.grad_entropy, r) / params.temperature);
+    const V g_logsumexp = broadcast<V>(at(params.grad_logsumexp, r) / params.temperature);
+    const V g_mean = broadcast<V>(at(params.grad_mean, r) / (params.temperature * double(params.classes)));
+    const S g_max = S(at(params.grad_max, r) / params.temperature);
+    sweep<V>(params.classes, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+      const V log_p = (load_up_to(row + i, lanes, S(kLowest)) - max) * inverse_temperature - log_z;
+      const V p = exp(log_p);
+      V g = g_mean + p * g_logsumexp - weigh(p, log_p + entropy) * g_entropy;
+      const int64_t offset = params.argmax[r] - i;
+      if (uint64_t(offset) < uint64_t(lanes)) g[offset] += g_max;
+      store_up_to(gradient + i, g, lanes);
+    });
+  }
+}
+
+void stats_backward(const StatsBackwardParams& params, int64_t begin, int64_t end) {
+  switch (params.dtype) {
+    case Dtype::kFloat32: return stats_backward_of<float>(params, begin, end);
+    case Dtype::kFloat64: return stats_backward_of<double>(params, begin, end);
+    case Dtype::kBFloat16: return stats_backward_of<BFloat16>(params, begin, end);
+    case Dtype::kFloat16: return stats_backward_of<Float16>(params, begin, end);
+    default: return;
+  }
+}
+
+template <typename T>
+void scale_of(T* data, int64_t count, double factor) {
+  using V = Vector<T>;
+  const V f = broadcast<V>(factor);
+  sweep<V>(count, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+    store_up_to(data + i, load_up_to(data + i, lanes, Scalar<T>(0)) * f, lanes);
+  });
+}
+
+void scale(Dtype dtype, void* data, int64_t count, double factor) {
+  switch (dtype) {
+    case Dtype::kFloat32: return scale_of(static_cast<float*>(data), count, factor);
+    case Dtype::kFloat64: return scale_of(static_cast<double*>(data), count, factor);
+    case Dtype::kBFloat16: return scale_of(static_cast<BFloat16*>(data), count, factor);
+    case Dtype::kFloat16: return scale_of(static_cast<Float16*>(data), count, factor);
+    default: return;
+  }
+}
+
+}  // namespace
+
+extern const Kernels kernels = {rows, stats, stats_backward, scale};
+
+}  // namespace fastkd::FASTKD_ISA::divergence

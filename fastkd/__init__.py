@@ -1,0 +1,3 @@
+import torch  # noqa: F401
+
+from fastkd import _C  # noqa: F401
