@@ -1,3 +1,9 @@
-import torch  # noqa: F401
+"""fastkd: fused losses, patch crops, mixtures and weighted sampling for knowledge distillation."""
 
-from fastkd import _C  # noqa: F401
+from fastkd import functional
+from fastkd._library import build_info
+from fastkd.functional import logit_stats
+from fastkd.losses import JSDivLoss, KDLoss, KLDivLoss
+
+__all__ = ["JSDivLoss", "KDLoss", "KLDivLoss", "build_info", "functional", "logit_stats"]
+__version__: str = build_info()["version"]

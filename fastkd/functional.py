@@ -1,0 +1,231 @@
+"""Functional forms of the losses. Logits go in raw: no softmax before the call.
+
+Conventions, the same everywhere: ``p = softmax(teacher_logits / T)``, ``q = softmax(student_logits / T)``; every
+divergence is multiplied by ``T^2`` (Hinton et al., 2015), so that gradients keep their size as T grows; sums run in
+float32 or better, and losses of bfloat16 and float16 logits come back in float32. The teacher gets a gradient where
+its logits require one; wrap the teacher in ``torch.no_grad()`` where they should not.
+
+Masked classes may be ``-inf`` on either side or both (0 log 0 = 0). Where the divergence itself is infinite (the "to"
+side gives a class probability 0 that the "from" side does not), the loss is ``inf``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, overload
+
+from torch import Tensor
+
+from fastkd.ops import divergence as _ops
+
+Reduction = Literal["none", "sum", "batchmean", "mean"]
+Direction = Literal["forward", "reverse"]
+
+__all__ = ["LogitStats", "js_div", "kd_loss", "kl_div", "logit_stats", "soft_cross_entropy"]
+
+
+def kl_div(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float | Tensor = 1.0,
+    *,
+    direction: Direction = "forward",
+    reduction: Reduction = "batchmean",
+    target: Tensor | None = None,
+    ignore_index: int = -100,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """``T^2 KL(p || q)`` (forward) or ``T^2 KL(q || p)`` (reverse) from raw logits, in one pass.
+
+    Args:
+        student_logits: ``[..., K]``, float32, float64, bfloat16 or float16.
+        teacher_logits: the same shape and dtype.
+        temperature: T > 0, a number or a tensor that broadcasts to ``[...]`` (one for each row).
+        direction: ``forward`` = KL(teacher || student), ``reverse`` = KL(student || teacher).
+        reduction: ``none`` -> ``[...]``; ``sum``; ``batchmean`` = sum / valid rows (the mathematical KL);
+            ``mean`` = sum / (valid rows * K), as ``torch.nn.functional.kl_div`` has it.
+        target: int64 ``[...]``; rows whose target is ``ignore_index`` are left out of loss, gradient and count.
+        weight: ``[...]``, float32 or float64, factor of each row; does not change the count.
+
+    Returns:
+        float32 (float64 for float64 logits), scalar or ``[...]``.
+
+    Raises:
+        ValueError, RuntimeError: shapes or dtypes that differ, T <= 0, a target out of range.
+    """
+    if direction not in ("forward", "reverse"):
+        raise ValueError(f"fastkd: direction is {direction!r}, must be 'forward' or 'reverse'")
+    return _ops.divergence(
+        student_logits,
+        teacher_logits,
+        target,
+        kind=direction,
+        temperature=temperature,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )[0]
+
+
+def js_div(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float | Tensor = 1.0,
+    *,
+    beta: float = 0.5,
+    reduction: Reduction = "batchmean",
+    target: Tensor | None = None,
+    ignore_index: int = -100,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Generalised Jensen-Shannon divergence, ``T^2 [beta KL(p || m) + (1 - beta) KL(q || m)]``, in nats.
+
+    ``m = beta p + (1 - beta) q``. At the ends it is defined by its limit as GKD uses it (Agarwal et al., 2023,
+    arXiv:2306.13649): ``beta = 0`` is forward KL, ``beta = 1`` reverse KL. ``beta = 0.5`` is the classic one, at most
+    ln 2 before T^2. Other arguments as in :func:`kl_div`.
+    """
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"fastkd: beta is {beta}, must be in [0, 1]")
+    kind = "forward" if beta == 0.0 else "reverse" if beta == 1.0 else "jensen_shannon"
+    return _ops.divergence(
+        student_logits,
+        teacher_logits,
+        target,
+        kind=kind,
+        temperature=temperature,
+        beta=beta,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )[0]
+
+
+def soft_cross_entropy(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float | Tensor = 1.0,
+    *,
+    reduction: Reduction = "batchmean",
+    target: Tensor | None = None,
+    ignore_index: int = -100,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """``-T^2 sum_k p_k log q_k``: forward KL plus the teacher's entropy; the student's gradient is that of forward KL.
+
+    Arguments as in :func:`kl_div`.
+    """
+    return _ops.divergence(
+        student_logits,
+        teacher_logits,
+        target,
+        kind="soft_cross_entropy",
+        temperature=temperature,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )[0]
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    temperature: float | Tensor = ...,
+    alpha: float = ...,
+    *,
+    direction: Direction = ...,
+    reduction: Literal["none", "sum", "batchmean"] = ...,
+    ignore_index: int = ...,
+    weight: Tensor | None = ...,
+    return_terms: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    temperature: float | Tensor = ...,
+    alpha: float = ...,
+    *,
+    direction: Direction = ...,
+    reduction: Literal["none", "sum", "batchmean"] = ...,
+    ignore_index: int = ...,
+    weight: Tensor | None = ...,
+    return_terms: Literal[True],
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    temperature: float | Tensor = 4.0,
+    alpha: float = 0.9,
+    *,
+    direction: Direction = "forward",
+    reduction: Literal["none", "sum", "batchmean"] = "batchmean",
+    ignore_index: int = -100,
+    weight: Tensor | None = None,
+    return_terms: bool = False,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """``(1 - alpha) CE(student, target) + alpha T^2 KL`` in one pass over the logits (Hinton et al., 2015).
+
+    Args:
+        target: int64 ``[...]``, classes; rows whose target is ``ignore_index`` are left out of both terms.
+        alpha: weight of the distillation term, in [0, 1].
+        reduction: ``batchmean`` = sum / valid rows for both terms; ``sum``; ``none`` -> ``[...]``.
+        return_terms: also return ``{"task_loss": ..., "kd_loss": ...}``, the unweighted terms, detached, for logging.
+        Other arguments as in :func:`kl_div`.
+    """
+    if not isinstance(target, Tensor):
+        raise TypeError(f"fastkd: target is {type(target).__name__}, must be an int64 tensor of classes")
+    if direction not in ("forward", "reverse"):
+        raise ValueError(f"fastkd: direction is {direction!r}, must be 'forward' or 'reverse'")
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"fastkd: alpha is {alpha}, must be in [0, 1]")
+    if reduction == "mean":
+        raise ValueError(
+            "fastkd: reduction is 'mean', must be 'batchmean', 'sum' or 'none': a mean over rows and classes would divide "
+            "the cross-entropy by the number of classes"
+        )
+    loss, terms = _ops.divergence(
+        student_logits,
+        teacher_logits,
+        target,
+        kind=direction,
+        temperature=temperature,
+        weight=weight,
+        kd_scale=alpha,
+        task_scale=1.0 - alpha,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+    return (loss, {"task_loss": terms[0], "kd_loss": terms[1]}) if return_terms else loss
+
+
+class LogitStats(NamedTuple):
+    """Per-row statistics of ``z = logits / temperature``; each ``[...]``, float32 (float64 for float64 logits)."""
+
+    max: Tensor
+    argmax: Tensor
+    mean: Tensor
+    logsumexp: Tensor
+    entropy: Tensor
+
+
+def logit_stats(logits: Tensor, temperature: float = 1.0) -> LogitStats:
+    """Maximum, argmax (int64), mean, logsumexp and softmax entropy (nats) of each row of ``z = logits / temperature``.
+
+    One pass, differentiable in all but argmax. ``logsumexp - max`` is the cross-entropy with the predicted class,
+    ``exp(max - logsumexp)`` the top probability.
+
+    Args:
+        logits: ``[..., K]``, float32, float64, bfloat16 or float16.
+        temperature: T > 0.
+
+    Returns:
+        :class:`LogitStats` of tensors ``[...]``.
+    """
+    return LogitStats(*_ops.logit_stats(logits, temperature))

@@ -1,0 +1,1 @@
+"""The operators: what torch needs to know of each (fake, autograd), and a Python signature with defaults."""

@@ -1,0 +1,1 @@
+"""Plain torch and numpy forms of every operator: the truth of the tests, the baseline of the benchmarks."""
