@@ -83,6 +83,19 @@ FASTKD_INLINE V minimum(V a, V b) {
   return a < b ? a : b;
 }
 
+// Products of the low 32 bits of each 64-bit lane.
+FASTKD_INLINE U64 multiply_low(U64 a, U64 b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<U64>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<U64>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<U64>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
 // ---- loads and stores -------------------------------------------------------------------------
 
 FASTKD_INLINE F32 load(const float* p) {
