@@ -4,6 +4,17 @@ from fastkd import functional
 from fastkd._library import build_info
 from fastkd.functional import logit_stats
 from fastkd.losses import JSDivLoss, KDLoss, KLDivLoss
+from fastkd.sampling import AliasTable, CollectionBatchSampler, CollectionSampler
 
-__all__ = ["JSDivLoss", "KDLoss", "KLDivLoss", "build_info", "functional", "logit_stats"]
+__all__ = [
+    "AliasTable",
+    "CollectionBatchSampler",
+    "CollectionSampler",
+    "JSDivLoss",
+    "KDLoss",
+    "KLDivLoss",
+    "build_info",
+    "functional",
+    "logit_stats",
+]
 __version__: str = build_info()["version"]

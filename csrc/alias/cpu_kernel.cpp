@@ -101,6 +101,9 @@ FASTKD_INLINE Exp2 exp2_fixed(F64 u, F64 reference, F64 kappa) {
           (t >= broadcast<F64>(-64.0)) & (u > broadcast<F64>(-kInfinity))};
 }
 
+// values below 2^63; a shift by 64 or more is undefined in the vector extension
+FASTKD_INLINE U64 shift_right(U64 value, U64 shift) { return value >> (shift < 63 ? shift : U64{} + 63); }
+
 uint64_t partition(const Scores& scores, int64_t begin, int64_t end) {
   return dispatch(scores.dtype, scores.data, [&](auto* data) {
     const F64 reference = broadcast<F64>(scores.reference), kappa = broadcast<F64>(scores.kappa);
@@ -108,7 +111,7 @@ uint64_t partition(const Scores& scores, int64_t begin, int64_t end) {
     uint64_t tail = 0;
     for_each(data, begin, end, [&](int64_t, F64 u, int lanes) __attribute__((always_inline)) {
       const Exp2 e = exp2_fixed(u, reference, kappa);
-      const U64 term = ((e.mantissa >> (kExponentBias - e.exponent)) + 1) & reinterpret_cast<U64>(e.positive);
+      const U64 term = (shift_right(e.mantissa, kExponentBias - e.exponent) + 1) & reinterpret_cast<U64>(e.positive);
       if (lanes == kWords) {
         sum += term;
       } else {
@@ -131,10 +134,8 @@ uint64_t quantise(const Scores& scores, int64_t begin, int64_t end, uint64_t* ou
     uint64_t tail = 0;
     for_each(data, begin, end, [&](int64_t i, F64 u, int lanes) __attribute__((always_inline)) {
       const Exp2 e = exp2_fixed(u, reference, kappa);
-      const U64 shift = right - e.exponent;
-      const U64 bounded = shift < 63 ? shift : U64{} + 63;
-      U64 weight = ((e.mantissa << left) + ((U64{} + 1) << (bounded - 1))) >> bounded;
-      weight &= reinterpret_cast<U64>(e.positive);
+      const U64 half_units = shift_right(e.mantissa << left, right - 1 - e.exponent);
+      const U64 weight = ((half_units + 1) >> 1) & reinterpret_cast<U64>(e.positive);  // rounded half up
       if (lanes == kWords) {
         std::memcpy(out + i - begin, &weight, sizeof weight);
         sum += weight;

@@ -1,0 +1,104 @@
+"""The samplers: torch.utils.data protocol, ranks, epochs, resume."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastkd import AliasTable, CollectionBatchSampler, CollectionSampler
+
+
+@pytest.fixture
+def table(generator: torch.Generator) -> AliasTable:
+    """A table over 5,000 items."""
+    return AliasTable(torch.randn(5000, generator=generator), iqpr=5.0, seed=9)
+
+
+def test_epochs_are_consecutive_draws(table: AliasTable) -> None:
+    sampler = CollectionSampler(table, 1000)
+    draws = [*sampler, *sampler]
+    assert len(sampler) == 1000
+    assert draws == table.sample_at(9, 0, 2000).tolist()
+    sampler.set_epoch(1)
+    assert list(sampler) == draws[1000:]
+
+
+def test_chunks_do_not_show(table: AliasTable) -> None:
+    n = (1 << 16) * 2 + 3
+    assert list(CollectionSampler(table, n)) == table.sample_at(9, 0, n).tolist()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_union_of_ranks_does_not_depend_on_their_number(table: AliasTable, world_size: int) -> None:
+    ranks = [list(CollectionSampler(table, 1200, rank=r, world_size=world_size)) for r in range(world_size)]
+    merged = [index for row in zip(*ranks, strict=True) for index in row]
+    assert merged == table.sample_at(9, 0, 1200).tolist()
+
+
+def test_every_rank_draws_the_same_number(table: AliasTable) -> None:
+    assert {len(list(CollectionSampler(table, 1000, rank=r, world_size=3))) for r in range(3)} == {334}
+
+
+@pytest.mark.parametrize("stop", [0, 1, 499, 999])
+def test_resume_in_the_middle_of_an_epoch(table: AliasTable, stop: int) -> None:
+    sampler = CollectionSampler(table, 1000)
+    list(sampler)  # epoch 0
+    iterator = iter(sampler)
+    for _ in range(stop):
+        next(iterator)
+    resumed = CollectionSampler(table, 1000)
+    resumed.load_state_dict(sampler.state_dict())
+    assert list(resumed) == list(iterator)
+    assert list(resumed) == table.sample_at(9, 2000, 1000).tolist()
+
+
+def test_batches(table: AliasTable) -> None:
+    sampler = CollectionBatchSampler(table, 64, 10, rank=1, world_size=2)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 10
+    assert all(b.dtype == torch.int64 and b.shape == (64,) for b in batches)
+    assert torch.equal(torch.cat(batches), table.sample_at(9, 1, 640, 2))
+    iterator = iter(sampler)
+    next(iterator)
+    resumed = CollectionBatchSampler(table, 64, 10, rank=1, world_size=2)
+    resumed.load_state_dict(sampler.state_dict())
+    assert torch.equal(torch.cat(list(resumed)), torch.cat(list(iterator)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_loader(table: AliasTable, workers: int) -> None:
+    data = TensorDataset(torch.arange(5000))
+    expected = table.sample_at(9, 0, 640)
+    by_item = DataLoader(data, sampler=CollectionSampler(table, 640), batch_size=64, num_workers=workers)
+    assert torch.equal(torch.cat([x for (x,) in by_item]), expected)
+    by_batch = DataLoader(data, batch_sampler=CollectionBatchSampler(table, 64, 10), num_workers=workers)
+    assert torch.equal(torch.cat([x for (x,) in by_batch]), expected)
+
+
+def test_updates_take_effect(table: AliasTable) -> None:
+    sampler = CollectionBatchSampler(table, 256, 3)
+    iterator = iter(sampler)
+    next(iterator)
+    table.update(torch.arange(4999), torch.full((4999,), -torch.inf))
+    assert (next(iterator) == 4999).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_samples": 0}, "num_samples is 0, must be at least 1"),
+        ({"num_samples": 5, "rank": 2, "world_size": 2}, "rank is 2, must be in \\[0, 2\\)"),
+        ({"num_samples": 5, "rank": -1}, "rank is -1"),
+    ],
+)
+def test_errors(table: AliasTable, arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CollectionSampler(table, **arguments)
+
+
+def test_batch_errors(table: AliasTable) -> None:
+    with pytest.raises(ValueError, match="batch_size is 0, must be at least 1"):
+        CollectionBatchSampler(table, 0, 3)
+    with pytest.raises(ValueError, match="num_batches is 0, must be at least 1"):
+        CollectionBatchSampler(table, 4, 0)
