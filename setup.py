@@ -60,13 +60,18 @@ class NinjaBuild(build_ext):
 
         torch, nvcc, compiler = find_torch(), find_nvcc(), os.environ.get("CXX", "g++")
         architectures = cuda_architectures(nvcc) if nvcc else []
-        names = [(a.removesuffix("+PTX").replace(".", ""), "compute" if a.endswith("+PTX") else "sm") for a in architectures]
+        names = [
+            (a.removesuffix("+PTX").replace(".", ""), "compute" if a.endswith("+PTX") else "sm") for a in architectures
+        ]
         common = f"-std=c++20 -O3 -I{ROOT}/csrc -isystem {torch}/include -DTORCH_TARGET_VERSION=0x020a000000000000"
         cxx = f"{common} -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi {SANITIZER}"
         cuda = f"{common} -DUSE_CUDA -lineinfo -Xptxas=-v -Xcompiler=-fPIC,-fvisibility=hidden "
         cuda += " ".join(f"-gencode=arch=compute_{n},code={kind}_{n}" for n, kind in names)
         module = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
-        for name, text in (("VERSION", self.distribution.get_version()), ("CUDA_ARCHITECTURES", " ".join(architectures))):
+        for name, text in (
+            ("VERSION", self.distribution.get_version()),
+            ("CUDA_ARCHITECTURES", " ".join(architectures)),
+        ):
             module += " -DFASTKD_" + shlex.quote(f'{name}="{text}"')
         libraries = f"-L{torch}/lib -Xlinker --no-as-needed -ltorch -ltorch_cpu"  # libtorch leads to libtorch_cuda
         (out := Path(self.build_temp).resolve()).mkdir(parents=True, exist_ok=True)
@@ -89,7 +94,9 @@ class NinjaBuild(build_ext):
             libs = [("fastkd._C", host, f"{compiler} {SANITIZER}")]
             libs += [("fastkd._cuda", build("nvcc", "csrc/*/cuda.cu"), nvcc)] if nvcc else []
             for name, objects, linker in libs:
-                ninja.build(str(Path(self.get_ext_fullpath(name)).resolve()), "link", objects, variables={"linker": linker})
+                ninja.build(
+                    str(Path(self.get_ext_fullpath(name)).resolve()), "link", objects, variables={"linker": linker}
+                )
         subprocess.run([f"{BIN_DIR}/ninja", "-C", str(out), *(["-v"] if self.verbose > 1 else [])], check=True)
 
 

@@ -82,4 +82,3 @@ def build_info() -> dict[str, Any]:
     if not CUDA_LOADED:
         info["cuda_why_not"] = _cuda_error
     return info
-

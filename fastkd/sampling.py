@@ -92,7 +92,9 @@ class AliasTable:
         return sum(t.numel() * t.element_size() for t in self._table)
 
     def __repr__(self) -> str:
-        return f"AliasTable({len(self)} items, inverse_temperature={float(self.inverse_temperature):.6g}, {self.device})"
+        return (
+            f"AliasTable({len(self)} items, inverse_temperature={float(self.inverse_temperature):.6g}, {self.device})"
+        )
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` item indices, int64 ``[n]``, on the table's device.

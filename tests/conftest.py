@@ -13,7 +13,6 @@ _SETS = ["baseline", "avx2", "avx512"]
 _BEST = _SETS.index(build_info()["cpu_instruction_set_best"])
 
 
-
 @pytest.fixture(
     params=[
         *(

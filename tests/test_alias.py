@@ -241,7 +241,7 @@ def test_failed_updates_leave_the_table_as_it_was() -> None:
     for indices, fresh in (([0, 1, 2], [-INFINITY] * 3), ([1], [math.nan]), ([1], [1e6]), ([3], [0.0]), ([-1], [0.0])):
         table = ops.build(scores, _lambda(1.0))
         before = [t.clone() for t in table]
-        with pytest.raises(RuntimeError, match="fastkd: (scores|indices)"):
+        with pytest.raises(RuntimeError, match=r"fastkd: (scores|indices)"):
             ops.update(table, torch.tensor(indices), torch.tensor(fresh))
         assert all(torch.equal(a, b) for a, b in zip(table, before, strict=True))
 
@@ -278,7 +278,7 @@ def test_state_dict_continues_the_stream(generator: torch.Generator) -> None:
     resumed = AliasTable(scores, iqpr=5.0)
     resumed.load_state_dict(state)
     assert torch.equal(resumed.sample(50), expected)
-    with pytest.raises(ValueError, match="state\\['total_weight'\\].*rebuild the table"):
+    with pytest.raises(ValueError, match=r"state\['total_weight'\].*rebuild the table"):
         AliasTable(scores + torch.rand(1000, generator=generator), state["inverse_temperature"]).load_state_dict(state)
 
 
@@ -293,6 +293,7 @@ def test_opcheck(device: torch.device, generator: torch.Generator) -> None:
     torch.library.opcheck(op.alias_weights.default, table[:2])
 
 
+@pytest.mark.compiles
 def test_compiles_into_one_graph(generator: torch.Generator) -> None:
     scores = torch.randn(5000, generator=generator)
     table = AliasTable(scores, iqpr=5.0, seed=4)
@@ -338,7 +339,9 @@ def test_compiles_into_one_graph(generator: torch.Generator) -> None:
             "scores has shape \\(1,\\), must be \\(2,\\)",
         ),
         (
-            lambda: torch.ops.fastkd.alias_sample(torch.zeros(3).long(), torch.zeros(2).long(), *[torch.zeros(2).long()] * 2, 1, 0, 1),
+            lambda: torch.ops.fastkd.alias_sample(
+                torch.zeros(3).long(), torch.zeros(2).long(), *[torch.zeros(2).long()] * 2, 1, 0, 1
+            ),
             RuntimeError,
             "block_weight has shape \\(2,\\), must be \\(1,\\)",
         ),
@@ -373,7 +376,9 @@ def test_any_scores_give_a_table_or_an_error(scores: list[float], inverse_temper
 @given(words=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=20, max_size=20), count=st.integers(-2, 300))
 def test_a_corrupt_table_never_crashes(words: list[int], count: int) -> None:
     values = torch.tensor(words)
-    table = ops.Table(values[:8].clone(), values[8:9].clone(), values[9:11].reshape(1, 2).clone(), values[12:16].double())
+    table = ops.Table(
+        values[:8].clone(), values[8:9].clone(), values[9:11].reshape(1, 2).clone(), values[12:16].double()
+    )
     for call in (
         lambda: ops.sample(table, values[16:18].clone(), count),
         lambda: ops.weights(table),

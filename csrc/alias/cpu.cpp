@@ -257,9 +257,9 @@ class Changes {
 
   const Table& table_;
   const int64_t* index_;
-  std::vector<int64_t> order_;     // positions of the changes by item
-  std::vector<int64_t> first_;     // positions in order_ where a block begins
-  std::vector<uint64_t> weight_;   // new weights, as given
+  std::vector<int64_t> order_;    // positions of the changes by item
+  std::vector<int64_t> first_;    // positions in order_ where a block begins
+  std::vector<uint64_t> weight_;  // new weights, as given
 };
 
 void update_(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tensor indices, Tensor scores) {
@@ -283,8 +283,8 @@ void update_(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tensor
   Scores view{kernel_dtype(scores), scores.const_data_ptr(), s[0], s[1], static_cast<int>(s[2]), 0};
   const double maximum = checked_maximum("scores", view.dtype, view.data, count);
   const double largest_t = maximum > view.reference ? (maximum - view.reference) * view.kappa : 0.0;
-  FASTKD_CHECK(largest_t < kLargestT && view.exponent + 63 > largest_t, "scores hold ", maximum, ", too far above ", view.reference,
-               ", the largest score of the build, for this inverse temperature; build a new table");
+  FASTKD_CHECK(largest_t < kLargestT && view.exponent + 63 > largest_t, "scores hold ", maximum, ", too far above ",
+               view.reference, ", the largest score of the build, for this inverse temperature; build a new table");
   view.largest_t = static_cast<int>(largest_t);
 
   // Make room, where the new weights are large: for the largest of them, then for the total.
@@ -301,7 +301,8 @@ void update_(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tensor
   FASTKD_CHECK(total > 0, "scores would leave no item with a positive weight");  // before anything is written
 
   if (shift > 0) rescale(t, shift);
-  changes.for_each_block(0, [&](int64_t block, uint64_t* weights, uint64_t sum) { pack(t, block, weights, sum, weights + kBlockSize); });
+  changes.for_each_block(
+      0, [&](int64_t block, uint64_t* weights, uint64_t sum) { pack(t, block, weights, sum, weights + kBlockSize); });
   pack_top(t);
   s[2] = view.exponent;
   s[3] = static_cast<double>(t.total());

@@ -36,8 +36,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleParams p) 
     const ulonglong2 entry = reinterpret_cast<const ulonglong2*>(p.top)[bin.index];
     const uint64_t other = entry.y < static_cast<uint64_t>(p.blocks) ? entry.y : 0;  // a broken table must not fault
     const uint64_t block = multiply_high(bin.fraction, total) < entry.x ? bin.index : other;
-    const Bin inner =
-        uniform_bin(words.block, static_cast<uint64_t>(block_items(p.items, static_cast<int64_t>(block))));
+    const Bin inner = uniform_bin(words.block, static_cast<uint64_t>(block_items(p.items, static_cast<int64_t>(block))));
     const uint64_t word = p.table[block * kBlockSize + inner.index];
     const bool own = multiply_high(inner.fraction, p.block_weight[block]) < threshold_of(word);
     p.out[i] = static_cast<int64_t>(block * kBlockSize + (own ? inner.index : alias_of(word)));

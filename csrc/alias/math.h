@@ -31,9 +31,9 @@ constexpr double kLog2E = 1.44269504088896340736;
 
 // 2^f = 1 + f (c0 + f (c1 + ...)) for f in [0, 1), coefficients and f in units of 2^-32: minimax, 4.4e-11
 constexpr uint32_t kExp2[7] = {2977044488u, 1031764554u, 238392259u, 41293032u, 5763423u, 617496u, 92044u};
-constexpr int kExponentBias = 64;     // t >= -64 has a positive biased exponent
-constexpr double kLargestT = 63.0;    // of an update; a build has t <= 0
-constexpr int kFractionBits = 45;     // of t in fixed point
+constexpr int kExponentBias = 64;                       // t >= -64 has a positive biased exponent
+constexpr double kLargestT = 63.0;                      // of an update; a build has t <= 0
+constexpr int kFractionBits = 45;                       // of t in fixed point
 constexpr double kFractionScale = 35184372088832.0;     // 2^45
 constexpr double kMagic = 6755399441055744.0;           // 1.5 * 2^52: adding it rounds to an integer in the low bits
 constexpr uint64_t kMagicBits = 0x4338000000000000ull;  // its bit pattern

@@ -39,7 +39,7 @@ inline double value_of(uint32_t bits, Dtype) { return std::bit_cast<float>(bits)
 inline double value_of(uint16_t bits, Dtype dtype) {
   if (dtype == Dtype::kBFloat16) return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
   const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-  const double magnitude = exponent == 31 ? std::numeric_limits<double>::infinity()
+  const double magnitude = exponent == 31  ? std::numeric_limits<double>::infinity()
                            : exponent == 0 ? std::ldexp(mantissa, -24)
                                            : std::ldexp(mantissa + 1024, exponent - 25);
   return bits & 0x8000 ? -magnitude : magnitude;
@@ -120,8 +120,7 @@ Quartiles quartiles_of(Dtype dtype, const Bits* data, int64_t items, Bits minus_
 inline Quartiles quartiles(Dtype dtype, const void* data, int64_t items) {
   using namespace selection;
   switch (dtype) {
-    case Dtype::kFloat64:
-      return quartiles_of<uint64_t>(dtype, static_cast<const uint64_t*>(data), items, 0xfff0000000000000ull);
+    case Dtype::kFloat64: return quartiles_of<uint64_t>(dtype, static_cast<const uint64_t*>(data), items, 0xfff0000000000000ull);
     case Dtype::kBFloat16: return quartiles_of<uint16_t>(dtype, static_cast<const uint16_t*>(data), items, 0xff80);
     case Dtype::kFloat16: return quartiles_of<uint16_t>(dtype, static_cast<const uint16_t*>(data), items, 0xfc00);
     default: return quartiles_of<uint32_t>(dtype, static_cast<const uint32_t*>(data), items, 0xff800000u);

@@ -15,8 +15,8 @@ Isa parse(const char* name) {
   for (int i = 0; i < 3; ++i) {
     if (std::strcmp(name, kNames[i]) == 0) {
       if (i > static_cast<int>(best_isa())) {
-        throw std::runtime_error(std::string("fastkd: instruction set '") + name + "' is not supported by this machine, which has up to '" +
-                                 isa_name(best_isa()) + "'");
+        throw std::runtime_error(std::string("fastkd: instruction set '") + name +
+                                 "' is not supported by this machine, which has up to '" + isa_name(best_isa()) + "'");
       }
       return static_cast<Isa>(i);
     }

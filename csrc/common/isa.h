@@ -53,11 +53,11 @@ Isa best_isa();
   }                                                                   \
   }
 #else
-#define FASTKD_DECLARE_KERNELS(primitive)                                           \
-  namespace fastkd::baseline::primitive {                                           \
-  extern const ::fastkd::primitive::Kernels kernels;                                \
-  }                                                                                 \
-  namespace fastkd::primitive {                                                     \
+#define FASTKD_DECLARE_KERNELS(primitive)                                            \
+  namespace fastkd::baseline::primitive {                                            \
+  extern const ::fastkd::primitive::Kernels kernels;                                 \
+  }                                                                                  \
+  namespace fastkd::primitive {                                                      \
   inline const Kernels& kernels() { return ::fastkd::baseline::primitive::kernels; } \
   }
 #endif

@@ -76,7 +76,8 @@ inline void check_device(const char* name, const Tensor& t, const char* like_nam
   FASTKD_CHECK(t.device() == like.device(), name, " is on another device than ", like_name, "; move one of them");
 }
 
-constexpr std::initializer_list<ScalarType> kFloats = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half};
+constexpr std::initializer_list<ScalarType> kFloats = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16,
+                                                       ScalarType::Half};
 
 inline Dtype kernel_dtype(const Tensor& t) {
   switch (t.scalar_type()) {

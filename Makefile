@@ -1,0 +1,60 @@
+# fastkd: `make demo` and `make test` set everything up by themselves. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The torch of development and CI, pinned here and nowhere else. The library itself runs on any torch >= 2.10.
+TORCH ?= torch==2.13.0
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SANITIZED := build/sanitized
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test sanitize lint format wheel build clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.tools: pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) "$(TORCH)"
+	$(PIP) "setuptools>=77" wheel pybind11 ninja
+	touch $@
+
+$(VENV)/.built: $(VENV)/.tools setup.py $(CSRC)
+	$(PIP) --no-build-isolation --editable ".[cli,test]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.built
+	$(PIP) --no-build-isolation --editable ".[dev]"
+	touch $@
+
+build: $(VENV)/.built  ## set up the environment and compile, after each change of csrc/
+
+demo: $(VENV)/.built  ## distil a teacher on real data: a table, and a figure beside it
+	$(BIN)/fastkd demo
+
+test: $(VENV)/.built  ## all tests
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev  ## ruff, clang-format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## put every file into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+sanitize: $(VENV)/.built  ## the op tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	FASTKD_SANITIZE=1 FASTKD_CUDA=0 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED)
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$$(echo $(SANITIZED)/lib*)" $(BIN)/pytest -m "not compiles"
+
+wheel: $(VENV)/.tools  ## dist/fastkd-*.whl, for any torch >= 2.10
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:  ## all that was built, the environment included
+	rm -rf build dist $(VENV) fastkd/*.so *.egg-info
