@@ -37,10 +37,9 @@ def find_torch():
 def find_nvcc():
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     found = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
-    wanted = os.environ.get("FASTKD_CUDA", "1" if found else "0") != "0"
-    if wanted and not found:
+    if os.environ.get("FASTKD_CUDA") == "1" and not found:
         sys.exit("fastkd: FASTKD_CUDA=1 asks for CUDA kernels, but nvcc is not on PATH or in $CUDA_HOME/bin")
-    return found if wanted else None
+    return None if os.environ.get("FASTKD_CUDA") == "0" else found
 
 
 def cuda_architectures(nvcc):
@@ -50,9 +49,7 @@ def cuda_architectures(nvcc):
     return os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split() or [*default, f"{default[-1]}+PTX"]
 
 
-class NinjaBuild(build_ext):
-    """Writes one build.ninja for both libraries and runs it (parallel, incremental)."""
-
+class NinjaBuild(build_ext):  # writes one build.ninja for both libraries and runs it: parallel, incremental
     def run(self):
         import pybind11
         from ninja import BIN_DIR
@@ -60,19 +57,15 @@ class NinjaBuild(build_ext):
 
         torch, nvcc, compiler = find_torch(), find_nvcc(), os.environ.get("CXX", "g++")
         architectures = cuda_architectures(nvcc) if nvcc else []
-        names = [
-            (a.removesuffix("+PTX").replace(".", ""), "compute" if a.endswith("+PTX") else "sm") for a in architectures
-        ]
         common = f"-std=c++20 -O3 -I{ROOT}/csrc -isystem {torch}/include -DTORCH_TARGET_VERSION=0x020a000000000000"
         cxx = f"{common} -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi {SANITIZER}"
         cuda = f"{common} -DUSE_CUDA -lineinfo -Xptxas=-v -Xcompiler=-fPIC,-fvisibility=hidden "
-        cuda += " ".join(f"-gencode=arch=compute_{n},code={kind}_{n}" for n, kind in names)
+        for a in (a.replace(".", "") for a in architectures):
+            kind, name = ("compute", a[:-4]) if a.endswith("+PTX") else ("sm", a)
+            cuda += f" -gencode=arch=compute_{name},code={kind}_{name}"
         module = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
-        for name, text in (
-            ("VERSION", self.distribution.get_version()),
-            ("CUDA_ARCHITECTURES", " ".join(architectures)),
-        ):
-            module += " -DFASTKD_" + shlex.quote(f'{name}="{text}"')
+        defines = {"VERSION": self.distribution.get_version(), "CUDA_ARCHITECTURES": " ".join(architectures)}
+        module += "".join(" -DFASTKD_" + shlex.quote(f'{name}="{text}"') for name, text in defines.items())
         libraries = f"-L{torch}/lib -Xlinker --no-as-needed -ltorch -ltorch_cpu"  # libtorch leads to libtorch_cuda
         (out := Path(self.build_temp).resolve()).mkdir(parents=True, exist_ok=True)
         with open(out / "build.ninja", "w") as file:
@@ -91,12 +84,11 @@ class NinjaBuild(build_ext):
             for isa, flags in ISA_FLAGS.items():  # gcc 12 finds its own intrinsics uninitialised
                 flags = f"-DFASTKD_ISA={isa} {flags} -Wno-maybe-uninitialized"
                 host += build("cxx", "csrc/*/cpu_kernel.cpp", f".{isa}", flags)
-            libs = [("fastkd._C", host, f"{compiler} {SANITIZER}")]
-            libs += [("fastkd._cuda", build("nvcc", "csrc/*/cuda.cu"), nvcc)] if nvcc else []
-            for name, objects, linker in libs:
-                ninja.build(
-                    str(Path(self.get_ext_fullpath(name)).resolve()), "link", objects, variables={"linker": linker}
-                )
+            linked = [("fastkd._C", host, f"{compiler} {SANITIZER}")]
+            linked += [("fastkd._cuda", build("nvcc", "csrc/*/cuda.cu"), nvcc)] if nvcc else []
+            for name, objects, linker in linked:
+                library = os.path.abspath(self.get_ext_fullpath(name))
+                ninja.build(library, "link", objects, variables={"linker": linker})
         subprocess.run([f"{BIN_DIR}/ninja", "-C", str(out), *(["-v"] if self.verbose > 1 else [])], check=True)
 
 
