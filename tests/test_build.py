@@ -1,0 +1,54 @@
+"""The build: what it reports, how an instruction set is chosen, what a CUDA tensor is told without CUDA kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastkd
+from fastkd import _C, _library
+
+
+def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_build_info() -> None:
+    info = fastkd.build_info()
+    assert info["version"] == fastkd.__version__
+    assert info["torch"] == torch.__version__
+    assert info["torch_target"] == "2.10"
+    assert info["cpu_instruction_set"] in ("baseline", "avx2", "avx512")
+    assert info["cuda_loaded"] or "cuda_why_not" in info
+    if not info["cuda_loaded"]:
+        assert info["cuda_operators"] == []
+
+
+def test_every_operator_has_a_cpu_kernel_and_a_fake() -> None:
+    assert {name.split("_")[0] for name in _library.OPERATORS} >= {"alias", "divergence", "logit"}
+    for name in _library.OPERATORS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastkd::{name}", "CPU"), name
+        assert torch._library.simple_registry.singleton.find(f"fastkd::{name}").fake_impl.kernel is not None, name
+
+
+def test_environment_chooses_the_instruction_set() -> None:
+    result = _run("import fastkd; print(fastkd.build_info()['cpu_instruction_set'])", FASTKD_ISA="baseline")
+    assert result.stdout.strip() == "baseline"
+
+
+def test_unknown_instruction_set() -> None:
+    with pytest.raises(RuntimeError, match="instruction set is 'sse9', must be one of baseline, avx2, avx512"):
+        _C.set_instruction_set("sse9")
+
+
+@pytest.mark.skipif(_library.CUDA_LOADED, reason="the CUDA kernels are loaded here")
+def test_cuda_tensors_are_told_how_to_rebuild() -> None:
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(RuntimeError, match="fastkd.logit_stats has no CUDA kernel here: .*FASTKD_CUDA=1 pip install"):
+        torch.ops.fastkd.logit_stats.default.redispatch(cuda, torch.zeros(1, 2), 1.0)
