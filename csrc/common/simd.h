@@ -243,16 +243,16 @@ FASTKD_INLINE F64 widen(F64 v) { return v; }
 
 // ---- exp and log -------------------------------------------------------------------------------
 
-// e^x for x <= 88 (here x is a logit minus the maximum: never positive), relative error < 1.5 ulp;
-// 0 for x = -inf and where the result would be subnormal (on AVX-512: below the subnormals); NaN for NaN.
+// e^x for x <= 88 (here x is a logit minus the maximum: never positive), relative error < 1.5 ulp; 0 for x = -inf
+// and, on every instruction set alike, where the result would be subnormal; NaN for NaN.
 // x = n ln 2 + r; n comes out of the low bits after adding 1.5 * 2^23.
 FASTKD_INLINE F32 exp(F32 x) {
-  constexpr float kSmallest = kHasScalef ? -110.0f : -87.33f;
-  constexpr float kMagic = kHasScalef ? 12582912.0f : 12582912.0f + 127.0f;
-  const F32 clamped = maximum(x, broadcast<F32>(kSmallest));  // NaN becomes kSmallest here and stays NaN in r
+  constexpr float kSmallest = -87.33f;
+  constexpr float kMagic = kHasScalef ? 12582912.0f : 12582912.0f + 127.0f;  // without scalef, n carries its bias
+  const F32 clamped = kHasScalef ? x : maximum(x, broadcast<F32>(kSmallest));  // NaN becomes kSmallest, and stays NaN in r
   const F32 shifted = clamped * 1.44269504088896341f + kMagic;
   const F32 n = shifted - kMagic;
-  F32 r = (kHasScalef ? maximum(broadcast<F32>(kSmallest), x) : x) - n * 0.693145751953125f;
+  F32 r = x - n * 0.693145751953125f;
   r = r - n * 1.42860682030941723212e-6f;
   // minimax polynomial of (e^r - 1 - r) / r^2 on [-ln2/2, ln2/2], relative error of e^r 3e-9
   F32 poly = r * 0.00138143294224f + 0.00836885123927f;
@@ -261,7 +261,8 @@ FASTKD_INLINE F32 exp(F32 x) {
   poly = poly * r + 0.499999933739f;
   const F32 mantissa = r * r * poly + (r + 1.0f);
 #if defined(__AVX512F__)
-  return reinterpret_cast<F32>(_mm512_scalef_ps(reinterpret_cast<__m512>(mantissa), reinterpret_cast<__m512>(n)));
+  const __mmask16 keep = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(kSmallest), _CMP_NLT_UQ);
+  return reinterpret_cast<F32>(_mm512_maskz_scalef_ps(keep, reinterpret_cast<__m512>(mantissa), reinterpret_cast<__m512>(n)));
 #else
   const F32 result = mantissa * as_float(as_int(shifted) << 23);
   return x < kSmallest ? F32{} : result;

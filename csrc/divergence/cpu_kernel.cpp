@@ -58,6 +58,18 @@ FASTKD_INLINE double log_of(double x) { return log(broadcast<F64>(x))[0]; }
 
 constexpr float kLowest = -__builtin_inff();
 
+// The smallest normal number: log and the reciprocal are finite from here on.
+template <typename S>
+constexpr S kTiny = sizeof(S) == 8 ? S(0x1p-1022) : S(0x1p-126);
+
+// 1 / T, but no more than what leaves differences of logits finite, however small T is.
+template <typename V>
+FASTKD_INLINE V inverse_of(double temperature) {
+  constexpr double kLargest = sizeof(V{}[0]) == 8 ? 0x1p1000 : 0x1p100;
+  const double inverse = 1.0 / temperature;
+  return broadcast<V>(inverse < kLargest ? inverse : kLargest);
+}
+
 template <typename T>
 FASTKD_INLINE Vector<T> row_max(const T* row, int64_t n) {
   using V = Vector<T>;
@@ -112,12 +124,13 @@ struct Row {
     const V inverse_temperature, max_s, max_t;
     FASTKD_INLINE explicit Inputs(const Row& row)
         : s(row.s), t(row.t), inverse_temperature(row.inverse_temperature), max_s(row.max_s), max_t(row.max_t) {}
-    FASTKD_INLINE V a(int64_t i, int lanes) const { return (load_up_to(s + i, lanes, S(kLowest)) - max_s) * inverse_temperature; }
+    FASTKD_INLINE V below_max(int64_t i, int lanes) const { return load_up_to(s + i, lanes, S(kLowest)) - max_s; }
+    FASTKD_INLINE V a(int64_t i, int lanes) const { return below_max(i, lanes) * inverse_temperature; }
     FASTKD_INLINE V b(int64_t i, int lanes) const { return (load_up_to(t + i, lanes, S(kLowest)) - max_t) * inverse_temperature; }
   };
 
   void run(double* kd_loss, double* task_loss) {
-    inverse_temperature = broadcast<V>(1.0 / temperature);
+    inverse_temperature = inverse_of<V>(temperature);
     max_s = row_max(s, params.classes);
     max_t = row_max(t, params.classes);
     // streaming stores need 64-byte aligned rows
@@ -163,17 +176,18 @@ struct Row {
   template <bool Swap, bool OwnTask>
   double linear_sweeps(double c, Task& task, bool stream) {
     const Inputs in(*this);
-    const V c_v = broadcast<V>(c), t_v = broadcast<V>(temperature);
+    const V c_v = broadcast<V>(c);
     const bool keep = gs != nullptr || gt != nullptr;
     S* const e_s = buffer[0];
     S* const e_t = buffer[1];
     const auto sums = sweep_sum<V, OwnTask ? 4 : 3>(params.classes, [&](int64_t i, int lanes, V * sum) __attribute__((always_inline)) {
-      const V ai = in.a(i, lanes), bi = in.b(i, lanes);
+      const V below = in.below_max(i, lanes);
+      const V ai = below * in.inverse_temperature, bi = in.b(i, lanes);
       const V es = exp(ai), et = exp(bi);
       sum[0] += es;
       sum[1] += et;
       sum[2] += Swap ? weigh(es, c_v * ai - bi) : weigh(et, c_v * bi - ai);
-      if constexpr (OwnTask) sum[3] += exp(ai * t_v);
+      if constexpr (OwnTask) sum[3] += exp(below);
       if (keep) {
         store(e_s + i, es);
         store(e_t + i, et);
@@ -212,7 +226,7 @@ struct Row {
           g = to_side(i);
         }
         if (task_too) {
-          g += OwnTask ? f_task * exp(in.a(i, lanes) * t_v) : f_task * load(e_s + i);
+          g += OwnTask ? f_task * exp(in.below_max(i, lanes)) : f_task * load(e_s + i);
           if (uint64_t(label - i) < uint64_t(lanes)) label_gradient = g[label - i];
         }
         write(out + i, g, lanes, stream);
@@ -235,30 +249,31 @@ struct Row {
   double jensen_shannon(Task& task, bool stream) {
     const Inputs in(*this);
     const bool own_task = params.task && !shared_task();
-    const V t_v = broadcast<V>(temperature);
     S* const e_s = buffer[0];
     S* const e_t = buffer[1];
     const auto z = sweep_sum<V, 3>(params.classes, [&](int64_t i, int lanes, V * sum) __attribute__((always_inline)) {
-      const V ai = in.a(i, lanes);
-      const V es = exp(ai), et = exp(in.b(i, lanes));
+      const V below = in.below_max(i, lanes);
+      const V es = exp(below * in.inverse_temperature), et = exp(in.b(i, lanes));
       sum[0] += es;
       sum[1] += et;
-      if (own_task) sum[2] += exp(ai * t_v);
+      if (own_task) sum[2] += exp(below);
       store(e_s + i, es);
       store(e_t + i, et);
     });
     const double zs = z.value[0], zt = z.value[1];
     if (params.task) finish_task(task, own_task ? z.value[2] : zs);
 
-    // log-ratios to the mixture; kept for the gradients in the two other buffers
+    // log-ratios to the mixture; kept for the gradients in the two other buffers. Probabilities may be subnormal, where
+    // reciprocal and log overflow: both are clamped, which changes terms below 2^-126 * 100 only.
+    const V tiny = broadcast<V>(kTiny<S>);
     const V inverse_zs = broadcast<V>(1.0 / zs), inverse_zt = broadcast<V>(1.0 / zt);
     const V beta = broadcast<V>(params.beta), one_minus_beta = broadcast<V>(1.0 - params.beta);
     S* const r_q = gs != nullptr ? buffer[2] : nullptr;
     S* const r_p = gt != nullptr ? buffer[3] : nullptr;
     const auto kl = sweep_sum<V, 2>(params.classes, [&](int64_t i, int, V * sum) __attribute__((always_inline)) {
       const V q = load(e_s + i) * inverse_zs, p = load(e_t + i) * inverse_zt;
-      const V inverse_m = S(1) / mixture(p, q, beta, one_minus_beta);
-      const V q_term = weigh(q, log(q * inverse_m)), p_term = weigh(p, log(p * inverse_m));
+      const V inverse_m = S(1) / maximum(tiny, mixture(p, q, beta, one_minus_beta));
+      const V q_term = weigh(q, log(maximum(tiny, q * inverse_m))), p_term = weigh(p, log(maximum(tiny, p * inverse_m)));
       sum[0] += q_term;
       sum[1] += p_term;
       if (r_q != nullptr) store(r_q + i, q_term);
@@ -279,7 +294,7 @@ struct Row {
         const V es = load(e_s + i);
         V g = f_q * (load(r_q + i) - es * shift_q);
         if (task_too) {
-          g += own_task ? f_task * exp(in.a(i, lanes) * t_v) : f_task * es;
+          g += own_task ? f_task * exp(in.below_max(i, lanes)) : f_task * es;
           if (uint64_t(label - i) < uint64_t(lanes)) label_gradient = g[label - i];
         }
         write(out + i, g, lanes, stream);

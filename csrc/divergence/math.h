@@ -19,11 +19,12 @@
 
 namespace fastkd::FASTKD_ISA::divergence_math {
 
-// probability * factor, 0 where the probability is 0 whatever the factor
+// probability * factor, 0 where the probability is 0 whatever the factor; a NaN stays one. The probability may carry
+// a scale of either sign (weights may be negative).
 template <typename V>
 FASTKD_HOST_DEVICE V weigh(V probability, V factor) {
   const V product = probability * factor;
-  return probability > 0 ? product : V{};
+  return probability != 0 ? product : V{};
 }
 
 // D from its sum over the row; log_x and log_y are log Zx and log Zy
