@@ -361,11 +361,32 @@ void rows(const RowParams& params, int64_t begin, int64_t end, void* scratch) {
   }
 }
 
+// The first index where `found` holds, or at least n.
+template <typename T, typename Found>
+FASTKD_INLINE int64_t first_index(const T* row, int64_t n, const Found& found) {
+  using V = Vector<T>;
+  constexpr int L = kLanes<V>;
+  constexpr int64_t kBlock = 8 * L;  // looked through as one
+  int64_t i = 0;
+  for (; i <= n - kBlock; i += kBlock) {
+    auto any = found(load(row + i));
+    for (int k = 1; k < 8; ++k) any |= found(load(row + i + k * L));
+    if (reduce_min(any) != 0) break;
+  }
+  for (; i < n; i += L) {
+    const auto hits = found(load_up_to(row + i, n - i, Scalar<T>(kLowest)));
+    if (reduce_min(hits) == 0) continue;
+    while (hits[i % L] == 0) ++i;
+    return i;
+  }
+  return n;
+}
+
 template <typename T>
 void stats_of(const StatsParams& params, int64_t begin, int64_t end) {
   using V = Vector<T>;
   using S = Scalar<T>;
-  const V inverse_temperature = broadcast<V>(1.0 / params.temperature);
+  const V inverse_temperature = inverse_of<V>(params.temperature);
   for (int64_t r = begin; r < end; ++r) {
     const T* row = static_cast<const T*>(params.logits) + r * params.stride;
     const V max = row_max(row, params.classes);
@@ -378,20 +399,20 @@ void stats_of(const StatsParams& params, int64_t begin, int64_t end) {
       sum[2] += lanes == kLanes<V> ? x : load_up_to(row + i, lanes, S(0));
     });
     const double total = sums.value[0], log_z = log_of(total);
-    const bool broken = total != total;  // a NaN or +inf among the logits
-    const S largest = broken && !(max[0] == __builtin_inff()) ? S(__builtin_nanf("")) : max[0];
-    int64_t argmax = 0;
-    for (int64_t i = 0; i < params.classes; ++i) {
-      const S x = load_first(row + i, 1, S(0))[0];
-      if (broken && largest != largest ? x != x : x == largest) {
-        argmax = i;
-        break;
+    S largest = max[0];
+    int64_t argmax = first_index<T>(row, params.classes, [&](V x) __attribute__((always_inline)) { return x == max; });
+    const bool broken = total != total;  // there is a NaN, or the maximum is infinite
+    if (broken) {
+      const int64_t nan = first_index<T>(row, params.classes, [](V x) __attribute__((always_inline)) { return x != x; });
+      if (nan < params.classes) {
+        argmax = nan;
+        largest = S(__builtin_nanf(""));
       }
     }
     static_cast<S*>(params.max)[r] = S(largest / params.temperature);
     params.argmax[r] = argmax;
     static_cast<S*>(params.mean)[r] = S(sums.value[2] / (double(params.classes) * params.temperature));
-    static_cast<S*>(params.logsumexp)[r] = S(double(max[0]) / params.temperature + log_z);
+    static_cast<S*>(params.logsumexp)[r] = S(double(largest) / params.temperature + (broken ? 0 : log_z));
     static_cast<S*>(params.entropy)[r] = S(log_z - sums.value[1] / total);
   }
 }
@@ -406,30 +427,42 @@ void stats(const StatsParams& params, int64_t begin, int64_t end) {
   }
 }
 
-// d max = [j = argmax], d mean = 1/K, d logsumexp = p, d entropy = -p (log p + H); all over T
+// d max = [j = argmax], d mean = 1/K, d logsumexp = p, d entropy = -p (log p + H); all over T.
+// log Z is summed anew: taken from the rounded logsumexp, it would lose what the maximum has in digits before it.
 template <typename T>
 void stats_backward_of(const StatsBackwardParams& params, int64_t begin, int64_t end) {
   using V = Vector<T>;
   using S = Scalar<T>;
   const auto at = [](const void* data, int64_t r) { return data == nullptr ? 0.0 : double(static_cast<const S*>(data)[r]); };
-  const V inverse_temperature = broadcast<V>(1.0 / params.temperature);
+  const V inverse_temperature = inverse_of<V>(params.temperature);
+  const bool softmax = params.grad_logsumexp != nullptr || params.grad_entropy != nullptr;
   for (int64_t r = begin; r < end; ++r) {
     const T* row = static_cast<const T*>(params.logits) + r * params.stride;
     T* gradient = static_cast<T*>(params.gradient) + r * params.classes;
     const V max = row_max(row, params.classes);
-    // log p = (x - max) / T - log Z, log Z = logsumexp - max / T
-    const V log_z = broadcast<V>(at(params.logsumexp, r) - double(max[0]) / params.temperature);
+    const auto below_max = [&](int64_t i, int lanes) __attribute__((always_inline)) {
+      return (load_up_to(row + i, lanes, S(kLowest)) - max) * inverse_temperature;
+    };
+    V log_z{};
+    if (softmax) {
+      const auto z = sweep_sum<V, 1>(params.classes, [&](int64_t i, int lanes, V * sum)
+                                                          __attribute__((always_inline)) { sum[0] += exp(below_max(i, lanes)); });
+      log_z = broadcast<V>(log_of(z.value[0]));
+    }
     const V entropy = broadcast<V>(at(params.entropy, r));
     const V g_entropy = broadcast<V>(at(params.grad_entropy, r) / params.temperature);
     const V g_logsumexp = broadcast<V>(at(params.grad_logsumexp, r) / params.temperature);
     const V g_mean = broadcast<V>(at(params.grad_mean, r) / (params.temperature * double(params.classes)));
     const S g_max = S(at(params.grad_max, r) / params.temperature);
+    const uint64_t argmax = params.argmax[r];
     sweep<V>(params.classes, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-      const V log_p = (load_up_to(row + i, lanes, S(kLowest)) - max) * inverse_temperature - log_z;
-      const V p = exp(log_p);
-      V g = g_mean + p * g_logsumexp - weigh(p, log_p + entropy) * g_entropy;
-      const int64_t offset = params.argmax[r] - i;
-      if (uint64_t(offset) < uint64_t(lanes)) g[offset] += g_max;
+      V g = g_mean;
+      if (softmax) {
+        const V log_p = below_max(i, lanes) - log_z;
+        const V p = exp(log_p);
+        g += p * g_logsumexp - weigh(p, log_p + entropy) * g_entropy;
+      }
+      if (argmax - i < uint64_t(lanes)) g[argmax - i] += g_max;
       store_up_to(gradient + i, g, lanes);
     });
   }
