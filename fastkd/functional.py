@@ -6,7 +6,13 @@ float32 or better, and losses of bfloat16 and float16 logits come back in float3
 its logits require one; wrap the teacher in ``torch.no_grad()`` where they should not.
 
 Masked classes may be ``-inf`` on either side or both (0 log 0 = 0). Where the divergence itself is infinite (the "to"
-side gives a class probability 0 that the "from" side does not), the loss is ``inf``.
+side gives a class probability 0 that the "from" side does not), the loss of that row is ``inf``; the gradient of the
+"to" side (the student's, in forward KL) is still ``T (q - p)``, finite and pointing back to a finite loss, while the
+"from" side has no derivative there and gets ``nan`` or ``inf`` in that row. Mask such classes on both sides.
+Probabilities below the smallest normal number of the arithmetic (2^-126; float64: 2^-1022) count as 0.
+
+A row that holds ``nan``, ``+inf``, or ``-inf`` only has a loss and gradients of ``nan``; rows that are ignored or have
+weight 0 are not looked at. First derivatives only, in reverse mode (``backward``, ``torch.func.grad``).
 """
 
 from __future__ import annotations
@@ -52,8 +58,7 @@ def kl_div(
     Raises:
         ValueError, RuntimeError: shapes or dtypes that differ, T <= 0, a target out of range.
     """
-    if direction not in ("forward", "reverse"):
-        raise ValueError(f"fastkd: direction is {direction!r}, must be 'forward' or 'reverse'")
+    _ops.check_choice("direction", direction, ("forward", "reverse"))
     return _ops.divergence(
         student_logits,
         teacher_logits,
@@ -83,6 +88,7 @@ def js_div(
     arXiv:2306.13649): ``beta = 0`` is forward KL, ``beta = 1`` reverse KL. ``beta = 0.5`` is the classic one, at most
     ln 2 before T^2. Other arguments as in :func:`kl_div`.
     """
+    _ops.check_number("beta", beta)
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"fastkd: beta is {beta}, must be in [0, 1]")
     kind = "forward" if beta == 0.0 else "reverse" if beta == 1.0 else "jensen_shannon"
@@ -176,19 +182,19 @@ def kd_loss(
         target: int64 ``[...]``, classes; rows whose target is ``ignore_index`` are left out of both terms.
         alpha: weight of the distillation term, in [0, 1].
         reduction: ``batchmean`` = sum / valid rows for both terms; ``sum``; ``none`` -> ``[...]``.
-        return_terms: also return ``{"task_loss": ..., "kd_loss": ...}``, the unweighted terms, detached, for logging.
+        return_terms: also return ``{"task_loss": ..., "kd_loss": ...}``, the unweighted terms, detached, for logging
+            (where ``alpha`` is 1 the task loss is not computed, and 0).
         Other arguments as in :func:`kl_div`.
     """
-    if not isinstance(target, Tensor):
-        raise TypeError(f"fastkd: target is {type(target).__name__}, must be an int64 tensor of classes")
-    if direction not in ("forward", "reverse"):
-        raise ValueError(f"fastkd: direction is {direction!r}, must be 'forward' or 'reverse'")
+    _ops.check_tensor("target", target)
+    _ops.check_choice("direction", direction, ("forward", "reverse"))
+    _ops.check_number("alpha", alpha)
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"fastkd: alpha is {alpha}, must be in [0, 1]")
-    if reduction == "mean":
+    if reduction == "mean":  # type: ignore[comparison-overlap]
         raise ValueError(
-            "fastkd: reduction is 'mean', must be 'batchmean', 'sum' or 'none': a mean over rows and classes would divide "
-            "the cross-entropy by the number of classes"
+            "fastkd: reduction is 'mean', must be 'batchmean', 'sum' or 'none': a mean over rows and classes "
+            "would divide the cross-entropy by the number of classes"
         )
     loss, terms = _ops.divergence(
         student_logits,

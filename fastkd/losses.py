@@ -1,4 +1,4 @@
-"""Loss modules: drop-in for the losses that a distillation loop already has. See :mod:`fastkd.functional` for the maths."""
+"""Loss modules: drop-in for the losses that a distillation loop already has. Maths: :mod:`fastkd.functional`."""
 
 from __future__ import annotations
 
@@ -130,4 +130,7 @@ class KDLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, alpha={self.alpha}, reduction={self.reduction!r}, direction={self.direction!r}"
+        return (
+            f"temperature={self.temperature}, alpha={self.alpha}, reduction={self.reduction!r}, "
+            f"direction={self.direction!r}"
+        )

@@ -2,24 +2,36 @@
 
 The gradients are produced in the forward pass, where both rows are in registers or cache anyway; the backward pass
 scales them by the incoming gradient, in place, and touches nothing where that is 1. In-place is safe because each
-gradient is handed out once: a second backward through the same graph (``retain_graph=True``) computes it anew.
+gradient is handed out once: a second backward through the same graph (``retain_graph=True``) computes it anew. So does
+the first one for float16, whose gradients must not be rounded before a loss scale (GradScaler) has multiplied them:
+those of a mean over a large batch are below its smallest number.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd import _library as _library  # registers the operators
-from fastkd.ops._autograd import register_autograd
+from fastkd.ops._autograd import register_autograd, save_tensors, saved_tensors
 
 KINDS = {"forward": 0, "reverse": 1, "jensen_shannon": 2, "soft_cross_entropy": 3}
 REDUCTIONS = {"none": 0, "sum": 1, "batchmean": 2, "mean": 3}
 
 _divergence = torch.ops.fastkd.divergence.default
 _logit_stats = torch.ops.fastkd.logit_stats.default
+
+
+_ONCE = (
+    "fastkd: the gradient of {} cannot be differentiated again (create_graph=True); "
+    "use the plain-torch form in fastkd.reference.divergence for second derivatives"
+)
+_DIVERGENCE_ONCE = _ONCE.format("a fused divergence")
+_LOGIT_STATS_ONCE = _ONCE.format("logit_stats")
 
 
 def divergence(
@@ -48,33 +60,41 @@ def divergence(
         reduction: ``none`` (``[...]``), ``sum``, ``batchmean`` (sum / valid rows) or ``mean`` (sum / valid rows / K).
 
     Returns:
-        loss: float32 (float64 for float64 logits); terms: ``[2]`` or ``[2, ...]``, task and distillation term, detached.
+        loss: float32 (float64 for float64 logits); terms: ``[2]`` or ``[2, ...]``, task and distillation term,
+        detached; the task term is 0 where ``task_scale`` is.
     """
-    if student_logits.dim() < 1:
-        raise ValueError(f"fastkd: student_logits has shape {tuple(student_logits.shape)}, must be [..., classes]")
+    check_logits("student_logits", student_logits)
+    check_tensor("teacher_logits", teacher_logits)
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"fastkd: teacher_logits has shape {tuple(teacher_logits.shape)}, must be that of student_logits, "
             f"{tuple(student_logits.shape)}" + _vocabulary_hint(student_logits, teacher_logits)
         )
-    if kind not in KINDS:
-        raise ValueError(f"fastkd: kind is {kind!r}, must be one of {', '.join(KINDS)}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"fastkd: reduction is {reduction!r}, must be one of {', '.join(REDUCTIONS)}")
+    check_choice("kind", kind, KINDS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"fastkd: ignore_index is {ignore_index!r}, must be an int")
     rows_shape = student_logits.shape[:-1]
     row_temperature = None
     if isinstance(temperature, Tensor):
         _no_gradient("temperature", temperature)
         row_temperature, temperature = _rows("temperature", temperature, rows_shape), 1.0
+    else:
+        check_number("temperature", temperature)
     if weight is not None:
+        check_tensor("weight", weight)
         _no_gradient("weight", weight)
         weight = _rows("weight", weight, rows_shape)
     if target is not None:
+        check_tensor("target", target)
         if target.shape != rows_shape:
             raise ValueError(f"fastkd: target has shape {tuple(target.shape)}, must be {tuple(rows_shape)}")
         target = target.reshape(-1)
     flat = student_logits.dim() == 2
-    grad_enabled = torch.is_grad_enabled()
+    _check_devices(
+        student_logits, teacher_logits=teacher_logits, target=target, weight=weight, temperature=row_temperature
+    )
+    ahead = torch.is_grad_enabled() and student_logits.dtype != torch.float16
     loss, terms, _, _ = _divergence(
         student_logits if flat else student_logits.reshape(-1, student_logits.shape[-1]),
         teacher_logits if flat else teacher_logits.reshape(-1, student_logits.shape[-1]),
@@ -88,12 +108,40 @@ def divergence(
         task_scale,
         ignore_index,
         REDUCTIONS[reduction],
-        grad_enabled and student_logits.requires_grad,
-        grad_enabled and teacher_logits.requires_grad,
+        ahead and student_logits.requires_grad,
+        ahead and teacher_logits.requires_grad,
     )
     if reduction == "none" and not flat:
         return loss.reshape(rows_shape), terms.reshape(2, *rows_shape)
     return loss, terms
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be a tensor")
+
+
+def check_logits(name: str, value: Tensor) -> None:
+    check_tensor(name, value)
+    if value.dim() < 1 or value.shape[-1] == 0:
+        raise ValueError(f"fastkd: {name} has shape {tuple(value.shape)}, must be [..., classes], classes > 0")
+
+
+def check_number(name: str, value: object) -> None:
+    if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt, Real)):
+        raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be a number")
+
+
+def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"fastkd: {name} is {value!r}, must be one of {', '.join(allowed)}")
+
+
+def _check_devices(student_logits: Tensor, **others: Tensor | None) -> None:
+    device = student_logits.device
+    for name, value in others.items():
+        if value is not None and value.device != device:
+            raise ValueError(f"fastkd: {name} is on {value.device}, must be where student_logits is, on {device}")
 
 
 def _vocabulary_hint(student_logits: Tensor, teacher_logits: Tensor) -> str:
@@ -117,10 +165,10 @@ def _rows(name: str, value: Tensor, shape: torch.Size) -> Tensor:
 
 def _no_gradient(name: str, value: Tensor) -> None:
     if value.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"fastkd: {name} requires grad, but the loss is not differentiable in it; pass {name}.detach()")
+        raise ValueError(f"fastkd: {name} requires grad, but has no gradient here; pass {name}.detach()")
 
 
-@torch.library.register_fake("fastkd::divergence")
+@torch.library.register_fake("fastkd::divergence")  # type: ignore[untyped-decorator,unused-ignore]
 def _divergence_fake(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -137,6 +185,9 @@ def _divergence_fake(
     student_gradient: bool,
     teacher_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_devices(
+        student_logits, teacher_logits=teacher_logits, target=target, weight=weight, temperatures=temperatures
+    )
     rows, classes = student_logits.shape
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     shape = [rows] if reduction == REDUCTIONS["none"] else []
@@ -148,41 +199,44 @@ def _divergence_fake(
     )
 
 
-@torch.library.register_fake("fastkd::divergence_backward_")
+@torch.library.register_fake("fastkd::divergence_backward_")  # type: ignore[untyped-decorator,unused-ignore]
 def _divergence_backward_fake(gradient: Tensor, grad_loss: Tensor) -> None:
-    return None
+    if gradient.device != grad_loss.device:
+        raise ValueError(f"fastkd: grad_loss is on {grad_loss.device}, must be where gradient is, on {gradient.device}")
 
 
 def _divergence_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, terms, student_gradient, teacher_gradient = output
-    ctx.mark_non_differentiable(terms, student_gradient, teacher_gradient)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:5])  # for a second backward only
+    save_tensors(ctx, inputs[:5])  # for gradients that the forward did not produce
     ctx.scalars = inputs[5:12]
-    # detached aliases: an output kept on its own node would be a reference cycle
-    ctx.gradients = (student_gradient.detach(), teacher_gradient.detach())
+    if torch._C._are_functorch_transforms_active():  # an outer transform must not take the gradients for constants
+        ctx.mark_non_differentiable(terms)
+        ctx.gradients = None
+    else:
+        ctx.mark_non_differentiable(terms, student_gradient, teacher_gradient)
+        # detached aliases: an output kept on its own node would be a reference cycle
+        ctx.gradients = (student_gradient.detach(), teacher_gradient.detach())
 
 
-def _divergence_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "fastkd: the gradient of a fused divergence cannot be differentiated again (create_graph=True); "
-            "use the plain-torch form in fastkd.reference.divergence for second derivatives"
-        )
-    need_student, need_teacher = ctx.needs_input_grad[:2]
-    if grad_loss is None or not (need_student or need_teacher):
+def _divergence_backward(
+    ctx: Any, grad_loss: Tensor | None, _terms: None, *second: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if any(g is not None for g in second):
+        raise RuntimeError(_DIVERGENCE_ONCE)
+    needed = ctx.needs_input_grad[:2]
+    if grad_loss is None or not any(needed):
         return (None,) * 14
     gradients, ctx.gradients = ctx.gradients, None
-    if gradients is None:
-        gradients = _divergence(*ctx.saved_tensors, *ctx.scalars, need_student, need_teacher)[2:]
-    result: list[Tensor | None] = [None] * 14
-    for i, (name, needed) in enumerate((("student", need_student), ("teacher", need_teacher))):
-        if not needed:
-            continue
-        if gradients[i].dim() != 2:
-            raise RuntimeError(f"fastkd: {name}_logits requires grad, so call the operator with {name}_gradient=True")
-        result[i] = _scale(gradients[i], grad_loss)
-    return tuple(result)
+    if gradients is not None and all(g.dim() == 2 for g, n in zip(gradients, needed, strict=True) if n):
+        gradients = [_scale(g, grad_loss) if n else None for g, n in zip(gradients, needed, strict=True)]
+    else:  # the incoming gradient is one more weight of the rows
+        student_logits, teacher_logits, target, weight, temperatures = saved_tensors(ctx)
+        grad_loss = grad_loss.expand(student_logits.shape[0])  # type: ignore[union-attr]
+        weight = grad_loss if weight is None else grad_loss * weight
+        tensors = student_logits, teacher_logits, target, weight, temperatures
+        gradients = _divergence(*tensors, *ctx.scalars, *needed)[2:]
+    return *(g if n else None for g, n in zip(gradients, needed, strict=True)), *(None,) * 12
 
 
 def _scale(gradient: Tensor, grad_loss: Tensor) -> Tensor:
@@ -193,21 +247,21 @@ def _scale(gradient: Tensor, grad_loss: Tensor) -> Tensor:
     return gradient
 
 
-register_autograd("divergence", _divergence_backward, setup_context=_divergence_setup_context)
+register_autograd("divergence", _divergence_backward, setup_context=_divergence_setup_context, once=_DIVERGENCE_ONCE)
 
 
 def logit_stats(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Statistics of ``z = logits / temperature`` over the last dimension: max, argmax, mean, logsumexp, entropy."""
-    if logits.dim() < 1:
-        raise ValueError(f"fastkd: logits has shape {tuple(logits.shape)}, must be [..., classes]")
+    check_logits("logits", logits)
+    check_number("temperature", temperature)
     shape = logits.shape[:-1]
     stats = _logit_stats(logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1]), temperature)
     if logits.dim() == 2:
         return stats  # type: ignore[no-any-return]
-    return tuple(value.reshape(shape) for value in stats)  # type: ignore[return-value]
+    return tuple(value.reshape(shape) for value in stats)
 
 
-@torch.library.register_fake("fastkd::logit_stats")
+@torch.library.register_fake("fastkd::logit_stats")  # type: ignore[untyped-decorator,unused-ignore]
 def _logit_stats_fake(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = logits.shape[0]
@@ -215,7 +269,7 @@ def _logit_stats_fake(logits: Tensor, temperature: float) -> tuple[Tensor, Tenso
     return values[0], logits.new_empty([rows], dtype=torch.int64), values[1], values[2], values[3]
 
 
-@torch.library.register_fake("fastkd::logit_stats_backward")
+@torch.library.register_fake("fastkd::logit_stats_backward")  # type: ignore[untyped-decorator,unused-ignore]
 def _logit_stats_backward_fake(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(list(logits.shape))
 
@@ -229,11 +283,6 @@ def _logit_stats_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[
 
 
 def _logit_stats_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "fastkd: the gradient of logit_stats cannot be differentiated again (create_graph=True); "
-            "use the plain-torch form in fastkd.reference.divergence for second derivatives"
-        )
     logits, argmax, logsumexp, entropy = ctx.saved_tensors
     grad_max, _, grad_mean, grad_logsumexp, grad_entropy = grads
     gradient = torch.ops.fastkd.logit_stats_backward.default(
@@ -242,4 +291,11 @@ def _logit_stats_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None
     return gradient, None
 
 
-register_autograd("logit_stats", _logit_stats_backward, setup_context=_logit_stats_setup_context)
+def _no_second_derivative(*_: Any) -> None:
+    raise RuntimeError(_LOGIT_STATS_ONCE)
+
+
+register_autograd(
+    "logit_stats", _logit_stats_backward, setup_context=_logit_stats_setup_context, once=_LOGIT_STATS_ONCE
+)
+register_autograd("logit_stats_backward", _no_second_derivative, setup_context=lambda *_: None)
