@@ -1,0 +1,139 @@
+"""Inputs, truth and error bounds shared by the tests of the divergences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from fastkd.ops.divergence import divergence
+from fastkd.reference import divergence as reference
+
+KINDS = {
+    "forward": {"kind": "forward"},
+    "reverse": {"kind": "reverse"},
+    "soft_cross_entropy": {"kind": "soft_cross_entropy"},
+    **{f"jsd{beta}": {"kind": "jensen_shannon", "beta": beta} for beta in (0.01, 0.3, 0.5, 0.99)},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of a divergence in the dtype under test, and the gradient that comes in for each row."""
+
+    student: Tensor
+    teacher: Tensor
+    upstream: Tensor
+    options: dict[str, object]
+
+    def to(self, dtype: torch.dtype) -> Case:
+        return replace(
+            self, student=self.student.to(dtype), teacher=self.teacher.to(dtype), upstream=self.upstream.to(dtype)
+        )
+
+    def run(self, loss: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of each row, and gradients of both logits (in their dtype), as float64."""
+        student, teacher = self.student.clone().requires_grad_(), self.teacher.clone().requires_grad_()
+        rows = loss(student, teacher, reduction="none", **self.options)
+        rows.backward(self.upstream.to(rows.dtype))
+        gradients = [x.grad if x.grad is not None else torch.zeros_like(x) for x in (student, teacher)]
+        return rows.detach().double(), gradients[0].double(), gradients[1].double()
+
+
+def fused(student: Tensor, teacher: Tensor, **options: object) -> Tensor:
+    return divergence(student, teacher, **options)[0]
+
+
+def plain(student: Tensor, teacher: Tensor, **options: object) -> Tensor:
+    """The reference in float32, as plain torch computes 16-bit logits under autocast."""
+    options = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
+    return reference.divergence(student.float(), teacher.float(), **options)
+
+
+def library(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    kind: str,
+    temperature: float | Tensor,
+    beta: float = 0.5,
+    reduction: str = "none",
+) -> Tensor:
+    """What users write with torch.nn.functional, in float32: the other candidate for the best plain-torch formula."""
+    temperature = temperature.float() if isinstance(temperature, Tensor) else temperature
+    t = temperature[..., None] if isinstance(temperature, Tensor) else temperature
+    log_q, log_p = F.log_softmax(student.float() / t, -1), F.log_softmax(teacher.float() / t, -1)
+
+    def kl(log_x: Tensor, log_y: Tensor) -> Tensor:
+        return F.kl_div(log_y, log_x, reduction="none", log_target=True).sum(-1)
+
+    if kind == "forward":
+        rows = kl(log_p, log_q)
+    elif kind == "reverse":
+        rows = kl(log_q, log_p)
+    elif kind == "soft_cross_entropy":
+        rows = F.cross_entropy(student.float() / t, log_p.exp(), reduction="none")
+    else:
+        weights = torch.tensor([beta, 1 - beta]).log()
+        log_m = torch.logsumexp(torch.stack([log_p + weights[0], log_q + weights[1]]), 0)
+        rows = beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+    return rows * temperature**2
+
+
+def truth(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """float64, from the logits as they are stored."""
+    return case.to(torch.float64).run(reference.divergence)
+
+
+def assert_accurate(case: Case) -> None:
+    """Losses and gradients are finite and at most twice as far from the truth as the best plain-torch formula."""
+    expected = truth(case)
+    ours = case.run(fused)
+    candidates = [case.run(plain)]
+    if not {"target", "weight"} & case.options.keys():
+        candidates.append(case.run(library))
+    temperature = torch.as_tensor(case.options["temperature"], dtype=torch.float64)
+    dtype = case.student.dtype
+    upstream = case.upstream.double().abs()
+    eps, unit = 2.0**-24, torch.ones_like(expected[0])
+    if dtype == torch.float64:  # the truth is rounded too: z = s / T, then exp(z), then times log-ratios of size z
+        finite = [torch.where(x.isfinite(), x, 0.0) for x in (case.student, case.teacher)]
+        eps, unit = 2.0**-50, (torch.stack(finite).abs().amax((0, 2)) / temperature).square().clamp(min=1)
+    # floor of a loss: logs of size 1 or more cancel in it, and are rounded once
+    loss_floor = eps * temperature**2 * (expected[0] / temperature**2).abs().maximum(unit)
+    # floor of a gradient: one rounding of probabilities of size 1 that cancel in it, times T
+    gradient_floor = (eps * temperature.clamp(min=1) * upstream * unit)[..., None] + torch.finfo(dtype).smallest_normal
+    rounding = torch.finfo(dtype).eps / 2  # of the result; rounded once more where the incoming gradient scales it
+    few = len(upstream) < 32  # plain torch may be right by luck
+    for name, index in (("loss", 0), ("student gradient", 1), ("teacher gradient", 2)):
+        assert torch.isfinite(ours[index]).all(), f"{name}: {ours[index]}"
+        error = (ours[index] - expected[index]).norm().item()
+        errors = [(c[index] - expected[index]).norm().item() for c in candidates]
+        best = min((e for e in errors if e == e), default=0.0) if dtype != torch.float64 else 0.0
+        floor = loss_floor if index == 0 else gradient_floor
+        if index > 0:
+            best = max(best, (rounding * expected[index]).norm().item())
+        limit = 2 * best + (4 if few else 1) * floor.expand_as(expected[index]).norm().item()
+        assert error <= limit, f"{name}: error {error:.3g}, plain torch {best:.3g}, limit {limit:.3g}"
+
+
+def logits(rows: int, classes: int, dist: str, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Student and teacher logits: ``normal``, ``huge`` (+-1e4), ``close`` (nearly equal), ``masked`` (-inf columns)."""
+
+    def normal() -> Tensor:
+        return torch.randn(rows, classes, generator=generator, dtype=torch.float64)
+
+    student, teacher = 2 * normal(), 2 * normal()
+    if dist == "huge":
+        student, teacher = 1e4 * normal().sign() + student, 1e4 * normal().sign() + teacher
+    elif dist == "close":
+        teacher = student + 1e-3 * teacher
+    elif dist in ("masked", "masked_apart"):
+        last = classes - 1
+        student[:, :last:3], teacher[:, :last:3] = -torch.inf, -torch.inf
+        if dist == "masked_apart":  # the Jensen-Shannon divergence alone is finite here
+            student[:, 1:last:3], teacher[:, 2:last:3] = -torch.inf, -torch.inf
+    return student.to(dtype), teacher.to(dtype)

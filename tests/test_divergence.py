@@ -1,0 +1,347 @@
+"""Numbers of the divergences: truth, odd shapes, infinities, masks, extreme temperatures, determinism."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from divergence_cases import KINDS, Case, assert_accurate, fused, logits, truth
+from torch import Tensor
+
+from fastkd import _C, build_info
+from fastkd.ops.divergence import divergence
+from fastkd.reference import divergence as reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+TEMPERATURES = [0.05, 1.0, 4.0, "rows"]
+SMALL = [(0, 7), (1, 1), (5, 1), (1, 2), (4, 3), (2, 41), (3, 401), (2, 1271)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The truth of small rows is ten times faster so, where other processes share the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make(
+    rows: int, classes: int, dist: str, dtype: torch.dtype, generator: torch.Generator, **options: object
+) -> Case:
+    student, teacher = logits(rows, classes, dist, dtype, generator)
+    if options.get("temperature") == "rows":
+        options["temperature"] = torch.rand(rows, generator=generator, dtype=torch.float64) * 8 + 0.05
+    return Case(student, teacher, torch.randn(rows, generator=generator), options)
+
+
+def ids(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("temperature", TEMPERATURES, ids=ids)
+@pytest.mark.parametrize("kind", KINDS)
+def test_truth(
+    kind: str, temperature: float | str, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> None:
+    for dist in ("normal", "huge", "close", "masked", *(["masked_apart"] if "jsd" in kind else [])):
+        assert_accurate(make(48, 41, dist, dtype, generator, temperature=temperature, **KINDS[kind]))
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=ids)
+@pytest.mark.parametrize("kind", ["forward", "reverse", "soft_cross_entropy", "jsd0.3"])
+def test_shapes(kind: str, shape: tuple[int, int], device: torch.device, generator: torch.Generator) -> None:
+    for dtype in DTYPES:
+        assert_accurate(make(*shape, "normal", dtype, generator, temperature=2.0, **KINDS[kind]))
+
+
+@pytest.mark.parametrize("classes", [32000, 128257])
+@pytest.mark.parametrize("kind", ["forward", "reverse", "soft_cross_entropy", "jsd0.3"])
+def test_large_vocabularies(kind: str, classes: int, generator: torch.Generator) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_accurate(make(3, classes, "normal", dtype, generator, temperature=1.0, **KINDS[kind]))
+
+
+def test_streamed_gradients_are_the_cached_ones(generator: torch.Generator) -> None:
+    """Gradients beyond 24 MiB are written around the caches; odd rows start off their alignment."""
+    student, teacher = logits(198, 32000, "normal", torch.float32, generator)
+    for classes in (32000, 31999):
+        s, t = student[:, :classes].contiguous(), teacher[:, :classes].contiguous()
+        whole = Case(s, t, torch.ones(198), {"temperature": 2.0, "kind": "forward"}).run(fused)
+        part = Case(s[:5], t[:5], torch.ones(5), {"temperature": 2.0, "kind": "forward"}).run(fused)
+        for a, b in zip(whole, part, strict=True):
+            assert torch.equal(a[:5], b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("temperature", [1.0, 4.0, "rows"], ids=ids)
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd0.3", "soft_cross_entropy"])
+def test_cross_entropy_with_labels(
+    kind: str, temperature: float | str, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> None:
+    target = torch.randint(401, (24,), generator=generator)
+    target[::5] = -1
+    weight = torch.randn(24, generator=generator)
+    scales = {"kd_scale": 0.7, "task_scale": 0.3, "ignore_index": -1, "target": target, "weight": weight}
+    assert_accurate(make(24, 401, "normal", dtype, generator, temperature=temperature, **KINDS[kind], **scales))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("ignored", [0, 2, 6])
+def test_reductions(
+    reduction: str, weighted: bool, ignored: int, device: torch.device, generator: torch.Generator
+) -> None:
+    student, teacher = logits(6, 9, "normal", torch.float64, generator)
+    target = torch.arange(6)
+    target[:ignored] = -100
+    weight = torch.tensor([-1.0, 0.0, 2.0, 0.0, 0.5, 3.0], dtype=torch.float64) if weighted else None
+    options = {"kd_scale": 0.9, "task_scale": 0.1, "temperature": 3.0, "reduction": reduction}
+    student.requires_grad_()
+    expected = reference.divergence(student, teacher, target, weight=weight, **options)
+    ours, terms = divergence(student, teacher, target, weight=weight, **options)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(0.1 * terms[0] + 0.9 * terms[1], ours.detach())
+    upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    gradients = [torch.autograd.grad(loss, student, upstream)[0] for loss in (ours, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_reference_is_what_torch_computes(generator: torch.Generator) -> None:
+    """The truth of these tests against torch.nn.functional, where the latter is exact."""
+    s, t = logits(8, 17, "normal", torch.float64, generator)
+    F = torch.nn.functional  # noqa: N806
+    log_q, p = F.log_softmax(s / 2, -1), F.softmax(t / 2, -1)
+    target = torch.arange(8)
+    m = 0.3 * p + 0.7 * log_q.exp()
+    jsd = 0.3 * F.kl_div(m.log(), p, reduction="sum") + 0.7 * F.kl_div(m.log(), log_q.exp(), reduction="sum")
+    for kind, expected in {
+        "forward": F.kl_div(log_q, p, reduction="batchmean") * 4,
+        "reverse": F.kl_div(p.log(), log_q, reduction="batchmean", log_target=True) * 4,
+        "soft_cross_entropy": F.cross_entropy(s / 2, p) * 4,
+        "jensen_shannon": jsd / 8 * 4,
+    }.items():
+        torch.testing.assert_close(reference.divergence(s, t, kind=kind, temperature=2.0, beta=0.3), expected)
+    both = reference.divergence(s, t, target, kd_scale=0.0, task_scale=1.0)
+    torch.testing.assert_close(both, F.cross_entropy(s, target))
+
+
+# ---- infinities, NaN, masks --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("kind", ["forward", "reverse", "soft_cross_entropy"])
+def test_infinite_divergence(kind: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+    """The loss of the row is inf; its "to" side still learns; the "from" side's gradient says that there is none."""
+    case = make(3, 37, "normal", dtype, generator, temperature=2.0, kind=kind)
+    to, source = (case.teacher, case.student) if kind == "reverse" else (case.student, case.teacher)
+    to[1, 5] = -math.inf
+    source[1, 7] = -math.inf
+    loss, student_gradient, teacher_gradient = case.run(fused)
+    assert loss[1] == math.inf
+    to_gradient, from_gradient = student_gradient, teacher_gradient
+    if kind == "reverse":
+        to_gradient, from_gradient = teacher_gradient, student_gradient
+    expected = case.upstream[1].double() * 2 * (
+        torch.softmax(to[1].double() / 2, -1) - torch.softmax(source[1].double() / 2, -1)
+    )
+    torch.testing.assert_close(to_gradient[1], expected, rtol=3 * torch.finfo(dtype).eps, atol=1e-6)
+    assert not torch.isfinite(from_gradient[1, [0, 5, 36]]).any()
+    assert from_gradient[1, 7] == 0
+    for row in (0, 2):  # untouched
+        alone = Case(case.student[[row]], case.teacher[[row]], case.upstream[[row]], case.options).run(fused)
+        for all_rows, one in zip((loss, student_gradient, teacher_gradient), alone, strict=True):
+            assert torch.equal(all_rows[row], one[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf], ids=ids)
+def test_nan_stays_in_its_row(
+    kind: str, side: str, poison: float, device: torch.device, generator: torch.Generator
+) -> None:
+    for dtype in DTYPES:
+        case = make(3, 37, "normal", dtype, generator, temperature=2.0, **KINDS[kind])
+        clean = case.run(fused)
+        getattr(case, side)[1, 20] = poison
+        for before, after in zip(clean, case.run(fused), strict=True):
+            assert torch.equal(before[[0, 2]], after[[0, 2]])
+            # no class of the row gets a plausible number; nor the row that is -inf throughout
+            assert torch.isnan(after[1]).all()
+        getattr(case, side)[1, :] = -math.inf
+        assert all(torch.isnan(part[1]).all() for part in case.run(fused))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_left_out_may_hold_anything(kind: str, device: torch.device, generator: torch.Generator) -> None:
+    for dtype in DTYPES:
+        case = make(4, 37, "normal", dtype, generator, temperature=2.0, **KINDS[kind])
+        case.student[1], case.teacher[1] = math.nan, math.inf
+        case.student[2, 3], case.teacher[2, 4] = math.inf, math.nan
+        target = torch.tensor([3, -100, 1, 2])
+        weight = torch.tensor([2.0, 1.0, 0.0, -1.0])
+        case.options.update(target=target, weight=weight, task_scale=0.5)
+        for part in case.run(fused):
+            assert torch.isfinite(part).all()
+            assert (part[1:3] == 0).all()
+            assert (part[[0, 3]] != 0).any()
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.3, 0.5, 0.99, 1e-9, 1 - 1e-9, 0.0, 1.0])
+def test_jsd_where_probabilities_underflow(beta: float, device: torch.device) -> None:
+    """Both sides, either side, or their ratio below the smallest normal number (NaN in Liger-Kernel#1453)."""
+    below = torch.tensor([0.0, -80.0, -86.0, -87.5, -88.0, -90.0, -95.0, -103.0, -104.0, -120.0, -1e4, -math.inf])
+    student, teacher = below.repeat_interleave(12), below.repeat(12)  # every pair
+    student, teacher = (torch.cat([x.new_full((30,), 1.0), x])[None].clone() for x in (student, teacher))
+    options = {"kind": "jensen_shannon", "beta": beta, "temperature": 1.0}
+    case = Case(student, teacher, torch.ones(1), options)
+    for part, expected in zip(case.run(fused), truth(case), strict=True):
+        torch.testing.assert_close(part, expected, rtol=2e-6, atol=1e-8)
+
+
+# ---- temperatures, weights, small and large numbers ---------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e-6, 1e-3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_temperatures(
+    kind: str, temperature: float, device: torch.device, generator: torch.Generator
+) -> None:
+    """Finite, and T times the gap of the logits to first order; the hard cross-entropy does not depend on T."""
+    for dtype in (torch.float32, torch.float64):
+        student, teacher = logits(5, 37, "normal", dtype, generator)
+        target = torch.arange(5)
+        student.requires_grad_()
+        loss, terms = divergence(
+            student, teacher, target, temperature=temperature, task_scale=1.0, reduction="none", **KINDS[kind]
+        )
+        loss.sum().backward()
+        task = torch.nn.functional.cross_entropy(student.double(), target, reduction="none")
+        torch.testing.assert_close(terms[0].double(), task.detach(), rtol=1e-6, atol=1e-6)
+        assert torch.isfinite(student.grad).all()
+        expected = torch.zeros(5, dtype=torch.float64)
+        if temperature >= 1e-6:
+            options = {"temperature": temperature, **KINDS[kind]}
+            expected = reference.divergence_rows(student.double(), teacher.double(), **options).detach()
+        torch.testing.assert_close(terms[1].double(), expected, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("temperature", [1e3, 1e6, 1e40])
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd0.5"])
+def test_large_temperatures(kind: str, temperature: float, device: torch.device, generator: torch.Generator) -> None:
+    """Gradients near their limit (s - mean s - t + mean t) / K, labels unaffected, losses of float64 too."""
+    target = torch.arange(5)
+    for dtype in (torch.float32, torch.float64):
+        student, teacher = logits(5, 37, "normal", dtype, generator)
+        student.requires_grad_()
+        _, terms = divergence(student, teacher, target, temperature=temperature, reduction="none", task_scale=1.0)
+        task = torch.nn.functional.cross_entropy(student.double(), target, reduction="none")
+        torch.testing.assert_close(terms[0].double(), task.detach(), rtol=1e-6, atol=1e-6)
+        if temperature > 1e6:
+            continue
+        double = student.detach().double().requires_grad_()
+        options = {"temperature": temperature, "reduction": "sum", **KINDS[kind]}
+        gradient = torch.autograd.grad(divergence(student, teacher, **options)[0], student)[0].double()
+        expected = torch.autograd.grad(reference.divergence(double, teacher.double(), **options), double)[0]
+        # T (q - p), where each of the two is rounded at its size, 1 / K
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=4 * torch.finfo(dtype).eps * temperature / 37)
+
+
+def test_float16_gradients_survive_a_loss_scale(device: torch.device, generator: torch.Generator) -> None:
+    """The gradient of a mean is below float16's smallest number until GradScaler's 65536 has multiplied it."""
+    student, teacher = logits(512, 1000, "normal", torch.float16, generator)
+    student.requires_grad_()
+    (65536 * divergence(student, teacher, reduction="mean")[0]).backward()
+    double = student.detach().double().requires_grad_()
+    (65536 * reference.divergence(double, teacher.double(), reduction="mean")).backward()
+    torch.testing.assert_close(student.grad.double(), double.grad, rtol=2e-3, atol=6e-8)
+
+
+def test_float16_gradient_overflows_to_infinity(device: torch.device) -> None:
+    student = torch.tensor([[0.0, 60000.0]], dtype=torch.float16, requires_grad=True)
+    divergence(student, torch.tensor([[60000.0, 0.0]], dtype=torch.float16), temperature=1e2)[0].backward()
+    assert student.grad.tolist() == [[-100.0, 100.0]]
+    student.grad = None
+    weight = torch.tensor([1e4])
+    loss, _ = divergence(student, student.detach().flip(-1), temperature=1e2, weight=weight)
+    loss.backward()
+    assert student.grad.tolist() == [[-math.inf, math.inf]]
+
+
+def test_negative_weights(device: torch.device, generator: torch.Generator) -> None:
+    for kind in KINDS:
+        case = make(4, 37, "normal", torch.float32, generator, temperature=2.0, **KINDS[kind])
+        plus = case.run(fused)
+        case.options["weight"] = -torch.ones(4)
+        for a, b in zip(plus, case.run(fused), strict=True):
+            assert torch.equal(a, -b)
+
+
+# ---- the same bits everywhere ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd0.3"])
+def test_bits_do_not_depend_on_threads(kind: str, device: torch.device, generator: torch.Generator) -> None:
+    student, teacher = logits(61, 1271, "normal", torch.float32, generator)
+    target = torch.arange(61)
+
+    def run() -> list[Tensor]:
+        s, t = student.clone().requires_grad_(), teacher.clone().requires_grad_()
+        loss, terms = divergence(s, t, target, temperature=3.0, task_scale=0.5, **KINDS[kind])
+        (3 * loss).backward()
+        return [loss.detach(), terms, s.grad, t.grad]
+
+    results = []
+    for count in (1, 2, 5, 2):
+        torch.set_num_threads(count)
+        results.append(run())
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_instruction_sets_agree(generator: torch.Generator) -> None:
+    sets = ["baseline", "avx2", "avx512"]
+    sets = sets[: sets.index(build_info()["cpu_instruction_set_best"]) + 1]
+    for kind in KINDS:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            case = make(8, 401, "normal", dtype, generator, temperature=0.05, **KINDS[kind])
+            results = []
+            try:
+                for name in sets:
+                    _C.set_instruction_set(name)
+                    results.append(case.run(fused))
+            finally:
+                _C.set_instruction_set(sets[-1])
+            for other in results[1:]:
+                torch.testing.assert_close(other[0], results[0][0], rtol=1e-6, atol=1e-9)
+                for a, b in zip(other[1:], results[0][1:], strict=True):
+                    torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd0.3"])
+def test_strides(kind: str, device: torch.device, generator: torch.Generator) -> None:
+    """Sliced vocabularies, transposes, expanded rows and classes: as their contiguous copies."""
+    base = torch.randn(40, 40, generator=generator)
+    views = {
+        "vocabulary": base[3:20, 1:34],
+        "transposed": base.t()[:17, :33],
+        "rows expanded": base[:1, :33].expand(17, 33),
+        "classes expanded": base[:17, :1].expand(17, 33),
+        "every second": torch.randn(34, 66, generator=generator)[::2, ::2],
+        "one class": base[:17, 5:6],
+    }
+    for dtype in DTYPES:
+        for name, view in views.items():
+            student = view.to(dtype) if dtype == torch.float32 else view.to(dtype).contiguous().as_strided(
+                view.shape, view.contiguous().stride()
+            )
+            teacher = torch.randn(view.shape, generator=generator).to(dtype)
+            options = {"temperature": 2.0, **KINDS[kind]}
+            for a, b in ((student, teacher), (teacher, student)):
+                strided = Case(a, b, torch.ones(17), options)
+                packed = Case(a.contiguous(), b.contiguous(), torch.ones(17), options)
+                for x, y in zip(strided.run(lambda s, t, **k: fused(s, t, **k)), packed.run(fused), strict=True):
+                    assert torch.equal(x, y), name
