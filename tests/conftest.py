@@ -31,6 +31,15 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small tensors in plain torch are ten times faster so where other processes share the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def generator() -> torch.Generator:
     """A seeded generator for the inputs of a test."""
     return torch.Generator().manual_seed(0)

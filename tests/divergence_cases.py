@@ -36,7 +36,7 @@ class Case:
 
     def run(self, loss: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Loss of each row, and gradients of both logits (in their dtype), as float64."""
-        student, teacher = self.student.clone().requires_grad_(), self.teacher.clone().requires_grad_()
+        student, teacher = (x.detach().requires_grad_() for x in (self.student, self.teacher))  # strides and all
         rows = loss(student, teacher, reduction="none", **self.options)
         rows.backward(self.upstream.to(rows.dtype))
         gradients = [x.grad if x.grad is not None else torch.zeros_like(x) for x in (student, teacher)]

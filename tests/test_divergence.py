@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,23 +13,14 @@ from fastkd import _C, build_info
 from fastkd.ops.divergence import divergence
 from fastkd.reference import divergence as reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 TEMPERATURES = [0.05, 1.0, 4.0, "rows"]
 SMALL = [(0, 7), (1, 1), (5, 1), (1, 2), (4, 3), (2, 41), (3, 401), (2, 1271)]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The truth of small rows is ten times faster so, where other processes share the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def make(
-    rows: int, classes: int, dist: str, dtype: torch.dtype, generator: torch.Generator, **options: object
-) -> Case:
+def make(rows: int, classes: int, dist: str, dtype: torch.dtype, generator: torch.Generator, **options: object) -> Case:
     student, teacher = logits(rows, classes, dist, dtype, generator)
     if options.get("temperature") == "rows":
         options["temperature"] = torch.rand(rows, generator=generator, dtype=torch.float64) * 8 + 0.05
@@ -145,8 +135,10 @@ def test_infinite_divergence(kind: str, dtype: torch.dtype, device: torch.device
     to_gradient, from_gradient = student_gradient, teacher_gradient
     if kind == "reverse":
         to_gradient, from_gradient = teacher_gradient, student_gradient
-    expected = case.upstream[1].double() * 2 * (
-        torch.softmax(to[1].double() / 2, -1) - torch.softmax(source[1].double() / 2, -1)
+    expected = (
+        case.upstream[1].double()
+        * 2
+        * (torch.softmax(to[1].double() / 2, -1) - torch.softmax(source[1].double() / 2, -1))
     )
     torch.testing.assert_close(to_gradient[1], expected, rtol=3 * torch.finfo(dtype).eps, atol=1e-6)
     assert not torch.isfinite(from_gradient[1, [0, 5, 36]]).any()
@@ -207,9 +199,7 @@ def test_jsd_where_probabilities_underflow(beta: float, device: torch.device) ->
 
 @pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e-6, 1e-3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_small_temperatures(
-    kind: str, temperature: float, device: torch.device, generator: torch.Generator
-) -> None:
+def test_small_temperatures(kind: str, temperature: float, device: torch.device, generator: torch.Generator) -> None:
     """Finite, and T times the gap of the logits to first order; the hard cross-entropy does not depend on T."""
     for dtype in (torch.float32, torch.float64):
         student, teacher = logits(5, 37, "normal", dtype, generator)
@@ -324,24 +314,21 @@ def test_instruction_sets_agree(generator: torch.Generator) -> None:
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jsd0.3"])
 def test_strides(kind: str, device: torch.device, generator: torch.Generator) -> None:
     """Sliced vocabularies, transposes, expanded rows and classes: as their contiguous copies."""
-    base = torch.randn(40, 40, generator=generator)
-    views = {
-        "vocabulary": base[3:20, 1:34],
-        "transposed": base.t()[:17, :33],
-        "rows expanded": base[:1, :33].expand(17, 33),
-        "classes expanded": base[:17, :1].expand(17, 33),
-        "every second": torch.randn(34, 66, generator=generator)[::2, ::2],
-        "one class": base[:17, 5:6],
-    }
     for dtype in DTYPES:
+        base, wide = (torch.randn(n, n, generator=generator).to(dtype) for n in (40, 70))
+        views = {
+            "vocabulary": base[3:20, 1:34],
+            "transposed": base.t()[:17, :33],
+            "rows expanded": base[:1, :33].expand(17, 33),
+            "classes expanded": base[:17, :1].expand(17, 33),
+            "every second": wide[:34:2, :66:2],
+            "one class": base[:17, 5:6],
+        }
+        options = {"temperature": 2.0, **KINDS[kind]}
         for name, view in views.items():
-            student = view.to(dtype) if dtype == torch.float32 else view.to(dtype).contiguous().as_strided(
-                view.shape, view.contiguous().stride()
-            )
-            teacher = torch.randn(view.shape, generator=generator).to(dtype)
-            options = {"temperature": 2.0, **KINDS[kind]}
-            for a, b in ((student, teacher), (teacher, student)):
-                strided = Case(a, b, torch.ones(17), options)
-                packed = Case(a.contiguous(), b.contiguous(), torch.ones(17), options)
-                for x, y in zip(strided.run(lambda s, t, **k: fused(s, t, **k)), packed.run(fused), strict=True):
+            other = torch.randn(view.shape, generator=generator).to(dtype)
+            for student, teacher in ((view, other), (other, view)):
+                strided = Case(student, teacher, torch.ones(17), options)
+                packed = Case(student.contiguous(), teacher.contiguous(), torch.ones(17), options)
+                for x, y in zip(strided.run(fused), packed.run(fused), strict=True):
                     assert torch.equal(x, y), name

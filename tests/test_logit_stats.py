@@ -1,0 +1,199 @@
+"""logit_stats: truth, gradients, ties and infinities, large logits, errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd.reference import divergence as reference
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SHAPES = [(0, 5), (1, 1), (4, 2), (3, 3), (5, 41), (3, 401), (2, 1271)]
+NAMES = fastkd.functional.LogitStats._fields
+
+
+def run(stats: object, logits: Tensor, temperature: float) -> dict[str, Tensor]:
+    """Every statistic, and the gradient of each but argmax, as float64."""
+    result = {}
+    for name, value in zip(NAMES, stats(logits, temperature), strict=True):
+        result[name] = value.detach().double()
+    for i, name in enumerate(NAMES):
+        if name != "argmax":
+            x = logits.detach().requires_grad_()  # strides and all
+            stats(x, temperature)[i].sum().backward()
+            result[f"gradient of {name}"] = x.grad.double()
+    return result
+
+
+def assert_accurate(logits: Tensor, temperature: float) -> None:
+    """At most twice the error of plain torch in float32, or a few roundings of the value."""
+    expected = run(reference.logit_stats, logits.double(), temperature)
+    plain = run(reference.logit_stats, logits.float(), temperature)
+    # the mean of terms that cancel, and the entropy, are differences of numbers of this size
+    size = {"mean": logits.double().abs().mean(-1) / temperature, "entropy": 1 + expected["entropy"].abs()}
+    for name, ours in run(fastkd.logit_stats, logits, temperature).items():
+        gradient = name.startswith("gradient")
+        eps = torch.finfo(logits.dtype).eps if gradient else 2.0**-48 if logits.dtype == torch.float64 else 2.0**-22
+        if gradient and logits.dtype == torch.float64:  # the truth is rounded too: in s / T, before exp
+            eps = 2.0**-50 * float(logits.abs().max().clamp(min=1)) / temperature
+        error = (ours - expected[name]).abs()
+        best = (plain[name] - expected[name]).norm() if logits.dtype != torch.float64 else 0.0
+        scale = size.get(name, expected[name].abs())
+        floor = eps * scale + torch.finfo(logits.dtype).smallest_normal + (eps / temperature if gradient else 0)
+        assert error.norm() <= 2 * best + floor.norm(), f"{name}: {error.norm():.3g}, plain torch {best:.3g}"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_truth(dtype: torch.dtype, shape: tuple[int, int], device: torch.device, generator: torch.Generator) -> None:
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64).mul(3).to(dtype)
+    for temperature in (0.05, 1.0, 3.0):
+        if shape[0] > 0:
+            assert_accurate(logits, temperature)
+        stats = fastkd.logit_stats(logits, temperature)
+        assert all(value.shape == shape[:1] for value in stats)
+        assert stats.argmax.dtype == torch.int64
+        assert torch.equal(stats.argmax, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_large_logits(temperature: float, device: torch.device, generator: torch.Generator) -> None:
+    """A common offset has no part in entropy and gradients: no digits may be lost to it."""
+    for dtype in (torch.float32, torch.float64):
+        base = torch.randint(-64, 64, (4, 97), generator=generator).to(dtype) / 64
+        at_zero = run(fastkd.logit_stats, base, temperature)
+        at_large = run(fastkd.logit_stats, base + 8192, temperature)
+        for name in at_zero:
+            if name == "entropy" or name.startswith("gradient"):
+                torch.testing.assert_close(at_large[name], at_zero[name], rtol=0, atol=0)
+
+
+def test_large_vocabulary(generator: torch.Generator) -> None:
+    logits = torch.randn(2, 128257, generator=generator)
+    assert_accurate(logits, 1.0)
+    assert torch.equal(fastkd.logit_stats(logits).argmax, logits.argmax(-1))
+
+
+def test_ties_and_positions(device: torch.device) -> None:
+    """The first of equal maxima, wherever it stands."""
+    for dtype in DTYPES:
+        for classes in (1, 7, 130, 700):
+            logits = torch.zeros(classes, classes, dtype=dtype)
+            for i in range(classes):
+                logits[i, i:] = 1.0
+            assert torch.equal(fastkd.logit_stats(logits).argmax, torch.arange(classes))
+            assert torch.equal(fastkd.logit_stats(-logits).argmax, torch.tensor([0] * classes))
+
+
+@pytest.mark.parametrize("classes", [3, 40, 300])
+def test_infinities_as_torch_has_them(classes: int, device: torch.device) -> None:
+    inf, nan = math.inf, math.nan
+    for dtype in DTYPES:
+        for place in (0, classes // 2, classes - 1):
+            for fill, value in (
+                (0.0, inf),
+                (0.0, -inf),
+                (0.0, nan),
+                (-inf, 1.0),
+                (-inf, -inf),
+                (inf, nan),
+                (-inf, nan),
+            ):
+                row = torch.full((1, classes), fill, dtype=dtype)
+                row[0, place] = value
+                ours, theirs = fastkd.logit_stats(row, 2.0), reference.logit_stats(row.double(), 2.0)
+                for name in ("max", "argmax", "mean", "logsumexp"):
+                    expected = theirs[NAMES.index(name)]
+                    torch.testing.assert_close(
+                        getattr(ours, name).double(), expected.double(), equal_nan=True, rtol=1e-6, atol=1e-6
+                    )
+                # no probabilities, no entropy
+                defined = math.isfinite(fill) and not value != value and value < inf or value == 1.0
+                assert math.isfinite(ours.entropy.item()) == defined
+
+
+def test_masked_classes_get_no_gradient(device: torch.device) -> None:
+    logits = torch.tensor([[0.0, -math.inf, 1.0, -math.inf]], requires_grad=True)
+    stats = fastkd.logit_stats(logits)
+    (stats.entropy + stats.logsumexp + stats.max).sum().backward()
+    assert torch.isfinite(logits.grad).all()
+    assert logits.grad[0, [1, 3]].tolist() == [0.0, 0.0]
+
+
+def test_nan_stays_in_its_row(device: torch.device, generator: torch.Generator) -> None:
+    logits = torch.randn(3, 37, generator=generator)
+    clean = run(fastkd.logit_stats, logits, 2.0)
+    logits[1, 5] = math.nan
+    for name, value in run(fastkd.logit_stats, logits, 2.0).items():
+        assert torch.equal(value[[0, 2]], clean[name][[0, 2]])
+    assert fastkd.logit_stats(logits).argmax[1] == 5
+
+
+def test_gradcheck_and_combinations(generator: torch.Generator) -> None:
+    logits = torch.randn(3, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    for wanted in ([0], [2], [3], [4], [0, 2], [3, 4], [0, 2, 3, 4]):
+        assert torch.autograd.gradcheck(lambda x, w=wanted: tuple(fastkd.logit_stats(x, 1.7)[i] for i in w), logits)
+    stats = fastkd.logit_stats(logits.reshape(3, 1, 5))
+    assert stats.max.shape == (3, 1)
+    assert not stats.argmax.requires_grad
+    (gradient,) = torch.autograd.grad(stats.entropy.sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="logit_stats cannot be differentiated again"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+def test_compile(dynamic: bool | None, generator: torch.Generator) -> None:
+    torch._dynamo.reset()
+
+    def loss(x: Tensor) -> Tensor:
+        stats = fastkd.logit_stats(x, 2.0)
+        return (stats.entropy * stats.logsumexp + stats.mean + stats.max.square() + stats.argmax).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for classes in (7, 9):
+        x = torch.randn(3, classes, generator=generator, requires_grad=True)
+        torch.testing.assert_close(torch.autograd.grad(compiled(x), x), torch.autograd.grad(loss(x), x))
+
+
+def test_strides_and_threads(device: torch.device, generator: torch.Generator) -> None:
+    base = torch.randn(60, 1300, generator=generator)
+    before = torch.get_num_threads()
+    try:
+        for view in (base[:, 3:1290], base.t()[:1000], base[:1].expand(50, -1), base[:, :1].expand(-1, 50), base[::2]):
+            results = []
+            for logits, threads in ((view, 1), (view.contiguous(), 2), (view, 5)):
+                torch.set_num_threads(threads)
+                results.append(run(fastkd.logit_stats, logits, 3.0))
+            for other in results[1:]:
+                assert all(torch.equal(other[name], value) for name, value in results[0].items())
+    finally:
+        torch.set_num_threads(before)
+
+
+X = torch.zeros(3, 5)
+ERRORS: dict[str, tuple[tuple[object, ...], type[Exception], tuple[str, ...]]] = {
+    "list": (([1.0],), TypeError, ("logits is list", "tensor")),
+    "0-d": ((X[0, 0],), ValueError, ("logits", "()", "classes > 0")),
+    "no class": ((X[:, :0],), ValueError, ("logits", "(3, 0)", "classes > 0")),
+    "integers": ((X.long(),), RuntimeError, ("logits", "int64", "float32, float64, bfloat16, float16")),
+    "T = 0": ((X, 0), RuntimeError, ("temperature is 0", "positive and finite")),
+    "T nan": ((X, math.nan), RuntimeError, ("temperature is nan", "positive and finite")),
+    "T inf": ((X, math.inf), RuntimeError, ("temperature is inf", "positive and finite")),
+    "T tensor": ((X, torch.ones(3)), TypeError, ("temperature is Tensor", "number")),
+    "T string": ((X, "1"), TypeError, ("temperature is str", "number")),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS.values(), ids=ERRORS)
+def test_errors(case: tuple[tuple[object, ...], type[Exception], tuple[str, ...]]) -> None:
+    arguments, error, parts = case
+    with pytest.raises(error) as caught:
+        fastkd.logit_stats(*arguments)
+    assert str(caught.value).startswith("fastkd: ")
+    assert all(part in str(caught.value) for part in parts)

@@ -1,0 +1,375 @@
+"""The losses as users call them: modules, autograd, compilation, transforms, memory, errors."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastkd
+import fastkd.functional as F  # noqa: N812
+from fastkd.ops.divergence import divergence
+from fastkd.reference import divergence as reference
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROWS, CLASSES = 6, 11
+TARGET = torch.tensor([0, 10, -100, 3, 4, 5])
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "kl": lambda s, t: F.kl_div(s, t, 4.0),
+    "reverse": lambda s, t: F.kl_div(s, t, 4.0, direction="reverse", reduction="sum"),
+    "js": lambda s, t: F.js_div(s, t, 2.0, beta=0.3, reduction="mean"),
+    "js0": lambda s, t: F.js_div(s, t, 2.0, beta=0.0),
+    "js1": lambda s, t: F.js_div(s, t, 2.0, beta=1.0),
+    "soft_ce": lambda s, t: F.soft_cross_entropy(s, t, 2.0),
+    "kd": lambda s, t: F.kd_loss(s, t, TARGET, 4.0, 0.7),
+    "rows": lambda s, t: F.kl_div(s, t, torch.arange(1, ROWS + 1) / 2, reduction="none", weight=torch.arange(6.0)),
+    "KLDivLoss": lambda s, t: fastkd.KLDivLoss(4.0)(s, t, TARGET),
+    "JSDivLoss": lambda s, t: fastkd.JSDivLoss(2.0, 0.3)(s, t, weight=torch.arange(6.0)),
+    "KDLoss": lambda s, t: fastkd.KDLoss()(s, t, TARGET),
+}
+TRUTHS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "kl": lambda s, t: reference.divergence(s, t, temperature=4.0),
+    "reverse": lambda s, t: reference.divergence(s, t, temperature=4.0, kind="reverse", reduction="sum"),
+    "js": lambda s, t: reference.divergence(s, t, temperature=2.0, kind="jensen_shannon", beta=0.3, reduction="mean"),
+    "js0": lambda s, t: reference.divergence(s, t, temperature=2.0),
+    "js1": lambda s, t: reference.divergence(s, t, temperature=2.0, kind="reverse"),
+    "soft_ce": lambda s, t: reference.divergence(s, t, temperature=2.0, kind="soft_cross_entropy"),
+    "kd": lambda s, t: reference.divergence(s, t, TARGET, temperature=4.0, kd_scale=0.7, task_scale=0.3),
+    "rows": lambda s, t: reference.divergence(
+        s, t, temperature=torch.arange(1, ROWS + 1) / 2, reduction="none", weight=torch.arange(6.0)
+    ),
+    "KLDivLoss": lambda s, t: reference.divergence(s, t, TARGET, temperature=4.0),
+    "JSDivLoss": lambda s, t: reference.divergence(
+        s, t, temperature=2.0, kind="jensen_shannon", beta=0.3, weight=torch.arange(6.0)
+    ),
+    "KDLoss": lambda s, t: reference.divergence(s, t, TARGET, temperature=4.0, kd_scale=0.9, task_scale=0.1),
+}
+
+
+@pytest.fixture
+def pair(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    s, t = torch.randn(2, ROWS, CLASSES, generator=generator, dtype=torch.float64).unbind()
+    return s.requires_grad_(), t
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_value_and_gradients(name: str, pair: tuple[Tensor, Tensor]) -> None:
+    student, teacher = pair[0], pair[1].requires_grad_()
+    ours, expected = LOSSES[name](student, teacher), TRUTHS[name](student, teacher)
+    torch.testing.assert_close(ours, expected)
+    upstream = torch.randn_like(expected)
+    for wanted in ([student], [teacher], [student, teacher]):
+        theirs = torch.autograd.grad(expected, wanted, upstream, retain_graph=True)
+        mine = torch.autograd.grad(LOSSES[name](student, teacher), wanted, upstream)
+        torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(
+        torch.autograd.grad(3 * ours.sum(), student), torch.autograd.grad(3 * expected.sum(), student)
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradcheck(name: str, pair: tuple[Tensor, Tensor]) -> None:
+    assert torch.autograd.gradcheck(LOSSES[name], (pair[0], pair[1].requires_grad_()))
+
+
+def test_leading_dimensions(generator: torch.Generator) -> None:
+    """[..., K]: one row, and sequences, with a temperature, weights and targets that have or broadcast to [...]."""
+    s, t = torch.randn(2, 2, 3, CLASSES, generator=generator).unbind()
+    target, temperature, weight = torch.arange(6).reshape(2, 3), torch.tensor([[2.0], [3.0]]), torch.rand(3)
+    options = {"temperature": temperature, "weight": weight, "reduction": "none"}
+    rows, terms = F.kd_loss(s, t, target, return_terms=True, **options)
+    assert rows.shape == terms["kd_loss"].shape == terms["task_loss"].shape == (2, 3)
+    for i in range(2):
+        for j in range(3):
+            one = {"temperature": float(temperature[i]), "weight": weight[j], "reduction": "none"}
+            row, row_terms = F.kd_loss(s[i, j], t[i, j], target[i, j], return_terms=True, **one)
+            assert row.shape == ()
+            torch.testing.assert_close(row, rows[i, j])
+            torch.testing.assert_close(row_terms["task_loss"], terms["task_loss"][i, j])
+    assert F.kl_div(s[:0], t[:0], reduction="none").shape == (0, 3)
+    assert F.kl_div(s[:, :0], t[:, :0]).item() == 0.0
+
+
+def test_terms_are_detached_and_unweighted(pair: tuple[Tensor, Tensor]) -> None:
+    loss, terms = F.kd_loss(*pair, TARGET, 4.0, 0.7, return_terms=True)
+    assert not terms["kd_loss"].requires_grad
+    torch.testing.assert_close(terms["kd_loss"], F.kl_div(*pair, 4.0, target=TARGET).detach())
+    torch.testing.assert_close(terms["task_loss"], nn.functional.cross_entropy(pair[0], TARGET).detach())
+    torch.testing.assert_close(0.7 * terms["kd_loss"] + 0.3 * terms["task_loss"], loss.detach())
+
+
+def test_modules_copy_and_print() -> None:
+    for module in (fastkd.KLDivLoss(2.0), fastkd.JSDivLoss(beta=0.3), fastkd.KDLoss(alpha=0.5)):
+        assert repr(copy.deepcopy(module)) == repr(module)
+        assert "temperature=" in repr(module)
+
+
+# ---- autograd ----------------------------------------------------------------------------------
+
+
+def test_second_backward_through_a_kept_graph(pair: tuple[Tensor, Tensor]) -> None:
+    """Right again, also after the first gradient was modified in place, as optimizers and clipping do."""
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        student, teacher = pair[0].detach().to(dtype).requires_grad_(), pair[1].to(dtype)
+        loss = F.kd_loss(student, teacher, TARGET, torch.rand(ROWS) + 1, weight=torch.rand(ROWS))
+        (first,) = torch.autograd.grad(loss, student, retain_graph=True)
+        expected = first.clone()
+        first.zero_()
+        for scale in (1.0, 3.0):
+            (again,) = torch.autograd.grad(scale * loss, student, retain_graph=True)
+            torch.testing.assert_close(again, scale * expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+def test_gradients_accumulate(pair: tuple[Tensor, Tensor]) -> None:
+    student, teacher = pair
+    (F.kl_div(student, teacher) + 2 * F.js_div(student, teacher)).backward()
+    F.kl_div(student, teacher).backward()
+    other = student.detach().clone().requires_grad_()
+    js = reference.divergence(other, teacher, kind="jensen_shannon")
+    (2 * reference.divergence(other, teacher) + 2 * js).backward()
+    torch.testing.assert_close(student.grad, other.grad)
+
+
+def test_changed_logits_are_noticed(pair: tuple[Tensor, Tensor]) -> None:
+    """The first backward needs the logits no more; the second would be wrong, and autograd says so."""
+    student = pair[0] * 1
+    loss = F.kl_div(student, pair[1])
+    (expected,) = torch.autograd.grad(F.kl_div(*pair), pair[0])
+    student.zero_()
+    torch.testing.assert_close(torch.autograd.grad(loss, pair[0], retain_graph=True)[0], expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, pair[0])
+
+
+def test_double_backward_raises(pair: tuple[Tensor, Tensor]) -> None:
+    for value in (F.kl_div(*pair), F.kl_div(*pair, reduction="none").square().sum()):
+        (gradient,) = torch.autograd.grad(value, pair[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="fused divergence cannot be differentiated again"):
+            gradient.sum().backward()
+
+
+def test_create_graph_alone_is_no_error(pair: tuple[Tensor, Tensor]) -> None:
+    """Another loss in the same graph may have second derivatives."""
+    student, teacher = pair
+    (gradient,) = torch.autograd.grad(F.kl_div(student, teacher), student, create_graph=True)
+    torch.testing.assert_close(gradient.detach(), torch.autograd.grad(F.kl_div(student, teacher), student)[0])
+
+
+def test_inference_and_no_grad(pair: tuple[Tensor, Tensor]) -> None:
+    student, teacher = pair
+    expected = torch.autograd.grad(reference.divergence(student, teacher), student)[0]
+    with torch.inference_mode():
+        frozen = teacher.clone()
+        weight = torch.ones(ROWS)
+        assert not F.kl_div(student, frozen).requires_grad
+    with torch.no_grad():
+        assert not F.kl_div(student, frozen).requires_grad
+    loss = F.kl_div(student, frozen, weight=weight)  # a teacher run under inference_mode, trained on outside
+    for _ in range(2):
+        torch.testing.assert_close(torch.autograd.grad(loss, student, retain_graph=True)[0], expected)
+
+
+def test_autocast(generator: torch.Generator) -> None:
+    """Logits come as the layers made them; the loss is float32, the gradient in the dtype of the logits."""
+    layer, x = nn.Linear(8, CLASSES), torch.randn(ROWS, 8, generator=generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = layer(x)
+        logits.retain_grad()
+        loss = F.kd_loss(logits, torch.randn(ROWS, CLASSES).bfloat16(), TARGET)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert logits.grad.dtype == logits.dtype == torch.bfloat16
+    assert torch.isfinite(layer.weight.grad).all()
+
+
+def test_nothing_is_kept_alive(pair: tuple[Tensor, Tensor]) -> None:
+    """No reference cycle: logits go with the last name, collector off, whether or not backward ran."""
+    gc.collect()
+    gc.disable()
+    try:
+        for run in (lambda loss: loss.backward(), lambda loss: loss.backward(retain_graph=True), lambda loss: None):
+            for dtype in (torch.float64, torch.float16):
+                student = pair[0].detach().to(dtype, copy=True).requires_grad_()
+                teacher = pair[1].to(dtype, copy=True)
+                names = [weakref.ref(student), weakref.ref(teacher)]
+                loss = F.kd_loss(student, teacher, TARGET)
+                run(loss)
+                del loss, student, teacher
+                assert [name() for name in names] == [None, None]
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms(pair: tuple[Tensor, Tensor]) -> None:
+    student, teacher = pair[0].detach(), pair[1]
+    f, g = (lambda s: 3 * F.kl_div(s, teacher)), (lambda s: 3 * reference.divergence(s, teacher))
+    torch.testing.assert_close(torch.func.grad(f)(student), torch.func.grad(g)(student))
+    stacked = torch.stack([student, teacher]), torch.stack([teacher, student])
+    each = torch.vmap(torch.func.grad(lambda s, t: F.js_div(s, t, 2.0)))(*stacked)
+    theirs = [torch.func.grad(lambda s, t: F.js_div(s, t, 2.0))(s, t) for s, t in zip(*stacked, strict=True)]
+    torch.testing.assert_close(each, torch.stack(theirs))
+    for second in (
+        lambda: torch.func.grad(lambda s: torch.func.grad(f)(s).sum())(student),
+        lambda: torch.func.jacrev(torch.func.jacrev(f))(student),
+    ):
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            second()
+    for forward in (lambda: torch.func.jvp(f, (student,), (student,)), lambda: torch.func.hessian(f)(student)):
+        with pytest.raises(RuntimeError, match="divergence has no forward-mode derivative"):
+            forward()
+
+
+# ---- compilation, registration -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_compile(name: str, dynamic: bool | None, generator: torch.Generator) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(LOSSES[name], fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for dtype in (torch.float32, torch.float16):
+        for classes in (CLASSES, CLASSES + 2):
+            s, t = torch.randn(2, ROWS, classes, generator=generator).to(dtype).unbind()
+            results = []
+            for loss in (LOSSES[name], compiled):
+                student, teacher = s.clone().requires_grad_(), t.clone().requires_grad_()
+                value = loss(student, teacher)
+                (2 * value).sum().backward()
+                results.append((value.detach(), student.grad, teacher.grad))
+            torch.testing.assert_close(results[0], results[1])
+
+
+def test_compile_with_inductor(generator: torch.Generator) -> None:
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True)
+    def step(s: Tensor, t: Tensor) -> Tensor:
+        return fastkd.KDLoss()(s * 2, t, TARGET) + F.js_div(s, t, reduction="none").square().sum()
+
+    s, t = torch.randn(2, ROWS, CLASSES, generator=generator).unbind()
+    s.requires_grad_()
+    (compiled,) = torch.autograd.grad(step(s, t), s)
+    (eager,) = torch.autograd.grad(step._torchdynamo_orig_callable(s, t), s)
+    torch.testing.assert_close(compiled, eager)
+
+
+def opcheck_cases() -> dict[str, tuple[str, tuple[object, ...]]]:
+    s, t = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)).unbind()
+    target, rows = torch.tensor([0, -100, 6]), torch.rand(3) + 0.5
+    s = s.requires_grad_()
+    both = (s, t.clone().requires_grad_())
+    tail = (2.0, 2, 0.3, 0.9, 0.1, -100)
+    stats = torch.ops.fastkd.logit_stats(t, 2.0)
+    backward = (t, 2.0, stats[1], stats[3], stats[4])
+    return {
+        "forward": ("divergence", (s, t, None, None, None, *tail, 2, True, False)),
+        "none": ("divergence", (*both, target, rows, rows, *tail, 0, True, True)),
+        "later": ("divergence", (*both, target, rows.double(), None, *tail, 3, False, False)),
+        "no gradient": ("divergence", (t, t, None, None, None, *tail, 1, False, False)),
+        "float16": ("divergence", (t.half(), t.half(), None, None, None, *tail, 1, True, True)),
+        "scale": ("divergence_backward_", (t.clone(), torch.tensor(3.0))),
+        "scale rows": ("divergence_backward_", (t.clone().bfloat16(), rows.double())),
+        "stats": ("logit_stats", (s, 2.0)),
+        "stats backward": ("logit_stats_backward", (*backward, rows, None, rows, rows)),
+        "stats backward of one": ("logit_stats_backward", (*backward, None, rows, None, None)),
+    }
+
+
+@pytest.mark.parametrize("case", opcheck_cases().values(), ids=opcheck_cases())
+def test_opcheck(case: tuple[str, tuple[object, ...]]) -> None:
+    torch.library.opcheck(getattr(torch.ops.fastkd, case[0]).default, case[1])
+
+
+def test_meta_tensors_have_the_shapes(pair: tuple[Tensor, Tensor]) -> None:
+    student, teacher = (x.detach().bfloat16().to("meta") for x in pair)
+    loss, terms = divergence(student, teacher, reduction="none")
+    assert (loss.device.type, loss.shape, loss.dtype) == ("meta", (ROWS,), torch.float32)
+    assert terms.shape == (2, ROWS)
+
+
+# ---- errors ------------------------------------------------------------------------------------
+
+S, T = torch.zeros(3, 5), torch.zeros(3, 5)
+LABELS = torch.zeros(3, dtype=torch.long)
+LEARNED = torch.ones(3, requires_grad=True)
+# what differs from a valid call, and what the message must hold: the argument, what was given, what is allowed
+ERRORS: dict[str, tuple[dict[str, object], type[Exception], tuple[str, ...]]] = {
+    "list": ({"student_logits": [[1.0]]}, TypeError, ("student_logits", "list", "tensor")),
+    "teacher list": ({"teacher_logits": None}, TypeError, ("teacher_logits", "NoneType", "tensor")),
+    "0-d": ({"student_logits": S[0, 0], "teacher_logits": T[0, 0]}, ValueError, ("student_logits", "()", "classes")),
+    "no class": ({"student_logits": S[:, :0], "teacher_logits": T[:, :0]}, ValueError, ("(3, 0)", "classes > 0")),
+    "vocabulary": ({"teacher_logits": T[:, :4]}, ValueError, ("teacher_logits", "(3, 4)", "(3, 5)", "vocabular")),
+    "rows": ({"teacher_logits": T[:2]}, ValueError, ("teacher_logits", "(2, 5)", "(3, 5)")),
+    "integers": (
+        {"student_logits": S.long(), "teacher_logits": T.long()},
+        RuntimeError,
+        ("student_logits", "int64", "float32, float64, bfloat16, float16"),
+    ),
+    "mixed dtypes": ({"teacher_logits": T.half()}, RuntimeError, ("teacher_logits", "float16", "float32")),
+    "teacher elsewhere": ({"teacher_logits": T.to("meta")}, ValueError, ("teacher_logits", "meta", "cpu")),
+    "T = 0": ({"temperature": 0}, RuntimeError, ("temperature is 0", "positive and finite")),
+    "T < 0": ({"temperature": -1.5}, RuntimeError, ("temperature is -1.5", "positive and finite")),
+    "T nan": ({"temperature": math.nan}, RuntimeError, ("temperature is nan", "positive and finite")),
+    "T inf": ({"temperature": math.inf}, RuntimeError, ("temperature is inf", "positive and finite")),
+    "T string": ({"temperature": "4"}, TypeError, ("temperature is str", "number")),
+    "T none": ({"temperature": None}, TypeError, ("temperature is NoneType", "number")),
+    "T complex": ({"temperature": 1j}, TypeError, ("temperature is complex", "number")),
+    "T shape": ({"temperature": torch.ones(2)}, ValueError, ("temperature", "(2,)", "(3,)")),
+    "T dtype": ({"temperature": LABELS}, TypeError, ("temperature", "int64", "float")),
+    "T rows": ({"temperature": torch.tensor([1.0, -2.0, 1.0])}, RuntimeError, ("temperature[1] is -2", "positive")),
+    "T learned": ({"temperature": LEARNED}, ValueError, ("temperature requires grad", "temperature.detach()")),
+    "weight list": ({"weight": [1.0]}, TypeError, ("weight is list", "tensor")),
+    "weight shape": ({"weight": torch.ones(3, 1)}, ValueError, ("weight", "(3, 1)", "(3,)")),
+    "weight dtype": ({"weight": LABELS}, TypeError, ("weight", "int64", "float")),
+    "weight learned": ({"weight": LEARNED}, ValueError, ("weight requires grad", "weight.detach()")),
+    "weight elsewhere": ({"weight": torch.ones(3, device="meta")}, ValueError, ("weight", "meta", "cpu")),
+    "target list": ({"target": [0, 1, 2]}, TypeError, ("target is list", "tensor")),
+    "target shape": ({"target": LABELS[:2]}, ValueError, ("target", "(2,)", "(3,)")),
+    "target dtype": ({"target": LABELS.int()}, RuntimeError, ("target", "int32", "int64")),
+    "target high": ({"target": LABELS + 5}, RuntimeError, ("target[0] is 5", "[0, 5)", "ignore_index (-100)")),
+    "target low": ({"target": LABELS - 1}, RuntimeError, ("target[0] is -1", "[0, 5)", "ignore_index (-100)")),
+    "ignore_index": ({"target": LABELS, "ignore_index": "x"}, TypeError, ("ignore_index is 'x'", "int")),
+    "reduction": ({"reduction": "avg"}, ValueError, ("reduction is 'avg'", "none, sum, batchmean")),
+    "reduction list": ({"reduction": []}, ValueError, ("reduction is []", "none, sum, batchmean")),
+}
+SPECIFIC: dict[str, tuple[str, dict[str, object], type[Exception], tuple[str, ...]]] = {
+    "direction": ("kl_div", {"direction": "sideways"}, ValueError, ("direction is 'sideways'", "forward, reverse")),
+    "kd direction": ("kd_loss", {"direction": None}, ValueError, ("direction is None", "forward, reverse")),
+    "beta": ("js_div", {"beta": 1.5}, ValueError, ("beta is 1.5", "[0, 1]")),
+    "beta nan": ("js_div", {"beta": math.nan}, ValueError, ("beta is nan", "[0, 1]")),
+    "beta string": ("js_div", {"beta": "x"}, TypeError, ("beta is str", "number")),
+    "alpha": ("kd_loss", {"alpha": -0.1}, ValueError, ("alpha is -0.1", "[0, 1]")),
+    "alpha tensor": ("kd_loss", {"alpha": LEARNED}, TypeError, ("alpha is Tensor", "number")),
+    "no target": ("kd_loss", {"target": None}, TypeError, ("target is NoneType", "tensor")),
+    "mean": ("kd_loss", {"reduction": "mean"}, ValueError, ("reduction is 'mean'", "'batchmean', 'sum' or 'none'")),
+}
+
+
+def check_error(function: str, change: dict[str, object], error: type[Exception], parts: tuple[str, ...]) -> None:
+    arguments = {"student_logits": S, "teacher_logits": T, **({"target": LABELS} if function == "kd_loss" else {})}
+    with pytest.raises(error) as caught:
+        getattr(F, function)(**{**arguments, **change})
+    message = str(caught.value)
+    assert message.startswith("fastkd: ")
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("case", ERRORS.values(), ids=ERRORS)
+@pytest.mark.parametrize("function", ["kl_div", "js_div", "soft_cross_entropy", "kd_loss"])
+def test_errors(function: str, case: tuple[dict[str, object], type[Exception], tuple[str, ...]]) -> None:
+    check_error(function, *case)
+
+
+@pytest.mark.parametrize("case", SPECIFIC.values(), ids=SPECIFIC)
+def test_errors_of_one_function(case: tuple[str, dict[str, object], type[Exception], tuple[str, ...]]) -> None:
+    check_error(*case)
