@@ -1,0 +1,411 @@
+// Crops on the CPU, compiled once for each instruction set.
+//
+//   out[b k + j, c, r, s] = (image[b, c, y + r, x + s] - center[c]) * scale[c], image = 0 outside its borders,
+//   grad_image[b, c, p, q] = scale[c] * sum over j = k-1 ... 0 of grad_out[b k + j, c, p - y, q - x], where that exists.
+// The order is the one in which autograd sums the gradients of k slices.
+//
+// Mapping: the unit of work is a row of the output, of either direction, so any range of rows is a thread's share and
+// every element has one owner. A patch is clipped against the image once; what is left is a rectangle without
+// borders, moved in rows as wide as a register allows. Patch rows are short (8 floats), so widths are chosen outside
+// the loop over rows, and a ragged end is covered by a last register that overlaps the one before.
+// Mirroring and conversion are passes over a few KiB that stay in the L1 cache: mirrored bytes, then whole registers
+// converted without regard to rows. Sums run in a band of rows that fits the caches, 16-bit floats in fp32.
+// Normalisation runs in fp64, where it is right to half an ulp of the float that comes out.
+// Bytes that must move: forward, the covered pixels in and the patches out; backward, the patches in, the image out.
+#include "crop/kernel.h"
+
+#include "common/simd.h"
+#include "crop/math.h"
+
+namespace fastkd::FASTKD_ISA::crop {
+namespace {
+
+using namespace crop_math;
+using ::fastkd::crop::backward_rows;
+using ::fastkd::crop::backward_scratch;
+using ::fastkd::crop::BackwardScratch;
+using ::fastkd::crop::crop_rows;
+using ::fastkd::crop::CropBackwardParams;
+using ::fastkd::crop::CropParams;
+using ::fastkd::crop::Geometry;
+using ::fastkd::crop::Kernels;
+using ::fastkd::crop::Normalise;
+using ::fastkd::crop::PlacesParams;
+using ::fastkd::crop::Window;
+
+FASTKD_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTKD_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+FASTKD_INLINE Window window_of(const Geometry& g, int64_t patch) {
+  const int64_t y = g.offsets[2 * patch], x = g.offsets[2 * patch + 1];
+  const Span rows = clip(y, g.height, g.image_height), columns = clip(x, g.width, g.image_width);
+  if (rows.count == 0 || columns.count == 0) return {patch, 0, 0, 0, 0, 0, 0, false};
+  const bool flip = g.flip != nullptr && g.flip[patch];
+  return {patch,      y + rows.begin, x + columns.begin, rows.begin, flip ? mirrored_begin(columns, g.width) : columns.begin,
+          rows.count, columns.count,  flip};
+}
+
+// ---- rows of bytes -----------------------------------------------------------------------------
+
+struct Rows {
+  char* to;
+  const char* from;
+  int64_t to_stride;  // bytes
+  int64_t from_stride;
+  int64_t bytes;  // of a row
+  int64_t rows;
+};
+
+// In moves of V bytes, the most that a row holds.
+template <int V>
+FASTKD_INLINE void copy_rows(const Rows& job) {
+  if constexpr (V > 1) {
+    if (job.bytes < V) return copy_rows<V / 2>(job);
+  }
+  const Rows j = job;
+  const int64_t last = j.bytes - V;
+  for (int64_t r = 0; r < j.rows; ++r) {
+    char* const to = j.to + r * j.to_stride;
+    const char* const from = j.from + r * j.from_stride;
+    for (int64_t i = 0; i < last; i += V) std::memcpy(to + i, from + i, V);
+    std::memcpy(to + last, from + last, V);
+  }
+}
+
+template <typename Unit, int V>
+FASTKD_INLINE void mirror_register(char* to, const char* from) {
+  typedef Unit Register __attribute__((vector_size(V)));
+  constexpr int L = V / static_cast<int>(sizeof(Unit));
+  Register v, reversed;
+  for (int i = 0; i < L; ++i) reversed[i] = static_cast<Unit>(L - 1 - i);
+  std::memcpy(&v, from, V);
+  v = __builtin_shuffle(v, reversed);
+  std::memcpy(to, &v, V);
+}
+
+template <typename Unit, int V>
+FASTKD_INLINE void mirror_rows(const Rows& job) {
+  if constexpr (V > static_cast<int>(sizeof(Unit))) {
+    if (job.bytes < V) return mirror_rows<Unit, V / 2>(job);
+  }
+  const Rows j = job;
+  const int64_t last = j.bytes - V;
+  for (int64_t r = 0; r < j.rows; ++r) {
+    char* const to = j.to + r * j.to_stride;
+    const char* const from = j.from + r * j.from_stride;
+    for (int64_t i = 0; i < last; i += V) mirror_register<Unit, V>(to + i, from + last - i);
+    mirror_register<Unit, V>(to + last, from);
+  }
+}
+
+// Units of any size; kBytes = 0 leaves the size to run time.
+template <int kBytes>
+FASTKD_INLINE void mirror_units(const Rows& job, int64_t unit_bytes) {
+  const Rows j = job;
+  const int64_t unit = kBytes > 0 ? kBytes : unit_bytes;
+  for (int64_t r = 0; r < j.rows; ++r) {
+    char* const to = j.to + r * j.to_stride;
+    const char* from = j.from + r * j.from_stride + j.bytes - unit;
+    for (int64_t i = 0; i < j.bytes; i += unit, from -= unit) std::memcpy(to + i, from, unit);
+  }
+}
+
+void move_rows(const Rows& job, int64_t unit_bytes, bool flip) {
+  if (!flip) return copy_rows<64>(job);
+  switch (unit_bytes) {
+    case 1: return mirror_rows<uint8_t, kVectorBytes>(job);
+    case 2: return mirror_rows<uint16_t, kVectorBytes>(job);
+    case 4: return mirror_rows<uint32_t, kVectorBytes>(job);
+    case 8: return mirror_rows<uint64_t, kVectorBytes>(job);
+    case 3: return mirror_units<3>(job, unit_bytes);    // three channels side by side: uint8,
+    case 6: return mirror_units<6>(job, unit_bytes);    // 16-bit floats,
+    case 12: return mirror_units<12>(job, unit_bytes);  // float,
+    case 24: return mirror_units<24>(job, unit_bytes);  // double
+    default: return mirror_units<0>(job, unit_bytes);
+  }
+}
+
+// ---- conversion and normalisation ---------------------------------------------------------------
+
+struct Wide {
+  F64 low, high;
+};
+constexpr int kStep = kLanes<F32>;  // elements of a Wide
+
+FASTKD_INLINE F32 load_narrow(const uint8_t* p) {
+  typedef uint8_t Bytes __attribute__((vector_size(kStep)));
+  Bytes bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, I32), F32);
+}
+template <typename T>
+FASTKD_INLINE F32 load_narrow(const T* p) {
+  return load(p);
+}
+template <typename T>
+FASTKD_INLINE Wide load_wide(const T* p) {
+  if constexpr (sizeof(T) == 8) {
+    return {load(p), load(p + kStep / 2)};
+  } else {
+    const F32 v = load_narrow(p);
+    F32Half half[2];
+    std::memcpy(half, &v, sizeof v);
+    return {__builtin_convertvector(half[0], F64), __builtin_convertvector(half[1], F64)};
+  }
+}
+template <typename T>
+FASTKD_INLINE void store_wide(T* p, Wide v) {
+  if constexpr (sizeof(T) == 8) {
+    store(p, v.low);
+    store(p + kStep / 2, v.high);
+  } else {
+    const F32Half half[2] = {__builtin_convertvector(v.low, F32Half), __builtin_convertvector(v.high, F32Half)};
+    F32 joined;
+    std::memcpy(&joined, half, sizeof joined);
+    store(p, joined);
+  }
+}
+
+// One value of center and scale for all elements, or one for each.
+enum class Mode { kPlain, kConstant, kEach };
+
+template <typename In, typename Out, Mode mode>
+void convert(const void* from, void* to, int64_t n, const double* center, const double* scale) {
+  const In* const in = static_cast<const In*>(from);
+  Out* const out = static_cast<Out*>(to);
+  const Wide all_center = {broadcast<F64>(mode == Mode::kConstant ? *center : 0.0), all_center.low};
+  const Wide all_scale = {broadcast<F64>(mode == Mode::kConstant ? *scale : 1.0), all_scale.low};
+  const auto step = [&](const In* source, Out* target, int64_t i) __attribute__((always_inline)) {
+    if constexpr (mode == Mode::kPlain && sizeof(Out) != 8) {
+      store(target, load_narrow(source));
+    } else {
+      const Wide v = load_wide(source);
+      const Wide c = mode == Mode::kEach ? load_wide(center + i) : all_center;
+      const Wide s = mode == Mode::kEach ? load_wide(scale + i) : all_scale;
+      store_wide(target, {normalise(v.low, c.low, s.low), normalise(v.high, c.high, s.high)});
+    }
+  };
+  int64_t i = 0;
+  for (; i <= n - kStep; i += kStep) step(in + i, out + i, i);
+  if (i < n) {
+    In source[kStep] = {};
+    Out target[kStep];
+    std::memcpy(source, in + i, (n - i) * sizeof(In));
+    step(source, target, i);
+    std::memcpy(out + i, target, (n - i) * sizeof(Out));
+  }
+}
+
+using Convert = void (*)(const void* from, void* to, int64_t n, const double* center, const double* scale);
+
+template <typename In, typename Out>
+Convert convert_of(Mode mode) {
+  if (mode == Mode::kConstant) return convert<In, Out, Mode::kConstant>;
+  return mode == Mode::kEach ? convert<In, Out, Mode::kEach> : convert<In, Out, Mode::kPlain>;
+}
+template <typename In>
+Convert convert_to(Dtype out, Mode mode) {
+  switch (out) {
+    case Dtype::kFloat64: return convert_of<In, double>(mode);
+    case Dtype::kBFloat16: return convert_of<In, BFloat16>(mode);
+    case Dtype::kFloat16: return convert_of<In, Float16>(mode);
+    default: return convert_of<In, float>(mode);
+  }
+}
+// Any conversion from uint8 and float32; from 16-bit floats to themselves and to float32.
+Convert convert_of(Dtype in, Dtype out, Mode mode) {
+  switch (in) {
+    case Dtype::kUInt8: return convert_to<uint8_t>(out, mode);
+    case Dtype::kFloat32: return convert_to<float>(out, mode);
+    case Dtype::kFloat64: return convert_of<double, double>(mode);
+    case Dtype::kBFloat16: return out == in ? convert_of<BFloat16, BFloat16>(mode) : convert_of<BFloat16, float>(mode);
+    default: return out == in ? convert_of<Float16, Float16>(mode) : convert_of<Float16, float>(mode);
+  }
+}
+
+// Converts runs of elements of a plane, normalised as its channels ask.
+class Converter {
+ public:
+  Converter(Dtype in, int64_t in_size, Dtype out, int64_t out_size, const Normalise& normalise, int64_t unit)
+      : mode_(normalise.scale == nullptr ? Mode::kPlain : unit > 1 ? Mode::kEach : Mode::kConstant),
+        run_(convert_of(in, out, mode_)),
+        in_size_(in_size),
+        out_size_(out_size),
+        normalise_(normalise) {}
+
+  // n elements that begin with a whole unit
+  void operator()(const char* from, char* to, int64_t n, int64_t plane) const {
+    if (mode_ == Mode::kPlain) return run_(from, to, n, nullptr, nullptr);
+    if (mode_ == Mode::kConstant) return run_(from, to, n, normalise_.center + plane, normalise_.scale + plane);
+    for (int64_t i = 0; i < n; i += normalise_.period) {
+      run_(from + i * in_size_, to + i * out_size_, smaller(n - i, normalise_.period), normalise_.center, normalise_.scale);
+    }
+  }
+
+ private:
+  Mode mode_;
+  Convert run_;
+  int64_t in_size_, out_size_;
+  Normalise normalise_;
+};
+
+// ---- forward -------------------------------------------------------------------------------------
+
+void crop(const CropParams& params, int64_t begin, int64_t end, void* scratch) {
+  const CropParams p = params;
+  const Geometry g = p.geometry;
+  const int64_t unit_bytes = g.unit * p.in_size, row_bytes = g.width * unit_bytes, row_elements = g.width * g.unit;
+  const Converter converter(p.in_dtype, p.in_size, p.out_dtype, p.out_size, p.normalise, g.unit);
+  const int64_t chunk = crop_rows(p);
+  char* const patches = static_cast<char*>(p.patches);
+  int64_t first = begin % g.height, plane = begin / g.height % g.planes;
+  Window w = window_of(g, begin / g.height / g.planes);
+  const char* image = static_cast<const char*>(p.images) + w.patch / g.patches * p.image_stride * p.in_size;
+  for (int64_t row = begin; row < end;) {
+    const int64_t count = smaller(smaller(g.height - first, end - row), chunk);
+    char* const rows = p.convert ? static_cast<char*>(scratch) : patches + row * row_bytes;
+    const int64_t from = larger(first, w.patch_y), to = smaller(first + count, w.patch_y + w.rows);  // inside the image
+    if (w.columns < g.width || to - from < count) std::memset(rows, 0, count * row_bytes);
+    if (from < to) {
+      const int64_t row_begin = plane * p.plane_stride + (w.image_y + from - w.patch_y) * p.row_stride;
+      move_rows({rows + (from - first) * row_bytes + w.patch_x * unit_bytes, image + row_begin * p.in_size + w.image_x * unit_bytes,
+                 row_bytes, p.row_stride * p.in_size, w.columns * unit_bytes, to - from},
+                unit_bytes, w.flip);
+    }
+    if (p.convert) converter(rows, patches + row * row_elements * p.out_size, count * row_elements, plane);
+    row += count;
+    first += count;
+    if (first < g.height) continue;
+    first = 0;
+    if (++plane < g.planes) continue;
+    plane = 0;
+    if (row == end) break;
+    w = window_of(g, w.patch + 1);
+    image = static_cast<const char*>(p.images) + w.patch / g.patches * p.image_stride * p.in_size;
+  }
+}
+
+// ---- backward ------------------------------------------------------------------------------------
+
+// sum[0, n) += from[0, n) for n < 2 * kCount: one register of each power of two that n holds
+template <typename T, int kCount>
+FASTKD_INLINE void add_rest(T* sum, const T* from, int64_t n) {
+  typedef T Register __attribute__((vector_size(kCount * sizeof(T))));
+  if (n >= kCount) {
+    Register a, b;
+    std::memcpy(&a, sum, sizeof a);
+    std::memcpy(&b, from, sizeof b);
+    a += b;
+    std::memcpy(sum, &a, sizeof a);
+    sum += kCount, from += kCount, n -= kCount;
+  }
+  if constexpr (kCount > 1) {
+    if (n > 0) add_rest<T, kCount / 2>(sum, from, n);
+  }
+}
+
+template <typename T>
+void add_rows(T* sum, int64_t sum_stride, const T* from, int64_t from_stride, int64_t n, int64_t rows) {
+  constexpr int L = kLanes<Vector<T>>;
+  for (int64_t r = 0; r < rows; ++r, sum += sum_stride, from += from_stride) {
+    int64_t i = 0;
+    for (; i <= n - L; i += L) store(sum + i, load(sum + i) + load(from + i));
+    if (i < n) add_rest<T, L / 2>(sum + i, from + i, n - i);
+  }
+}
+
+// The windows of an image that see any of it, last first.
+int64_t windows_of(const Geometry& g, int64_t image, Window* windows) {
+  int64_t count = 0;
+  for (int64_t j = g.patches; j-- > 0;) {
+    windows[count] = window_of(g, image * g.patches + j);
+    count += windows[count].rows > 0;
+  }
+  return count;
+}
+
+template <typename Sum>
+void crop_backward_of(const CropBackwardParams& params, int64_t begin, int64_t end, char* scratch) {
+  const CropBackwardParams p = params;
+  const Geometry g = p.geometry;
+  constexpr Dtype kSum = sizeof(Sum) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
+  const bool direct = p.dtype == kSum;  // sums in place
+  const BackwardScratch layout = backward_scratch(p);
+  Window* const windows = reinterpret_cast<Window*>(scratch);
+  char* const mirrored = scratch + layout.mirrored;
+  Sum* const widened = reinterpret_cast<Sum*>(scratch + layout.widened);
+  const int64_t unit_bytes = g.unit * p.size, image_row = g.image_width * g.unit, patch_row = g.width * g.unit;
+  const Converter widen_run(p.dtype, p.size, kSum, sizeof(Sum), {}, g.unit);
+  const Converter finish(kSum, sizeof(Sum), p.dtype, p.size, p.normalise, g.unit);
+  const int64_t band = backward_rows(p);
+  int64_t first = begin % g.image_height, plane = begin / g.image_height % g.planes;
+  int64_t image = begin / g.image_height / g.planes, windows_count = windows_of(g, image, windows);
+  for (int64_t row = begin; row < end;) {
+    const int64_t count = smaller(smaller(g.image_height - first, end - row), band);
+    char* const out = static_cast<char*>(p.grad_images) + row * image_row * p.size;
+    Sum* const sums = direct ? reinterpret_cast<Sum*>(out) : reinterpret_cast<Sum*>(scratch + layout.sums);
+    std::memset(sums, 0, count * image_row * sizeof(Sum));
+    for (int64_t i = 0; i < windows_count; ++i) {
+      const Window& w = windows[i];
+      const int64_t from = larger(first, w.image_y), to = smaller(first + count, w.image_y + w.rows);
+      if (from >= to) continue;
+      const int64_t rows = to - from, n = w.columns * g.unit;
+      const int64_t patch_y = (w.patch * g.planes + plane) * g.height + w.patch_y + from - w.image_y;
+      const char* source = static_cast<const char*>(p.grad_patches) + (patch_y * g.width + w.patch_x) * unit_bytes;
+      int64_t stride = patch_row;
+      if (w.flip) {
+        move_rows({mirrored, source, n * p.size, stride * p.size, n * p.size, rows}, unit_bytes, true);
+        source = mirrored;
+        stride = n;
+      }
+      if (!direct) {
+        if (stride == n) {
+          widen_run(source, reinterpret_cast<char*>(widened), rows * n, plane);
+        } else {
+          for (int64_t r = 0; r < rows; ++r) {
+            widen_run(source + r * stride * p.size, reinterpret_cast<char*>(widened + r * n), n, plane);
+          }
+        }
+        source = reinterpret_cast<const char*>(widened);
+        stride = n;
+      }
+      add_rows(sums + (from - first) * image_row + w.image_x * g.unit, image_row, reinterpret_cast<const Sum*>(source), stride, n, rows);
+    }
+    if (!direct || p.normalise.scale != nullptr) finish(reinterpret_cast<const char*>(sums), out, count * image_row, plane);
+    row += count;
+    first += count;
+    if (first < g.image_height) continue;
+    first = 0;
+    if (++plane < g.planes) continue;
+    plane = 0;
+    if (row < end) windows_count = windows_of(g, ++image, windows);
+  }
+}
+
+void crop_backward(const CropBackwardParams& params, int64_t begin, int64_t end, void* scratch) {
+  if (params.dtype == Dtype::kFloat64) return crop_backward_of<double>(params, begin, end, static_cast<char*>(scratch));
+  crop_backward_of<float>(params, begin, end, static_cast<char*>(scratch));
+}
+
+// ---- places ----------------------------------------------------------------------------------------
+
+void places(const PlacesParams& params, int64_t begin, int64_t end) {
+  const PlacesParams p = params;
+  constexpr int kBlock = 16;  // independent words side by side: the compiler makes registers of them
+  for (int64_t first = begin; first < end; first += kBlock) {
+    Words words[kBlock];
+    for (int i = 0; i < kBlock; ++i) words[i] = philox(p.seed, Stream::kCrop, first + i);
+    for (int64_t i = first; i < smaller(first + kBlock, end); ++i) {
+      const Place place = crop_math::place(words[i - first], {p.y_low, p.y_count}, {p.x_low, p.x_count}, p.flip_below);
+      p.offsets[2 * i] = place.y;
+      p.offsets[2 * i + 1] = place.x;
+      p.flip[i] = place.flip;
+    }
+  }
+}
+
+}  // namespace
+
+extern const Kernels kernels = {crop, crop_backward, places};
+
+}  // namespace fastkd::FASTKD_ISA::crop
