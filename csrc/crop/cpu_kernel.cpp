@@ -36,13 +36,19 @@ using ::fastkd::crop::Window;
 FASTKD_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTKD_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-FASTKD_INLINE Window window_of(const Geometry& g, int64_t patch) {
+// Written field by field: a Window assembled elsewhere and copied as a whole would wait for its own stores.
+FASTKD_INLINE void window_of(const Geometry& g, int64_t patch, Window& w) {
   const int64_t y = g.offsets[2 * patch], x = g.offsets[2 * patch + 1];
   const Span rows = clip(y, g.height, g.image_height), columns = clip(x, g.width, g.image_width);
-  if (rows.count == 0 || columns.count == 0) return {patch, 0, 0, 0, 0, 0, 0, false};
-  const bool flip = g.flip != nullptr && g.flip[patch];
-  return {patch,      y + rows.begin, x + columns.begin, rows.begin, flip ? mirrored_begin(columns, g.width) : columns.begin,
-          rows.count, columns.count,  flip};
+  const bool inside = rows.count > 0 && columns.count > 0;
+  w.patch = patch;
+  w.flip = g.flip != nullptr && g.flip[patch];
+  w.rows = inside ? rows.count : 0;
+  w.columns = inside ? columns.count : 0;
+  w.patch_y = rows.begin;
+  w.patch_x = w.flip ? mirrored_begin(columns, g.width) : columns.begin;
+  w.image_y = inside ? y + rows.begin : 0;
+  w.image_x = inside ? x + columns.begin : 0;
 }
 
 // ---- rows of bytes -----------------------------------------------------------------------------
@@ -58,17 +64,25 @@ struct Rows {
 
 // In moves of V bytes, the most that a row holds.
 template <int V>
-FASTKD_INLINE void copy_rows(const Rows& job) {
+FASTKD_INLINE void copy_rows(const Rows& j, int64_t bytes) {
   if constexpr (V > 1) {
-    if (job.bytes < V) return copy_rows<V / 2>(job);
+    if (bytes < V) return copy_rows<V / 2>(j, bytes);
   }
-  const Rows j = job;
-  const int64_t last = j.bytes - V;
-  for (int64_t r = 0; r < j.rows; ++r) {
-    char* const to = j.to + r * j.to_stride;
-    const char* const from = j.from + r * j.from_stride;
+  const int64_t last = bytes - V;
+  char* to = j.to;
+  const char* from = j.from;
+  for (int64_t r = j.rows; r > 0; --r, to += j.to_stride, from += j.from_stride) {
     for (int64_t i = 0; i < last; i += V) std::memcpy(to + i, from + i, V);
     std::memcpy(to + last, from + last, V);
+  }
+}
+FASTKD_INLINE void copy_rows(const Rows& j) {
+  switch (j.bytes) {  // the widths that people use: a row is one to four moves, without a loop
+    case 16: return copy_rows<64>(j, 16);
+    case 32: return copy_rows<64>(j, 32);
+    case 64: return copy_rows<64>(j, 64);
+    case 128: return copy_rows<64>(j, 128);
+    default: return copy_rows<64>(j, j.bytes);
   }
 }
 
@@ -110,8 +124,7 @@ FASTKD_INLINE void mirror_units(const Rows& job, int64_t unit_bytes) {
   }
 }
 
-void move_rows(const Rows& job, int64_t unit_bytes, bool flip) {
-  if (!flip) return copy_rows<64>(job);
+void mirror_rows(const Rows& job, int64_t unit_bytes) {
   switch (unit_bytes) {
     case 1: return mirror_rows<uint8_t, kVectorBytes>(job);
     case 2: return mirror_rows<uint16_t, kVectorBytes>(job);
@@ -259,7 +272,8 @@ void crop(const CropParams& params, int64_t begin, int64_t end, void* scratch) {
   const int64_t chunk = crop_rows(p);
   char* const patches = static_cast<char*>(p.patches);
   int64_t first = begin % g.height, plane = begin / g.height % g.planes;
-  Window w = window_of(g, begin / g.height / g.planes);
+  Window w;
+  window_of(g, begin / g.height / g.planes, w);
   const char* image = static_cast<const char*>(p.images) + w.patch / g.patches * p.image_stride * p.in_size;
   for (int64_t row = begin; row < end;) {
     const int64_t count = smaller(smaller(g.height - first, end - row), chunk);
@@ -268,9 +282,17 @@ void crop(const CropParams& params, int64_t begin, int64_t end, void* scratch) {
     if (w.columns < g.width || to - from < count) std::memset(rows, 0, count * row_bytes);
     if (from < to) {
       const int64_t row_begin = plane * p.plane_stride + (w.image_y + from - w.patch_y) * p.row_stride;
-      move_rows({rows + (from - first) * row_bytes + w.patch_x * unit_bytes, image + row_begin * p.in_size + w.image_x * unit_bytes,
-                 row_bytes, p.row_stride * p.in_size, w.columns * unit_bytes, to - from},
-                unit_bytes, w.flip);
+      const Rows job = {rows + (from - first) * row_bytes + w.patch_x * unit_bytes,
+                        image + row_begin * p.in_size + w.image_x * unit_bytes,
+                        row_bytes,
+                        p.row_stride * p.in_size,
+                        w.columns * unit_bytes,
+                        to - from};
+      if (w.flip) {
+        mirror_rows(job, unit_bytes);
+      } else {
+        copy_rows(job);
+      }
     }
     if (p.convert) converter(rows, patches + row * row_elements * p.out_size, count * row_elements, plane);
     row += count;
@@ -280,7 +302,7 @@ void crop(const CropParams& params, int64_t begin, int64_t end, void* scratch) {
     if (++plane < g.planes) continue;
     plane = 0;
     if (row == end) break;
-    w = window_of(g, w.patch + 1);
+    window_of(g, w.patch + 1, w);
     image = static_cast<const char*>(p.images) + w.patch / g.patches * p.image_stride * p.in_size;
   }
 }
@@ -305,7 +327,7 @@ FASTKD_INLINE void add_rest(T* sum, const T* from, int64_t n) {
 }
 
 template <typename T>
-void add_rows(T* sum, int64_t sum_stride, const T* from, int64_t from_stride, int64_t n, int64_t rows) {
+FASTKD_INLINE void add_rows(T* sum, int64_t sum_stride, const T* from, int64_t from_stride, int64_t n, int64_t rows) {
   constexpr int L = kLanes<Vector<T>>;
   for (int64_t r = 0; r < rows; ++r, sum += sum_stride, from += from_stride) {
     int64_t i = 0;
@@ -313,12 +335,22 @@ void add_rows(T* sum, int64_t sum_stride, const T* from, int64_t from_stride, in
     if (i < n) add_rest<T, L / 2>(sum + i, from + i, n - i);
   }
 }
+template <typename T>
+FASTKD_INLINE void add_rows_of(T* sum, int64_t sum_stride, const T* from, int64_t from_stride, int64_t n, int64_t rows) {
+  switch (n) {  // as in copy_rows
+    case 4: return add_rows(sum, sum_stride, from, from_stride, 4, rows);
+    case 8: return add_rows(sum, sum_stride, from, from_stride, 8, rows);
+    case 16: return add_rows(sum, sum_stride, from, from_stride, 16, rows);
+    case 32: return add_rows(sum, sum_stride, from, from_stride, 32, rows);
+    default: return add_rows(sum, sum_stride, from, from_stride, n, rows);
+  }
+}
 
 // The windows of an image that see any of it, last first.
 int64_t windows_of(const Geometry& g, int64_t image, Window* windows) {
   int64_t count = 0;
   for (int64_t j = g.patches; j-- > 0;) {
-    windows[count] = window_of(g, image * g.patches + j);
+    window_of(g, image * g.patches + j, windows[count]);
     count += windows[count].rows > 0;
   }
   return count;
@@ -354,7 +386,7 @@ void crop_backward_of(const CropBackwardParams& params, int64_t begin, int64_t e
       const char* source = static_cast<const char*>(p.grad_patches) + (patch_y * g.width + w.patch_x) * unit_bytes;
       int64_t stride = patch_row;
       if (w.flip) {
-        move_rows({mirrored, source, n * p.size, stride * p.size, n * p.size, rows}, unit_bytes, true);
+        mirror_rows({mirrored, source, n * p.size, stride * p.size, n * p.size, rows}, unit_bytes);
         source = mirrored;
         stride = n;
       }
@@ -369,7 +401,7 @@ void crop_backward_of(const CropBackwardParams& params, int64_t begin, int64_t e
         source = reinterpret_cast<const char*>(widened);
         stride = n;
       }
-      add_rows(sums + (from - first) * image_row + w.image_x * g.unit, image_row, reinterpret_cast<const Sum*>(source), stride, n, rows);
+      add_rows_of(sums + (from - first) * image_row + w.image_x * g.unit, image_row, reinterpret_cast<const Sum*>(source), stride, n, rows);
     }
     if (!direct || p.normalise.scale != nullptr) finish(reinterpret_cast<const char*>(sums), out, count * image_row, plane);
     row += count;
