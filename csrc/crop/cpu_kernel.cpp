@@ -51,39 +51,38 @@ FASTKD_INLINE void window_of(const Geometry& g, int64_t patch, Window& w) {
   w.image_x = inside ? x + columns.begin : 0;
 }
 
-// ---- rows of bytes -----------------------------------------------------------------------------
+// ---- blocks of bytes -----------------------------------------------------------------------------
 
-struct Rows {
+// Rows of several planes. Strides and sizes in bytes; 0 < bytes.
+struct Block {
   char* to;
   const char* from;
-  int64_t to_stride;  // bytes
-  int64_t from_stride;
-  int64_t bytes;  // of a row
-  int64_t rows;
+  int64_t to_plane, from_plane;
+  int64_t to_row, from_row;
+  int64_t planes, rows, bytes;
 };
 
-// In moves of V bytes, the most that a row holds.
-template <int V>
-FASTKD_INLINE void copy_rows(const Rows& j, int64_t bytes) {
-  if constexpr (V > 1) {
-    if (bytes < V) return copy_rows<V / 2>(j, bytes);
-  }
-  const int64_t last = bytes - V;
-  char* to = j.to;
-  const char* from = j.from;
-  for (int64_t r = j.rows; r > 0; --r, to += j.to_stride, from += j.from_stride) {
-    for (int64_t i = 0; i < last; i += V) std::memcpy(to + i, from + i, V);
-    std::memcpy(to + last, from + last, V);
+template <typename Body>
+FASTKD_INLINE void each_row(const Block& block, const Body& body) {
+  const Block b = block;
+  for (int64_t plane = 0; plane < b.planes; ++plane) {
+    char* to = b.to + plane * b.to_plane;
+    const char* from = b.from + plane * b.from_plane;
+    for (int64_t r = b.rows; r > 0; --r, to += b.to_row, from += b.from_row) body(to, from);
   }
 }
-FASTKD_INLINE void copy_rows(const Rows& j) {
-  switch (j.bytes) {  // the widths that people use: a row is one to four moves, without a loop
-    case 16: return copy_rows<64>(j, 16);
-    case 32: return copy_rows<64>(j, 32);
-    case 64: return copy_rows<64>(j, 64);
-    case 128: return copy_rows<64>(j, 128);
-    default: return copy_rows<64>(j, j.bytes);
+
+// In moves of V bytes, the most that a row holds; the last one overlaps the one before.
+template <int V>
+FASTKD_INLINE void copy(const Block& block, int64_t bytes) {
+  if constexpr (V > 1) {
+    if (bytes < V) return copy<V / 2>(block, bytes);
   }
+  const int64_t last = bytes - V;
+  each_row(block, [last](char* to, const char* from) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < last; i += V) std::memcpy(to + i, from + i, V);
+    std::memcpy(to + last, from + last, V);
+  });
 }
 
 template <typename Unit, int V>
@@ -97,44 +96,46 @@ FASTKD_INLINE void mirror_register(char* to, const char* from) {
   std::memcpy(to, &v, V);
 }
 
-template <typename Unit, int V>
-FASTKD_INLINE void mirror_rows(const Rows& job) {
+template <typename Unit, int V = kVectorBytes>
+FASTKD_INLINE void mirror(const Block& block) {
   if constexpr (V > static_cast<int>(sizeof(Unit))) {
-    if (job.bytes < V) return mirror_rows<Unit, V / 2>(job);
+    if (block.bytes < V) return mirror<Unit, V / 2>(block);
   }
-  const Rows j = job;
-  const int64_t last = j.bytes - V;
-  for (int64_t r = 0; r < j.rows; ++r) {
-    char* const to = j.to + r * j.to_stride;
-    const char* const from = j.from + r * j.from_stride;
+  const int64_t last = block.bytes - V;
+  each_row(block, [last](char* to, const char* from) __attribute__((always_inline)) {
     for (int64_t i = 0; i < last; i += V) mirror_register<Unit, V>(to + i, from + last - i);
     mirror_register<Unit, V>(to + last, from);
-  }
+  });
 }
 
-// Units of any size; kBytes = 0 leaves the size to run time.
-template <int kBytes>
-FASTKD_INLINE void mirror_units(const Rows& job, int64_t unit_bytes) {
-  const Rows j = job;
-  const int64_t unit = kBytes > 0 ? kBytes : unit_bytes;
-  for (int64_t r = 0; r < j.rows; ++r) {
-    char* const to = j.to + r * j.to_stride;
-    const char* from = j.from + r * j.from_stride + j.bytes - unit;
-    for (int64_t i = 0; i < j.bytes; i += unit, from -= unit) std::memcpy(to + i, from, unit);
-  }
+// Units of any size.
+FASTKD_INLINE void mirror_units(const Block& block, int64_t unit) {
+  const int64_t last = block.bytes - unit;
+  each_row(block, [last, unit](char* to, const char* from) __attribute__((always_inline)) {
+    for (int64_t i = 0; i <= last; i += unit) std::memcpy(to + i, from + last - i, unit);
+  });
 }
 
-void mirror_rows(const Rows& job, int64_t unit_bytes) {
+void move_rows(const Block& block, int64_t unit_bytes, bool flip) {
+  if (!flip) {
+    switch (block.bytes) {  // the widths that people use, as constants: a row is one to four moves, without a loop
+      case 16: return copy<64>(block, 16);
+      case 32: return copy<64>(block, 32);
+      case 64: return copy<64>(block, 64);
+      case 128: return copy<64>(block, 128);
+      default: return copy<64>(block, block.bytes);
+    }
+  }
   switch (unit_bytes) {
-    case 1: return mirror_rows<uint8_t, kVectorBytes>(job);
-    case 2: return mirror_rows<uint16_t, kVectorBytes>(job);
-    case 4: return mirror_rows<uint32_t, kVectorBytes>(job);
-    case 8: return mirror_rows<uint64_t, kVectorBytes>(job);
-    case 3: return mirror_units<3>(job, unit_bytes);    // three channels side by side: uint8,
-    case 6: return mirror_units<6>(job, unit_bytes);    // 16-bit floats,
-    case 12: return mirror_units<12>(job, unit_bytes);  // float,
-    case 24: return mirror_units<24>(job, unit_bytes);  // double
-    default: return mirror_units<0>(job, unit_bytes);
+    case 1: return mirror<uint8_t>(block);
+    case 2: return mirror<uint16_t>(block);
+    case 4: return mirror<uint32_t>(block);
+    case 8: return mirror<uint64_t>(block);
+    case 3: return mirror_units(block, 3);    // three channels side by side: uint8,
+    case 6: return mirror_units(block, 6);    // 16-bit floats,
+    case 12: return mirror_units(block, 12);  // float,
+    case 24: return mirror_units(block, 24);  // double
+    default: return mirror_units(block, unit_bytes);
   }
 }
 
@@ -270,38 +271,31 @@ void crop(const CropParams& params, int64_t begin, int64_t end, void* scratch) {
   const int64_t unit_bytes = g.unit * p.in_size, row_bytes = g.width * unit_bytes, row_elements = g.width * g.unit;
   const Converter converter(p.in_dtype, p.in_size, p.out_dtype, p.out_size, p.normalise, g.unit);
   const int64_t chunk = crop_rows(p);
-  char* const patches = static_cast<char*>(p.patches);
   int64_t first = begin % g.height, plane = begin / g.height % g.planes;
   Window w;
   window_of(g, begin / g.height / g.planes, w);
   const char* image = static_cast<const char*>(p.images) + w.patch / g.patches * p.image_stride * p.in_size;
   for (int64_t row = begin; row < end;) {
-    const int64_t count = smaller(smaller(g.height - first, end - row), chunk);
-    char* const rows = p.convert ? static_cast<char*>(scratch) : patches + row * row_bytes;
+    int64_t planes = 1, count = smaller(smaller(g.height - first, end - row), chunk);  // what is made in this step
+    if (count == g.height && !p.convert) planes = smaller(g.planes - plane, (end - row) / g.height);
+    char* const out = static_cast<char*>(p.patches) + row * row_elements * p.out_size;
+    char* const rows = p.convert ? static_cast<char*>(scratch) : out;
     const int64_t from = larger(first, w.patch_y), to = smaller(first + count, w.patch_y + w.rows);  // inside the image
-    if (w.columns < g.width || to - from < count) std::memset(rows, 0, count * row_bytes);
+    if (w.columns < g.width || to - from < count) std::memset(rows, 0, planes * count * row_bytes);
     if (from < to) {
-      const int64_t row_begin = plane * p.plane_stride + (w.image_y + from - w.patch_y) * p.row_stride;
-      const Rows job = {rows + (from - first) * row_bytes + w.patch_x * unit_bytes,
-                        image + row_begin * p.in_size + w.image_x * unit_bytes,
-                        row_bytes,
-                        p.row_stride * p.in_size,
-                        w.columns * unit_bytes,
-                        to - from};
-      if (w.flip) {
-        mirror_rows(job, unit_bytes);
-      } else {
-        copy_rows(job);
-      }
+      const int64_t source = plane * p.plane_stride + (w.image_y + from - w.patch_y) * p.row_stride + w.image_x * g.unit;
+      move_rows({rows + (from - first) * row_bytes + w.patch_x * unit_bytes, image + source * p.in_size, g.height * row_bytes,
+                 p.plane_stride * p.in_size, row_bytes, p.row_stride * p.in_size, planes, to - from, w.columns * unit_bytes},
+                unit_bytes, w.flip);
     }
-    if (p.convert) converter(rows, patches + row * row_elements * p.out_size, count * row_elements, plane);
-    row += count;
+    if (p.convert) converter(rows, out, count * row_elements, plane);
+    row += planes * count;
     first += count;
     if (first < g.height) continue;
     first = 0;
-    if (++plane < g.planes) continue;
+    plane += planes;
+    if (plane < g.planes || row == end) continue;
     plane = 0;
-    if (row == end) break;
     window_of(g, w.patch + 1, w);
     image = static_cast<const char*>(p.images) + w.patch / g.patches * p.image_stride * p.in_size;
   }
@@ -327,22 +321,24 @@ FASTKD_INLINE void add_rest(T* sum, const T* from, int64_t n) {
 }
 
 template <typename T>
-FASTKD_INLINE void add_rows(T* sum, int64_t sum_stride, const T* from, int64_t from_stride, int64_t n, int64_t rows) {
+FASTKD_INLINE void add(const Block& block, int64_t n) {
   constexpr int L = kLanes<Vector<T>>;
-  for (int64_t r = 0; r < rows; ++r, sum += sum_stride, from += from_stride) {
+  each_row(block, [n](char* to, const char* from) __attribute__((always_inline)) {
+    T* const sum = reinterpret_cast<T*>(to);
+    const T* const term = reinterpret_cast<const T*>(from);
     int64_t i = 0;
-    for (; i <= n - L; i += L) store(sum + i, load(sum + i) + load(from + i));
-    if (i < n) add_rest<T, L / 2>(sum + i, from + i, n - i);
-  }
+    for (; i <= n - L; i += L) store(sum + i, load(sum + i) + load(term + i));
+    if (i < n) add_rest<T, L / 2>(sum + i, term + i, n - i);
+  });
 }
 template <typename T>
-FASTKD_INLINE void add_rows_of(T* sum, int64_t sum_stride, const T* from, int64_t from_stride, int64_t n, int64_t rows) {
-  switch (n) {  // as in copy_rows
-    case 4: return add_rows(sum, sum_stride, from, from_stride, 4, rows);
-    case 8: return add_rows(sum, sum_stride, from, from_stride, 8, rows);
-    case 16: return add_rows(sum, sum_stride, from, from_stride, 16, rows);
-    case 32: return add_rows(sum, sum_stride, from, from_stride, 32, rows);
-    default: return add_rows(sum, sum_stride, from, from_stride, n, rows);
+void add_rows(const Block& block) {
+  switch (block.bytes / static_cast<int64_t>(sizeof(T))) {  // constants, as in move_rows
+    case 4: return add<T>(block, 4);
+    case 8: return add<T>(block, 8);
+    case 16: return add<T>(block, 16);
+    case 32: return add<T>(block, 32);
+    default: return add<T>(block, block.bytes / static_cast<int64_t>(sizeof(T)));
   }
 }
 
@@ -361,56 +357,58 @@ void crop_backward_of(const CropBackwardParams& params, int64_t begin, int64_t e
   const CropBackwardParams p = params;
   const Geometry g = p.geometry;
   constexpr Dtype kSum = sizeof(Sum) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
-  const bool direct = p.dtype == kSum;  // sums in place
+  constexpr int64_t kSize = sizeof(Sum);
+  const bool narrow = p.dtype != kSum, scaled = p.normalise.scale != nullptr;
   const BackwardScratch layout = backward_scratch(p);
   Window* const windows = reinterpret_cast<Window*>(scratch);
   char* const mirrored = scratch + layout.mirrored;
-  Sum* const widened = reinterpret_cast<Sum*>(scratch + layout.widened);
-  const int64_t unit_bytes = g.unit * p.size, image_row = g.image_width * g.unit, patch_row = g.width * g.unit;
-  const Converter widen_run(p.dtype, p.size, kSum, sizeof(Sum), {}, g.unit);
-  const Converter finish(kSum, sizeof(Sum), p.dtype, p.size, p.normalise, g.unit);
+  char* const widened = scratch + layout.widened;
+  const int64_t unit_bytes = g.unit * p.size, image_row = g.image_width * g.unit * kSize, patch_row = g.width * unit_bytes;
+  const Converter widen_run(p.dtype, p.size, kSum, kSize, {}, g.unit);
+  const Converter finish(kSum, kSize, p.dtype, p.size, p.normalise, g.unit);
   const int64_t band = backward_rows(p);
+  const int64_t band_planes = narrow || scaled || g.flip != nullptr ? 1 : band / g.image_height;
   int64_t first = begin % g.image_height, plane = begin / g.image_height % g.planes;
   int64_t image = begin / g.image_height / g.planes, windows_count = windows_of(g, image, windows);
   for (int64_t row = begin; row < end;) {
-    const int64_t count = smaller(smaller(g.image_height - first, end - row), band);
-    char* const out = static_cast<char*>(p.grad_images) + row * image_row * p.size;
-    Sum* const sums = direct ? reinterpret_cast<Sum*>(out) : reinterpret_cast<Sum*>(scratch + layout.sums);
-    std::memset(sums, 0, count * image_row * sizeof(Sum));
+    int64_t planes = 1, count = smaller(smaller(g.image_height - first, end - row), band);
+    if (count == g.image_height && band_planes > 1) {
+      planes = smaller(smaller(g.planes - plane, band_planes), (end - row) / g.image_height);
+    }
+    char* const out = static_cast<char*>(p.grad_images) + row * g.image_width * unit_bytes;
+    char* const sums = narrow ? scratch + layout.sums : out;
+    std::memset(sums, 0, planes * count * image_row);
     for (int64_t i = 0; i < windows_count; ++i) {
       const Window& w = windows[i];
       const int64_t from = larger(first, w.image_y), to = smaller(first + count, w.image_y + w.rows);
       if (from >= to) continue;
       const int64_t rows = to - from, n = w.columns * g.unit;
       const int64_t patch_y = (w.patch * g.planes + plane) * g.height + w.patch_y + from - w.image_y;
-      const char* source = static_cast<const char*>(p.grad_patches) + (patch_y * g.width + w.patch_x) * unit_bytes;
+      const char* source = static_cast<const char*>(p.grad_patches) + patch_y * patch_row + w.patch_x * unit_bytes;
       int64_t stride = patch_row;
       if (w.flip) {
-        mirror_rows({mirrored, source, n * p.size, stride * p.size, n * p.size, rows}, unit_bytes);
+        move_rows({mirrored, source, 0, 0, n * p.size, stride, 1, rows, n * p.size}, unit_bytes, true);
         source = mirrored;
-        stride = n;
+        stride = n * p.size;
       }
-      if (!direct) {
-        if (stride == n) {
-          widen_run(source, reinterpret_cast<char*>(widened), rows * n, plane);
-        } else {
-          for (int64_t r = 0; r < rows; ++r) {
-            widen_run(source + r * stride * p.size, reinterpret_cast<char*>(widened + r * n), n, plane);
-          }
-        }
-        source = reinterpret_cast<const char*>(widened);
-        stride = n;
+      if (narrow) {
+        const int64_t run = stride == n * p.size ? rows : 1;  // whole rows at once where they lie side by side
+        for (int64_t r = 0; r < rows; r += run) widen_run(source + r * stride, widened + r * n * kSize, run * n, plane);
+        source = widened;
+        stride = n * kSize;
       }
-      add_rows_of(sums + (from - first) * image_row + w.image_x * g.unit, image_row, reinterpret_cast<const Sum*>(source), stride, n, rows);
+      add_rows<Sum>({sums + (from - first) * image_row + w.image_x * g.unit * kSize, source, g.image_height * image_row,
+                     g.height * patch_row, image_row, stride, planes, rows, n * kSize});
     }
-    if (!direct || p.normalise.scale != nullptr) finish(reinterpret_cast<const char*>(sums), out, count * image_row, plane);
-    row += count;
+    if (narrow || scaled) finish(sums, out, count * g.image_width * g.unit, plane);
+    row += planes * count;
     first += count;
     if (first < g.image_height) continue;
     first = 0;
-    if (++plane < g.planes) continue;
+    plane += planes;
+    if (plane < g.planes || row == end) continue;
     plane = 0;
-    if (row < end) windows_count = windows_of(g, ++image, windows);
+    windows_count = windows_of(g, ++image, windows);
   }
 }
 

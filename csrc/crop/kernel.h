@@ -101,10 +101,11 @@ constexpr int64_t crop_scratch(const CropParams& p) {
   return p.convert ? crop_rows(p) * p.geometry.width * p.geometry.unit * p.in_size : 0;
 }
 
-// Rows of an image that a thread sums at once, and its scratch: where each part begins, and bytes in all.
+// Rows of one or more whole planes, or of a part of one, that a thread sums at once; and its scratch: where each part
+// begins, and bytes in all.
 constexpr int64_t backward_rows(const CropBackwardParams& p) {
   const Geometry& g = p.geometry;
-  return rows_within(kBackwardBytes, g.image_width * g.unit * (p.size < 4 ? 4 : p.size), g.image_height);
+  return rows_within(kBackwardBytes, g.image_width * g.unit * (p.size < 4 ? 4 : p.size), g.planes * g.image_height);
 }
 struct BackwardScratch {
   int64_t sums, mirrored, widened, bytes;  // the windows come first
