@@ -4,6 +4,7 @@ from fastkd import functional
 from fastkd._library import build_info
 from fastkd.functional import logit_stats
 from fastkd.losses import JSDivLoss, KDLoss, KLDivLoss
+from fastkd.patches import crop_patches, random_crop_flip, random_patches
 from fastkd.sampling import AliasTable, CollectionBatchSampler, CollectionSampler
 
 __all__ = [
@@ -14,7 +15,10 @@ __all__ = [
     "KDLoss",
     "KLDivLoss",
     "build_info",
+    "crop_patches",
     "functional",
     "logit_stats",
+    "random_crop_flip",
+    "random_patches",
 ]
 __version__: str = build_info()["version"]

@@ -1,0 +1,412 @@
+"""Crops against slicing: values, gradients, memory formats, places outside the image, threads, seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+import fastkd
+from fastkd import _C
+from fastkd.ops import crop as ops
+from fastkd.reference import crop as reference
+
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+DTYPES = [*FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool]
+HUGE = [-(2**63), -(2**63) + 1, -(2**31), 2**31, 2**63 - 41, 2**63 - 1]
+
+# ways to hold the same images
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "nchw": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "inside": lambda x: F.pad(x, (2, 3, 1, 4))[:, :, 1 : 1 + x.shape[2], 2 : 2 + x.shape[3]],
+    "inside_channels_last": lambda x: F.pad(x, (2, 3, 1, 4)).contiguous(memory_format=torch.channels_last)[
+        :, :, 1 : 1 + x.shape[2], 2 : 2 + x.shape[3]
+    ],
+    "every_second_column": lambda x: x.repeat_interleave(2, 3)[..., ::2],
+    "every_second_image": lambda x: x.repeat_interleave(2, 0)[::2],
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "channel_in_the_middle": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+}
+
+
+def make_images(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randint(0, 2 if dtype == torch.bool else 120, shape, generator=generator).to(dtype)
+
+
+def make_places(
+    batch: int, patches: int, size: tuple[int, int], extent: tuple[int, int], generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offsets from wholly outside on one side to wholly outside on the other, and flips."""
+    y, x = (
+        torch.randint(-s - 1, e + 2, (batch, patches), generator=generator) for s, e in zip(size, extent, strict=True)
+    )
+    return torch.stack([y, x], -1), torch.rand(batch, patches, generator=generator) < 0.5
+
+
+def with_threads(threads: int, call: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return call()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equals_slicing(device: torch.device, generator: torch.Generator, layout: str, dtype: torch.dtype) -> None:
+    for channels, extent, size, patches in [
+        (3, (8, 8), (3, 5), 2),
+        (1, (1, 1), (1, 1), 1),
+        (2, (3, 41), (2, 17), 9),
+        (3, (41, 3), (41, 2), 3),
+        (5, (41, 70), (33, 67), 4),
+        (4, (7, 6), (9, 11), 5),  # patches larger than the image
+    ]:
+        images = make_images((3, channels, *extent), dtype, generator)
+        offsets, flip = make_places(3, patches, size, extent, generator)
+        held = LAYOUTS[layout](images).to(device)
+        assert torch.equal(held.cpu(), images)
+        for mirror in (None, flip):
+            out = fastkd.crop_patches(held, offsets.to(device), size, None if mirror is None else mirror.to(device))
+            assert out.dtype == dtype
+            assert torch.equal(out.cpu(), reference.crop(images, offsets, size, mirror))
+            channels_last = layout.endswith("channels_last") and channels > 1
+            assert out.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 4])
+def test_random_patches_are_slices_of_the_padded_image(device: torch.device, padding: int) -> None:
+    images = torch.rand(5, 3, 9, 11, device=device)
+    patches, offsets = fastkd.random_patches(images, (6, 7), 4, padding=padding)
+    assert offsets.shape == (5, 4, 2)
+    padded = F.pad(images, [padding] * 4)
+    for b in range(5):
+        for j in range(4):
+            y, x = (offsets[b, j] + padding).tolist()
+            assert torch.equal(patches[b * 4 + j], padded[b, :, y : y + 6, x : x + 7])
+
+
+def test_offsets_without_a_patch_dimension(device: torch.device) -> None:
+    images, offsets = torch.rand(3, 2, 5, 5, device=device), torch.tensor([[0, 1], [2, 2], [1, 0]], device=device)
+    flip = torch.tensor([True, False, True], device=device)
+    assert torch.equal(
+        fastkd.crop_patches(images, offsets, 3, flip), fastkd.crop_patches(images, offsets[:, None], 3, flip[:, None])
+    )
+
+
+@pytest.mark.parametrize("y", HUGE)
+@pytest.mark.parametrize("x", HUGE)
+def test_far_places_are_empty(device: torch.device, y: int, x: int) -> None:
+    images = torch.ones(1, 2, 5, 6, device=device, requires_grad=True)
+    for place in ([y, x], [0, x], [y, 0]):
+        out = fastkd.crop_patches(images, torch.tensor([[place, [1, 1]]], device=device), (4, 3))
+        assert not out[0].any()
+        assert out[1].all()
+        (gradient,) = torch.autograd.grad(out.sum(), images)
+        assert gradient.sum() == 2 * 4 * 3
+
+
+def test_more_than_2_to_31_elements(device: torch.device) -> None:
+    side = 46400  # 2.15e9 pixels, of which only the touched pages exist
+    images = torch.empty(1, 1, side, side, dtype=torch.uint8, device=device)
+    images[0, 0, -3:, -3:] = torch.arange(1, 10, dtype=torch.uint8).reshape(3, 3)
+    out = fastkd.crop_patches(images, torch.tensor([[side - 3, side - 3]], device=device), 4)
+    assert torch.equal(out[0, 0, :3, :3].cpu(), torch.arange(1, 10, dtype=torch.uint8).reshape(3, 3))
+    assert not out[0, 0, 3].any()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 0, 8, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_empty(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    images = torch.zeros(shape, dtype=dtype, device=device, requires_grad=dtype.is_floating_point)
+    patches, offsets = fastkd.random_patches(images, 4, 3)
+    assert patches.shape == (3 * shape[0], shape[1], 4, 4)
+    assert offsets.shape == (shape[0], 3, 2)
+    assert fastkd.random_crop_flip(images).shape == shape
+    assert fastkd.crop_patches(images, offsets[:, :0], 4).shape == (0, shape[1], 4, 4)
+    if images.requires_grad:
+        assert torch.autograd.grad(patches.sum(), images)[0].shape == shape
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_gradient_is_that_of_slices_bit_for_bit(
+    device: torch.device, generator: torch.Generator, dtype: torch.dtype, layout: str
+) -> None:
+    """Sums of at least three overlapping patches, in the order of autograd; 16-bit floats: summed in fp32, rounded once."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for channels, extent, size, patches in [
+        (3, (8, 8), (6, 5), 5),
+        (2, (3, 41), (2, 39), 9),
+        (4, (70, 66), (47, 33), 7),
+        (1, (9, 300), (9, 290), 4),
+        (3, (32, 32), (8, 8), 8),
+        (3, (5, 6), (7, 9), 6),
+    ]:
+        images = make_images((2, channels, *extent), dtype, generator)
+        offsets, flip = make_places(2, patches, size, extent, generator)
+        grad = torch.randn(2 * patches, channels, *size, generator=generator, dtype=torch.float64)
+        grad = (grad * torch.exp(2 * torch.randn(grad.shape, generator=generator, dtype=torch.float64))).to(dtype)
+        for mirror in (None, flip):
+            leaf = images.to(wide).clone().requires_grad_()
+            (expected,) = torch.autograd.grad(reference.crop(leaf, offsets, size, mirror), leaf, grad.to(wide))
+            held = LAYOUTS[layout](images).to(device).requires_grad_()
+            out = fastkd.crop_patches(held, offsets.to(device), size, None if mirror is None else mirror.to(device))
+            (gradient,) = torch.autograd.grad(out, held, LAYOUTS[layout](grad).to(device))
+            assert torch.equal(gradient.cpu(), expected.to(dtype))
+            assert gradient.stride() == held.stride()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_of_any_layout(device: torch.device, generator: torch.Generator, layout: str) -> None:
+    offsets, flip = make_places(2, 3, (4, 5), (6, 7), generator)
+    grad = torch.randn(6, 3, 4, 5, generator=generator)
+    one = ops._crop_backward(grad.to(device), offsets.to(device), flip.to(device), 6, 7, [])
+    other = ops._crop_backward(LAYOUTS[layout](grad).to(device), offsets.to(device), flip.to(device), 6, 7, [])
+    assert torch.equal(one, other)
+    expanded = torch.ones((), device=device).expand(6, 3, 4, 5)
+    dense = torch.ones(6, 3, 4, 5, device=device)
+    assert torch.equal(
+        ops._crop_backward(expanded, offsets.to(device), None, 6, 7, []),
+        ops._crop_backward(dense, offsets.to(device), None, 6, 7, []),
+    )
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_gradcheck(device: torch.device, generator: torch.Generator, memory_format: torch.memory_format) -> None:
+    images = torch.randn(2, 3, 5, 4, generator=generator, dtype=torch.float64).to(device)
+    images = images.contiguous(memory_format=memory_format).requires_grad_()
+    offsets, flip = (t.to(device) for t in make_places(2, 4, (3, 3), (5, 4), generator))
+
+    def normalised(x: torch.Tensor) -> torch.Tensor:
+        return ops.crop(x, offsets, (3, 3), flip, center=[0.5, -1.0, 2.0], scale=[2.0, -0.25, 3.0])
+
+    for function in (lambda x: fastkd.crop_patches(x, offsets, (3, 3), flip), normalised):
+        assert torch.autograd.gradcheck(function, images)
+        assert torch.autograd.gradgradcheck(function, images)
+
+
+def test_opcheck(device: torch.device, generator: torch.Generator) -> None:
+    seed = torch.tensor([7], device=device)
+    torch.library.opcheck(torch.ops.fastkd.crop_offsets.default, (seed, 2, 3, -1, 9, 0, 5, 0.5))
+    offsets, flip = (t.to(device) for t in make_places(2, 3, (3, 2), (6, 5), generator))
+    for layout in ("nchw", "channels_last", "transposed", "inside_channels_last"):
+        images = LAYOUTS[layout](torch.randn(2, 3, 6, 5, generator=generator)).to(device)
+        grad = LAYOUTS[layout](torch.randn(6, 3, 3, 2, generator=generator)).to(device)
+        byte = LAYOUTS[layout](torch.ones(2, 3, 6, 5, dtype=torch.uint8)).to(device)
+        for args in [
+            (images.requires_grad_(), offsets, None, 3, 2, [], [], torch.float32),
+            (images, offsets, flip, 3, 2, [0.5] * 3, [2.0] * 3, torch.float32),
+            (byte, offsets, flip, 3, 2, [], [0.25] * 3, torch.bfloat16),
+        ]:
+            torch.library.opcheck(torch.ops.fastkd.crop.default, args)
+        for flips, scale in ((None, []), (flip, [2.0] * 3)):
+            torch.library.opcheck(
+                torch.ops.fastkd.crop_backward.default, (grad.requires_grad_(), offsets, flips, 6, 5, scale)
+            )
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_compile(memory_format: torch.memory_format) -> None:
+    images = torch.randn(4, 3, 10, 9).contiguous(memory_format=memory_format).requires_grad_()
+
+    def patches_and_replay(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        patches, offsets = fastkd.random_patches(x * 2, (5, 4), 3, padding=1)
+        return patches, fastkd.crop_patches(x * 2, offsets, (5, 4))
+
+    patches, replay = torch.compile(patches_and_replay, fullgraph=True)(images)
+    assert torch.equal(patches, replay)
+    assert patches.is_contiguous(memory_format=memory_format)
+    (gradient,) = torch.autograd.grad(patches.sum(), images)
+    assert gradient.sum() == 2 * torch.autograd.grad(replay.sum(), images)[0].sum() / 2
+
+    def augment(x: torch.Tensor) -> torch.Tensor:
+        return fastkd.random_crop_flip(x, padding=2, mean=(0.1, 0.2, 0.3), std=0.5, flip_probability=1.0)
+
+    byte = torch.full((4, 3, 10, 9), 51, dtype=torch.uint8)
+    out = torch.compile(augment, fullgraph=True)(byte)
+    inside = (0.2 - torch.tensor([0.1, 0.2, 0.3])) / 0.5
+    assert out.shape == byte.shape
+    torch.testing.assert_close(out[:, :, 5, 4], inside.expand(4, 3))
+
+
+# ---- the same bits everywhere ----------------------------------------------------------------------
+
+
+def everything() -> tuple[torch.Tensor, ...]:
+    """One result of each path, from fixed inputs, large enough for several threads."""
+    generator = torch.Generator().manual_seed(1)
+    results = list(ops.crop_offsets(torch.tensor([3]), 40, 60, (-3, 27), (-5, 2**61), 0.3))
+    offsets, flip = make_places(9, 7, (31, 37), (40, 43), generator)
+    for layout in ("nchw", "channels_last"):
+        byte = LAYOUTS[layout](torch.randint(0, 256, (9, 3, 40, 43), generator=generator, dtype=torch.uint8))
+        for dtype in FLOATS:
+            images = LAYOUTS[layout](make_images((9, 3, 40, 43), dtype, generator))
+            constants = {"center": [0.3, -0.1, 7.7], "scale": [1 / 3, 1.7, -0.01]}
+            results.append(ops.crop(images, offsets, (31, 37), flip))
+            results.append(ops.crop(images, offsets, (31, 37), flip, **constants))
+            results.append(ops.crop(byte, offsets, (31, 37), flip, **constants, dtype=dtype))
+            results.append(ops._crop_backward(results[-1], offsets, flip, 40, 43, constants["scale"]))
+            results.append(ops._crop_backward(results[-2], offsets, None, 40, 43, []))
+    return tuple(results)
+
+
+@pytest.fixture(scope="module")
+def truth() -> tuple[torch.Tensor, ...]:
+    _C.set_instruction_set("baseline")
+    result = with_threads(1, everything)
+    _C.set_instruction_set(fastkd.build_info()["cpu_instruction_set_best"])
+    return result
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_instruction_sets_and_threads_agree(
+    truth: tuple[torch.Tensor, ...], device: torch.device, threads: int
+) -> None:
+    for one, other in zip(truth, with_threads(threads, everything), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_same_seed_same_crops(device: torch.device) -> None:
+    images = torch.randint(0, 256, (20, 3, 12, 12), dtype=torch.uint8, device=device)
+    runs = []
+    for seed in (5, 5, 6):
+        generator = torch.Generator(device).manual_seed(seed)
+        patches, offsets = fastkd.random_patches(images, 4, 2, generator)
+        runs.append((patches, offsets, fastkd.random_crop_flip(images, generator=generator)))
+    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(runs[0], runs[2], strict=True))
+
+
+# ---- random places ---------------------------------------------------------------------------------
+
+
+def test_philox_reference_known_answer() -> None:
+    assert reference.philox(0, 0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]  # Random123's kat_vectors
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63)])
+def test_offsets_are_those_of_the_reference(device: torch.device, seed: int) -> None:
+    for args in [
+        (3, 5, (0, 1), (0, 1), 0.0),
+        (1, 37, (-4, 9), (0, 25), 0.5),
+        (7, 3, (-(2**62), 2**62), (5, 2**33), 1.0),
+        (2, 2, (0, 3), (2**62, 2**62), 1 / 3),
+    ]:
+        offsets, flip = ops.crop_offsets(torch.tensor([seed], device=device), *args)
+        expected_offsets, expected_flip = reference.crop_offsets(seed, *args)
+        assert torch.equal(offsets.cpu(), expected_offsets)
+        assert torch.equal(flip.cpu(), expected_flip)
+
+
+def test_offsets_are_uniform_and_independent(device: torch.device) -> None:
+    images = torch.empty(400, 1, 12, 9, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    _, offsets = fastkd.random_patches(images, (5, 4), 100, generator, padding=1)
+    y, x = offsets.cpu().reshape(-1, 2).T
+    assert (y.min(), y.max(), x.min(), x.max()) == (-1, 8, -1, 6)
+    joint = torch.bincount((y + 1) * 8 + x + 1, minlength=80)
+    assert stats.chisquare(joint.numpy()).pvalue > 1e-4
+    successive = torch.bincount((y[:-1] + 1) * 10 + y[1:] + 1, minlength=100)
+    assert stats.chisquare(successive.numpy()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.2, 0.5, 1.0])
+def test_flip_probability(device: torch.device, probability: float) -> None:
+    seed = torch.tensor([11], device=device)
+    offsets, flip = ops.crop_offsets(seed, 100, 200, (0, 2), (0, 1), probability)
+    count = int(flip.sum())
+    assert stats.binomtest(count, 20000, probability).pvalue > 1e-4
+    if 0 < probability < 1:  # independent of the offset
+        table = torch.bincount(2 * flip.flatten() + offsets[..., 0].flatten(), minlength=4).reshape(2, 2)
+        assert stats.chi2_contingency(table.numpy()).pvalue > 1e-4
+
+
+# ---- normalisation ---------------------------------------------------------------------------------
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+
+def all_bytes() -> torch.Tensor:
+    return torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 3, 16, 16)
+
+
+def test_bytes_become_x_over_255_exactly(device: torch.device) -> None:
+    out = fastkd.random_crop_flip(all_bytes().to(device), padding=0, flip_probability=0.0)
+    assert torch.equal(out.cpu(), all_bytes().float() / 255)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("source", [torch.uint8, *FLOATS], ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_normalisation(
+    device: torch.device, generator: torch.Generator, source: torch.dtype, dtype: torch.dtype, layout: str
+) -> None:
+    images = all_bytes() if source == torch.uint8 else torch.rand(2, 3, 16, 16, generator=generator).to(source)
+    held = LAYOUTS[layout](images).to(device)
+    for mean, std in ((MEAN, STD), (0.5, None), (None, STD), (None, 2.0)):
+        out = fastkd.random_crop_flip(held, 0, None, 0.0, mean, std, dtype)
+        assert out.dtype == dtype
+        truth = reference.normalise(images, mean, std, torch.float64)
+        ours = (out.cpu().double() - truth).abs().max()
+        # in the dtype that arithmetic has: that of images, float32 for bytes
+        torchs = reference.normalise(images, mean, std, dtype if source == torch.uint8 else source).to(dtype)
+        assert ours <= 2 * (torchs.double() - truth).abs().max() or source == torch.float64 == dtype
+        assert ours <= 2 * torch.finfo(dtype).eps * truth.abs().max() or source in (torch.bfloat16, torch.float16)
+
+
+def test_crop_flip_normalise_together(device: torch.device, generator: torch.Generator) -> None:
+    """Padding is black before normalisation, so (0 - mean) / std after it."""
+    images = torch.randint(0, 256, (50, 3, 9, 8), generator=generator, dtype=torch.uint8)
+    random = torch.Generator(device).manual_seed(3)
+    out = fastkd.random_crop_flip(images.to(device), 3, (8, 10), 0.5, MEAN, STD, generator=random).cpu()
+    limits = torch.iinfo(torch.int64)
+    seed = torch.randint(
+        limits.min, limits.max, (1,), device=device, generator=torch.Generator(device).manual_seed(3)
+    ).item()
+    offsets, flip = reference.crop_offsets(int(seed), 50, 1, (-3, 8), (-3, 5), 0.5)
+    expected = reference.normalise(reference.crop(images, offsets, (8, 10), flip), MEAN, STD, torch.float32)
+    assert 0 < flip.sum() < 50
+    torch.testing.assert_close(out, expected, rtol=2e-6, atol=2e-7)
+
+
+# ---- anything --------------------------------------------------------------------------------------
+
+place = st.one_of(st.integers(-12, 12), st.sampled_from(HUGE), st.integers(-(2**63), 2**63 - 1))
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_fuzz(data: st.DataObject) -> None:
+    batch, channels, height, width = (data.draw(st.integers(lo, hi)) for lo, hi in ((0, 3), (0, 5), (0, 9), (0, 12)))
+    size = data.draw(st.tuples(st.integers(1, 11), st.integers(1, 35)))
+    patches = data.draw(st.integers(0, 4))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    images = torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64)
+    count = batch * patches
+    places = data.draw(st.lists(st.tuples(place, place), min_size=count, max_size=count))
+    offsets = torch.tensor(places, dtype=torch.int64).reshape(batch, patches, 2)
+    flip = torch.rand(batch, patches, generator=generator) < 0.5 if data.draw(st.booleans()) else None
+    held = LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))](images).detach().requires_grad_()
+    expected_images = images.clone().requires_grad_()
+    out = fastkd.crop_patches(held, offsets, size, flip)
+    expected = reference.crop(expected_images, offsets, size, flip)
+    assert torch.equal(out, expected)
+    grad = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(out, held, grad)
+    if expected.requires_grad:
+        assert torch.equal(gradient, torch.autograd.grad(expected, expected_images, grad)[0])
+    else:  # nothing but zeros came out
+        assert not gradient.any()
