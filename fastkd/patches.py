@@ -50,7 +50,7 @@ def random_patches(
         TypeError, ValueError: a patch larger than the padded image, k < 1, a negative padding, dtypes and shapes
         other than these, a generator of another device.
 
-    The discriminator of Fang et al., "Mosaicking to Distill" (NeurIPS 2021, arXiv:2110.15094), Eq. 3, sees such patches.
+    The patch discriminator of Fang et al., "Mosaicking to Distill" (NeurIPS 2021, arXiv:2110.15094), Eq. 3, sees these.
     """
     _check_images(images, _FLOATS + _INTEGERS)
     height, width = _pair(size)
@@ -166,10 +166,16 @@ def _draw(
     if height > padded_height or width > padded_width:
         raise ValueError(
             f"fastkd: size is ({height}, {width}), must be at most that of the image"
-            + (f" and its padding, ({padded_height}, {padded_width})" if padding else f", ({padded_height}, {padded_width})")
+            + (
+                f" and its padding, ({padded_height}, {padded_width})"
+                if padding
+                else f", ({padded_height}, {padded_width})"
+            )
         )
     if generator is not None and not _same_device(generator.device, images.device):
-        raise ValueError(f"fastkd: generator is on {generator.device}, must be on the device of images, {images.device}")
+        raise ValueError(
+            f"fastkd: generator is on {generator.device}, must be on the device of images, {images.device}"
+        )
     limits = torch.iinfo(torch.int64)
     seed = torch.randint(limits.min, limits.max, (1,), device=images.device, generator=generator)
     return _ops.crop_offsets(
@@ -223,10 +229,14 @@ def _pair(size: Size) -> tuple[int, int]:
 
 def _channel_values(name: str, value: float | Sequence[float], channels: int) -> list[float]:
     if isinstance(value, Tensor):
-        raise TypeError(f"fastkd: {name} is a tensor, must be numbers, so that nothing waits for a device: {name}.tolist()")
+        raise TypeError(
+            f"fastkd: {name} is a tensor, must be numbers, so that nothing waits for a device: {name}.tolist()"
+        )
     values = [float(value)] * channels if isinstance(value, (int, float)) else [float(v) for v in value]
     if len(values) != channels:
-        raise ValueError(f"fastkd: {name} has {len(values)} values, must have one, or one for each of the {channels} channels")
+        raise ValueError(
+            f"fastkd: {name} has {len(values)} values, must have one, or one for each of the {channels} channels"
+        )
     if not all(math.isfinite(v) for v in values):
         raise ValueError(f"fastkd: {name} is {value}, must be finite")
     return values

@@ -145,7 +145,7 @@ def test_empty(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype)
 def test_gradient_is_that_of_slices_bit_for_bit(
     device: torch.device, generator: torch.Generator, dtype: torch.dtype, layout: str
 ) -> None:
-    """Sums of at least three overlapping patches, in the order of autograd; 16-bit floats: summed in fp32, rounded once."""
+    """Three and more overlapping patches, summed in autograd's order; 16-bit floats in fp32, rounded once."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for channels, extent, size, patches in [
         (3, (8, 8), (6, 5), 5),
@@ -222,15 +222,19 @@ def test_opcheck(device: torch.device, generator: torch.Generator) -> None:
 def test_compile(memory_format: torch.memory_format) -> None:
     images = torch.randn(4, 3, 10, 9).contiguous(memory_format=memory_format).requires_grad_()
 
-    def patches_and_replay(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    @torch.compile(fullgraph=True)
+    def compiled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         patches, offsets = fastkd.random_patches(x * 2, (5, 4), 3, padding=1)
-        return patches, fastkd.crop_patches(x * 2, offsets, (5, 4))
+        return patches, fastkd.crop_patches(x * 2, offsets, (5, 4)), offsets
 
-    patches, replay = torch.compile(patches_and_replay, fullgraph=True)(images)
-    assert torch.equal(patches, replay)
+    patches, replay, offsets = compiled(images)
+    expected = fastkd.crop_patches(images * 2, offsets, (5, 4))
+    assert torch.equal(patches, expected)
+    assert torch.equal(replay, expected)
     assert patches.is_contiguous(memory_format=memory_format)
-    (gradient,) = torch.autograd.grad(patches.sum(), images)
-    assert gradient.sum() == 2 * torch.autograd.grad(replay.sum(), images)[0].sum() / 2
+    grad = torch.randn(patches.shape)
+    (gradient,) = torch.autograd.grad([patches, replay], images, [grad, 2 * grad])
+    torch.testing.assert_close(gradient, 3 * torch.autograd.grad(expected, images, grad)[0])
 
     def augment(x: torch.Tensor) -> torch.Tensor:
         return fastkd.random_crop_flip(x, padding=2, mean=(0.1, 0.2, 0.3), std=0.5, flip_probability=1.0)
@@ -361,10 +365,12 @@ def test_normalisation(
         assert out.dtype == dtype
         truth = reference.normalise(images, mean, std, torch.float64)
         ours = (out.cpu().double() - truth).abs().max()
-        # in the dtype that arithmetic has: that of images, float32 for bytes
-        torchs = reference.normalise(images, mean, std, dtype if source == torch.uint8 else source).to(dtype)
-        assert ours <= 2 * (torchs.double() - truth).abs().max() or source == torch.float64 == dtype
-        assert ours <= 2 * torch.finfo(dtype).eps * truth.abs().max() or source in (torch.bfloat16, torch.float16)
+        arithmetic = dtype if source == torch.uint8 else source
+        if arithmetic == torch.float64:  # the truth is not better than that
+            assert ours <= 4 * torch.finfo(dtype).eps * truth.abs().max()
+        else:
+            torchs = reference.normalise(images, mean, std, arithmetic).to(dtype)
+            assert ours <= 2 * (torchs.double() - truth).abs().max()
 
 
 def test_crop_flip_normalise_together(device: torch.device, generator: torch.Generator) -> None:

@@ -13,7 +13,7 @@ using torch::headeronly::MemoryFormat;
 
 constexpr int64_t kGrainBytes = 64 << 10;  // of output: work worth a thread
 constexpr int64_t kGrainPlaces = 2048;
-constexpr int64_t kPatternLanes = 16;        // a multiple of every instruction set's registers
+constexpr int64_t kPatternLanes = 16;            // a multiple of every instruction set's registers
 constexpr int64_t kMaxRange = INT64_C(1) << 62;  // of an offset's range: low + count stays an int64
 
 constexpr std::initializer_list<ScalarType> kIntegers = {ScalarType::Byte, ScalarType::Char, ScalarType::Short,
@@ -27,8 +27,8 @@ bool is_one_of(ScalarType type, std::initializer_list<ScalarType> allowed) {
 void check_elements(const char* what, std::initializer_list<int64_t> sizes) {
   int64_t elements = 1;
   for (int64_t size : sizes) {
-    FASTKD_CHECK(!__builtin_mul_overflow(elements, size, &elements) && elements <= std::numeric_limits<int64_t>::max() / 16,
-                 what, " would have more than 2^59 elements");
+    FASTKD_CHECK(!__builtin_mul_overflow(elements, size, &elements) && elements <= std::numeric_limits<int64_t>::max() / 16, what,
+                 " would have more than 2^59 elements");
     if (elements == 0) return;
   }
 }
@@ -92,8 +92,15 @@ class ChannelConstants {
 
 Geometry geometry_of(const Tensor& offsets, const std::optional<Tensor>& flip, int64_t channels, bool channels_last,
                      int64_t image_height, int64_t image_width, int64_t height, int64_t width) {
-  return {offsets.size(1), channels_last ? 1 : channels, channels_last ? channels : 1, image_height, image_width, height, width,
-          static_cast<const int64_t*>(offsets.const_data_ptr()), data_or_null<bool>(flip)};
+  return {offsets.size(1),
+          channels_last ? 1 : channels,
+          channels_last ? channels : 1,
+          image_height,
+          image_width,
+          height,
+          width,
+          static_cast<const int64_t*>(offsets.const_data_ptr()),
+          data_or_null<bool>(flip)};
 }
 
 Tensor crop(Tensor images, Tensor offsets, std::optional<Tensor> flip, int64_t height, int64_t width, std::vector<double> center,

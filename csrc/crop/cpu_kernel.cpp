@@ -241,7 +241,9 @@ Convert convert_of(Dtype in, Dtype out, Mode mode) {
 class Converter {
  public:
   Converter(Dtype in, int64_t in_size, Dtype out, int64_t out_size, const Normalise& normalise, int64_t unit)
-      : mode_(normalise.scale == nullptr ? Mode::kPlain : unit > 1 ? Mode::kEach : Mode::kConstant),
+      : mode_(normalise.scale == nullptr ? Mode::kPlain
+              : unit > 1                 ? Mode::kEach
+                                         : Mode::kConstant),
         run_(convert_of(in, out, mode_)),
         in_size_(in_size),
         out_size_(out_size),

@@ -76,7 +76,7 @@ struct Kernels {
 
 // A patch within its image, clipped once, used for every plane. All in pixels.
 struct Window {
-  int64_t patch;  // b * k + j
+  int64_t patch;             // b * k + j
   int64_t image_y, image_x;  // first pixel inside the image
   int64_t patch_y, patch_x;  // where that lies in the patch as stored; of a mirrored row: where its last pixel lies
   int64_t rows, columns;     // inside

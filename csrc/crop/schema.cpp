@@ -11,8 +11,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
       "ScalarType dtype) -> Tensor");
 
   // The transpose of crop: [B * k, C, h, w] -> [B, C, height, width]; each pixel sums the patches that cover it, last first.
-  m.def(
-      "crop_backward(Tensor grad_patches, Tensor offsets, Tensor? flip, int height, int width, float[] scale) -> Tensor");
+  m.def("crop_backward(Tensor grad_patches, Tensor offsets, Tensor? flip, int height, int width, float[] scale) -> Tensor");
 
   // Uniform offsets y_low <= y < y_low + y_count, x alike, int64 [batch, patches, 2], and flips, bool [batch, patches].
   // seed: int64, one element.

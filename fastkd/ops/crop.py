@@ -76,9 +76,7 @@ def _new_images(like: Tensor, batch: int, height: int, width: int, dtype: torch.
     channels = like.shape[1]
     channels_last = channels > 1 and like.stride(1) == 1 and like.stride(3) == channels
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(
-        (batch, channels, height, width), dtype=dtype, device=like.device, memory_format=memory_format
-    )
+    return torch.empty((batch, channels, height, width), dtype=dtype, device=like.device, memory_format=memory_format)
 
 
 @torch.library.register_fake("fastkd::crop")
