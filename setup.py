@@ -95,5 +95,6 @@ class NinjaBuild(build_ext):  # writes one build.ninja for both libraries and ru
 setup(
     ext_modules=[Extension("fastkd._C", sources=[]), *([Extension("fastkd._cuda", sources=[])] if find_nvcc() else [])],
     cmdclass={"build_ext": NinjaBuild},
-    setup_requires=[] if find_torch() else ["torch>=2.10"],  # asked for in a build without torch at hand
+    # a build front end (pip) is told to bring torch where none is at hand; `python setup.py` never fetches anything
+    setup_requires=["torch>=2.10"] if "setuptools.build_meta" in sys.modules and not find_torch() else [],
 )
