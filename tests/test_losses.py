@@ -205,7 +205,8 @@ def test_nothing_is_kept_alive(pair: tuple[Tensor, Tensor]) -> None:
                 assert [name() for name in names] == [None, None]
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
-        assert not [x for x in gc.garbage if isinstance(x, Tensor | torch.autograd.function.FunctionCtx)]
+        # (torch.compile leaves fake tensors of other tests behind)
+        assert not [x for x in gc.garbage if type(x) is Tensor or isinstance(x, torch.autograd.function.FunctionCtx)]
     finally:
         gc.set_debug(0)
         gc.garbage.clear()

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as Function
 
@@ -82,6 +81,8 @@ def _outer_levels(otherwise: Callable[[], Any] = nullcontext) -> AbstractContext
 def _apply(node: Any, *args: Any) -> Any:
     """``node.apply``; within a transform of torch.func this kernel stands at one of its levels."""
     if torch._C._are_functorch_transforms_active():
+        from torch._functorch.autograd_function import enable_single_level_autograd_function
+
         with enable_single_level_autograd_function():
             return node.apply(*args)
     return node.apply(*args)
