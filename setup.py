@@ -83,7 +83,7 @@ class NinjaBuild(build_ext):  # writes one build.ninja for both libraries and ru
             host += build("cxx", "csrc/module.cpp", flags=module)
             for isa, flags in ISA_FLAGS.items():  # gcc 12 finds its own intrinsics uninitialised
                 flags = f"-DFASTKD_ISA={isa} {flags} -Wno-maybe-uninitialized"
-                host += build("cxx", "csrc/*/cpu_kernel.cpp", f".{isa}", flags)
+                host += build("cxx", "csrc/*/cpu_kernel*.cpp", f".{isa}", flags)
             linked = [("fastkd._C", host, f"{compiler} {SANITIZER}")]
             linked += [("fastkd._cuda", build("nvcc", "csrc/*/cuda.cu"), nvcc)] if nvcc else []
             for name, objects, linker in linked:

@@ -74,7 +74,8 @@ FASTKD_INLINE I64 as_int(F64 x) { return reinterpret_cast<I64>(x); }
 template <typename V>
 FASTKD_INLINE V maximum(V a, V b) {
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<V, F32>) return reinterpret_cast<F32>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+  if constexpr (std::is_same_v<V, F32>)
+    return reinterpret_cast<F32>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
 #endif
   return a > b ? a : b;
 }
@@ -248,7 +249,7 @@ FASTKD_INLINE F64 widen(F64 v) { return v; }
 // x = n ln 2 + r; n comes out of the low bits after adding 1.5 * 2^23.
 FASTKD_INLINE F32 exp(F32 x) {
   constexpr float kSmallest = -87.33f;
-  constexpr float kMagic = kHasScalef ? 12582912.0f : 12582912.0f + 127.0f;  // without scalef, n carries its bias
+  constexpr float kMagic = kHasScalef ? 12582912.0f : 12582912.0f + 127.0f;    // without scalef, n carries its bias
   const F32 clamped = kHasScalef ? x : maximum(x, broadcast<F32>(kSmallest));  // NaN becomes kSmallest, and stays NaN in r
   const F32 shifted = clamped * 1.44269504088896341f + kMagic;
   const F32 n = shifted - kMagic;
@@ -332,8 +333,7 @@ FASTKD_INLINE F64 log(F64 x) {
   poly = poly * z2 + 2.0 / 5.0;
   poly = poly * z2 + 2.0 / 3.0;
   const F64 exponent = __builtin_convertvector(n, F64);
-  const F64 result =
-      exponent * 6.93147180369123816490e-1 + (z * z2 * poly + exponent * 1.90821492927058770002e-10 + 2.0 * z);
+  const F64 result = exponent * 6.93147180369123816490e-1 + (z * z2 * poly + exponent * 1.90821492927058770002e-10 + 2.0 * z);
   return x < 0x1p-1022 ? broadcast<F64>(-__builtin_inf()) : x < __builtin_inf() ? result : x;
 }
 

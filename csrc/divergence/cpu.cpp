@@ -7,7 +7,7 @@ namespace {
 
 enum class Reduction : int64_t { kNone = 0, kSum = 1, kBatchMean = 2, kMean = 3 };
 
-constexpr int64_t kGrainElements = 16384;     // work worth a thread
+constexpr int64_t kGrainElements = 16384;          // work worth a thread
 constexpr size_t kStreamBytes = size_t{24} << 20;  // gradients beyond this leave the caches before anyone reads them
 
 void check_logits(const char* name, const Tensor& logits) {
@@ -16,9 +16,7 @@ void check_logits(const char* name, const Tensor& logits) {
   FASTKD_CHECK(logits.size(1) > 0, name, " has shape ", shape_of(logits), ", must have at least one class");
 }
 
-Tensor with_packed_rows(const Tensor& t) {
-  return t.size(1) == 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
-}
+Tensor with_packed_rows(const Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t); }
 
 // A [rows] tensor of any float dtype as doubles.
 std::vector<double> row_values(const char* name, const std::optional<Tensor>& t, int64_t rows) {
@@ -29,7 +27,7 @@ std::vector<double> row_values(const char* name, const std::optional<Tensor>& t,
   const int64_t stride = rows > 0 ? t->stride(0) : 1;
   for (int64_t r = 0; r < rows; ++r) {
     values[r] = t->scalar_type() == ScalarType::Float ? static_cast<const float*>(t->const_data_ptr())[r * stride]
-                                                       : static_cast<const double*>(t->const_data_ptr())[r * stride];
+                                                      : static_cast<const double*>(t->const_data_ptr())[r * stride];
   }
   return values;
 }
@@ -43,7 +41,9 @@ void write(const Tensor& out, int64_t index, double value) {
   }
 }
 
-ScalarType loss_dtype(const Tensor& logits) { return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+ScalarType loss_dtype(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor teacher, std::optional<Tensor> target,
                                                       std::optional<Tensor> weight, std::optional<Tensor> temperatures,
@@ -92,7 +92,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
 
   const Reduction reduce = static_cast<Reduction>(reduction);
   double denominator = 1;
-  if (reduce == Reduction::kBatchMean || reduce == Reduction::kMean) denominator = static_cast<double>(std::max<int64_t>(valid, 1));
+  if (reduce == Reduction::kBatchMean || reduce == Reduction::kMean)
+    denominator = static_cast<double>(std::max<int64_t>(valid, 1));
   if (reduce == Reduction::kMean) denominator *= static_cast<double>(classes);
 
   const ScalarType type = student.scalar_type();
@@ -206,8 +207,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logit_stats(Tensor logits, do
 }
 
 Tensor logit_stats_backward(Tensor logits, double temperature, Tensor argmax, Tensor logsumexp, Tensor entropy,
-                            std::optional<Tensor> grad_max, std::optional<Tensor> grad_mean,
-                            std::optional<Tensor> grad_logsumexp, std::optional<Tensor> grad_entropy) {
+                            std::optional<Tensor> grad_max, std::optional<Tensor> grad_mean, std::optional<Tensor> grad_logsumexp,
+                            std::optional<Tensor> grad_entropy) {
   check_logits("logits", logits);
   check_temperature(temperature);
   logits = with_packed_rows(logits);

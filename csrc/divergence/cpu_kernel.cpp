@@ -7,7 +7,7 @@
 // Bytes that must move: rows * classes * (student + teacher + gradients); the scratch stays in L2.
 #include "divergence/kernel.h"
 
-#include "common/simd.h"
+#include "common/rows.h"
 #include "divergence/math.h"
 
 namespace fastkd::FASTKD_ISA::divergence {
@@ -19,71 +19,6 @@ using ::fastkd::divergence::Kind;
 using ::fastkd::divergence::RowParams;
 using ::fastkd::divergence::StatsBackwardParams;
 using ::fastkd::divergence::StatsParams;
-
-// body(i, lanes) for registers at 0, L, 2L, ...; the last may be partial.
-template <typename V, typename Body>
-FASTKD_INLINE void sweep(int64_t n, const Body& body) {
-  constexpr int L = kLanes<V>;
-  int64_t i = 0;
-  for (; i <= n - L; i += L) body(i, L);
-  if (i < n) body(i, static_cast<int>(n - i));
-}
-
-// The same with N running sums: body(i, lanes, sum) adds to sum[0..N). Returns the totals.
-template <typename V, int N>
-struct Totals {
-  double value[N];
-};
-template <typename V, int N, typename Body>
-FASTKD_INLINE Totals<V, N> sweep_sum(int64_t n, const Body& body) {
-  constexpr int L = kLanes<V>;
-  F64 total[N] = {};
-  int64_t i = 0;
-  while (i < n) {
-    V sum[N] = {};  // of at most 64 registers, then folded into fp64
-    const int64_t full = n - i >= 64 * L ? i + 64 * L : i + (n - i) / L * L;
-    if (i == full) {
-      body(i, static_cast<int>(n - i), sum);
-      i = n;
-    }
-    for (; i < full; i += L) body(i, L, sum);
-    for (int k = 0; k < N; ++k) total[k] += widen(sum[k]);
-  }
-  Totals<V, N> result;
-  for (int k = 0; k < N; ++k) result.value[k] = reduce_sum(total[k]);
-  return result;
-}
-
-FASTKD_INLINE double log_of(double x) { return log(broadcast<F64>(x))[0]; }
-
-constexpr float kLowest = -__builtin_inff();
-
-// The smallest normal number: log and the reciprocal are finite from here on.
-template <typename S>
-constexpr S kTiny = sizeof(S) == 8 ? S(0x1p-1022) : S(0x1p-126);
-
-// 1 / T, but no more than what leaves differences of logits finite, however small T is.
-template <typename V>
-FASTKD_INLINE V inverse_of(double temperature) {
-  constexpr double kLargest = sizeof(V{}[0]) == 8 ? 0x1p1000 : 0x1p100;
-  const double inverse = 1.0 / temperature;
-  return broadcast<V>(inverse < kLargest ? inverse : kLargest);
-}
-
-template <typename T>
-FASTKD_INLINE Vector<T> row_max(const T* row, int64_t n) {
-  using V = Vector<T>;
-  constexpr int L = kLanes<V>;
-  V best = broadcast<V>(kLowest), others[3] = {best, best, best};  // four chains: a maximum takes cycles
-  int64_t i = 0;
-  for (; i <= n - 4 * L; i += 4 * L) {
-    best = maximum(best, load(row + i));
-    for (int k = 0; k < 3; ++k) others[k] = maximum(others[k], load(row + i + (k + 1) * L));
-  }
-  for (; i < n; i += L) best = maximum(best, load_up_to(row + i, n - i, Scalar<T>(kLowest)));
-  for (const V& other : others) best = maximum(best, other);
-  return broadcast<V>(reduce_max(best));
-}
 
 template <typename T>
 FASTKD_INLINE void write(T* p, Vector<T> v, int lanes, bool stream) {
@@ -180,19 +115,20 @@ struct Row {
     const bool keep = gs != nullptr || gt != nullptr;
     S* const e_s = buffer[0];
     S* const e_t = buffer[1];
-    const auto sums = sweep_sum<V, OwnTask ? 4 : 3>(params.classes, [&](int64_t i, int lanes, V * sum) __attribute__((always_inline)) {
-      const V below = in.below_max(i, lanes);
-      const V ai = below * in.inverse_temperature, bi = in.b(i, lanes);
-      const V es = exp(ai), et = exp(bi);
-      sum[0] += es;
-      sum[1] += et;
-      sum[2] += Swap ? weigh(es, c_v * ai - bi) : weigh(et, c_v * bi - ai);
-      if constexpr (OwnTask) sum[3] += exp(below);
-      if (keep) {
-        store(e_s + i, es);
-        store(e_t + i, et);
-      }
-    });
+    const auto sums =
+        sweep_sum<V, OwnTask ? 4 : 3>(params.classes, [&](int64_t i, int lanes, V* sum) __attribute__((always_inline)) {
+          const V below = in.below_max(i, lanes);
+          const V ai = below * in.inverse_temperature, bi = in.b(i, lanes);
+          const V es = exp(ai), et = exp(bi);
+          sum[0] += es;
+          sum[1] += et;
+          sum[2] += Swap ? weigh(es, c_v * ai - bi) : weigh(et, c_v * bi - ai);
+          if constexpr (OwnTask) sum[3] += exp(below);
+          if (keep) {
+            store(e_s + i, es);
+            store(e_t + i, et);
+          }
+        });
     const double zs = sums.value[0], zt = sums.value[1];
     const double log_s = log_of(zs), log_t = log_of(zt);
     const double value =
@@ -251,7 +187,7 @@ struct Row {
     const bool own_task = params.task && !shared_task();
     S* const e_s = buffer[0];
     S* const e_t = buffer[1];
-    const auto z = sweep_sum<V, 3>(params.classes, [&](int64_t i, int lanes, V * sum) __attribute__((always_inline)) {
+    const auto z = sweep_sum<V, 3>(params.classes, [&](int64_t i, int lanes, V* sum) __attribute__((always_inline)) {
       const V below = in.below_max(i, lanes);
       const V es = exp(below * in.inverse_temperature), et = exp(in.b(i, lanes));
       sum[0] += es;
@@ -270,7 +206,7 @@ struct Row {
     const V beta = broadcast<V>(params.beta), one_minus_beta = broadcast<V>(1.0 - params.beta);
     S* const r_q = gs != nullptr ? buffer[2] : nullptr;
     S* const r_p = gt != nullptr ? buffer[3] : nullptr;
-    const auto kl = sweep_sum<V, 2>(params.classes, [&](int64_t i, int, V * sum) __attribute__((always_inline)) {
+    const auto kl = sweep_sum<V, 2>(params.classes, [&](int64_t i, int, V* sum) __attribute__((always_inline)) {
       const V q = load(e_s + i) * inverse_zs, p = load(e_t + i) * inverse_zt;
       const V inverse_m = S(1) / maximum(tiny, mixture(p, q, beta, one_minus_beta));
       const V q_term = weigh(q, log(maximum(tiny, q * inverse_m))), p_term = weigh(p, log(maximum(tiny, p * inverse_m)));
@@ -361,123 +297,6 @@ void rows(const RowParams& params, int64_t begin, int64_t end, void* scratch) {
   }
 }
 
-// The first index where `found` holds, or at least n.
-template <typename T, typename Found>
-FASTKD_INLINE int64_t first_index(const T* row, int64_t n, const Found& found) {
-  using V = Vector<T>;
-  constexpr int L = kLanes<V>;
-  constexpr int64_t kBlock = 8 * L;  // looked through as one
-  int64_t i = 0;
-  for (; i <= n - kBlock; i += kBlock) {
-    auto any = found(load(row + i));
-    for (int k = 1; k < 8; ++k) any |= found(load(row + i + k * L));
-    if (reduce_min(any) != 0) break;
-  }
-  for (; i < n; i += L) {
-    const auto hits = found(load_up_to(row + i, n - i, Scalar<T>(kLowest)));
-    if (reduce_min(hits) == 0) continue;
-    while (hits[i % L] == 0) ++i;
-    return i;
-  }
-  return n;
-}
-
-template <typename T>
-void stats_of(const StatsParams& params, int64_t begin, int64_t end) {
-  using V = Vector<T>;
-  using S = Scalar<T>;
-  const V inverse_temperature = inverse_of<V>(params.temperature);
-  for (int64_t r = begin; r < end; ++r) {
-    const T* row = static_cast<const T*>(params.logits) + r * params.stride;
-    const V max = row_max(row, params.classes);
-    const auto sums = sweep_sum<V, 3>(params.classes, [&](int64_t i, int lanes, V * sum) __attribute__((always_inline)) {
-      const V x = load_up_to(row + i, lanes, S(kLowest));
-      const V a = (x - max) * inverse_temperature;
-      const V e = exp(a);
-      sum[0] += e;
-      sum[1] += weigh(e, a);
-      sum[2] += lanes == kLanes<V> ? x : load_up_to(row + i, lanes, S(0));
-    });
-    const double total = sums.value[0], log_z = log_of(total);
-    S largest = max[0];
-    int64_t argmax = first_index<T>(row, params.classes, [&](V x) __attribute__((always_inline)) { return x == max; });
-    const bool broken = total != total;  // there is a NaN, or the maximum is infinite
-    if (broken) {
-      const int64_t nan = first_index<T>(row, params.classes, [](V x) __attribute__((always_inline)) { return x != x; });
-      if (nan < params.classes) {
-        argmax = nan;
-        largest = S(__builtin_nanf(""));
-      }
-    }
-    static_cast<S*>(params.max)[r] = S(largest / params.temperature);
-    params.argmax[r] = argmax;
-    static_cast<S*>(params.mean)[r] = S(sums.value[2] / (double(params.classes) * params.temperature));
-    static_cast<S*>(params.logsumexp)[r] = S(double(largest) / params.temperature + (broken ? 0 : log_z));
-    static_cast<S*>(params.entropy)[r] = S(log_z - sums.value[1] / total);
-  }
-}
-
-void stats(const StatsParams& params, int64_t begin, int64_t end) {
-  switch (params.dtype) {
-    case Dtype::kFloat32: return stats_of<float>(params, begin, end);
-    case Dtype::kFloat64: return stats_of<double>(params, begin, end);
-    case Dtype::kBFloat16: return stats_of<BFloat16>(params, begin, end);
-    case Dtype::kFloat16: return stats_of<Float16>(params, begin, end);
-    default: return;
-  }
-}
-
-// d max = [j = argmax], d mean = 1/K, d logsumexp = p, d entropy = -p (log p + H); all over T.
-// log Z is summed anew: taken from the rounded logsumexp, it would lose what the maximum has in digits before it.
-template <typename T>
-void stats_backward_of(const StatsBackwardParams& params, int64_t begin, int64_t end) {
-  using V = Vector<T>;
-  using S = Scalar<T>;
-  const auto at = [](const void* data, int64_t r) { return data == nullptr ? 0.0 : double(static_cast<const S*>(data)[r]); };
-  const V inverse_temperature = inverse_of<V>(params.temperature);
-  const bool softmax = params.grad_logsumexp != nullptr || params.grad_entropy != nullptr;
-  for (int64_t r = begin; r < end; ++r) {
-    const T* row = static_cast<const T*>(params.logits) + r * params.stride;
-    T* gradient = static_cast<T*>(params.gradient) + r * params.classes;
-    const V max = row_max(row, params.classes);
-    const auto below_max = [&](int64_t i, int lanes) __attribute__((always_inline)) {
-      return (load_up_to(row + i, lanes, S(kLowest)) - max) * inverse_temperature;
-    };
-    V log_z{};
-    if (softmax) {
-      const auto z = sweep_sum<V, 1>(params.classes, [&](int64_t i, int lanes, V * sum)
-                                                          __attribute__((always_inline)) { sum[0] += exp(below_max(i, lanes)); });
-      log_z = broadcast<V>(log_of(z.value[0]));
-    }
-    const V entropy = broadcast<V>(at(params.entropy, r));
-    const V g_entropy = broadcast<V>(at(params.grad_entropy, r) / params.temperature);
-    const V g_logsumexp = broadcast<V>(at(params.grad_logsumexp, r) / params.temperature);
-    const V g_mean = broadcast<V>(at(params.grad_mean, r) / (params.temperature * double(params.classes)));
-    const S g_max = S(at(params.grad_max, r) / params.temperature);
-    const uint64_t argmax = params.argmax[r];
-    sweep<V>(params.classes, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-      V g = g_mean;
-      if (softmax) {
-        const V log_p = below_max(i, lanes) - log_z;
-        const V p = exp(log_p);
-        g += p * g_logsumexp - weigh(p, log_p + entropy) * g_entropy;
-      }
-      if (argmax - i < uint64_t(lanes)) g[argmax - i] += g_max;
-      store_up_to(gradient + i, g, lanes);
-    });
-  }
-}
-
-void stats_backward(const StatsBackwardParams& params, int64_t begin, int64_t end) {
-  switch (params.dtype) {
-    case Dtype::kFloat32: return stats_backward_of<float>(params, begin, end);
-    case Dtype::kFloat64: return stats_backward_of<double>(params, begin, end);
-    case Dtype::kBFloat16: return stats_backward_of<BFloat16>(params, begin, end);
-    case Dtype::kFloat16: return stats_backward_of<Float16>(params, begin, end);
-    default: return;
-  }
-}
-
 template <typename T>
 void scale_of(T* data, int64_t count, double factor) {
   using V = Vector<T>;
@@ -498,6 +317,10 @@ void scale(Dtype dtype, void* data, int64_t count, double factor) {
 }
 
 }  // namespace
+
+// cpu_kernel_stats.cpp
+void stats(const StatsParams& params, int64_t begin, int64_t end);
+void stats_backward(const StatsBackwardParams& params, int64_t begin, int64_t end);
 
 extern const Kernels kernels = {rows, stats, stats_backward, scale};
 

@@ -11,9 +11,9 @@ namespace fastkd::divergence {
 namespace {
 
 struct ScaleParams {
-  void* gradient;       // [rows, classes]
-  const void* factor;   // [1] or [rows], float or double
-  bool wide_factor;     // double
+  void* gradient;      // [rows, classes]
+  const void* factor;  // [1] or [rows], float or double
+  bool wide_factor;    // double
   int64_t factor_stride;
   int64_t rows;
   int64_t classes;

@@ -10,10 +10,10 @@ namespace fastkd::divergence {
 
 // Which divergence of p = softmax(teacher / T) and q = softmax(student / T). Values as in fastkd/ops/divergence.py.
 enum class Kind : int64_t {
-  kForward = 0,            // KL(p || q) = sum p (log p - log q)
-  kReverse = 1,            // KL(q || p)
-  kJensenShannon = 2,      // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q
-  kSoftCrossEntropy = 3,   // -sum p log q
+  kForward = 0,           // KL(p || q) = sum p (log p - log q)
+  kReverse = 1,           // KL(q || p)
+  kJensenShannon = 2,     // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q
+  kSoftCrossEntropy = 3,  // -sum p log q
 };
 
 struct RowParams {
@@ -24,17 +24,17 @@ struct RowParams {
   const void* teacher;
   int64_t student_stride;  // elements from row to row
   int64_t teacher_stride;
-  const int64_t* target;     // [rows], or null
-  int64_t ignore_index;      // rows with this target yield zeros
-  const double* weight;      // [rows], or null for 1
+  const int64_t* target;      // [rows], or null
+  int64_t ignore_index;       // rows with this target yield zeros
+  const double* weight;       // [rows], or null for 1
   const double* temperature;  // [rows], or null for temperature_all
   double temperature_all;
   double beta;
-  double kd_scale;    // of T^2 * divergence in the gradients, the reduction's denominator included
-  double task_scale;  // of the cross-entropy with the target at T = 1
-  bool task;          // compute the cross-entropy
-  double* kd_loss;    // [rows]: weight * T^2 * divergence
-  double* task_loss;  // [rows]: weight * cross-entropy
+  double kd_scale;         // of T^2 * divergence in the gradients, the reduction's denominator included
+  double task_scale;       // of the cross-entropy with the target at T = 1
+  bool task;               // compute the cross-entropy
+  double* kd_loss;         // [rows]: weight * T^2 * divergence
+  double* task_loss;       // [rows]: weight * cross-entropy
   void* student_gradient;  // [rows, classes] packed, or null
   void* teacher_gradient;
   bool stream;  // gradients exceed the caches: write around them

@@ -15,7 +15,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   m.def("divergence_backward_(Tensor(a!) gradient, Tensor grad_loss) -> ()");
 
   // max, argmax, mean, logsumexp and entropy of each row of logits / temperature: [rows, classes] -> [rows] each.
-  m.def("logit_stats(Tensor logits, float temperature) -> (Tensor max, Tensor argmax, Tensor mean, Tensor logsumexp, Tensor entropy)");
+  m.def(
+      "logit_stats(Tensor logits, float temperature) -> (Tensor max, Tensor argmax, Tensor mean, Tensor logsumexp, Tensor "
+      "entropy)");
   m.def(
       "logit_stats_backward(Tensor logits, float temperature, Tensor argmax, Tensor logsumexp, Tensor entropy, "
       "Tensor? grad_max, Tensor? grad_mean, Tensor? grad_logsumexp, Tensor? grad_entropy) -> Tensor");
