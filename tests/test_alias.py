@@ -282,6 +282,14 @@ def test_state_dict_continues_the_stream(generator: torch.Generator) -> None:
         AliasTable(scores + torch.rand(1000, generator=generator), state["inverse_temperature"]).load_state_dict(state)
 
 
+def test_moved_table_goes_on_alike(generator: torch.Generator) -> None:
+    table = AliasTable(torch.randn(1000, generator=generator), iqpr=5.0, seed=3)
+    table.sample(7)
+    moved = table.to("cpu")
+    assert torch.equal(moved.sample(20), table.sample(20))
+    assert moved.state_dict() == table.state_dict()
+
+
 def test_opcheck(device: torch.device, generator: torch.Generator) -> None:
     scores = torch.randn(5000, generator=generator)
     table = ops.build(scores, _lambda(1.0))
