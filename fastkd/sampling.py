@@ -91,6 +91,14 @@ class AliasTable:
         """Bytes that the table holds."""
         return sum(t.numel() * t.element_size() for t in self._table)
 
+    def to(self, device: torch.device | str) -> AliasTable:
+        """The same table, at the same place of its stream, on another device; draws there are the same numbers."""
+        moved = AliasTable.__new__(AliasTable)
+        moved._table = _ops.Table(*(t.to(device) for t in self._table))
+        moved._stream = self._stream.clone().to(device)
+        moved.inverse_temperature = self.inverse_temperature.to(device)
+        return moved
+
     def __repr__(self) -> str:
         return (
             f"AliasTable({len(self)} items, inverse_temperature={float(self.inverse_temperature):.6g}, {self.device})"

@@ -50,5 +50,5 @@ def test_unknown_instruction_set() -> None:
 @pytest.mark.skipif(_library.CUDA_LOADED, reason="the CUDA kernels are loaded here")
 def test_cuda_tensors_are_told_how_to_rebuild() -> None:
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    with pytest.raises(RuntimeError, match="fastkd.logit_stats has no CUDA kernel here: .*FASTKD_CUDA=1 pip install"):
+    with pytest.raises(RuntimeError, match=r"fastkd.logit_stats has no CUDA kernel here: .*FASTKD_CUDA=1 pip install"):
         torch.ops.fastkd.logit_stats.default.redispatch(cuda, torch.zeros(1, 2), 1.0)

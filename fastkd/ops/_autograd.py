@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as Function
 
-_library = torch.library.Library("fastkd", "IMPL")  # type: ignore[no-untyped-call]
+_library = torch.library.Library("fastkd", "IMPL")
 
 
 def register_autograd(
@@ -70,7 +70,7 @@ def register_autograd(
             return _apply(node, *args, keyset)
         return below_autograd(keyset, args)
 
-    _library.impl(name, kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
 def _outer_levels(otherwise: Callable[[], Any] = nullcontext) -> AbstractContextManager[Any]:
@@ -81,9 +81,9 @@ def _outer_levels(otherwise: Callable[[], Any] = nullcontext) -> AbstractContext
 def _apply(node: Any, *args: Any) -> Any:
     """``node.apply``; within a transform of torch.func this kernel stands at one of its levels."""
     if torch._C._are_functorch_transforms_active():
-        from torch._functorch.autograd_function import enable_single_level_autograd_function
+        from torch._functorch import autograd_function as functorch
 
-        with enable_single_level_autograd_function():
+        with functorch.enable_single_level_autograd_function():  # type: ignore[attr-defined]
             return node.apply(*args)
     return node.apply(*args)
 
@@ -103,7 +103,7 @@ class _Once(Function):
 
 
 def _has_tangent(value: Any) -> bool:
-    return isinstance(value, Tensor) and forward_ad.unpack_dual(value)[1] is not None  # type: ignore[no-untyped-call]
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value)[1] is not None
 
 
 def save_tensors(ctx: Any, tensors: Sequence[Tensor | None]) -> None:

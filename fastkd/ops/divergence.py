@@ -168,7 +168,7 @@ def _no_gradient(name: str, value: Tensor) -> None:
         raise ValueError(f"fastkd: {name} requires grad, but has no gradient here; pass {name}.detach()")
 
 
-@torch.library.register_fake("fastkd::divergence")  # type: ignore[untyped-decorator,unused-ignore]
+@torch.library.register_fake("fastkd::divergence")
 def _divergence_fake(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -199,7 +199,7 @@ def _divergence_fake(
     )
 
 
-@torch.library.register_fake("fastkd::divergence_backward_")  # type: ignore[untyped-decorator,unused-ignore]
+@torch.library.register_fake("fastkd::divergence_backward_")
 def _divergence_backward_fake(gradient: Tensor, grad_loss: Tensor) -> None:
     if gradient.device != grad_loss.device:
         raise ValueError(f"fastkd: grad_loss is on {grad_loss.device}, must be where gradient is, on {gradient.device}")
@@ -261,7 +261,7 @@ def logit_stats(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tenso
     return tuple(value.reshape(shape) for value in stats)
 
 
-@torch.library.register_fake("fastkd::logit_stats")  # type: ignore[untyped-decorator,unused-ignore]
+@torch.library.register_fake("fastkd::logit_stats")
 def _logit_stats_fake(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = logits.shape[0]
@@ -269,7 +269,7 @@ def _logit_stats_fake(logits: Tensor, temperature: float) -> tuple[Tensor, Tenso
     return values[0], logits.new_empty([rows], dtype=torch.int64), values[1], values[2], values[3]
 
 
-@torch.library.register_fake("fastkd::logit_stats_backward")  # type: ignore[untyped-decorator,unused-ignore]
+@torch.library.register_fake("fastkd::logit_stats_backward")
 def _logit_stats_backward_fake(logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(list(logits.shape))
 
