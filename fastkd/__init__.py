@@ -6,6 +6,7 @@ from fastkd.functional import logit_stats
 from fastkd.losses import JSDivLoss, KDLoss, KLDivLoss
 from fastkd.patches import crop_patches, random_crop_flip, random_patches
 from fastkd.sampling import AliasTable, CollectionBatchSampler, CollectionSampler
+from fastkd.selection import TwoGaussianMixture, select_clean
 
 __all__ = [
     "AliasTable",
@@ -14,11 +15,13 @@ __all__ = [
     "JSDivLoss",
     "KDLoss",
     "KLDivLoss",
+    "TwoGaussianMixture",
     "build_info",
     "crop_patches",
     "functional",
     "logit_stats",
     "random_crop_flip",
     "random_patches",
+    "select_clean",
 ]
 __version__: str = build_info()["version"]

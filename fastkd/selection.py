@@ -1,0 +1,229 @@
+"""Selection of clean samples by a mixture of two Gaussians over their losses, batched, without leaving the device.
+
+:class:`TwoGaussianMixture` is scikit-learn's ``GaussianMixture(2)`` for one column, for many problems at once;
+:func:`select_clean` is the selection of TA-DFKD (and, with its arguments, of DivideMix) in one call.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastkd.ops import gmm as _ops
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Values: TypeAlias = Tensor | NDArray[Any]
+
+__all__ = ["FitStatus", "TwoGaussianMixture", "select_clean"]
+
+
+class FitStatus(enum.IntEnum):
+    """How a fit ended. CONSTANT and TOO_FEW go before NON_FINITE, and that goes before CONVERGED and MAX_ITER.
+
+    Values take part in a fit when they are finite and their sample weight is positive. Whatever the status,
+    non-finite values have posterior 0 and are never selected.
+    """
+
+    CONVERGED = 0  #: the mean log-likelihood changed by less than tol
+    MAX_ITER = 1  #: it still changed by more after max_iter iterations
+    CONSTANT = 2  #: the values that take part are all equal: every finite value is selected, with posterior 1
+    TOO_FEW = 3  #: fewer than two values take part: with one every finite value is selected, with none nothing is
+    NON_FINITE = 4  #: fitted without the NaN or infinite values among them
+
+
+class TwoGaussianMixture:
+    """Mixtures of two 1-D Gaussians by EM, one for each problem, after scikit-learn's ``GaussianMixture(2)``.
+
+    >>> mixture = TwoGaussianMixture().fit(losses)          # losses: [n], or [B, n] for B mixtures at once
+    >>> clean = mixture.predict_proba(losses)[..., 0]       # posterior of the component of lower mean
+
+    Differences to scikit-learn: the start is deterministic (Lloyd's algorithm from (min, max), which gives k-means' own
+    result in one dimension but for rare local optima); component 0 always has the lower mean; no input raises for its
+    values: equal, too few or non-finite ones are reported in ``status_``, and no result is ever NaN.
+
+    Args:
+        max_iter: EM iterations at most, >= 1.
+        tol: a problem stops, by itself, once its mean log-likelihood changes by less than this.
+        reg_covar: added to each variance, in squared units of the values (of [0, 1] with ``normalize``).
+        normalize: map each problem to [0, 1] before the fit; parameters come back in the units of the values.
+        monotone: let the posterior of the low component never rise with the value: it is taken at the values clamped to
+            [low mean, high mean]. With unequal variances the plain posterior turns round beyond the means.
+        warm_start: let ``fit`` start from the parameters of the fit before.
+
+    Attributes (float64, component 0 has the lower mean; without the leading B after a fit of ``[n]``):
+        weights_, means_, variances_: ``[B, 2]``; ``deviations_``: their square roots, which do not overflow.
+        n_iter_: int64 ``[B]``, EM iterations; converged_: bool ``[B]``; status_: int64 ``[B]``, see :class:`FitStatus`.
+        log_likelihood_: ``[B]``, mean log-likelihood in nats, scikit-learn's ``lower_bound_``; 0 without a fit.
+    """
+
+    weights_: Tensor
+    means_: Tensor
+    variances_: Tensor
+    deviations_: Tensor
+    n_iter_: Tensor
+    converged_: Tensor
+    log_likelihood_: Tensor
+    status_: Tensor
+
+    def __init__(
+        self,
+        max_iter: int = 10,
+        tol: float = 1e-2,
+        reg_covar: float = 5e-4,
+        *,
+        normalize: bool = False,
+        monotone: bool = False,
+        warm_start: bool = False,
+    ) -> None:
+        _ops.check_options(max_iter, tol, reg_covar)
+        self.max_iter = max_iter
+        self.tol = tol
+        self.reg_covar = reg_covar
+        self.normalize = normalize
+        self.monotone = monotone
+        self.warm_start = warm_start
+        self._mixtures: _ops.Mixtures | None = None
+
+    def fit(
+        self,
+        values: Values,
+        sample_weight: Values | None = None,
+        lengths: Values | None = None,
+        offsets: Values | None = None,
+        *,
+        init: tuple[Values, Values, Values] | None = None,
+    ) -> TwoGaussianMixture:
+        """Fits a mixture to each problem.
+
+        Args:
+            values: ``[n]`` (one problem), ``[B, n]``, or with ``offsets`` flat ``[total]``: float32, float64, bfloat16
+                or float16 tensor, or numpy array. Non-finite values are left out.
+            sample_weight: the shape of values, finite, not negative: how often each value counts.
+            lengths: integer ``[B]``: only the first ``lengths[b]`` values of row b count.
+            offsets: integer ``[B + 1]``: problem b is ``values[offsets[b] : offsets[b + 1]]``.
+            init: weights, means and variances to start from, ``[B, 2]`` each (``[2]`` for one problem).
+
+        Raises:
+            ValueError, TypeError, RuntimeError: shapes or dtypes that do not fit, lengths or offsets out of range,
+                a negative sample weight.
+        """
+        data = _tensor(values)
+        single = data.dim() == 1 and offsets is None
+        start = None
+        if init is not None:
+            weights, means, variances = (_rows(_tensor(t), single) for t in init)
+            start = (weights, means, variances.double().sqrt())
+        elif self.warm_start and self._mixtures is not None:
+            last = self._mixtures
+            fitted = ((last.status != FitStatus.CONSTANT) & (last.status != FitStatus.TOO_FEW))[:, None]
+            start = (last.weights, last.means.where(fitted, torch.nan), last.deviations)
+        mixtures = _ops.gmm_fit(
+            data,
+            sample_weight=_optional(sample_weight),
+            lengths=_optional(lengths),
+            offsets=_optional(offsets),
+            start=start,
+            normalize=self.normalize,
+            max_iter=self.max_iter,
+            tol=self.tol,
+            reg_covar=self.reg_covar,
+        )
+        self._mixtures = mixtures
+        shown = _ops.Mixtures(*(t[0] for t in mixtures)) if single else mixtures
+        self.weights_, self.means_, self.deviations_, self.n_iter_, self.log_likelihood_, self.status_ = shown
+        self.variances_ = self.deviations_.square().clamp(max=torch.finfo(torch.float64).max)
+        stopped = (self.status_ == FitStatus.NON_FINITE) & (self.n_iter_ < self.max_iter)
+        self.converged_ = (self.status_ == FitStatus.CONVERGED) | (self.status_ == FitStatus.CONSTANT) | stopped
+        return self
+
+    def predict_proba(self, values: Values, lengths: Values | None = None, offsets: Values | None = None) -> Tensor:
+        """Posterior of both components: ``[..., 2]``, low mean first, float32 (float64 for float64 values).
+
+        Values, lengths and offsets as in :meth:`fit`, with as many problems. Non-finite values, and those beyond their
+        problem's length, are (0, 1).
+        """
+        low, _ = self._posterior(values, lengths, offsets)
+        return torch.stack((low, 1 - low), -1)
+
+    def predict(self, values: Values, lengths: Values | None = None, offsets: Values | None = None) -> Tensor:
+        """Component of each value: int64, 0 = low mean, 1 = high mean (and non-finite). Arguments as in :meth:`fit`."""
+        low, _ = self._posterior(values, lengths, offsets)
+        return (low < 0.5).long()
+
+    def _posterior(self, values: Values, lengths: Values | None, offsets: Values | None) -> tuple[Tensor, Tensor]:
+        if self._mixtures is None:
+            raise RuntimeError("fastkd: this TwoGaussianMixture is not fitted, must be: call fit first")
+        return _ops.gmm_posterior(
+            _tensor(values),
+            self._mixtures,
+            lengths=_optional(lengths),
+            offsets=_optional(offsets),
+            monotone=self.monotone,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"TwoGaussianMixture(max_iter={self.max_iter}, tol={self.tol}, reg_covar={self.reg_covar}, "
+            f"normalize={self.normalize}, monotone={self.monotone}, warm_start={self.warm_start})"
+        )
+
+
+def select_clean(
+    losses: Tensor,
+    threshold: float = 0.5,
+    *,
+    max_iter: int = 10,
+    tol: float = 1e-2,
+    reg_covar: float = 5e-4,
+    normalize: bool = True,
+    monotone: bool = False,
+    sample_weight: Tensor | None = None,
+    lengths: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Which samples belong to the component of lower loss: min-max per batch, fit, ``posterior > threshold``.
+
+    The selection of TA-DFKD, whose loss is the teacher's cross-entropy with its own prediction, and of DivideMix (Li et
+    al., 2020), with the same defaults. Not differentiable; runs under ``torch.compile(fullgraph=True)``.
+
+    Args:
+        losses: ``[n]``, ``[B, n]`` for B independent batches, or with ``offsets`` flat ``[total]``; float32, float64,
+            bfloat16 or float16. Non-finite losses are left out of the fit and never selected.
+        threshold: in [0, 1].
+        Other arguments as in :class:`TwoGaussianMixture` and its ``fit``.
+
+    Returns:
+        mask: bool, the shape of losses; posterior: float32 (float64 for float64 losses), the same shape. Equal losses
+        are all selected; see :class:`FitStatus` for this and the other special cases.
+    """
+    mixtures = _ops.gmm_fit(
+        losses,
+        sample_weight=sample_weight,
+        lengths=lengths,
+        offsets=offsets,
+        normalize=normalize,
+        max_iter=max_iter,
+        tol=tol,
+        reg_covar=reg_covar,
+    )
+    posterior, mask = _ops.gmm_posterior(
+        losses, mixtures, lengths=lengths, offsets=offsets, monotone=monotone, threshold=threshold
+    )
+    return mask, posterior
+
+
+def _tensor(values: Values) -> Tensor:
+    return values if isinstance(values, Tensor) else torch.as_tensor(values)
+
+
+def _optional(values: Values | None) -> Tensor | None:
+    return None if values is None else _tensor(values)
+
+
+def _rows(pair: Tensor, single: bool) -> Tensor:
+    return pair.unsqueeze(0) if single and pair.dim() == 1 else pair
