@@ -42,9 +42,10 @@ class TwoGaussianMixture:
     >>> mixture = TwoGaussianMixture().fit(losses)          # losses: [n], or [B, n] for B mixtures at once
     >>> clean = mixture.predict_proba(losses)[..., 0]       # posterior of the component of lower mean
 
-    Differences to scikit-learn: the start is deterministic (Lloyd's algorithm from (min, max), which gives k-means' own
-    result in one dimension but for rare local optima); component 0 always has the lower mean; no input raises for its
-    values: equal, too few or non-finite ones are reported in ``status_``, and no result is ever NaN.
+    Differences to scikit-learn: the start is deterministic (Lloyd's algorithm from the centres (min, max) and from a split
+    at the mean, and the better of the two, where scikit-learn draws one k-means++ start at random); component 0 always
+    has the lower mean; no input raises for its values: equal, too few or non-finite ones are reported in ``status_``, and
+    no result is ever NaN.
 
     Args:
         max_iter: EM iterations at most, >= 1.

@@ -7,9 +7,9 @@
 namespace fastkd::gmm {
 namespace {
 
-constexpr int64_t kGrainValues = 2048;         // of a fit: some 25 us of work
-constexpr int64_t kTeamValues = 4 * kChunk;    // from here on a problem may be worth several threads
-constexpr int64_t kPosteriorGrain = 32768;     // one sweep only
+constexpr int64_t kGrainValues = 2048;              // of a fit: some 25 us of work
+constexpr int64_t kTeamValues = 8 * kChunk;         // from here on a problem may be worth several threads
+constexpr int64_t kPosteriorGrain = 32768;          // one sweep only
 constexpr int64_t kKeptScratch = int64_t{1} << 20;  // doubles that a thread keeps from call to call
 
 Tensor with_packed_rows(const Tensor& t) {
@@ -26,7 +26,8 @@ Layout layout_of(Tensor& values, std::optional<Tensor>& offsets, std::optional<T
     check_dtype("offsets", *offsets, {ScalarType::Long});
     check_dim("offsets", *offsets, 1);
     check_device("offsets", *offsets, "values", values);
-    FASTKD_CHECK(offsets->size(0) >= 1, "offsets has shape ", shape_of(*offsets), ", must have one more element than there are problems");
+    FASTKD_CHECK(offsets->size(0) >= 1, "offsets has shape ", shape_of(*offsets),
+                 ", must have one more element than there are problems");
     values = torch::stable::contiguous(values);
     offsets = torch::stable::contiguous(*offsets);
     layout.problems = offsets->size(0) - 1;
@@ -82,7 +83,8 @@ void check_finite(const char* name, const Tensor& t) {
 }
 
 void check_scalar(const char* name, double value) {
-  FASTKD_CHECK(value >= 0 && value <= std::numeric_limits<double>::max(), name, " is ", value, ", must be finite and not negative");
+  FASTKD_CHECK(value >= 0 && value <= std::numeric_limits<double>::max(), name, " is ", value,
+               ", must be finite and not negative");
 }
 
 const Team kAlone{[](int64_t count, void (*task)(void*, int64_t), void* argument) {
@@ -102,13 +104,10 @@ void fit_one(const FitParams& params, int64_t b, const Team& team) {
   kernels().fit(params, b, team, reinterpret_cast<double*>((data + 63) / 64 * 64));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gmm_fit(Tensor values, std::optional<Tensor> offsets,
-                                                                   std::optional<Tensor> lengths,
-                                                                   std::optional<Tensor> sample_weight,
-                                                                   std::optional<Tensor> init_weights,
-                                                                   std::optional<Tensor> init_means,
-                                                                   std::optional<Tensor> init_deviations, bool normalize,
-                                                                   int64_t max_iter, double tol, double reg_covar) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gmm_fit(
+    Tensor values, std::optional<Tensor> offsets, std::optional<Tensor> lengths, std::optional<Tensor> sample_weight,
+    std::optional<Tensor> init_weights, std::optional<Tensor> init_means, std::optional<Tensor> init_deviations, bool normalize,
+    int64_t max_iter, double tol, double reg_covar) {
   FitParams params{};
   params.layout = layout_of(values, offsets, lengths);
   const int64_t problems = params.layout.problems;

@@ -12,7 +12,7 @@ namespace fastkd::gmm {
 enum Status : int64_t { kConverged = 0, kMaxIter = 1, kConstant = 2, kTooFew = 3, kNonFinite = 4, kBadWeight = 5 };
 
 // Values of one problem are cut into chunks of this many; sums go chunk by chunk, whoever computes them.
-constexpr int64_t kChunk = 8192;
+constexpr int64_t kChunk = 4096;
 
 // The elements of the B problems: [B, columns], of which lengths[b] count, or flat with B + 1 offsets.
 struct Layout {
@@ -34,7 +34,7 @@ struct FitParams {
   Layout layout;
   const void* values;
   Dtype weight_dtype;
-  const void* sample_weight;  // packed, or null for 1
+  const void* sample_weight;   // packed, or null for 1
   const double* init_weights;  // [B, 2] each, or null
   const double* init_means;
   const double* init_deviations;

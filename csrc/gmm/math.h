@@ -130,8 +130,8 @@ FASTKD_HOST_DEVICE Regularisation regularisation(const Frame& frame, double low,
   const double span = frame.enter(high) - frame.enter(low);
   // where 0 is far beyond the data (1e16 and 1e16 + 2), 10 eps of mass there would tear the means off them
   const double origin = clamp(-frame.shift, -0x1p20 * span, 0x1p20 * span);
-  return {10 * kEpsilon * mean_weight, normalize ? 0.0 : origin,
-          normalize ? reg_covar : reg_covar * frame.scale * frame.scale, span * kEpsilon * (span * kEpsilon)};
+  return {10 * kEpsilon * mean_weight, normalize ? 0.0 : origin, normalize ? reg_covar : reg_covar * frame.scale * frame.scale,
+          span * kEpsilon * (span * kEpsilon)};
 }
 
 // The mixture after the M-step. *cancelled is set where a mean moved so far, in its new deviations, that its variance

@@ -1,8 +1,9 @@
 """Batched mixtures of two 1-D Gaussians: ``torch.ops.fastkd.gmm_fit`` and ``gmm_posterior``.
 
 The semantics are those of scikit-learn's ``GaussianMixture(2)`` on one column: the same E-step, M-step (with
-``reg_covar`` and its 10 eps), mean log-likelihood and stopping rule. The start is deterministic: Lloyd's algorithm from
-(min, max) to convergence. Nothing here is differentiable; values are detached.
+``reg_covar`` and its 10 eps), mean log-likelihood and stopping rule. The start is deterministic: Lloyd's algorithm to
+convergence, from the centres (min, max) and from a split at the mean, and the better of the two. Nothing here is
+differentiable; values are detached.
 """
 
 from __future__ import annotations

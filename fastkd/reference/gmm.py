@@ -42,7 +42,8 @@ def log_densities(values: Array, mixture: Mixture) -> Array:
     """``log(w_k N(x; m_k, v_k))``: ``[n] -> [n, 2]``."""
     weights, means, variances = mixture
     squares = (values[:, None] - means) ** 2 / variances
-    return np.log(np.maximum(weights, 1e-300)) - 0.5 * (np.log(2 * np.pi * variances) + squares)
+    densities: Array = np.log(np.maximum(weights, 1e-300)) - 0.5 * (np.log(2 * np.pi * variances) + squares)
+    return densities
 
 
 def e_step(values: Array, weight: Array, mixture: Mixture) -> tuple[Array, float]:
@@ -62,18 +63,25 @@ def m_step(values: Array, weight: Array, responsibilities: Array, reg_covar: flo
     return Mixture(n / n.sum(), means, np.maximum(variances, floor))
 
 
-def lloyd(values: Array, weight: Array, cap: int = 300) -> Array:
-    """Lloyd's algorithm for two centres from (min, max): which values are low, ``[n]`` bool."""
-    low, high = values.min(), values.max()
-    below = values <= low
-    for iteration in range(cap):
+def lloyd(values: Array, weight: Array, threshold: float, cap: int = 300) -> tuple[NDArray[np.bool_], float]:
+    """Lloyd's algorithm for two clusters from a threshold: which values are low, and the sum of squares between."""
+    below = values <= threshold
+    mean = float(np.average(values, weights=weight))
+    for _ in range(cap):
+        low = float(np.average(values[below], weights=weight[below]))
+        high = float(np.average(values[~below], weights=weight[~below]))
         following = values <= low + 0.5 * (high - low)
-        if iteration > 0 and following.sum() == below.sum():
+        if (following == below).all():
             break
         below = following
-        low = np.average(values[below], weights=weight[below])
-        high = np.average(values[~below], weights=weight[~below])
-    return below
+    return below, float(weight[below].sum() * (low - mean) ** 2 + weight[~below].sum() * (high - mean) ** 2)
+
+
+def initial_split(values: Array, weight: Array) -> NDArray[np.bool_]:
+    """The better of the local optima of k-means found from the centres (min, max) and from a split at the mean."""
+    outer, outer_between = lloyd(values, weight, values.min() + 0.5 * (values.max() - values.min()))
+    inner, inner_between = lloyd(values, weight, float(np.average(values, weights=weight)))
+    return inner if inner_between > outer_between else outer
 
 
 def fit(
@@ -100,8 +108,8 @@ def fit(
     shift, scale = (x.min(), x.max() - x.min()) if normalize else (0.0, 1.0)
     u = (x - shift) / scale
     if start is None:
-        below = lloyd(u, weight)
-        mixture = m_step(u, weight, np.stack([below, ~below], 1).astype(np.float64), reg_covar)
+        below = initial_split(u, weight)
+        mixture = m_step(u, weight, np.stack([below, np.logical_not(below)], 1).astype(np.float64), reg_covar)
     else:
         weights = np.asarray(start.weights, np.float64)
         mixture = Mixture(weights / weights.sum(), (start.means - shift) / scale, start.variances / scale**2)
