@@ -42,10 +42,10 @@ class TwoGaussianMixture:
     >>> mixture = TwoGaussianMixture().fit(losses)          # losses: [n], or [B, n] for B mixtures at once
     >>> clean = mixture.predict_proba(losses)[..., 0]       # posterior of the component of lower mean
 
-    Differences to scikit-learn: the start is deterministic (Lloyd's algorithm from the centres (min, max) and from a split
-    at the mean, and the better of the two, where scikit-learn draws one k-means++ start at random); component 0 always
-    has the lower mean; no input raises for its values: equal, too few or non-finite ones are reported in ``status_``, and
-    no result is ever NaN.
+    Differences to scikit-learn: the start is deterministic (Lloyd's algorithm from the centres (min, max) and from a
+    split at the mean, and the better of the two, where scikit-learn draws one k-means++ start at random); component 0
+    always has the lower mean; no input raises for its values: equal, too few or non-finite ones are reported in
+    ``status_``, and no result is ever NaN.
 
     Args:
         max_iter: EM iterations at most, >= 1.
@@ -107,7 +107,8 @@ class TwoGaussianMixture:
             sample_weight: the shape of values, finite, not negative: how often each value counts.
             lengths: integer ``[B]``: only the first ``lengths[b]`` values of row b count.
             offsets: integer ``[B + 1]``: problem b is ``values[offsets[b] : offsets[b + 1]]``.
-            init: weights, means and variances to start from, ``[B, 2]`` each (``[2]`` for one problem).
+            init: weights, means and variances to start from, ``[B, 2]`` each (``[2]`` for one problem); a problem for
+                which they are not all finite starts afresh.
 
         Raises:
             ValueError, TypeError, RuntimeError: shapes or dtypes that do not fit, lengths or offsets out of range,
@@ -118,7 +119,7 @@ class TwoGaussianMixture:
         start = None
         if init is not None:
             weights, means, variances = (_rows(_tensor(t), single) for t in init)
-            start = (weights, means, variances.double().sqrt())
+            start = (weights, means, variances.double().abs().sqrt().copysign(variances))  # the sign is checked below
         elif self.warm_start and self._mixtures is not None:
             last = self._mixtures
             fitted = ((last.status != FitStatus.CONSTANT) & (last.status != FitStatus.TOO_FEW))[:, None]
@@ -128,7 +129,7 @@ class TwoGaussianMixture:
             sample_weight=_optional(sample_weight),
             lengths=_optional(lengths),
             offsets=_optional(offsets),
-            start=start,
+            init=start,
             normalize=self.normalize,
             max_iter=self.max_iter,
             tol=self.tol,

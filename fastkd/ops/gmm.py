@@ -37,7 +37,7 @@ def gmm_fit(
     sample_weight: Tensor | None = None,
     lengths: Tensor | None = None,
     offsets: Tensor | None = None,
-    start: tuple[Tensor, Tensor, Tensor] | None = None,
+    init: tuple[Tensor, Tensor, Tensor] | None = None,
     normalize: bool = False,
     max_iter: int = 10,
     tol: float = 1e-2,
@@ -51,7 +51,7 @@ def gmm_fit(
         sample_weight: the shape of values, finite, not negative; values of weight 0 are left out.
         lengths: integer ``[B]``: only the first ``lengths[b]`` values of row b count.
         offsets: integer ``[B + 1]``: problem b is ``values[offsets[b] : offsets[b + 1]]``.
-        start: weights, means and standard deviations, ``[B, 2]`` each, to start EM from instead of Lloyd's algorithm;
+        init: weights, means and standard deviations, ``[B, 2]`` each, to start EM from instead of Lloyd's algorithm;
             a problem for which they are not all finite starts afresh.
         normalize: map each problem to [0, 1] before the fit, so that ``reg_covar`` is relative to the squared range.
         max_iter: EM iterations at most, >= 1.
@@ -71,10 +71,10 @@ def gmm_fit(
     rows, lengths, offsets = _problems(values, lengths, offsets)
     if sample_weight is not None and rows.dim() != sample_weight.dim():
         sample_weight = sample_weight.unsqueeze(0)
-    if start is not None:
+    weights, means, deviations = None, None, None
+    if init is not None:
         problems = rows.shape[0] if offsets is None else offsets.shape[0] - 1
-        start = tuple(_start(name, t, problems) for name, t in zip(_START, start, strict=True))  # type: ignore[assignment]
-    weights, means, deviations = start if start is not None else (None, None, None)
+        weights, means, deviations = (_pairs(name, t, problems) for name, t in zip(_INIT, init, strict=True))
     return Mixtures(
         *_gmm_fit(
             rows, offsets, lengths, sample_weight, weights, means, deviations, normalize, max_iter, tol, reg_covar
@@ -115,10 +115,10 @@ def gmm_posterior(
     return (posterior, mask) if rows.dim() == values.dim() else (posterior.squeeze(0), mask.squeeze(0))
 
 
-_START = ("start weights", "start means", "start deviations")
+_INIT = ("init_weights", "init_means", "init_deviations")
 
 
-def _start(name: str, t: Tensor, problems: int) -> Tensor:
+def _pairs(name: str, t: Tensor, problems: int) -> Tensor:
     if t.shape != (problems, 2):
         raise ValueError(f"fastkd: {name} has shape {tuple(t.shape)}, must be ({problems}, 2)")
     return t.detach().double()

@@ -38,6 +38,29 @@ class Fit(NamedTuple):
     status: int
 
 
+def sample_losses(
+    kind: str, shape: tuple[int, ...], noise: float | Array, separation: float | Array, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """Values drawn like the losses of a classifier, of which a fraction ``noise`` belongs to mislabelled samples.
+
+    kind: ``gamma`` (skewed), ``normal``, or ``cross-entropy`` (of random logits with ten classes).
+    """
+    noisy = rng.random(shape) < noise
+    if kind == "gamma":
+        values = np.where(noisy, rng.gamma(4, 0.25, shape) + separation, rng.gamma(1.2, 0.25, shape))
+    elif kind == "normal":
+        values = np.where(noisy, rng.normal(1 + separation, 0.3, shape), rng.normal(0.5, 0.15, shape))
+    elif kind == "cross-entropy":
+        margin = np.asarray(1 + 2 * separation)[..., None]
+        logits, label = rng.normal(0, 1, (*shape, 10)), rng.integers(0, 10, (*shape, 1))
+        np.put_along_axis(logits, label, np.take_along_axis(logits, label, -1) + margin, -1)
+        label = np.where(noisy[..., None], rng.integers(0, 10, (*shape, 1)), label)
+        values = (np.log(np.exp(logits).sum(-1, keepdims=True)) - np.take_along_axis(logits, label, -1))[..., 0]
+    else:
+        raise ValueError(f"kind is {kind!r}")
+    return values.astype(np.float32)
+
+
 def log_densities(values: Array, mixture: Mixture) -> Array:
     """``log(w_k N(x; m_k, v_k))``: ``[n] -> [n, 2]``."""
     weights, means, variances = mixture
