@@ -104,6 +104,22 @@ def test_weights_that_leave_nothing(device: torch.device) -> None:
     assert int(TwoGaussianMixture().fit(x, sample_weight=[0.0, 1, 1, 1]).status_) == X
 
 
+def test_posterior_of_point_masses(device: torch.device) -> None:
+    """Deviations of 0, which only the caller can give: the nearer mean wins, and equal means leave the weights."""
+    x = torch.tensor([-LARGEST, 0.0, 0.4, 0.6, 1.0, LARGEST, NAN], dtype=torch.float64, device=device)
+    mixtures = ops.gmm_fit(x)
+    for means, weights, expected in (
+        ((0.0, 1.0), (0.5, 0.5), [None, 1, 1, 0, 0, None, 0]),
+        ((0.0, 0.0), (0.25, 0.75), [0.25] * 6 + [0]),
+        ((1.0, 1.0), (1.0, 0.0), [1] * 6 + [0]),
+    ):
+        pairs = (torch.tensor([pair], dtype=torch.float64, device=device) for pair in (weights, means, (0.0, 0.0)))
+        posterior, _ = ops.gmm_posterior(x, ops.Mixtures(*pairs, *mixtures[3:]))
+        assert posterior.isfinite().all()
+        for p, wanted in zip(posterior.tolist(), expected, strict=True):
+            assert wanted is None or p == pytest.approx(wanted, abs=1e-12)
+
+
 def test_max_iter_and_tol(device: torch.device) -> None:
     values = torch.rand(5, 100, generator=torch.Generator().manual_seed(0)).to(device)
     values[1, :] = 3.0
