@@ -56,20 +56,9 @@ class TwoGaussianMixture:
             [low mean, high mean]. With unequal variances the plain posterior turns round beyond the means.
         warm_start: let ``fit`` start from the parameters of the fit before.
 
-    Attributes (float64, component 0 has the lower mean; without the leading B after a fit of ``[n]``):
-        weights_, means_, variances_: ``[B, 2]``; ``deviations_``: their square roots, which do not overflow.
-        n_iter_: int64 ``[B]``, EM iterations; converged_: bool ``[B]``; status_: int64 ``[B]``, see :class:`FitStatus`.
-        log_likelihood_: ``[B]``, mean log-likelihood in nats, scikit-learn's ``lower_bound_``; 0 without a fit.
+    Attributes end in an underscore and are there after ``fit``. They are float64 and on the device of the values, with
+    component 0 of lower mean first; after a fit of ``[n]`` they have no leading B.
     """
-
-    weights_: Tensor
-    means_: Tensor
-    variances_: Tensor
-    deviations_: Tensor
-    n_iter_: Tensor
-    converged_: Tensor
-    log_likelihood_: Tensor
-    status_: Tensor
 
     def __init__(
         self,
@@ -89,6 +78,7 @@ class TwoGaussianMixture:
         self.monotone = monotone
         self.warm_start = warm_start
         self._mixtures: _ops.Mixtures | None = None
+        self._single = False
 
     def fit(
         self,
@@ -124,7 +114,7 @@ class TwoGaussianMixture:
             last = self._mixtures
             fitted = ((last.status != FitStatus.CONSTANT) & (last.status != FitStatus.TOO_FEW))[:, None]
             start = (last.weights, last.means.where(fitted, torch.nan), last.deviations)
-        mixtures = _ops.gmm_fit(
+        self._mixtures = _ops.gmm_fit(
             data,
             sample_weight=_optional(sample_weight),
             lengths=_optional(lengths),
@@ -135,12 +125,7 @@ class TwoGaussianMixture:
             tol=self.tol,
             reg_covar=self.reg_covar,
         )
-        self._mixtures = mixtures
-        shown = _ops.Mixtures(*(t[0] for t in mixtures)) if single else mixtures
-        self.weights_, self.means_, self.deviations_, self.n_iter_, self.log_likelihood_, self.status_ = shown
-        self.variances_ = self.deviations_.square().clamp(max=torch.finfo(torch.float64).max)
-        stopped = (self.status_ == FitStatus.NON_FINITE) & (self.n_iter_ < self.max_iter)
-        self.converged_ = (self.status_ == FitStatus.CONVERGED) | (self.status_ == FitStatus.CONSTANT) | stopped
+        self._single = single
         return self
 
     def predict_proba(self, values: Values, lengths: Values | None = None, offsets: Values | None = None) -> Tensor:
@@ -167,6 +152,54 @@ class TwoGaussianMixture:
             offsets=_optional(offsets),
             monotone=self.monotone,
         )
+
+    def _attribute(self, name: str) -> Tensor:
+        if self._mixtures is None:
+            raise AttributeError("fastkd: this TwoGaussianMixture is not fitted, must be: call fit first")
+        value: Tensor = getattr(self._mixtures, name)
+        return value[0] if self._single else value
+
+    @property
+    def weights_(self) -> Tensor:
+        """Weights, ``[B, 2]``; (1, 0) for CONSTANT and for TOO_FEW with one value, (0, 0) without any."""
+        return self._attribute("weights")
+
+    @property
+    def means_(self) -> Tensor:
+        """Means, ``[B, 2]``, in the units of the values."""
+        return self._attribute("means")
+
+    @property
+    def deviations_(self) -> Tensor:
+        """Standard deviations, ``[B, 2]``."""
+        return self._attribute("deviations")
+
+    @property
+    def variances_(self) -> Tensor:
+        """Variances, ``[B, 2]``; where the square of the deviation would be infinite, the largest float64."""
+        return self.deviations_.square().clamp(max=torch.finfo(torch.float64).max)
+
+    @property
+    def n_iter_(self) -> Tensor:
+        """EM iterations, int64 ``[B]``; 0 for CONSTANT and TOO_FEW."""
+        return self._attribute("iterations")
+
+    @property
+    def log_likelihood_(self) -> Tensor:
+        """Mean log-likelihood before the last M-step, nats, ``[B]``: sklearn's ``lower_bound_``; 0 without a fit."""
+        return self._attribute("log_likelihood")
+
+    @property
+    def status_(self) -> Tensor:
+        """:class:`FitStatus`, int64 ``[B]``."""
+        return self._attribute("status")
+
+    @property
+    def converged_(self) -> Tensor:
+        """Bool ``[B]``: CONVERGED, CONSTANT, or NON_FINITE after fewer than ``max_iter`` iterations."""
+        status = self.status_
+        stopped = (status == FitStatus.NON_FINITE) & (self.n_iter_ < self.max_iter)
+        return (status == FitStatus.CONVERGED) | (status == FitStatus.CONSTANT) | stopped
 
     def __repr__(self) -> str:
         return (

@@ -105,12 +105,12 @@ def test_weights_that_leave_nothing(device: torch.device) -> None:
 
 
 def test_posterior_of_point_masses(device: torch.device) -> None:
-    """Deviations of 0, which only the caller can give: the nearer mean wins, and equal means leave the weights."""
+    """Deviations of 0, which only the caller can give: the nearer mean wins, and where both are, the weights."""
     x = torch.tensor([-LARGEST, 0.0, 0.4, 0.6, 1.0, LARGEST, NAN], dtype=torch.float64, device=device)
     mixtures = ops.gmm_fit(x)
     for means, weights, expected in (
-        ((0.0, 1.0), (0.5, 0.5), [None, 1, 1, 0, 0, None, 0]),
-        ((0.0, 0.0), (0.25, 0.75), [0.25] * 6 + [0]),
+        ((0.0, 1.0), (0.5, 0.5), [1, 1, 1, 0, 0, 0, 0]),
+        ((0.0, 0.0), (0.25, 0.75), [None, 0.25, None, None, None, None, 0]),
         ((1.0, 1.0), (1.0, 0.0), [1] * 6 + [0]),
     ):
         pairs = (torch.tensor([pair], dtype=torch.float64, device=device) for pair in (weights, means, (0.0, 0.0)))
@@ -292,6 +292,7 @@ ERRORS = {  # name: call, exception, what the message says
         r"offsets\[1\] is 5, must be the number of values, 6",
     ),
     "not_fitted": (lambda x: TwoGaussianMixture().predict(x), RuntimeError, "not fitted, must be: call fit first"),
+    "no_attribute": (lambda x: TwoGaussianMixture().means_, AttributeError, "not fitted, must be: call fit first"),
     "other_problems": (
         lambda x: TwoGaussianMixture().fit(x).predict(x[0]),
         ValueError,

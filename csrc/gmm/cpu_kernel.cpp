@@ -284,7 +284,7 @@ void posterior_of(const PosteriorParams& params, int64_t b, int64_t first, int64
   const Frame frame = frame_about(mean[0], larger(mean[1] - mean[0], unit));
   Mixture mixture;
   const double span = frame.enter(mean[1]);
-  const double smallest = larger(larger(span, frame.enter_length(unit)), 0x1p-52) / kFar;
+  const double smallest = kNear * larger(larger(span, frame.enter_length(unit)), 0x1p-52);
   for (int k = 0; k < 2; ++k) {
     const double length = larger(frame.enter_length(deviation[k]), smallest);
     mixture.weight[k] = weight[k];

@@ -24,7 +24,8 @@ namespace fastkd::FASTKD_ISA::gmm_math {
 constexpr double kLargest = 1.7976931348623157e308;
 constexpr double kEpsilon = 2.220446049250313e-16;
 constexpr double kLogTwoPi = 1.8378770664093454836;
-constexpr double kFar = 0x1p60;  // times the span of the data: as good as infinitely far
+constexpr double kFar = 0x1p40;    // times the span: as good as infinitely far, and its square still leaves linear terms bits
+constexpr double kNear = 0x1p-60;  // times the span: as good as one point
 
 // The compiler's own names off the GPU: no library header, whose inline functions would not be of this instruction set.
 #if defined(__CUDA_ARCH__)
