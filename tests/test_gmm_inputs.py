@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -118,6 +119,18 @@ def test_posterior_of_point_masses(device: torch.device) -> None:
         assert posterior.isfinite().all()
         for p, wanted in zip(posterior.tolist(), expected, strict=True):
             assert wanted is None or p == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("reg_covar", [0.0, SMALLEST, 5e-4, LARGEST])
+@pytest.mark.parametrize("span", [SMALLEST, 1e-160, 1.0, 1e160, LARGEST])
+def test_starts_far_off_and_of_no_width(device: torch.device, span: float, reg_covar: float) -> None:
+    x = torch.tensor([0.0, span], dtype=torch.float64, device=device)
+    for means, deviations in itertools.product(
+        ((0.0, 0.0), (1.0, 1.0), (-LARGEST, LARGEST)), ((0.0, 0.0), (0.0, LARGEST), (1.0, 1.0))
+    ):
+        pairs = (torch.tensor([pair], dtype=torch.float64, device=device) for pair in ((0.0, 1.0), means, deviations))
+        mixtures = ops.gmm_fit(x, init=tuple(pairs), reg_covar=reg_covar, max_iter=3)
+        assert all(t.isfinite().all() for t in (*mixtures, *ops.gmm_posterior(x, mixtures)))
 
 
 def test_max_iter_and_tol(device: torch.device) -> None:

@@ -166,7 +166,7 @@ bool start_from(const FitParams& params, int64_t b, const Frame& frame, const Re
     mixture->weight[k] = weights[k] / (weights[0] + weights[1]);
     mixture->mean[k] = clamp(frame.enter(means[k]), -kFar, kFar);
     const double deviation = clamp(frame.enter_length(deviations[k]), 0, kFar);
-    mixture->variance[k] = larger(deviation * deviation, larger(reg.floor, 0x1p-1000));
+    mixture->variance[k] = larger(deviation * deviation, reg.floor);
   }
   return weights[0] + weights[1] > 0;
 }

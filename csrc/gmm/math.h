@@ -131,8 +131,10 @@ FASTKD_HOST_DEVICE Regularisation regularisation(const Frame& frame, double low,
   const double span = frame.enter(high) - frame.enter(low);
   // where 0 is far beyond the data (1e16 and 1e16 + 2), 10 eps of mass there would tear the means off them
   const double origin = clamp(-frame.shift, -0x1p20 * span, 0x1p20 * span);
-  return {10 * kEpsilon * mean_weight, normalize ? 0.0 : origin, normalize ? reg_covar : reg_covar * frame.scale * frame.scale,
-          span * kEpsilon * (span * kEpsilon)};
+  const double variance = normalize ? reg_covar : reg_covar * frame.scale * frame.scale;
+  // one of the two is no less than about eps^2, the frame being of the size of the span or of sqrt(reg_covar)
+  const double floor = larger(span * span, variance) * (kEpsilon * kEpsilon);
+  return {10 * kEpsilon * mean_weight, normalize ? 0.0 : origin, variance, floor};
 }
 
 // The mixture after the M-step. *cancelled is set where a mean moved so far, in its new deviations, that its variance
@@ -146,7 +148,7 @@ FASTKD_HOST_DEVICE Mixture maximise(const Moments& sums, const double (&centre)[
     const double delta = (sums.s1[k] + reg.mass * (reg.origin - centre[k])) / n[k];
     const double squares = sums.s2[k] - 2 * delta * sums.s1[k] + delta * delta * sums.s0[k];
     result.mean[k] = centre[k] + delta;
-    result.variance[k] = larger(larger(squares, 0) / n[k] + reg.variance, larger(reg.floor, 0x1p-1000));
+    result.variance[k] = larger(larger(squares, 0) / n[k] + reg.variance, reg.floor);
     *cancelled = *cancelled || result.variance[k] < 0x1p-20 * (sums.s2[k] / n[k]);
   }
   for (int k = 0; k < 2; ++k) result.weight[k] = n[k] / (n[0] + n[1]);
