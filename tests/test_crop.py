@@ -400,19 +400,22 @@ def test_fuzz(data: st.DataObject) -> None:
     size = data.draw(st.tuples(st.integers(1, 11), st.integers(1, 35)))
     patches = data.draw(st.integers(0, 4))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
-    images = torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64)
+    dtype = data.draw(st.sampled_from(FLOATS))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    images = make_images((batch, channels, height, width), dtype, generator)
     count = batch * patches
     places = data.draw(st.lists(st.tuples(place, place), min_size=count, max_size=count))
     offsets = torch.tensor(places, dtype=torch.int64).reshape(batch, patches, 2)
     flip = torch.rand(batch, patches, generator=generator) < 0.5 if data.draw(st.booleans()) else None
-    held = LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))](images).detach().requires_grad_()
-    expected_images = images.clone().requires_grad_()
+    layout = data.draw(st.sampled_from(sorted(LAYOUTS)))
+    held = LAYOUTS[layout](images).detach().requires_grad_()
+    leaf = images.to(wide).clone().requires_grad_()
     out = fastkd.crop_patches(held, offsets, size, flip)
-    expected = reference.crop(expected_images, offsets, size, flip)
-    assert torch.equal(out, expected)
-    grad = torch.randn(out.shape, generator=generator, dtype=torch.float64)
-    (gradient,) = torch.autograd.grad(out, held, grad)
+    expected = reference.crop(leaf, offsets, size, flip)
+    assert torch.equal(out, expected.to(dtype))
+    grad = make_images(tuple(out.shape), dtype, generator)
+    (gradient,) = torch.autograd.grad(out, held, LAYOUTS[layout](grad))
     if expected.requires_grad:
-        assert torch.equal(gradient, torch.autograd.grad(expected, expected_images, grad)[0])
+        assert torch.equal(gradient, torch.autograd.grad(expected, leaf, grad.to(wide))[0].to(dtype))
     else:  # nothing but zeros came out
         assert not gradient.any()
