@@ -141,16 +141,53 @@ void move_rows(const Block& block, int64_t unit_bytes, bool flip) {
 
 // ---- conversion and normalisation ---------------------------------------------------------------
 
+constexpr int kStep = kLanes<F32>;  // elements at a time
+
+// A register of floats as two of doubles, and back. The compiler's own forms take detours through the stack.
 struct Wide {
   F64 low, high;
 };
-constexpr int kStep = kLanes<F32>;  // elements of a Wide
+FASTKD_INLINE Wide widen_both(F32 v) {
+#if defined(__AVX512F__)
+  const __m512 x = reinterpret_cast<__m512>(v);
+  return {reinterpret_cast<F64>(_mm512_cvtps_pd(_mm512_castps512_ps256(x))),
+          reinterpret_cast<F64>(_mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)))};
+#elif defined(__AVX2__)
+  const __m256 x = reinterpret_cast<__m256>(v);
+  return {reinterpret_cast<F64>(_mm256_cvtps_pd(_mm256_castps256_ps128(x))),
+          reinterpret_cast<F64>(_mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)))};
+#else
+  F32Half half[2];
+  std::memcpy(half, &v, sizeof v);
+  return {__builtin_convertvector(half[0], F64), __builtin_convertvector(half[1], F64)};
+#endif
+}
+FASTKD_INLINE F32 narrow_both(Wide v) {
+#if defined(__AVX512F__)
+  const __m256 low = _mm512_cvtpd_ps(reinterpret_cast<__m512d>(v.low)), high = _mm512_cvtpd_ps(reinterpret_cast<__m512d>(v.high));
+  return reinterpret_cast<F32>(_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1));
+#elif defined(__AVX2__)
+  const __m128 low = _mm256_cvtpd_ps(reinterpret_cast<__m256d>(v.low)), high = _mm256_cvtpd_ps(reinterpret_cast<__m256d>(v.high));
+  return reinterpret_cast<F32>(_mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1));
+#else
+  const F32Half half[2] = {__builtin_convertvector(v.low, F32Half), __builtin_convertvector(v.high, F32Half)};
+  F32 joined;
+  std::memcpy(&joined, half, sizeof joined);
+  return joined;
+#endif
+}
 
 FASTKD_INLINE F32 load_narrow(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<F32>(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<F32>(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+#else
   typedef uint8_t Bytes __attribute__((vector_size(kStep)));
   Bytes bytes;
   std::memcpy(&bytes, p, sizeof bytes);
-  return __builtin_convertvector(__builtin_convertvector(bytes, I32), F32);
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bytes, U16Half), I32), F32);
+#endif
 }
 template <typename T>
 FASTKD_INLINE F32 load_narrow(const T* p) {
@@ -161,10 +198,7 @@ FASTKD_INLINE Wide load_wide(const T* p) {
   if constexpr (sizeof(T) == 8) {
     return {load(p), load(p + kStep / 2)};
   } else {
-    const F32 v = load_narrow(p);
-    F32Half half[2];
-    std::memcpy(half, &v, sizeof v);
-    return {__builtin_convertvector(half[0], F64), __builtin_convertvector(half[1], F64)};
+    return widen_both(load_narrow(p));
   }
 }
 template <typename T>
@@ -173,10 +207,7 @@ FASTKD_INLINE void store_wide(T* p, Wide v) {
     store(p, v.low);
     store(p + kStep / 2, v.high);
   } else {
-    const F32Half half[2] = {__builtin_convertvector(v.low, F32Half), __builtin_convertvector(v.high, F32Half)};
-    F32 joined;
-    std::memcpy(&joined, half, sizeof joined);
-    store(p, joined);
+    store(p, narrow_both(v));
   }
 }
 
