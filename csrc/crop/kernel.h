@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/host_device.h"
 #include "common/isa.h"
 
 namespace fastkd::crop {
@@ -86,31 +87,32 @@ struct Window {
 constexpr int64_t kCropBytes = 16 << 10;      // of pixels between copy and conversion: half an L1 cache
 constexpr int64_t kBackwardBytes = 64 << 10;  // of sums that a band of rows takes: well within an L2 cache
 
-constexpr int64_t rows_within(int64_t bytes, int64_t row_bytes, int64_t rows) {
+// Always inlined, as launcher and kernels of every instruction set share them.
+FASTKD_HOST_DEVICE constexpr int64_t rows_within(int64_t bytes, int64_t row_bytes, int64_t rows) {
   const int64_t fit = row_bytes > 0 ? bytes / row_bytes : rows;
   return fit < 1 ? 1 : fit < rows ? fit : rows;
 }
-constexpr int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+FASTKD_HOST_DEVICE constexpr int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Rows of a patch that a thread moves at once, and its bytes of scratch.
-constexpr int64_t crop_rows(const CropParams& p) {
+FASTKD_HOST_DEVICE constexpr int64_t crop_rows(const CropParams& p) {
   const Geometry& g = p.geometry;
   return p.convert ? rows_within(kCropBytes, g.width * g.unit * p.in_size, g.height) : g.height;
 }
-constexpr int64_t crop_scratch(const CropParams& p) {
+FASTKD_HOST_DEVICE constexpr int64_t crop_scratch(const CropParams& p) {
   return p.convert ? crop_rows(p) * p.geometry.width * p.geometry.unit * p.in_size : 0;
 }
 
 // Rows of one or more whole planes, or of a part of one, that a thread sums at once; and its scratch: where each part
 // begins, and bytes in all.
-constexpr int64_t backward_rows(const CropBackwardParams& p) {
+FASTKD_HOST_DEVICE constexpr int64_t backward_rows(const CropBackwardParams& p) {
   const Geometry& g = p.geometry;
   return rows_within(kBackwardBytes, g.image_width * g.unit * (p.size < 4 ? 4 : p.size), g.planes * g.image_height);
 }
 struct BackwardScratch {
   int64_t sums, mirrored, widened, bytes;  // the windows come first
 };
-constexpr BackwardScratch backward_scratch(const CropBackwardParams& p) {
+FASTKD_HOST_DEVICE constexpr BackwardScratch backward_scratch(const CropBackwardParams& p) {
   const Geometry& g = p.geometry;
   const int64_t band = backward_rows(p), rows = band < g.height ? band : g.height;
   const int64_t patch = rows * (g.width < g.image_width ? g.width : g.image_width) * g.unit;
