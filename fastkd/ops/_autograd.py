@@ -10,7 +10,6 @@ derivatives, which torch would silently take for zero, are refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -42,20 +41,21 @@ def register_autograd(
 
     def forward(ctx: Any, *args_and_keyset: Any) -> Any:
         *args, keyset = args_and_keyset
-        with _outer_levels():
+        if torch._C._are_functorch_transforms_active():
+            with torch.enable_grad():  # for the outer levels; this one has none below its function
+                output = below_autograd(keyset, args)
+        else:
             output = below_autograd(keyset, args)
         setup_context(ctx, args, output)
         return output
 
     def formula(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        if once is None:
+        if once is None or not torch.is_grad_enabled():
             return (*backward(ctx, *grads), None)
-        with _outer_levels(otherwise=torch.no_grad):
+        with torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):  # outer levels want their graph
             results = backward(ctx, *grads)
-        if torch.is_grad_enabled():
-            inputs = [t for t in ctx.saved_tensors if t is not None]
-            results = [None if g is None else _apply(_Once, once, g, *inputs) for g in results]
-        return (*results, None)
+        inputs = [t for t in ctx.saved_tensors if t is not None]
+        return (*(None if g is None else _apply(_Once, once, g, *inputs) for g in results), None)
 
     node = type(f"fastkd_{name}", (Function,), {"forward": staticmethod(forward), "backward": staticmethod(formula)})
 
@@ -71,11 +71,6 @@ def register_autograd(
         return below_autograd(keyset, args)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
-
-
-def _outer_levels(otherwise: Callable[[], Any] = nullcontext) -> AbstractContextManager[Any]:
-    """Within torch.func: a function's forward runs without a graph of its own level, but the outer levels want theirs."""
-    return torch.enable_grad() if torch._C._are_functorch_transforms_active() else otherwise()
 
 
 def _apply(node: Any, *args: Any) -> Any:
@@ -94,7 +89,7 @@ class _Once(Function):
     @staticmethod
     def forward(ctx: Any, message: str, gradient: Tensor, *inputs: Tensor) -> Tensor:
         ctx.message = message
-        with _outer_levels():
+        with torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):
             return gradient.view_as(gradient)
 
     @staticmethod
@@ -108,11 +103,17 @@ def _has_tangent(value: Any) -> bool:
 
 def save_tensors(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
     """``ctx.save_for_backward`` that takes tensors made under ``torch.inference_mode`` too (a teacher's logits)."""
-    inference = [t is not None and t.is_inference() for t in tensors]
-    ctx.save_for_backward(*(None if i else t for t, i in zip(tensors, inference, strict=True)))
-    ctx.inference_tensors = [t if i else None for t, i in zip(tensors, inference, strict=True)]
+    if any(t is not None and t.is_inference() for t in tensors):
+        ctx.save_for_backward(*(None if t is None or t.is_inference() else t for t in tensors))
+        ctx.inference_tensors = [t if t is not None and t.is_inference() else None for t in tensors]
+    else:
+        ctx.save_for_backward(*tensors)
+        ctx.inference_tensors = None
 
 
-def saved_tensors(ctx: Any) -> list[Tensor | None]:
+def saved_tensors(ctx: Any) -> Sequence[Tensor | None]:
     """What :func:`save_tensors` saved."""
-    return [b if a is None else a for a, b in zip(ctx.saved_tensors, ctx.inference_tensors, strict=True)]
+    saved: Sequence[Tensor | None] = ctx.saved_tensors
+    if ctx.inference_tensors is None:
+        return saved
+    return [b if a is None else a for a, b in zip(saved, ctx.inference_tensors, strict=True)]

@@ -91,9 +91,7 @@ def divergence(
             raise ValueError(f"fastkd: target has shape {tuple(target.shape)}, must be {tuple(rows_shape)}")
         target = target.reshape(-1)
     flat = student_logits.dim() == 2
-    _check_devices(
-        student_logits, teacher_logits=teacher_logits, target=target, weight=weight, temperature=row_temperature
-    )
+    _check_devices(student_logits, teacher_logits, target, weight, row_temperature)
     ahead = torch.is_grad_enabled() and student_logits.dtype != torch.float16
     loss, terms, _, _ = _divergence(
         student_logits if flat else student_logits.reshape(-1, student_logits.shape[-1]),
@@ -137,10 +135,11 @@ def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
         raise ValueError(f"fastkd: {name} is {value!r}, must be one of {', '.join(allowed)}")
 
 
-def _check_devices(student_logits: Tensor, **others: Tensor | None) -> None:
+def _check_devices(student_logits: Tensor, *others: Tensor | None) -> None:
     device = student_logits.device
-    for name, value in others.items():
+    for i, value in enumerate(others):
         if value is not None and value.device != device:
+            name = ("teacher_logits", "target", "weight", "temperature")[i]
             raise ValueError(f"fastkd: {name} is on {value.device}, must be where student_logits is, on {device}")
 
 
@@ -185,9 +184,7 @@ def _divergence_fake(
     student_gradient: bool,
     teacher_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_devices(
-        student_logits, teacher_logits=teacher_logits, target=target, weight=weight, temperatures=temperatures
-    )
+    _check_devices(student_logits, teacher_logits, target, weight, temperatures)
     rows, classes = student_logits.shape
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     shape = [rows] if reduction == REDUCTIONS["none"] else []
@@ -228,15 +225,18 @@ def _divergence_backward(
     if grad_loss is None or not any(needed):
         return (None,) * 14
     gradients, ctx.gradients = ctx.gradients, None
-    if gradients is not None and all(g.dim() == 2 for g, n in zip(gradients, needed, strict=True) if n):
-        gradients = [_scale(g, grad_loss) if n else None for g, n in zip(gradients, needed, strict=True)]
-    else:  # the incoming gradient is one more weight of the rows
+    result: list[Tensor | None] = [None] * 14
+    if gradients is None or any(needed[i] and gradients[i].dim() != 2 for i in (0, 1)):
+        # the incoming gradient is one more weight of the rows
         student_logits, teacher_logits, target, weight, temperatures = saved_tensors(ctx)
         grad_loss = grad_loss.expand(student_logits.shape[0])  # type: ignore[union-attr]
         weight = grad_loss if weight is None else grad_loss * weight
         tensors = student_logits, teacher_logits, target, weight, temperatures
         gradients = _divergence(*tensors, *ctx.scalars, *needed)[2:]
-    return *(g if n else None for g, n in zip(gradients, needed, strict=True)), *(None,) * 12
+        result[:2] = (g if n else None for g, n in zip(gradients, needed, strict=True))
+    else:
+        result[:2] = (_scale(g, grad_loss) if n else None for g, n in zip(gradients, needed, strict=True))
+    return tuple(result)
 
 
 def _scale(gradient: Tensor, grad_loss: Tensor) -> Tensor:
