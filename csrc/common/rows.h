@@ -43,7 +43,7 @@ FASTKD_INLINE double log_of(double x) { return log(broadcast<F64>(x))[0]; }
 
 constexpr float kLowest = -__builtin_inff();
 
-// The smallest normal number: log and the reciprocal are finite from here on.
+// The smallest normal number: the reciprocal is finite from here on.
 template <typename S>
 constexpr S kTiny = sizeof(S) == 8 ? S(0x1p-1022) : S(0x1p-126);
 

@@ -289,8 +289,10 @@ FASTKD_INLINE F64 exp(F64 x) {
   return x < kSmallest ? F64{} : result;
 }
 
-// ln x for normal x > 0, relative error about 1 ulp; -inf at 0 and for subnormal x; inf and NaN pass through.
+// ln x for normal x > 0, relative error about 1 ulp; -inf at 0 and for subnormal x (Floor: a finite number below all
+// others, about ln 2^-127 or ln 2^-1023); inf and NaN pass through.
 // x = 2^n m with m in [sqrt(1/2), sqrt(2)). No division: minimax polynomial of (ln(1+f) - f + f^2/2) / f^3.
+template <bool Floor = false>
 FASTKD_INLINE F32 log(F32 x) {
   const I32 bits = as_int(x);
   const I32 n = (bits - 0x3f3504f3) >> 23;
@@ -306,10 +308,13 @@ FASTKD_INLINE F32 log(F32 x) {
   const F32 f2 = f * f;
   const F32 tail = f * f2 * poly + exponent * 1.42860682030941723212e-6f - 0.5f * f2;
   const F32 result = exponent * 0.693145751953125f + (f + tail);
-  return x < 0x1p-126f ? broadcast<F32>(-__builtin_inff()) : x < __builtin_inff() ? result : x;
+  const F32 value = x < __builtin_inff() ? result : x;
+  if constexpr (Floor) return value;
+  return x < 0x1p-126f ? broadcast<F32>(-__builtin_inff()) : value;
 }
 
 // The same in fp64 by ln m = 2 atanh(z), z = (m - 1) / (m + 1), z^2 < 0.0295.
+template <bool Floor = false>
 FASTKD_INLINE F64 log(F64 x) {
   const I64 bits = as_int(x);
   const I64 n = (bits - 0x3fe6a09e667f3bcd) >> 52;
@@ -328,7 +333,9 @@ FASTKD_INLINE F64 log(F64 x) {
   poly = poly * z2 + 2.0 / 3.0;
   const F64 exponent = __builtin_convertvector(n, F64);
   const F64 result = exponent * 6.93147180369123816490e-1 + (z * z2 * poly + exponent * 1.90821492927058770002e-10 + 2.0 * z);
-  return x < 0x1p-1022 ? broadcast<F64>(-__builtin_inf()) : x < __builtin_inf() ? result : x;
+  const F64 value = x < __builtin_inf() ? result : x;
+  if constexpr (Floor) return value;
+  return x < 0x1p-1022 ? broadcast<F64>(-__builtin_inf()) : value;
 }
 
 }  // namespace fastkd::FASTKD_ISA

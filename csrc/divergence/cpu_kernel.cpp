@@ -200,7 +200,7 @@ struct Row {
     if (params.task) finish_task(task, own_task ? z.value[2] : zs);
 
     // log-ratios to the mixture; kept for the gradients in the two other buffers. Probabilities may be subnormal, where
-    // reciprocal and log overflow: both are clamped, which changes terms below 2^-126 * 100 only.
+    // reciprocal and log overflow: both have a floor, which changes terms below 2^-126 * 100 only.
     const V tiny = broadcast<V>(kTiny<S>);
     const V inverse_zs = broadcast<V>(1.0 / zs), inverse_zt = broadcast<V>(1.0 / zt);
     const V beta = broadcast<V>(params.beta), one_minus_beta = broadcast<V>(1.0 - params.beta);
@@ -209,7 +209,7 @@ struct Row {
     const auto kl = sweep_sum<V, 2>(params.classes, [&](int64_t i, int, V* sum) __attribute__((always_inline)) {
       const V q = load(e_s + i) * inverse_zs, p = load(e_t + i) * inverse_zt;
       const V inverse_m = S(1) / maximum(tiny, mixture(p, q, beta, one_minus_beta));
-      const V q_term = weigh(q, log(maximum(tiny, q * inverse_m))), p_term = weigh(p, log(maximum(tiny, p * inverse_m)));
+      const V q_term = weigh(q, log<true>(q * inverse_m)), p_term = weigh(p, log<true>(p * inverse_m));
       sum[0] += q_term;
       sum[1] += p_term;
       if (r_q != nullptr) store(r_q + i, q_term);
