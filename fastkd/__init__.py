@@ -1,6 +1,6 @@
 """fastkd: fused losses, patch crops, mixtures and weighted sampling for knowledge distillation."""
 
-from fastkd import functional
+from fastkd import functional, scores
 from fastkd._library import build_info
 from fastkd.functional import logit_stats
 from fastkd.losses import JSDivLoss, KDLoss, KLDivLoss
@@ -22,6 +22,7 @@ __all__ = [
     "logit_stats",
     "random_crop_flip",
     "random_patches",
+    "scores",
     "select_clean",
 ]
 __version__: str = build_info()["version"]

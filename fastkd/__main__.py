@@ -1,0 +1,29 @@
+"""``fastkd`` and ``python -m fastkd``: the command line. What it needs beyond torch and numpy is the extra ``cli``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+EXTRA = ("matplotlib", "rich", "sklearn", "tyro")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command (default: the process's arguments) and returns its exit status."""
+    try:
+        from fastkd.cli import run
+
+        return run(sys.argv[1:] if argv is None else list(argv))
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRA:
+            raise
+        print(f'fastkd: the command line needs {missing}: pip install "fastkd[cli]"', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fastkd: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""The commands of ``fastkd``: one file, one dataclass each, whose fields are its options."""
+
+from __future__ import annotations
+
+import sys
+
+import tyro
+from rich.console import Console
+
+from fastkd.cli._errors import UsageError
+from fastkd.cli.demo import Demo
+from fastkd.cli.info import Info
+
+DESCRIPTION = "Knowledge distillation, fast. `fastkd COMMAND --help` tells more of each command."
+
+
+def run(arguments: list[str]) -> int:
+    """Parses the arguments, runs the command, returns its exit status; ends the process on help and unknown options."""
+    command = tyro.cli(
+        Demo | Info,
+        prog="fastkd",
+        description=DESCRIPTION,
+        args=arguments or ["--help"],
+    )
+    try:
+        command(Console())
+    except UsageError as error:
+        print(f"fastkd {type(command).__name__.lower()}: {error}", file=sys.stderr)
+        return 2
+    return 0

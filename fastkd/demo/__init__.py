@@ -1,0 +1,1 @@
+"""What ``fastkd demo`` runs: the experiment, its report and its figure."""

@@ -1,0 +1,105 @@
+"""Distillation from a heterogeneous unlabeled collection (Begon & Geurts, "Distillation from heterogeneous unlabeled
+collections"): score every image once by the teacher, draw batches from ``q = softmax(lambda u)``, distill on them.
+
+``lambda`` comes from the inter-quartile sampling probability ratio, IQPR: an image at the third quartile of the scores
+is drawn IQPR times as often as one at the first (eq. 2.13). IQPR = 1 draws uniformly. The statistics below are those of
+the paper's Tables 4 and 6; they take ``counts``, how often each item of the collection was drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.losses import KDLoss, KLDivLoss
+from fastkd.sampling import AliasTable
+from fastkd.training.loop import optimise
+
+__all__ = ["distill", "expected_skip_ratio", "irrelevant_proportion", "relevant_draws", "skip_ratio", "uniformity"]
+
+
+def distill(
+    student: nn.Module,
+    images: Tensor,
+    teacher_logits: Tensor,
+    table: AliasTable,
+    criterion: KLDivLoss | KDLoss,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float = 2e-3,
+    target: Tensor | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Trains the student on batches drawn from the table, against teacher logits computed once.
+
+    The logits that gave the scores also teach, so the teacher runs once over the collection and never again. (With
+    augmentation after sampling it would have to run on every batch.)
+
+    Args:
+        images: the collection, ``[N, C, H, W]``.
+        teacher_logits: ``[N, K]``, of the same images, on the same device.
+        table: over N items.
+        criterion: takes (student logits, teacher logits, target).
+        target: int64 ``[N]``, where the criterion needs labels.
+        on_step: called with the number of steps done after each one.
+
+    Returns:
+        int64 ``[N]``: how often each image was drawn, on the device of the images.
+    """
+    counts = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    one = counts.new_ones(batch_size)
+
+    def loss_of_batch() -> Tensor:
+        drawn = table.sample(batch_size)
+        counts.index_add_(0, drawn, one)
+        labels = None if target is None else target[drawn]
+        return criterion(student(images[drawn]), teacher_logits[drawn], labels)  # type: ignore[no-any-return]
+
+    optimise(student, loss_of_batch, steps=steps, learning_rate=learning_rate, on_step=on_step)
+    return counts
+
+
+def skip_ratio(counts: Tensor) -> float:
+    """Share of the collection that was never drawn."""
+    return (counts == 0).double().mean().item()
+
+
+def expected_skip_ratio(probabilities: Tensor, draws: int) -> float:
+    """Mean of ``(1 - q_i)^draws``: the skip ratio to expect of ``draws`` draws with replacement.
+
+    Args:
+        probabilities: q, ``[N]``, each in [0, 1].
+    """
+    if draws == 0:
+        return 1.0
+    return torch.exp(draws * torch.log1p(-probabilities.double())).mean().item()
+
+
+def uniformity(counts: Tensor) -> float:
+    """Entropy of the empirical distribution over the items drawn, divided by ln of their number: 1 = all equally often.
+
+    Items never drawn do not count. 1 where a single item was drawn, NaN where none was.
+    """
+    drawn = counts[counts > 0].double()
+    if len(drawn) < 2:
+        return 1.0 if len(drawn) else math.nan
+    share = drawn / drawn.sum()
+    return (-(share * share.log()).sum() / math.log(len(drawn))).item()
+
+
+def irrelevant_proportion(counts: Tensor, relevant: Tensor) -> float:
+    """Share of irrelevant items among those drawn at least once; NaN where none was.
+
+    Args:
+        relevant: bool ``[N]``. Only an experiment that made its collection knows it; the method never does.
+    """
+    return (~relevant[counts > 0]).double().mean().item()
+
+
+def relevant_draws(counts: Tensor, relevant: Tensor) -> float:
+    """Share of relevant items among all draws, repetitions included; NaN where there was none."""
+    return (counts[relevant].sum().double() / counts.sum()).item()

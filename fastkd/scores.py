@@ -1,0 +1,30 @@
+"""Characterizing scores: how much an unlabeled image looks like the teacher's own task. Higher = more alike."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastkd.functional import logit_stats
+
+__all__ = ["t1000"]
+
+
+def t1000(logits: Tensor) -> Tensor:
+    """The largest softmax probability at temperature 1000, to first order: ``(1 + (max z - mean z) / 1000) / K``.
+
+    The whole signal sits in the fourth digit, where a float32 softmax at that temperature rounds most of it away; the
+    linear form keeps it, and its order of two rows is that of ``max z - mean z``. The error is of second order, below
+    ``((max z - min z) / 1000)^2 / K`` while logits stay within a few hundred of each other.
+
+    Args:
+        logits: the teacher's, ``[..., K]``, float32, float64, bfloat16 or float16.
+
+    Returns:
+        float64 ``[...]``.
+
+    Source: Liang et al., "Enhancing the reliability of out-of-distribution image detection in neural networks" (ICLR
+    2018), without their input perturbation, as Begon & Geurts use it in "Distillation from heterogeneous unlabeled
+    collections", section 2.1.
+    """
+    stats = logit_stats(logits)
+    return (1.0 + (stats.max.double() - stats.mean.double()) / 1000.0) / logits.shape[-1]

@@ -1,0 +1,60 @@
+"""An optimisation loop and an inference loop for models whose data sits in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["one_thread", "optimise", "predict"]
+
+
+def optimise(
+    model: nn.Module,
+    loss_of_batch: Callable[[], Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+    weight_decay: float = 1e-2,
+    on_step: Callable[[int], None] | None = None,
+) -> None:
+    """AdamW for ``steps`` steps with a cosine from ``learning_rate`` to zero.
+
+    Args:
+        loss_of_batch: draws the next batch, runs the model and returns the loss.
+        on_step: called with the number of steps done after each one; may evaluate the model (:func:`predict`).
+    """
+    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    model.train()
+    for step in range(1, steps + 1):
+        optimiser.zero_grad()
+        loss_of_batch().backward()
+        optimiser.step()
+        schedule.step()
+        if on_step is not None:
+            on_step(step)
+    model.eval()
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, *, batch_size: int = 1024) -> Tensor:
+    """Logits ``[N, K]`` of all images in evaluation mode; the model's mode is put back afterwards."""
+    was_training = model.training
+    model.eval()
+    logits = torch.cat([model(batch) for batch in torch.split(images, batch_size)])
+    model.train(was_training)
+    return logits
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs torch's CPU operators on one thread inside the ``with`` block."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,119 @@
+"""Sampling statistics against loops, and distillation on draws from a collection."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from fastkd import AliasTable, KDLoss, KLDivLoss
+from fastkd.methods import collections
+from fastkd.models.convnet import ConvNet
+from fastkd.training.loop import one_thread
+
+N = 40
+
+
+@pytest.fixture(params=[0, 1, 2, 3])
+def draws(request: pytest.FixtureRequest) -> list[int]:
+    """Indices with repetitions; some items never come."""
+    generator = torch.Generator().manual_seed(request.param)
+    weights = torch.rand(N, generator=generator) ** 4
+    return torch.multinomial(weights, 60, replacement=True, generator=generator).tolist()
+
+
+@pytest.fixture
+def relevant() -> torch.Tensor:
+    return torch.arange(N) % 3 == 0
+
+
+def count(draws: list[int]) -> torch.Tensor:
+    return torch.bincount(torch.tensor(draws, dtype=torch.int64), minlength=N)
+
+
+def test_statistics_against_loops(draws: list[int], relevant: torch.Tensor) -> None:
+    counts, seen = count(draws), Counter(draws)
+    assert 1 < len(seen) < N
+    assert collections.skip_ratio(counts) == pytest.approx(sum(i not in seen for i in range(N)) / N)
+    shares = [times / len(draws) for times in seen.values()]
+    entropy = -sum(share * math.log(share) for share in shares)
+    assert collections.uniformity(counts) == pytest.approx(entropy / math.log(len(seen)))
+    irrelevant = sum(not relevant[i] for i in seen)
+    assert collections.irrelevant_proportion(counts, relevant) == pytest.approx(irrelevant / len(seen))
+    assert collections.relevant_draws(counts, relevant) == pytest.approx(sum(bool(relevant[i]) for i in draws) / 60)
+
+
+def test_statistics_at_their_ends(relevant: torch.Tensor) -> None:
+    nothing, equal, single = count([]), torch.full((N,), 7), count([3] * 9)
+    assert collections.skip_ratio(nothing) == 1.0
+    assert collections.skip_ratio(equal) == 0.0
+    assert collections.skip_ratio(single) == pytest.approx(1 - 1 / N)
+    assert collections.uniformity(equal) == pytest.approx(1.0)
+    assert collections.uniformity(single) == 1.0
+    assert collections.irrelevant_proportion(single, relevant) == 0.0
+    for undefined in (
+        collections.uniformity(nothing),
+        collections.irrelevant_proportion(nothing, relevant),
+        collections.relevant_draws(nothing, relevant),
+    ):
+        assert math.isnan(undefined)
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 400])
+def test_expected_skip_ratio_against_powers(n: int, generator: torch.Generator) -> None:
+    q = torch.softmax(3 * torch.randn(N, generator=generator, dtype=torch.float64), 0)
+    expected = sum((1 - share) ** n for share in q.tolist()) / N
+    assert collections.expected_skip_ratio(q, n) == pytest.approx(expected, rel=1e-12)
+    certain = torch.tensor([1.0, 0.0])
+    assert collections.expected_skip_ratio(certain, n) == (1.0 if n == 0 else 0.5)
+
+
+def test_expected_skip_ratio_is_the_mean_of_skip_ratios(generator: torch.Generator) -> None:
+    q = torch.softmax(torch.randn(N, generator=generator), 0)
+    runs = torch.multinomial(q, 2000 * 50, replacement=True, generator=generator).reshape(2000, 50)
+    mean = sum(collections.skip_ratio(count(run.tolist())) for run in runs) / len(runs)
+    # one run deviates by less than 0.08, so their mean by less than 0.002; six times that is out of reach of chance
+    assert mean == pytest.approx(collections.expected_skip_ratio(q, 50), abs=0.012)
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_distill_follows_the_teacher_and_counts_its_draws(with_labels: bool, generator: torch.Generator) -> None:
+    images = torch.rand(200, 1, 8, 8, generator=generator)
+    logits = 4 * torch.randn(10, 64, generator=generator).mm(images.reshape(200, 64).T - 0.5).T
+    student = ConvNet((8, 8), seed=1)
+    table = AliasTable(torch.zeros(200), inverse_temperature=0.0, seed=5)
+    criterion = KDLoss(2.0, 0.9) if with_labels else KLDivLoss(2.0)
+    steps = []
+    with one_thread():
+        counts = collections.distill(
+            student,
+            images,
+            logits,
+            table,
+            criterion,
+            steps=150,
+            batch_size=32,
+            learning_rate=1e-2,
+            target=logits.argmax(1) if with_labels else None,
+            on_step=steps.append,
+        )
+    assert steps == list(range(1, 151))
+    assert int(counts.sum()) == 150 * 32
+    assert bool((counts > 0).all())
+    again = AliasTable(torch.zeros(200), inverse_temperature=0.0, seed=5)
+    assert torch.equal(counts, sum(torch.bincount(again.sample(32), minlength=200) for _ in range(150)))
+    assert not student.training
+    agreement = (student(images).argmax(1) == logits.argmax(1)).double().mean()
+    assert agreement > 0.6  # 0.1 by chance
+
+
+def test_network_starts_from_its_seed_alone() -> None:
+    before = torch.get_rng_state()
+    a, b, other = ConvNet((4, 8), seed=3), ConvNet((4, 8), seed=3), ConvNet((4, 8), seed=4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(a.classifier.weight, other.classifier.weight)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        ConvNet((4, 8), image_size=10)
