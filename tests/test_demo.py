@@ -155,21 +155,29 @@ def test_output_is_tried_before_training(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.usefixtures("no_training")
-def test_cuda_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(demo, "build_info", lambda: {"cuda_why_not": "fastkd was built without nvcc"})
+def test_cuda_is_refused_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, said = fails(["demo", "--device", "cuda"], capsys)
     assert status == 2
-    assert "--device cuda cannot be used: fastkd was built without nvcc; take --device cpu" in said
-    monkeypatch.setattr(demo, "build_info", dict)
+    assert "--device cuda cannot be used: torch finds no CUDA device; take --device cpu" in said
+
+
+def test_operators_run_where_their_kernels_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(demo, "build_info", dict)
     monkeypatch.setattr(demo, "CUDA_OPERATORS", [name for name in OPERATORS if name != "divergence"])
-    status, said = fails(["demo", "--device", "cuda"], capsys)
-    assert status == 2
-    assert "no CUDA kernel for divergence; take --device cpu" in said
-    assert demo._choose_device("auto") == torch.device("cpu")
+    assert demo._choose_devices("auto") == (cpu, cpu)
+    assert demo._choose_devices("cuda") == (cuda, cpu)
+    assert demo._why_no_kernels() == "this version has no CUDA kernel for divergence"
     monkeypatch.setattr(demo, "CUDA_OPERATORS", OPERATORS)
-    assert demo._choose_device("auto") == torch.device("cuda")
-    assert demo._choose_device("cpu") == torch.device("cpu")
+    assert demo._choose_devices("auto") == demo._choose_devices("cuda") == (cuda, cuda)
+    assert demo._choose_devices("cpu") == (cpu, cpu)
+    monkeypatch.setattr(demo, "build_info", lambda: {"cuda_why_not": "fastkd was built without nvcc"})
+    assert demo._choose_devices("cuda") == (cuda, cpu)
+    assert demo._why_no_kernels() == "fastkd was built without nvcc"
 
 
 def test_cuda_operators_asked_for_are_those_called() -> None:
@@ -186,9 +194,9 @@ def test_cuda_operators_asked_for_are_those_called() -> None:
         yield lambda: None
 
     with Recorder():
-        experiment.run(
-            experiment.Settings(steps=2, teacher_steps=2, collection_size=100, repeats=1), torch.device("cpu"), silent
-        )
+        cpu = torch.device("cpu")
+        settings = experiment.Settings(steps=2, teacher_steps=2, collection_size=100, repeats=1)
+        experiment.run(settings, experiment.Devices(cpu, cpu), silent)
     assert called == set(demo.OPERATORS_CALLED)
 
 

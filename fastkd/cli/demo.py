@@ -42,7 +42,8 @@ class Demo(experiment.Settings):
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes CUDA where every operator that the demo calls has a CUDA kernel."""
+    """Where the networks train. fastkd's operators run there too, or on the CPU where they have no CUDA kernel yet; auto
+    takes CUDA where all of them have."""
     output: Path = Path(FILE_NAME)
     """The figure (a name that ends in .png) or a folder for it."""
     quick: bool = False
@@ -50,7 +51,7 @@ class Demo(experiment.Settings):
 
     def __call__(self, console: Console) -> None:
         self._check()
-        device = _choose_device(self.device)
+        devices = _choose_devices(self.device)
         figure_path = _prepare_output(self.output)
         json_path = figure_path.with_suffix(".json")
         from fastkd.demo import figure, report, timing  # matplotlib takes a second to import
@@ -58,17 +59,24 @@ class Demo(experiment.Settings):
         settings = experiment.Settings(**{f.name: getattr(self, f.name) for f in fields(experiment.Settings)})
         if self.quick:
             settings = replace(settings, **{name: min(getattr(settings, name), tiny) for name, tiny in QUICK.items()})
-        console.print(report.introduction(settings, device))
+        console.print(report.introduction(settings, devices.networks))
+        if devices.networks != devices.operators:
+            console.print(f"fastkd's operators run on the {devices.operators.type.upper()}: {_why_no_kernels()}.\n")
         with _progress(console) as progress:
-            results = experiment.run(settings, device, progress)
+            results = experiment.run(settings, devices, progress)
             with progress("timing of the loss", 1) as advance:
-                loss_time = timing.time_loss(settings.batch_size, 10, settings.temperature, device)
+                loss_time = timing.time_loss(settings.batch_size, 10, settings.temperature, devices.operators)
                 advance()
             with progress("figure", 1) as advance:
                 figure.save(results, figure_path)
                 advance()
         summary = report.summary(results)
-        document = {"fastkd": build_info()["version"], "device": device.type, **summary, "timing": loss_time._asdict()}
+        document = {
+            "fastkd": build_info()["version"],
+            "device": devices.networks.type,
+            **summary,
+            "timing": loss_time._asdict(),
+        }
         json_path.write_text(json.dumps(document, indent=2) + "\n")
         console.print()
         console.print(report.table(summary))
@@ -91,16 +99,20 @@ class Demo(experiment.Settings):
                 raise UsageError(f"--{option.replace('_', '-')} is {getattr(self, option)}, must be {allowed}")
 
 
-def _choose_device(choice: str) -> torch.device:
+def _why_no_kernels() -> str | None:
     missing = [name for name in OPERATORS_CALLED if name not in CUDA_OPERATORS]
-    why_not = build_info().get("cuda_why_not")
-    if why_not is None and not torch.cuda.is_available():
-        why_not = "torch finds no CUDA device"
-    if why_not is None and missing:
-        why_not = f"this version has no CUDA kernel for {', '.join(missing)}"
-    if choice == "cuda" and why_not is not None:
-        raise UsageError(f"--device cuda cannot be used: {why_not}; take --device cpu")
-    return torch.device("cpu" if choice == "cpu" or why_not is not None else "cuda")
+    because = f"this version has no CUDA kernel for {', '.join(missing)}" if missing else None
+    return build_info().get("cuda_why_not", because)
+
+
+def _choose_devices(choice: str) -> experiment.Devices:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda cannot be used: torch finds no CUDA device; take --device cpu")
+    complete = torch.cuda.is_available() and _why_no_kernels() is None
+    if choice == "cpu" or (choice == "auto" and not complete):
+        return experiment.Devices(cpu, cpu)
+    return experiment.Devices(cuda, cuda if complete else cpu)
 
 
 def _prepare_output(output: Path) -> Path:

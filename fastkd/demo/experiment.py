@@ -66,7 +66,10 @@ class Progress(Protocol):
 
 
 class Source(NamedTuple):
-    """What a student learns from: images ``[N, 1, 8, 8]``, teacher's logits ``[N, K]``, classes ``[N]`` if known."""
+    """What a student learns from: images ``[N, 1, 8, 8]``, teacher's logits ``[N, K]``, classes ``[N]`` if known.
+
+    The images are where the networks run, the others where the operators do.
+    """
 
     images: Tensor
     logits: Tensor
@@ -120,13 +123,21 @@ class Results:
         return [curve[point] for curve in arm.curves]
 
 
-def run(settings: Settings, device: torch.device, progress: Progress) -> Results:
+class Devices(NamedTuple):
+    """Where the networks run, and where fastkd's operators do: there too, or on the CPU for want of CUDA kernels."""
+
+    networks: torch.device
+    operators: torch.device
+
+
+def run(settings: Settings, devices: Devices, progress: Progress) -> Results:
     """Trains the teacher and all students."""
     with one_thread():
-        return _run(settings, device, progress)
+        return _run(settings, devices, progress)
 
 
-def _run(settings: Settings, device: torch.device, progress: Progress) -> Results:
+def _run(settings: Settings, devices: Devices, progress: Progress) -> Results:
+    device = devices.networks
     seeds = _seeds(settings.seed)
     generator = torch.Generator().manual_seed(next(seeds))
     labelled, unlabeled, test = digits.split(generator)
@@ -138,8 +149,9 @@ def _run(settings: Settings, device: torch.device, progress: Progress) -> Result
     teacher = ConvNet(TEACHER_WIDTHS, seed=next(seeds)).to(device)
     _train_teacher(teacher, training, settings, next(seeds), progress)
     images = collection.images.to(device)
-    labelled_source = Source(training.images, predict(teacher, training.images), training.target)
-    collection_source = Source(images, predict(teacher, images))
+    labelled_logits, collection_logits = (predict(teacher, x).to(devices.operators) for x in (training.images, images))
+    labelled_source = Source(training.images, labelled_logits, training.target.to(devices.operators))
+    collection_source = Source(images, collection_logits)
     teacher_classes = predict(teacher, test.images).argmax(1)
     u = scores.t1000(collection_source.logits)
 

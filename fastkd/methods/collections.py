@@ -41,23 +41,25 @@ def distill(
 
     Args:
         images: the collection, ``[N, C, H, W]``.
-        teacher_logits: ``[N, K]``, of the same images, on the same device.
-        table: over N items.
+        teacher_logits: ``[N, K]``, of the same images, on the device of the loss: that of the images, or the CPU where
+            the loss has no CUDA kernel.
+        table: over N items, on the device of the teacher's logits.
         criterion: takes (student logits, teacher logits, target).
-        target: int64 ``[N]``, where the criterion needs labels.
+        target: int64 ``[N]``, where the criterion needs labels, on the device of the teacher's logits.
         on_step: called with the number of steps done after each one.
 
     Returns:
-        int64 ``[N]``: how often each image was drawn, on the device of the images.
+        int64 ``[N]``: how often each image was drawn, on the device of the table.
     """
-    counts = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    counts = torch.zeros(len(images), dtype=torch.int64, device=table.device)
     one = counts.new_ones(batch_size)
 
     def loss_of_batch() -> Tensor:
         drawn = table.sample(batch_size)
         counts.index_add_(0, drawn, one)
         labels = None if target is None else target[drawn]
-        return criterion(student(images[drawn]), teacher_logits[drawn], labels)  # type: ignore[no-any-return]
+        student_logits = student(images[drawn.to(images.device)]).to(teacher_logits.device)
+        return criterion(student_logits, teacher_logits[drawn], labels)  # type: ignore[no-any-return]
 
     optimise(student, loss_of_batch, steps=steps, learning_rate=learning_rate, on_step=on_step)
     return counts
