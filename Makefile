@@ -10,7 +10,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name 
 SANITIZED := build/sanitized
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize lint format wheel build clean
+.PHONY: help demo test bench sanitize lint format wheel build clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,10 @@ sanitize: $(VENV)/.built  ## the op tests under AddressSanitizer and UndefinedBe
 	FASTKD_SANITIZE=1 FASTKD_CUDA=0 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$$(echo $(SANITIZED)/lib*)" $(BIN)/pytest -m "not compiles"
+
+bench: $(VENV)/.built  ## ratios against peers on this machine, as a table and as JSON under benchmarks/results/
+	$(PIP) --no-build-isolation --editable ".[bench]"
+	$(BIN)/python -m benchmarks
 
 wheel: $(VENV)/.tools  ## dist/fastkd-*.whl, for any torch >= 2.10
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

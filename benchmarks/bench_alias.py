@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +17,8 @@ DRAWS = 1_000_000
 def cases() -> Iterator[Case]:
     """N = 1e7 for scipy and numpy, 2^24 for torch.multinomial, which refuses more."""
     from scipy.stats.sampling import DiscreteAliasUrn
+
+    warnings.filterwarnings("ignore", message=".*squared histogram")  # scipy's, about its own rounding
 
     n = 10_000_000
     scores = torch.randn(n)
