@@ -35,8 +35,7 @@ def find_torch():
 
 
 def find_nvcc():
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
+    found = shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "") + "/bin") or shutil.which("nvcc")
     if os.environ.get("FASTKD_CUDA") == "1" and not found:
         sys.exit("fastkd: FASTKD_CUDA=1 asks for CUDA kernels, but nvcc is not on PATH or in $CUDA_HOME/bin")
     return None if os.environ.get("FASTKD_CUDA") == "0" else found
@@ -95,6 +94,6 @@ class NinjaBuild(build_ext):  # writes one build.ninja for both libraries and ru
 setup(
     ext_modules=[Extension("fastkd._C", sources=[]), *([Extension("fastkd._cuda", sources=[])] if find_nvcc() else [])],
     cmdclass={"build_ext": NinjaBuild},
-    # a build front end (pip) is told to bring torch where none is at hand; `python setup.py` never fetches anything
+    # pip is told to bring torch where none is at hand; `python setup.py` never fetches anything
     setup_requires=["torch>=2.10"] if "setuptools.build_meta" in sys.modules and not find_torch() else [],
 )

@@ -22,17 +22,7 @@ class CudaContext {
   }
 
   Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) const {
-    int64_t strides[8];
-    int64_t numel = 1;
-    for (int64_t d = static_cast<int64_t>(shape.size()) - 1; d >= 0; --d) {
-      strides[d] = numel;
-      numel *= shape.begin()[d];
-    }
-    AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
-                                                           torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-                                                           aoti_torch_device_type_cuda(), device_, &handle));
-    return Tensor(handle);
+    return empty_on(aoti_torch_device_type_cuda(), device_, shape, type);
   }
 
  private:

@@ -92,9 +92,9 @@ inline Dtype kernel_dtype(const Tensor& t) {
 
 // ---- outputs -----------------------------------------------------------------------------------
 
-// A fresh uninitialised CPU tensor; large ones ask the kernel for huge pages before the first touch,
-// which spares a page fault for every 4 KiB of a gradient.
-inline Tensor empty_cpu(std::initializer_list<int64_t> shape, ScalarType type, std::initializer_list<int64_t> strides = {}) {
+// A fresh uninitialised tensor; packed where no strides are given.
+inline Tensor empty_on(int32_t device_type, int32_t device, std::initializer_list<int64_t> shape, ScalarType type,
+                       std::initializer_list<int64_t> strides = {}) {
   int64_t packed[8];
   int64_t numel = 1;
   for (int64_t d = static_cast<int64_t>(shape.size()) - 1; d >= 0; --d) {
@@ -104,9 +104,15 @@ inline Tensor empty_cpu(std::initializer_list<int64_t> shape, ScalarType type, s
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.begin(), strides.size() > 0 ? strides.begin() : packed,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor result(handle);
-  const size_t bytes = static_cast<size_t>(numel) * result.element_size();
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type, device, &handle));
+  return Tensor(handle);
+}
+
+// The same on the CPU; large ones ask the kernel for huge pages before the first touch, which spares a page fault for
+// every 4 KiB of a gradient.
+inline Tensor empty_cpu(std::initializer_list<int64_t> shape, ScalarType type, std::initializer_list<int64_t> strides = {}) {
+  Tensor result = empty_on(aoti_torch_device_type_cpu(), 0, shape, type, strides);
+  const size_t bytes = static_cast<size_t>(result.numel()) * result.element_size();
   if (bytes >= kHugePageBytes) advise_huge_pages(result.mutable_data_ptr(), bytes);
   return result;
 }
