@@ -6,13 +6,11 @@ set, chosen at run time. Environment: FASTKD_CUDA=0/1, TORCH_CUDA_ARCH_LIST, FAS
 
 import importlib.util
 import os
-import platform
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -20,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 ISA_FLAGS = {"baseline": ""}
-if platform.machine() in ("x86_64", "AMD64"):
+if "x86_64" in sysconfig.get_platform():
     ISA_FLAGS["avx2"] = "-mavx2 -mfma -mf16c -mbmi2"
     ISA_FLAGS["avx512"] = ISA_FLAGS["avx2"] + " -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 SANITIZER = "-fsanitize=address,undefined -fno-sanitize-recover=undefined" * (os.environ.get("FASTKD_SANITIZE") == "1")
@@ -62,38 +60,40 @@ class NinjaBuild(build_ext):  # writes one build.ninja for both libraries and ru
         for a in (a.replace(".", "") for a in architectures):
             kind, name = ("compute", a[:-4]) if a.endswith("+PTX") else ("sm", a)
             cuda += f" -gencode=arch=compute_{name},code={kind}_{name}"
-        module = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
-        defines = {"VERSION": self.distribution.get_version(), "CUDA_ARCHITECTURES": " ".join(architectures)}
-        module += "".join(" -DFASTKD_" + shlex.quote(f'{name}="{text}"') for name, text in defines.items())
-        libraries = f"-L{torch}/lib -Xlinker --no-as-needed -ltorch -ltorch_cpu"  # libtorch leads to libtorch_cuda
-        (out := Path(self.build_temp).resolve()).mkdir(parents=True, exist_ok=True)
+        version, names = self.distribution.get_version(), " ".join(architectures)
+        macros = (shlex.quote(text) for text in (f'VERSION="{version}"', f'CUDA_ARCHITECTURES="{names}"'))
+        includes = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
+        module = " -DFASTKD_".join([includes, *macros])
+        out = ROOT / ("build/objects" if self.inplace or self.editable_mode else self.build_temp)
+        out.mkdir(parents=True, exist_ok=True)  # objects of an editable install stay for the next one
         with open(out / "build.ninja", "w") as file:
             ninja = Writer(file, width=1000)
             ninja.rule("cxx", f"{compiler} -MMD -MF $out.d {cxx} $flags -c $in -o $out", depfile="$out.d", deps="gcc")
-            ninja.rule("link", f"$linker -shared -o $out $in {libraries}")
-            report = "> $out.ptxas 2>&1 || (cat $out.ptxas; false)"  # registers and spills, read by CI
-            ninja.rule("nvcc", f"{nvcc} -MD -MF $out.d {cuda} -c $in -o $out {report}", depfile="$out.d", deps="gcc")
+            ninja.rule("link", f"$linker -shared -o $out $in -L{torch}/lib -Xlinker --no-as-needed -ltorch -ltorch_cpu")
+            cuda += " -c $in -o $out > $out.ptxas 2>&1 || (cat $out.ptxas; false)"  # registers and spills, read by CI
+            ninja.rule("nvcc", f"{nvcc} -MD -MF $out.d {cuda}", depfile="$out.d", deps="gcc")
 
             def build(rule, pattern, suffix="", flags=""):
-                built = [(f"{out / s}{suffix}.o", rule, str(ROOT / s)) for s in sorted(glob(pattern))]
-                return [ninja.build(*paths, variables={"flags": flags})[0] for paths in built]
+                sources = [str(source.relative_to(ROOT)) for source in sorted(ROOT.glob(pattern))]
+                paths = [(f"{source}{suffix}.o", rule, f"{ROOT}/{source}") for source in sources]
+                return [ninja.build(*path, variables={"flags": flags})[0] for path in paths]
 
             host = [o for name in ("schema", "cpu", "isa") for o in build("cxx", f"csrc/*/{name}.cpp")]
             host += build("cxx", "csrc/module.cpp", flags=module)
             for isa, flags in ISA_FLAGS.items():  # gcc 12 finds its own intrinsics uninitialised
                 flags = f"-DFASTKD_ISA={isa} {flags} -Wno-maybe-uninitialized"
                 host += build("cxx", "csrc/*/cpu_kernel*.cpp", f".{isa}", flags)
-            linked = [("fastkd._C", host, f"{compiler} {SANITIZER}")]
-            linked += [("fastkd._cuda", build("nvcc", "csrc/*/cuda.cu"), nvcc)] if nvcc else []
-            for name, objects, linker in linked:
-                library = os.path.abspath(self.get_ext_fullpath(name))
-                ninja.build(library, "link", objects, variables={"linker": linker})
-        subprocess.run([f"{BIN_DIR}/ninja", "-C", str(out), *(["-v"] if self.verbose > 1 else [])], check=True)
+            libraries = {"fastkd._C": (host, f"{compiler} {SANITIZER}")}
+            if nvcc:
+                libraries["fastkd._cuda"] = (build("nvcc", "csrc/*/cuda.cu"), nvcc)
+            for name, (objects, linker) in libraries.items():
+                ninja.build(os.path.abspath(self.get_ext_fullpath(name)), "link", objects, variables={"linker": linker})
+        subprocess.run([f"{BIN_DIR}/ninja", "-C", str(out)], check=True)
 
 
 setup(
     ext_modules=[Extension("fastkd._C", sources=[]), *([Extension("fastkd._cuda", sources=[])] if find_nvcc() else [])],
     cmdclass={"build_ext": NinjaBuild},
-    # pip is told to bring torch where none is at hand; `python setup.py` never fetches anything
+    # for pip, where no torch is at hand; `python setup.py` never fetches anything
     setup_requires=["torch>=2.10"] if "setuptools.build_meta" in sys.modules and not find_torch() else [],
 )
