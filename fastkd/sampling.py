@@ -74,7 +74,10 @@ class AliasTable:
         if not isinstance(weights, Tensor) or not weights.is_floating_point():
             given = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
             raise TypeError(f"fastkd: weights is {given}, must be a float tensor [N]")
-        if not bool((weights >= 0).all()) or not bool((weights < math.inf).all()) or not bool((weights > 0).any()):
+        # (a traced program cannot branch on values: there the build finds the NaN of their logarithm)
+        if not torch.compiler.is_compiling() and not (
+            bool((weights >= 0).all()) and bool((weights < math.inf).all()) and bool((weights > 0).any())
+        ):
             raise ValueError("fastkd: weights must be finite and at least 0, and not all 0")
         return cls(weights.detach().double().log(), 1.0, seed=seed)
 
@@ -113,7 +116,8 @@ class AliasTable:
         if n < 0:
             raise ValueError(f"fastkd: n is {n}, must be at least 0")
         if generator is not None:
-            return _ops.sample(self._table, _stream_of(generator, self.device), n)
+            seed = torch.randint(2**62, (1,), dtype=torch.int64, generator=generator, device=generator.device)
+            return _ops.sample(self._table, _stream_of(seed, self.device), n)
         indices = _ops.sample(self._table, self._stream, n)
         self._stream[1] += n
         return indices
@@ -307,10 +311,9 @@ def _as_int64(seed: int) -> int:
 
 def _new_stream(seed: int | None, device: torch.device) -> Tensor:
     if seed is None:
-        seed = int(torch.randint(2**62, (), dtype=torch.int64))
-    return torch.tensor([_as_int64(seed), 0], dtype=torch.int64, device=device)
+        return _stream_of(torch.randint(2**62, (1,), dtype=torch.int64), device)
+    return _stream_of(torch.tensor([_as_int64(seed)], dtype=torch.int64), device)
 
 
-def _stream_of(generator: torch.Generator, device: torch.device) -> Tensor:
-    seed = torch.randint(2**62, (1,), dtype=torch.int64, generator=generator, device=generator.device)
+def _stream_of(seed: Tensor, device: torch.device) -> Tensor:
     return torch.cat([seed, torch.zeros_like(seed)]).to(device)
