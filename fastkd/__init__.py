@@ -6,12 +6,13 @@ from fastkd.functional import logit_stats
 from fastkd.losses import JSDivLoss, KDLoss, KLDivLoss
 from fastkd.patches import crop_patches, random_crop_flip, random_patches
 from fastkd.sampling import AliasTable, CollectionBatchSampler, CollectionSampler
-from fastkd.selection import TwoGaussianMixture, select_clean
+from fastkd.selection import FitStatus, TwoGaussianMixture, select_clean
 
 __all__ = [
     "AliasTable",
     "CollectionBatchSampler",
     "CollectionSampler",
+    "FitStatus",
     "JSDivLoss",
     "KDLoss",
     "KLDivLoss",

@@ -25,6 +25,7 @@ from fastkd.ops import divergence as _ops
 
 Reduction = Literal["none", "sum", "batchmean", "mean"]
 Direction = Literal["forward", "reverse"]
+DIRECTIONS = ("forward", "reverse")
 
 __all__ = ["LogitStats", "js_div", "kd_loss", "kl_div", "logit_stats", "soft_cross_entropy"]
 
@@ -40,11 +41,11 @@ def kl_div(
     ignore_index: int = -100,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """``T^2 KL(p || q)`` (forward) or ``T^2 KL(q || p)`` (reverse) from raw logits, in one pass.
+    """``T^2 KL(p || q)`` (forward; Hinton et al., 2015) or ``T^2 KL(q || p)`` (reverse) from raw logits, in one pass.
 
     Args:
         student_logits: ``[..., K]``, float32, float64, bfloat16 or float16.
-        teacher_logits: the same shape and dtype.
+        teacher_logits: the same shape; of two dtypes the wider one is taken for both.
         temperature: T > 0, a number or a tensor that broadcasts to ``[...]`` (one for each row).
         direction: ``forward`` = KL(teacher || student), ``reverse`` = KL(student || teacher).
         reduction: ``none`` -> ``[...]``; ``sum``; ``batchmean`` = sum / valid rows (the mathematical KL);
@@ -56,9 +57,9 @@ def kl_div(
         float32 (float64 for float64 logits), scalar or ``[...]``.
 
     Raises:
-        ValueError, RuntimeError: shapes or dtypes that differ, T <= 0, a target out of range.
+        TypeError, ValueError, RuntimeError: shapes that differ, logits that are not floats, T <= 0, a target out of range.
     """
-    _ops.check_choice("direction", direction, ("forward", "reverse"))
+    _ops.check_choice("direction", direction, DIRECTIONS)
     return _ops.divergence(
         student_logits,
         teacher_logits,
@@ -88,9 +89,7 @@ def js_div(
     arXiv:2306.13649): ``beta = 0`` is forward KL, ``beta = 1`` reverse KL. ``beta = 0.5`` is the classic one, at most
     ln 2 before T^2. Other arguments as in :func:`kl_div`.
     """
-    _ops.check_number("beta", beta)
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"fastkd: beta is {beta}, must be in [0, 1]")
+    _ops.check_share("beta", beta)
     kind = "forward" if beta == 0.0 else "reverse" if beta == 1.0 else "jensen_shannon"
     return _ops.divergence(
         student_logits,
@@ -187,10 +186,8 @@ def kd_loss(
         Other arguments as in :func:`kl_div`.
     """
     _ops.check_tensor("target", target)
-    _ops.check_choice("direction", direction, ("forward", "reverse"))
-    _ops.check_number("alpha", alpha)
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"fastkd: alpha is {alpha}, must be in [0, 1]")
+    _ops.check_choice("direction", direction, DIRECTIONS)
+    _ops.check_share("alpha", alpha)
     if reduction == "mean":  # type: ignore[comparison-overlap]
         raise ValueError(
             "fastkd: reduction is 'mean', must be 'batchmean', 'sum' or 'none': a mean over rows and classes "

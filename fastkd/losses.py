@@ -8,11 +8,29 @@ from torch import Tensor, nn
 
 from fastkd import functional
 from fastkd.functional import Direction, Reduction
+from fastkd.ops import divergence as _ops
 
 __all__ = ["JSDivLoss", "KDLoss", "KLDivLoss"]
 
 
-class KLDivLoss(nn.Module):
+class _Loss(nn.Module):
+    """What all losses are told; wrong values are found here, not at the first batch."""
+
+    temperature: float | Tensor
+
+    def __init__(self, temperature: float | Tensor, reduction: Reduction, ignore_index: int) -> None:
+        super().__init__()
+        if isinstance(temperature, Tensor):
+            self.register_buffer("temperature", temperature)  # moves with the module
+        else:
+            _ops.check_temperature(temperature)
+            self.temperature = temperature
+        _ops.check_choice("reduction", reduction, _ops.REDUCTIONS)
+        self.reduction: Reduction = reduction
+        self.ignore_index = ignore_index
+
+
+class KLDivLoss(_Loss):
     """``T^2 KL`` between softmaxed teacher and student logits. Arguments as in :func:`fastkd.functional.kl_div`.
 
     >>> criterion = fastkd.KLDivLoss(temperature=4.0)
@@ -26,11 +44,9 @@ class KLDivLoss(nn.Module):
         direction: Direction = "forward",
         ignore_index: int = -100,
     ) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.reduction: Reduction = reduction
+        super().__init__(temperature, reduction, ignore_index)
+        _ops.check_choice("direction", direction, functional.DIRECTIONS)
         self.direction: Direction = direction
-        self.ignore_index = ignore_index
 
     def forward(
         self,
@@ -39,6 +55,7 @@ class KLDivLoss(nn.Module):
         target: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
+        """The loss of logits ``[..., K]``; ``target`` and ``weight`` are ``[...]``."""
         return functional.kl_div(
             student_logits,
             teacher_logits,
@@ -54,7 +71,7 @@ class KLDivLoss(nn.Module):
         return f"temperature={self.temperature}, reduction={self.reduction!r}, direction={self.direction!r}"
 
 
-class JSDivLoss(nn.Module):
+class JSDivLoss(_Loss):
     """``T^2`` times the generalised Jensen-Shannon divergence. Arguments as in :func:`fastkd.functional.js_div`."""
 
     def __init__(
@@ -64,11 +81,9 @@ class JSDivLoss(nn.Module):
         reduction: Reduction = "batchmean",
         ignore_index: int = -100,
     ) -> None:
-        super().__init__()
-        self.temperature = temperature
+        super().__init__(temperature, reduction, ignore_index)
+        _ops.check_share("beta", beta)
         self.beta = beta
-        self.reduction: Reduction = reduction
-        self.ignore_index = ignore_index
 
     def forward(
         self,
@@ -77,6 +92,7 @@ class JSDivLoss(nn.Module):
         target: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
+        """The loss of logits ``[..., K]``; ``target`` and ``weight`` are ``[...]``."""
         return functional.js_div(
             student_logits,
             teacher_logits,
@@ -92,7 +108,7 @@ class JSDivLoss(nn.Module):
         return f"temperature={self.temperature}, beta={self.beta}, reduction={self.reduction!r}"
 
 
-class KDLoss(nn.Module):
+class KDLoss(_Loss):
     """``(1 - alpha) CE + alpha T^2 KL`` in one pass. Arguments as in :func:`fastkd.functional.kd_loss`.
 
     >>> criterion = fastkd.KDLoss(temperature=4.0, alpha=0.9)
@@ -107,16 +123,17 @@ class KDLoss(nn.Module):
         direction: Direction = "forward",
         ignore_index: int = -100,
     ) -> None:
-        super().__init__()
-        self.temperature = temperature
+        super().__init__(temperature, reduction, ignore_index)
+        _ops.check_share("alpha", alpha)
+        _ops.check_choice("direction", direction, functional.DIRECTIONS)
         self.alpha = alpha
-        self.reduction: Literal["none", "sum", "batchmean"] = reduction
         self.direction: Direction = direction
-        self.ignore_index = ignore_index
+        self.reduction: Literal["none", "sum", "batchmean"]
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, weight: Tensor | None = None
     ) -> Tensor:
+        """The loss of logits ``[..., K]`` and classes ``[...]``; ``weight`` is ``[...]``."""
         return functional.kd_loss(
             student_logits,
             teacher_logits,

@@ -62,10 +62,10 @@ class TwoGaussianMixture:
 
     def __init__(
         self,
+        *,
         max_iter: int = 10,
         tol: float = 1e-2,
         reg_covar: float = 5e-4,
-        *,
         normalize: bool = False,
         monotone: bool = False,
         warm_start: bool = False,
@@ -105,6 +105,11 @@ class TwoGaussianMixture:
                 a negative sample weight.
         """
         data = _tensor(values)
+        if data.dim() == 2 and data.shape[1] == 1 and data.shape[0] > 1:
+            raise ValueError(
+                f"fastkd: values has shape {tuple(data.shape)}, which is {data.shape[0]} problems of one value each; "
+                "one problem is [n] (values.squeeze(1)), many are [B, n]"
+            )
         single = data.dim() == 1 and offsets is None
         start = None
         if init is not None:
@@ -209,7 +214,7 @@ class TwoGaussianMixture:
 
 
 def select_clean(
-    losses: Tensor,
+    losses: Values,
     threshold: float = 0.5,
     *,
     max_iter: int = 10,
@@ -217,9 +222,9 @@ def select_clean(
     reg_covar: float = 5e-4,
     normalize: bool = True,
     monotone: bool = False,
-    sample_weight: Tensor | None = None,
-    lengths: Tensor | None = None,
-    offsets: Tensor | None = None,
+    sample_weight: Values | None = None,
+    lengths: Values | None = None,
+    offsets: Values | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Which samples belong to the component of lower loss: min-max per batch, fit, ``posterior > threshold``.
 
@@ -228,7 +233,7 @@ def select_clean(
 
     Args:
         losses: ``[n]``, ``[B, n]`` for B independent batches, or with ``offsets`` flat ``[total]``; float32, float64,
-            bfloat16 or float16. Non-finite losses are left out of the fit and never selected.
+            bfloat16 or float16 tensor, or numpy array. Non-finite losses are left out of the fit and never selected.
         threshold: in [0, 1].
         Other arguments as in :class:`TwoGaussianMixture` and its ``fit``.
 
@@ -236,9 +241,10 @@ def select_clean(
         mask: bool, the shape of losses; posterior: float32 (float64 for float64 losses), the same shape. Equal losses
         are all selected; see :class:`FitStatus` for this and the other special cases.
     """
+    losses, lengths, offsets = _tensor(losses), _optional(lengths), _optional(offsets)
     mixtures = _ops.gmm_fit(
         losses,
-        sample_weight=sample_weight,
+        sample_weight=_optional(sample_weight),
         lengths=lengths,
         offsets=offsets,
         normalize=normalize,

@@ -212,6 +212,11 @@ def test_unknown_command_help_and_info(capsys: pytest.CaptureFixture[str]) -> No
         status, said = fails(arguments, capsys)
         assert status == 0
         assert all(word in said for word in words)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastkd {build_info()['version']}\n"
+    status, said = fails(["demo", "--output", "x.pdf"], capsys)
+    assert status == 2
+    assert "--output is x.pdf, must be a name that ends in .png" in said
     assert main(["info"]) == 0
     said = capsys.readouterr().out
     assert build_info()["version"] in said

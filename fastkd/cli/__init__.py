@@ -7,15 +7,21 @@ import sys
 import tyro
 from rich.console import Console
 
+from fastkd._library import build_info
 from fastkd.cli._errors import UsageError
 from fastkd.cli.demo import Demo
 from fastkd.cli.info import Info
 
-DESCRIPTION = "Knowledge distillation, fast. `fastkd COMMAND --help` tells more of each command."
+DESCRIPTION = (
+    "Knowledge distillation, fast. `fastkd COMMAND --help` tells more of each command, `fastkd --version` the version."
+)
 
 
 def run(arguments: list[str]) -> int:
     """Parses the arguments, runs the command, returns its exit status; ends the process on help and unknown options."""
+    if arguments == ["--version"]:
+        print(f"fastkd {build_info()['version']}")
+        return 0
     command = tyro.cli(
         Demo | Info,
         prog="fastkd",

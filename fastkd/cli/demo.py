@@ -117,6 +117,8 @@ def _choose_devices(choice: str) -> experiment.Devices:
 
 def _prepare_output(output: Path) -> Path:
     """The figure's path; its folder is made and tried, so that a bad one is known before the training."""
+    if output.suffix.lower() in (".jpg", ".jpeg", ".pdf", ".svg", ".json"):
+        raise UsageError(f"--output is {output}, must be a name that ends in .png, or a folder")
     path = output if output.suffix.lower() == ".png" else output / FILE_NAME
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

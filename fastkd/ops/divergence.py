@@ -9,6 +9,7 @@ those of a mean over a large batch are below its smallest number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from numbers import Real
 from typing import Any
@@ -52,7 +53,7 @@ def divergence(
 
     Args:
         student_logits: ``[..., K]``, float32, float64, bfloat16 or float16.
-        teacher_logits: the same shape and dtype.
+        teacher_logits: the same shape; of two dtypes the wider one is taken for both.
         target: int64 ``[...]``, classes for the cross-entropy (at T = 1), or ``ignore_index``: such rows count nowhere.
         kind: one of ``forward``, ``reverse``, ``jensen_shannon``, ``soft_cross_entropy``.
         temperature: a positive number, or a tensor that broadcasts to ``[...]``.
@@ -70,6 +71,9 @@ def divergence(
             f"fastkd: teacher_logits has shape {tuple(teacher_logits.shape)}, must be that of student_logits, "
             f"{tuple(student_logits.shape)}" + _vocabulary_hint(student_logits, teacher_logits)
         )
+    if student_logits.dtype != teacher_logits.dtype:  # under autocast, say, with a teacher outside of it
+        wide = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
+        student_logits, teacher_logits = student_logits.to(wide), teacher_logits.to(wide)
     check_choice("kind", kind, KINDS)
     check_choice("reduction", reduction, REDUCTIONS)
     if not isinstance(ignore_index, int):
@@ -128,6 +132,18 @@ def check_logits(name: str, value: Tensor) -> None:
 def check_number(name: str, value: object) -> None:
     if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt, Real)):
         raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be a number")
+
+
+def check_temperature(value: object) -> None:
+    check_number("temperature", value)
+    if not 0.0 < value < math.inf:  # type: ignore[operator]
+        raise ValueError(f"fastkd: temperature is {value}, must be positive and finite")
+
+
+def check_share(name: str, value: object) -> None:
+    check_number(name, value)
+    if not 0.0 <= value <= 1.0:  # type: ignore[operator]
+        raise ValueError(f"fastkd: {name} is {value}, must be in [0, 1]")
 
 
 def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
