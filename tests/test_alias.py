@@ -212,6 +212,21 @@ def test_update_equals_a_fresh_build_on_the_same_scale(
     assert (p / p.sum() - torch.softmax(updated.double(), 0)).abs().sum() / 2 < 1e-8
 
 
+@pytest.mark.parametrize("k", [1, 12, 25, 40])
+def test_update_just_below_a_power_of_two(device: torch.device, k: int) -> None:
+    # t rounds up to k in fixed point, while its floor in fp64 is k - 1
+    scores = torch.zeros(10, dtype=torch.float64)
+    kappa = ops.build(scores, _lambda(math.log(2))).scale[1].item()
+    score = k / kappa
+    for _ in range(4):
+        score = math.nextafter(score, 0)
+        table = ops.build(scores, _lambda(math.log(2)))
+        ops.update(table, torch.tensor([3]), torch.tensor([score], dtype=torch.float64))
+        weights = ops.weights(table)
+        assert weights.sum() < 2**52
+        assert weights[3] / weights[0] == pytest.approx(2**k, rel=1e-2 if k == 40 else 1e-6)
+
+
 def test_update_touches_only_its_blocks(generator: torch.Generator) -> None:
     scores = torch.randn(5 * 4096, generator=generator)
     table = ops.build(scores, _lambda(1.0))

@@ -285,7 +285,7 @@ void update_(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tensor
   const double largest_t = maximum > view.reference ? (maximum - view.reference) * view.kappa : 0.0;
   FASTKD_CHECK(largest_t < kLargestT && view.exponent + 63 > largest_t, "scores hold ", maximum, ", too far above ",
                view.reference, ", the largest score of the build, for this inverse temperature; build a new table");
-  view.largest_t = static_cast<int>(largest_t);
+  view.largest_t = static_cast<int>(largest_t + 0x1p-45);  // t is rounded to 45 bits: may reach the next integer
 
   // Make room, where the new weights are large: for the largest of them, then for the total.
   const int exponent = view.exponent;

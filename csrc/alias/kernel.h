@@ -15,7 +15,7 @@ struct Scores {
   double reference;
   double kappa;
   int exponent;
-  int largest_t;  // floor of the largest t among the scores: 0 in a build
+  int largest_t;  // floor of the largest t, rounded to fixed point, among the scores: 0 in a build
 };
 
 struct Extent {
