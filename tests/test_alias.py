@@ -364,6 +364,16 @@ def test_compiles_into_one_graph(generator: torch.Generator) -> None:
             "scores has shape \\(1,\\), must be \\(2,\\)",
         ),
         (
+            lambda: torch.ops.fastkd.alias_update_(
+                *ops.build(torch.zeros(3), _lambda(1.0))[:3],
+                torch.zeros(1).double().expand(4),
+                torch.tensor([0]),
+                torch.zeros(1),
+            ),
+            RuntimeError,
+            "scale must be contiguous",
+        ),
+        (
             lambda: torch.ops.fastkd.alias_sample(
                 torch.zeros(3).long(), torch.zeros(2).long(), *[torch.zeros(2).long()] * 2, 1, 0, 1
             ),

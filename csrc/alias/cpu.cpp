@@ -266,6 +266,7 @@ void update_(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tensor
   const Table t(table, block_weight, &top);
   check_dtype("scale", scale, {ScalarType::Double});
   check_shape("scale", scale, {4});
+  FASTKD_CHECK(scale.is_contiguous(), "scale must be contiguous");
   check_dtype("indices", indices, {ScalarType::Long});
   check_dim("indices", indices, 1);
   check_scores("scores", scores);
