@@ -8,6 +8,7 @@ probability ratio, ``lambda = ln(IQPR) / (Q3(u) - Q1(u))``.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,7 +99,8 @@ class AliasTable:
         """The same table, at the same place of its stream, on another device; draws there are the same numbers."""
         moved = AliasTable.__new__(AliasTable)
         moved._table = _ops.Table(*(t.to(device) for t in self._table))
-        moved._stream = self._stream.clone().to(device)
+        with torch.inference_mode(False):
+            moved._stream = self._stream.clone().to(device)
         moved.inverse_temperature = self.inverse_temperature.to(device)
         return moved
 
@@ -111,10 +113,10 @@ class AliasTable:
         """``n`` item indices, int64 ``[n]``, on the table's device.
 
         Without a generator, the next ``n`` draws of the table's own stream. With one, a seed is taken from it, and the
-        draws are the first ``n`` of that seed; the own stream stays where it is.
+        draws are the first ``n`` of that seed; the own stream stays where it is. Draw in the main process: each
+        DataLoader worker has a stream of its own, which begins at the same place (use :meth:`sample_at`, or a sampler).
         """
-        if n < 0:
-            raise ValueError(f"fastkd: n is {n}, must be at least 0")
+        _check_count("n", n, 0)
         if generator is not None:
             seed = torch.randint(2**62, (1,), dtype=torch.int64, generator=generator, device=generator.device)
             return _ops.sample(self._table, _stream_of(seed, self.device), n)
@@ -124,16 +126,18 @@ class AliasTable:
 
     def sample_at(self, seed: int, start: int, n: int, stride: int = 1) -> Tensor:
         """The draws number ``start, start + stride, ...`` (``n`` of them) of ``seed``, int64 ``[n]``; changes no state."""
-        if n < 0 or stride < 1:
-            raise ValueError(f"fastkd: n is {n} and stride is {stride}, must be at least 0 and at least 1")
+        _check_count("n", n, 0)
+        _check_count("stride", stride, 1)
         stream = torch.tensor([_as_int64(seed), start], dtype=torch.int64, device=self.device)
         return _ops.sample(self._table, stream, n, 0, stride)
 
     def update(self, indices: Tensor, scores: Tensor) -> None:
         """Gives some items new scores, rebuilding only their blocks of 4096 (and the small table over blocks).
 
-        The scale stays that of the build: lambda is not changed, and an update to the same scores as a fresh build
-        gives the same probabilities. Of equal indices the last one counts.
+        Lambda is not changed, and the weights stay in the units of the build, or coarser ones where new scores need
+        room: the distribution is within ``N / weights().sum()`` of the softmax in total variation. That is as good as
+        a fresh build unless the total weight falls far: where the items that held nearly all of it leave, a warning says
+        so (on the CPU), and a new table should be built. Of equal indices the last one counts.
 
         Args:
             indices: int64 ``[n]``, items in ``[0, N)``.
@@ -143,7 +147,18 @@ class AliasTable:
             RuntimeError: an index out of range, NaN or +inf, no item left, or scores so far above the old largest that
                 they cannot be put in scale; the table is then unchanged.
         """
+        for name, value in (("indices", indices), ("scores", scores)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be a tensor")
         _ops.update(self._table, indices, scores)
+        if self.device.type == "cpu" and not torch.compiler.is_compiling():
+            total = self._table.scale[3].item()
+            if len(self) > 1e-6 * total:
+                warnings.warn(
+                    f"fastkd: after this update the table's weights sum to {total:.0f} for {len(self)} items, too few for "
+                    "exact probabilities; build a new AliasTable from the scores",
+                    stacklevel=2,
+                )
 
     def weights(self) -> Tensor:
         """The exact integer weights that the draws follow: int64 ``[N]``; probability = weight / sum."""
@@ -166,13 +181,16 @@ class AliasTable:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues the stream of ``state``. The table must be the one it was saved from, rebuilt from the same scores."""
+        """Continues the stream of ``state``.
+
+        The table must be the one it was saved from: built from the same scores and lambda, and updated alike.
+        """
         own = self.state_dict()
         for key in ("items", "total_weight", "inverse_temperature"):
             if state[key] != own[key]:
                 raise ValueError(
                     f"fastkd: state['{key}'] is {state[key]}, but this table has {own[key]}; rebuild the table from the "
-                    "scores it was saved with"
+                    "scores it was saved with, and repeat its updates"
                 )
         self._stream.copy_(torch.tensor([state["seed"], state["next_index"]], dtype=torch.int64))
 
@@ -182,7 +200,10 @@ class CollectionSampler(Sampler[int]):
 
     Epoch e consists of the draws ``[e * num_samples, (e + 1) * num_samples)`` of ``seed``; rank r of w takes every w-th of
     them, from r on. So ranks are independent, and their union is the same for any number of ranks (``num_samples`` is
-    rounded up to a multiple of w). Iterating to the end moves on to the next epoch.
+    rounded up to a multiple of w).
+
+    Each iteration is one epoch, the one after the last, also where that was left early. After ``load_state_dict`` the
+    next iteration goes on where the state was taken; after ``set_epoch`` it is that epoch.
 
     Args:
         table: the table to draw from; updates of it take effect at the next chunk of draws.
@@ -200,55 +221,40 @@ class CollectionSampler(Sampler[int]):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        if num_samples < 1:
-            raise ValueError(f"fastkd: num_samples is {num_samples}, must be at least 1")
-        distributed = dist.is_available() and dist.is_initialized()
-        self.world_size = world_size if world_size is not None else dist.get_world_size() if distributed else 1
-        self.rank = rank if rank is not None else dist.get_rank() if distributed else 0
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"fastkd: rank is {self.rank}, must be in [0, {self.world_size})")
+        _check_count("num_samples", num_samples, 1)
         self.table = table
         self.num_samples = num_samples
-        self.seed = int(table.state_dict()["seed"]) if seed is None else seed
-        self.epoch = 0
-        self.position = 0  # draws of this rank already handed out in this epoch
-
-    @property
-    def samples_per_rank(self) -> int:
-        """Draws of each rank in an epoch."""
-        return -(-self.num_samples // self.world_size)
+        self._draws = _Draws(table, num_samples, seed, rank, world_size)
 
     def __len__(self) -> int:
-        return self.samples_per_rank
-
-    def set_epoch(self, epoch: int) -> None:
-        """Goes to the start of an epoch, as ``DistributedSampler.set_epoch``; at the epoch under way it changes nothing."""
-        if epoch != self.epoch:
-            self.epoch, self.position = epoch, 0
-
-    def draw(self, n: int) -> Tensor:
-        """The next ``n`` draws of this rank (fewer at the end of the epoch), int64, on the table's device."""
-        n = min(n, self.samples_per_rank - self.position)
-        start = (self.epoch * self.samples_per_rank + self.position) * self.world_size + self.rank
-        indices = self.table.sample_at(self.seed, start, n, self.world_size)
-        self.position += n
-        return indices
+        return self._draws.per_rank
 
     def __iter__(self) -> Iterator[int]:
-        while self.position < self.samples_per_rank:
-            start = self.position
-            for taken, index in enumerate(self.draw(_CHUNK).tolist(), start + 1):
-                self.position = taken  # a state saved between two items continues with the second
+        for chunk in self._draws.epoch_in_chunks(_CHUNK):
+            start = self._draws.position - len(chunk)
+            for taken, index in enumerate(chunk.tolist(), start + 1):
+                self._draws.position = taken  # a state saved between two items continues with the second
                 yield index
-        self.epoch, self.position = self.epoch + 1, 0
 
-    def state_dict(self) -> dict[str, int]:
-        """Seed, epoch and position. With DataLoader workers the position is that of the prefetch, ahead of the loop."""
-        return {"seed": self.seed, "epoch": self.epoch, "position": self.position}
+    def __repr__(self) -> str:
+        return f"CollectionSampler({self.table}, num_samples={self.num_samples}, {self._draws})"
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lets the next iteration be this epoch; where a state of this epoch was just loaded, it goes on from there."""
+        self._draws.set_epoch(epoch)
+
+    def state_dict(self, done: int | None = None) -> dict[str, int]:
+        """Where the epoch under way stands.
+
+        Args:
+            done: how many items of it the loop has finished. By default all that were handed out, which is too many
+                where DataLoader workers prefetch: count the loop's own and pass them.
+        """
+        return self._draws.state_dict(done)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues where ``state`` was taken."""
-        self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
+        """Lets the next iteration go on where ``state`` was taken, on as many ranks or another number of them."""
+        self._draws.load_state_dict(state)
 
 
 class CollectionBatchSampler(Sampler[Tensor]):
@@ -275,33 +281,118 @@ class CollectionBatchSampler(Sampler[Tensor]):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("num_batches", num_batches)):
-            if value < 1:
-                raise ValueError(f"fastkd: {name} is {value}, must be at least 1")
+        _check_count("batch_size", batch_size, 1)
+        _check_count("num_batches", num_batches, 1)
+        self.table = table
         self.batch_size = batch_size
         self.num_batches = num_batches
-        self.sampler = CollectionSampler(table, 1, seed=seed, rank=rank, world_size=world_size)
-        self.sampler.num_samples = batch_size * num_batches * self.sampler.world_size
+        rank, world_size = _ranks(rank, world_size)
+        self._draws = _Draws(table, batch_size * num_batches * world_size, seed, rank, world_size)
 
     def __len__(self) -> int:
         return self.num_batches
 
-    def set_epoch(self, epoch: int) -> None:
-        """Goes to the start of an epoch."""
-        self.sampler.set_epoch(epoch)
-
     def __iter__(self) -> Iterator[Tensor]:
-        while self.sampler.position < self.sampler.samples_per_rank:
-            yield self.sampler.draw(self.batch_size)
-        self.sampler.epoch, self.sampler.position = self.sampler.epoch + 1, 0
+        return self._draws.epoch_in_chunks(self.batch_size)
 
-    def state_dict(self) -> dict[str, int]:
-        """As :meth:`CollectionSampler.state_dict`."""
-        return self.sampler.state_dict()
+    def __repr__(self) -> str:
+        return (
+            f"CollectionBatchSampler({self.table}, batch_size={self.batch_size}, num_batches={self.num_batches}, "
+            f"{self._draws})"
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """As :meth:`CollectionSampler.set_epoch`."""
+        self._draws.set_epoch(epoch)
+
+    def state_dict(self, done: int | None = None) -> dict[str, int]:
+        """As :meth:`CollectionSampler.state_dict`, with ``done`` in batches."""
+        return self._draws.state_dict(None if done is None else done * self.batch_size)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues where ``state`` was taken."""
-        self.sampler.load_state_dict(state)
+        """As :meth:`CollectionSampler.load_state_dict`."""
+        self._draws.load_state_dict(state)
+
+
+class _Draws:
+    """The draws of one rank, epoch by epoch: what both samplers hand out."""
+
+    def __init__(
+        self, table: AliasTable, num_samples: int, seed: int | None, rank: int | None, world_size: int | None
+    ) -> None:
+        self.table = table
+        self.num_samples = num_samples
+        self.rank, self.world_size = _ranks(rank, world_size)
+        self.per_rank = -(-num_samples // self.world_size)
+        self.seed = int(table.state_dict()["seed"]) if seed is None else seed
+        self.epoch = 0  # the one under way, or that the next iteration begins with
+        self.position = 0  # draws of this rank handed out in it
+        self.under_way = False
+
+    def __repr__(self) -> str:
+        return f"seed={self.seed}, rank={self.rank} of {self.world_size}, epoch={self.epoch}"
+
+    def epoch_in_chunks(self, size: int) -> Iterator[Tensor]:
+        if self.under_way:  # ended, or left early
+            self.epoch, self.position = self.epoch + 1, 0
+        self.under_way = True
+        epoch, position = self.epoch, self.position
+        while position < self.per_rank:
+            n = min(size, self.per_rank - position)
+            start = (epoch * self.per_rank + position) * self.world_size + self.rank
+            position += n
+            self.position = position
+            yield self.table.sample_at(self.seed, start, n, self.world_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch or self.under_way:
+            self.epoch, self.position, self.under_way = epoch, 0, False
+
+    def state_dict(self, done: int | None) -> dict[str, int]:
+        position = self.position if done is None else done
+        if not 0 <= position <= self.per_rank:
+            raise ValueError(f"fastkd: done is {position} draws, must be from 0 to the epoch's {self.per_rank}")
+        return {
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "draws_done": position * self.world_size,
+            "num_samples": self.num_samples,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        missing = {"seed", "epoch", "draws_done", "num_samples"} - set(state)
+        if missing:
+            raise ValueError(
+                f"fastkd: state has no {', '.join(sorted(missing))}; it is not that of a collection sampler"
+            )
+        if state["num_samples"] != self.num_samples:
+            raise ValueError(
+                f"fastkd: state['num_samples'] is {state['num_samples']}, but this sampler draws {self.num_samples} an epoch"
+            )
+        if state["draws_done"] % self.world_size != 0:
+            raise ValueError(
+                f"fastkd: state['draws_done'] is {state['draws_done']}, which {self.world_size} ranks cannot share equally"
+            )
+        self.seed, self.epoch, self.under_way = state["seed"], state["epoch"], False
+        self.position = state["draws_done"] // self.world_size
+        if self.position >= self.per_rank:
+            self.epoch, self.position = self.epoch + 1, 0
+
+
+def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    distributed = dist.is_available() and dist.is_initialized()
+    world_size = world_size if world_size is not None else dist.get_world_size() if distributed else 1
+    rank = rank if rank is not None else dist.get_rank() if distributed else 0
+    if not 0 <= rank < world_size:
+        raise ValueError(f"fastkd: rank is {rank}, must be in [0, {world_size})")
+    return rank, world_size
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be an int")
+    if value < least:
+        raise ValueError(f"fastkd: {name} is {value}, must be at least {least}")
 
 
 def _as_int64(seed: int) -> int:
@@ -310,9 +401,10 @@ def _as_int64(seed: int) -> int:
 
 
 def _new_stream(seed: int | None, device: torch.device) -> Tensor:
-    if seed is None:
-        return _stream_of(torch.randint(2**62, (1,), dtype=torch.int64), device)
-    return _stream_of(torch.tensor([_as_int64(seed)], dtype=torch.int64), device)
+    with torch.inference_mode(False):  # a table made in inference mode can be drawn from outside of it
+        if seed is None:
+            return _stream_of(torch.randint(2**62, (1,), dtype=torch.int64), device)
+        return _stream_of(torch.tensor([_as_int64(seed)], dtype=torch.int64), device)
 
 
 def _stream_of(seed: Tensor, device: torch.device) -> Tensor:

@@ -251,6 +251,23 @@ def test_update_far_above_the_old_maximum(device: torch.device, rise: float, gen
     assert (p - torch.softmax(updated.double(), 0)).abs().sum() / 2 < 1e-8
 
 
+@pytest.mark.filterwarnings("ignore:fastkd. after this update")
+@pytest.mark.parametrize("gap", [0.0, 10.0, 20.0, 30.0])
+@pytest.mark.parametrize("rises", [False, True])
+def test_accuracy_after_the_heaviest_item_left_is_as_documented(
+    device: torch.device, gap: float, rises: bool, generator: torch.Generator
+) -> None:
+    low = torch.randn(1000, generator=generator, dtype=torch.float64)
+    high = low.clone()
+    high[0] = low.max() + gap
+    table = AliasTable(low if rises else high, 1.0, seed=0)
+    if rises:
+        table.update(torch.tensor([0]), high[:1])
+    table.update(torch.tensor([0]), low[:1])
+    error = (table.probabilities() - torch.softmax(low, 0)).abs().sum() / 2
+    assert error < 1000 / table.weights().sum() + 1e-9
+
+
 def test_failed_updates_leave_the_table_as_it_was() -> None:
     scores = torch.tensor([0.0, 1.0, 2.0])
     for indices, fresh in (([0, 1, 2], [-INFINITY] * 3), ([1], [math.nan]), ([1], [1e6]), ([3], [0.0]), ([-1], [0.0])):
@@ -259,6 +276,13 @@ def test_failed_updates_leave_the_table_as_it_was() -> None:
         with pytest.raises(RuntimeError, match=r"fastkd: (scores|indices)"):
             ops.update(table, torch.tensor(indices), torch.tensor(fresh))
         assert all(torch.equal(a, b) for a, b in zip(table, before, strict=True))
+
+
+def test_update_warns_where_too_little_weight_is_left() -> None:
+    scores = torch.zeros(1000)
+    scores[0] = 30.0
+    with pytest.warns(UserWarning, match="weights sum to [0-9]+ for 1000 items, too few for exact probabilities"):
+        AliasTable(scores, 1.0).update(torch.tensor([0]), torch.tensor([0.0]))
 
 
 def test_items_can_leave_and_return() -> None:
@@ -303,6 +327,18 @@ def test_moved_table_goes_on_alike(generator: torch.Generator) -> None:
     moved = table.to("cpu")
     assert torch.equal(moved.sample(20), table.sample(20))
     assert moved.state_dict() == table.state_dict()
+
+
+def test_a_table_made_in_inference_mode_is_drawn_from_outside(generator: torch.Generator) -> None:
+    scores = torch.randn(1000, generator=generator)
+    with torch.inference_mode():
+        table = AliasTable(scores, 1.0, seed=3)
+        moved = table.to("cpu")
+    expected = AliasTable(scores, 1.0, seed=3)
+    assert torch.equal(table.sample(20), expected.sample(20))
+    assert torch.equal(moved.sample(20), table.sample_at(3, 0, 20))
+    moved.load_state_dict(table.state_dict())
+    assert torch.equal(moved.sample(20), expected.sample(20))
 
 
 def test_opcheck(device: torch.device, generator: torch.Generator) -> None:

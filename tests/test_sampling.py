@@ -53,6 +53,78 @@ def test_resume_in_the_middle_of_an_epoch(table: AliasTable, stop: int) -> None:
     assert list(resumed) == table.sample_at(9, 2000, 1000).tolist()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_loop_that_stops_after_the_last_batch_ends_the_epoch(table: AliasTable, batched: bool, workers: int) -> None:
+    data = TensorDataset(torch.arange(5000))
+    loader = (
+        DataLoader(data, batch_sampler=CollectionBatchSampler(table, 64, 10), num_workers=workers)
+        if batched
+        else DataLoader(data, sampler=CollectionSampler(table, 640), batch_size=64, num_workers=workers)
+    )
+    seen = [x for _ in range(3) for _, (x,) in zip(range(len(loader)), loader, strict=False)]
+    assert torch.equal(torch.cat(seen), table.sample_at(9, 0, 1920))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_left_early_is_over(table: AliasTable, workers: int) -> None:
+    data = TensorDataset(torch.arange(5000))
+    loader = DataLoader(data, batch_sampler=CollectionBatchSampler(table, 64, 10), num_workers=workers)
+    for _, _ in zip(range(3), loader, strict=False):
+        pass
+    assert torch.equal(torch.cat([x for (x,) in loader]), table.sample_at(9, 640, 640))
+    loader.batch_sampler.set_epoch(0)
+    assert torch.equal(torch.cat([x for (x,) in loader]), table.sample_at(9, 0, 640))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("done", [0, 7, 10])
+def test_resume_what_the_loop_has_done_whatever_was_prefetched(table: AliasTable, done: int, workers: int) -> None:
+    data = TensorDataset(torch.arange(5000))
+    sampler = CollectionBatchSampler(table, 64, 10)
+    loader = DataLoader(data, batch_sampler=sampler, num_workers=workers)
+    for _ in loader:  # epoch 0
+        pass
+    iterator = iter(loader)
+    for _ in range(done):
+        next(iterator)
+    if workers == 0 and done == 0:
+        sampler.set_epoch(1)  # nothing was asked for yet, so nothing is under way
+    state = sampler.state_dict(done=done)
+    resumed = CollectionBatchSampler(table, 64, 10)
+    resumed.load_state_dict(state)
+    if done < 10:
+        resumed.set_epoch(state["epoch"])  # as a training loop does, which does not rewind it
+    rest = table.sample_at(9, 640 + 64 * done, 640 - 64 * done if done < 10 else 640)
+    assert torch.equal(torch.cat(list(resumed)), rest)
+
+
+def test_resume_on_another_number_of_ranks(table: AliasTable) -> None:
+    ranks = [CollectionSampler(table, 1200, rank=r, world_size=2) for r in range(2)]
+    for rank in ranks:
+        iterator = iter(rank)
+        for _ in range(150):
+            next(iterator)
+    resumed = [CollectionSampler(table, 1200, rank=r, world_size=3) for r in range(3)]
+    for rank in resumed:
+        rank.load_state_dict(ranks[0].state_dict())
+    merged = [index for row in zip(*resumed, strict=True) for index in row]
+    assert merged == table.sample_at(9, 300, 900).tolist()
+
+
+def test_states_that_do_not_fit(table: AliasTable) -> None:
+    sampler = CollectionBatchSampler(table, 64, 10)
+    with pytest.raises(ValueError, match=r"state has no draws_done, epoch, num_samples; it is not that of"):
+        sampler.load_state_dict({"seed": 1})
+    with pytest.raises(ValueError, match=r"state\['num_samples'\] is 300, but this sampler draws 640 an epoch"):
+        sampler.load_state_dict(CollectionSampler(table, 300).state_dict())
+    with pytest.raises(ValueError, match=r"done is 704 draws, must be from 0 to the epoch's 640"):
+        sampler.state_dict(done=11)
+    three = CollectionSampler(table, 640, rank=0, world_size=3)
+    with pytest.raises(ValueError, match=r"which 3 ranks cannot share equally"):
+        three.load_state_dict(sampler.state_dict(done=1))
+
+
 def test_batches(table: AliasTable) -> None:
     sampler = CollectionBatchSampler(table, 64, 10, rank=1, world_size=2)
     batches = list(sampler)
