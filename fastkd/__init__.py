@@ -5,7 +5,8 @@ from fastkd._library import build_info
 from fastkd.functional import logit_stats
 from fastkd.losses import JSDivLoss, KDLoss, KLDivLoss
 from fastkd.patches import crop_patches, random_crop_flip, random_patches
-from fastkd.sampling import AliasTable, CollectionBatchSampler, CollectionSampler
+from fastkd.samplers import CollectionBatchSampler, CollectionSampler
+from fastkd.sampling import AliasTable
 from fastkd.selection import FitStatus, TwoGaussianMixture, select_clean
 
 __all__ = [
