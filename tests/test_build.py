@@ -37,6 +37,20 @@ def test_every_operator_has_a_cpu_kernel_and_a_fake() -> None:
         assert torch._library.simple_registry.singleton.find(f"fastkd::{name}").fake_impl.kernel is not None, name
 
 
+@pytest.mark.parametrize("name", _library.OPERATORS)
+def test_tensors_of_two_devices_are_refused(name: str) -> None:
+    """A meta tensor among real ones leads to the fake, whose results would be uninitialised memory."""
+    op = getattr(torch.ops.fastkd, name).default
+    examples = {"Tensor": torch.zeros(2, 2), "int": 1, "float": 1.0, "bool": True, "List[float]": []}
+    examples |= {f"Optional[{kind}]": value for kind, value in examples.items()}
+    arguments = [torch.float32 if a.name == "dtype" else examples[str(a.type)] for a in op._schema.arguments]
+    tensors = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor)]
+    if len(tensors) > 1:
+        arguments[tensors[-1]] = torch.zeros(2, 2, device="meta")
+        with pytest.raises(ValueError, match=r"is on meta, must be where .* is, on cpu"):
+            op(*arguments)
+
+
 def test_environment_chooses_the_instruction_set() -> None:
     result = _run("import fastkd; print(fastkd.build_info()['cpu_instruction_set'])", FASTKD_ISA="baseline")
     assert result.stdout.strip() == "baseline"

@@ -141,7 +141,10 @@ Tensor inverse_temperature(Tensor scores, double iqpr) {
   const Quartiles q = quartiles(dtype, scores.const_data_ptr(), scores.size(0));
   Tensor out = empty_cpu({}, ScalarType::Double);
   const double range = q.upper - q.lower;
-  *static_cast<double*>(out.mutable_data_ptr()) = range > 0 ? std::log(iqpr) / range : 0.0;
+  const double lambda = range > 0 ? std::log(iqpr) / range : 0.0;
+  FASTKD_CHECK(lambda * kLog2E <= std::numeric_limits<double>::max(), "scores have quartiles ", range,
+               " apart, too close for iqpr ", iqpr);
+  *static_cast<double*>(out.mutable_data_ptr()) = lambda;
   return out;
 }
 
@@ -284,8 +287,8 @@ void update_(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tensor
   Scores view{kernel_dtype(scores), scores.const_data_ptr(), s[0], s[1], static_cast<int>(s[2]), 0};
   const double maximum = checked_maximum("scores", view.dtype, view.data, count);
   const double largest_t = maximum > view.reference ? (maximum - view.reference) * view.kappa : 0.0;
-  FASTKD_CHECK(largest_t < kLargestT && view.exponent + 63 > largest_t, "scores hold ", maximum, ", too far above ",
-               view.reference, ", the largest score of the build, for this inverse temperature; build a new table");
+  FASTKD_CHECK(largest_t < kLargestT, "scores hold ", maximum, ", too far above ", view.reference,
+               ", the largest score of the build, for this inverse temperature; build a new table");
   view.largest_t = static_cast<int>(largest_t + 0x1p-45);  // t is rounded to 45 bits: may reach the next integer
 
   // Make room, where the new weights are large: for the largest of them, then for the total.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastkd import _library as _library  # registers the operators
+from fastkd.ops._fake import register_fake
 
 BLOCK_SIZE = 4096
 
@@ -55,12 +56,12 @@ def _blocks(items: int | torch.SymInt) -> int | torch.SymInt:
     return (items + BLOCK_SIZE - 1) // BLOCK_SIZE
 
 
-@torch.library.register_fake("fastkd::alias_inverse_temperature")
+@register_fake("alias_inverse_temperature")
 def _inverse_temperature_fake(scores: Tensor, iqpr: float) -> Tensor:
     return scores.new_empty([], dtype=torch.float64)
 
 
-@torch.library.register_fake("fastkd::alias_build")
+@register_fake("alias_build")
 def _build_fake(scores: Tensor, inverse_temperature: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     blocks = _blocks(scores.shape[0])
     return (
@@ -71,20 +72,20 @@ def _build_fake(scores: Tensor, inverse_temperature: Tensor) -> tuple[Tensor, Te
     )
 
 
-@torch.library.register_fake("fastkd::alias_update_")
+@register_fake("alias_update_")
 def _update_fake(
     table: Tensor, block_weight: Tensor, top: Tensor, scale: Tensor, indices: Tensor, scores: Tensor
 ) -> None:
     return None
 
 
-@torch.library.register_fake("fastkd::alias_sample")
+@register_fake("alias_sample")
 def _sample_fake(
     table: Tensor, block_weight: Tensor, top: Tensor, stream: Tensor, count: int, offset: int, stride: int
 ) -> Tensor:
     return table.new_empty([count])
 
 
-@torch.library.register_fake("fastkd::alias_weights")
+@register_fake("alias_weights")
 def _weights_fake(table: Tensor, block_weight: Tensor) -> Tensor:
     return torch.empty_like(table)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastkd import _library as _library  # registers the operators
 from fastkd.ops._autograd import register_autograd
+from fastkd.ops._fake import register_fake
 
 _crop = torch.ops.fastkd.crop.default
 _crop_backward = torch.ops.fastkd.crop_backward.default
@@ -79,7 +80,7 @@ def _new_images(like: Tensor, batch: int, height: int, width: int, dtype: torch.
     return torch.empty((batch, channels, height, width), dtype=dtype, device=like.device, memory_format=memory_format)
 
 
-@torch.library.register_fake("fastkd::crop")
+@register_fake("crop")
 def _crop_fake(
     images: Tensor,
     offsets: Tensor,
@@ -93,14 +94,14 @@ def _crop_fake(
     return _new_images(images, images.shape[0] * offsets.shape[1], height, width, dtype)
 
 
-@torch.library.register_fake("fastkd::crop_backward")
+@register_fake("crop_backward")
 def _crop_backward_fake(
     grad_patches: Tensor, offsets: Tensor, flip: Tensor | None, height: int, width: int, scale: Sequence[float]
 ) -> Tensor:
     return _new_images(grad_patches, offsets.shape[0], height, width, grad_patches.dtype)
 
 
-@torch.library.register_fake("fastkd::crop_offsets")
+@register_fake("crop_offsets")
 def _crop_offsets_fake(
     seed: Tensor,
     batch: int,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastkd import _library as _library  # registers the operators
+from fastkd.ops._fake import register_fake
 
 _gmm_fit = torch.ops.fastkd.gmm_fit.default
 _gmm_posterior = torch.ops.fastkd.gmm_posterior.default
@@ -164,7 +165,7 @@ def _problems(
     return (values if values.dim() == 2 else values.unsqueeze(0)), lengths, None
 
 
-@torch.library.register_fake("fastkd::gmm_fit")
+@register_fake("gmm_fit")
 def _gmm_fit_fake(
     values: Tensor,
     offsets: Tensor | None,
@@ -188,7 +189,7 @@ def _gmm_fit_fake(
     )
 
 
-@torch.library.register_fake("fastkd::gmm_posterior")
+@register_fake("gmm_posterior")
 def _gmm_posterior_fake(
     values: Tensor,
     offsets: Tensor | None,
