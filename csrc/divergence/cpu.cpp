@@ -16,6 +16,11 @@ void check_logits(const char* name, const Tensor& logits) {
   FASTKD_CHECK(logits.size(1) > 0, name, " has shape ", shape_of(logits), ", must have at least one class");
 }
 
+void check_temperature(double temperature) {
+  FASTKD_CHECK(temperature > 0 && temperature <= std::numeric_limits<double>::max(), "temperature is ", temperature,
+               ", must be positive and finite");
+}
+
 Tensor with_packed_rows(const Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t); }
 
 // A [rows] tensor of any float dtype as doubles.
@@ -71,8 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
                    row_temperature[r], ", must be positive and finite");
     }
   } else {
-    FASTKD_CHECK(temperature > 0 && temperature <= std::numeric_limits<double>::max(), "temperature is ", temperature,
-                 ", must be positive and finite");
+    check_temperature(temperature);
   }
   int64_t valid = rows;
   if (target.has_value()) {
@@ -175,11 +179,6 @@ void divergence_backward_(Tensor gradient, Tensor grad_loss) {
       if (factor(r) != 1.0) k.scale(dtype, data + r * row_bytes, classes, factor(r));
     }
   });
-}
-
-void check_temperature(double temperature) {
-  FASTKD_CHECK(temperature > 0 && temperature <= std::numeric_limits<double>::max(), "temperature is ", temperature,
-               ", must be positive and finite");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logit_stats(Tensor logits, double temperature) {
