@@ -6,7 +6,9 @@ BIN := $(VENV)/bin
 # The torch of development and CI, pinned here and nowhere else. The library itself runs on any torch >= 2.10.
 TORCH ?= torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES = $(shell find $(1) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CSRC := $(call SOURCES,csrc)
+FORMATTED := $(CSRC) $(call SOURCES,tests/emulated)
 SANITIZED := build/sanitized
 
 .DEFAULT_GOAL := help
@@ -40,13 +42,13 @@ test: $(VENV)/.built  ## all tests
 lint: $(VENV)/.dev  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 	$(BIN)/mypy
 
 format: $(VENV)/.dev  ## put every file into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 sanitize: $(VENV)/.built  ## the op tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	FASTKD_SANITIZE=1 FASTKD_CUDA=0 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED)

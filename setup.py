@@ -85,7 +85,7 @@ class NinjaBuild(build_ext):  # writes one build.ninja for both libraries and ru
                 host += build("cxx", "csrc/*/cpu_kernel*.cpp", f".{isa}", flags)
             libraries = {"fastkd._C": (host, f"{compiler} {SANITIZER}")}
             if nvcc:
-                libraries["fastkd._cuda"] = (build("nvcc", "csrc/*/cuda.cu"), nvcc)
+                libraries["fastkd._cuda"] = (build("nvcc", "csrc/*/cuda*.cu"), nvcc)
             for name, (objects, linker) in libraries.items():
                 ninja.build(os.path.abspath(self.get_ext_fullpath(name)), "link", objects, variables={"linker": linker})
         subprocess.run([f"{BIN_DIR}/ninja", "-C", str(out)], check=True)

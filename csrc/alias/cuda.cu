@@ -4,12 +4,14 @@
 // result equals the CPU's bit for bit, whatever the grid. Bytes: 8 written, and at most two sectors read at random (the
 // bin, and the top bin while the top table misses L2).
 #include "alias/math.h"
+#include "common/device.cuh"
 #include "common/launch.cuh"
 
 namespace fastkd::alias {
 namespace {
 
 using namespace alias_math;
+using namespace device;
 
 struct SampleParams {
   const uint64_t* table;         // [items]
@@ -25,17 +27,18 @@ struct SampleParams {
   int64_t* out;  // [count]
 };
 
-__global__ void __launch_bounds__(kThreads) sample_kernel(const SampleParams p) {
+FASTKD_KERNEL(kThreads) sample_kernel(const SampleParams p) {
   const uint64_t seed = static_cast<uint64_t>(p.stream[0]);
   const uint64_t first = static_cast<uint64_t>(p.stream[1]) + p.offset;
   const uint64_t total = *p.total;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < p.count; i += step) {
+  const int64_t step = static_cast<int64_t>(block_count()) * kThreads;
+  for (int64_t i = static_cast<int64_t>(block_index()) * kThreads + thread_index(); i < p.count; i += step) {
     const DrawWords words = draw_words(seed, first + static_cast<uint64_t>(i) * p.stride);
     const Bin bin = uniform_bin(words.top, static_cast<uint64_t>(p.blocks));
-    const ulonglong2 entry = reinterpret_cast<const ulonglong2*>(p.top)[bin.index];
-    const uint64_t other = entry.y < static_cast<uint64_t>(p.blocks) ? entry.y : 0;  // a broken table must not fault
-    const uint64_t block = multiply_high(bin.fraction, total) < entry.x ? bin.index : other;
+    const Pack<uint64_t> entry = load_pack(p.top + 2 * bin.index);
+    const uint64_t other =
+        entry.value[1] < static_cast<uint64_t>(p.blocks) ? entry.value[1] : 0;  // a broken table must not fault
+    const uint64_t block = multiply_high(bin.fraction, total) < entry.value[0] ? bin.index : other;
     const Bin inner = uniform_bin(words.block, static_cast<uint64_t>(block_items(p.items, static_cast<int64_t>(block))));
     const uint64_t word = p.table[block * kBlockSize + inner.index];
     const bool own = multiply_high(inner.fraction, p.block_weight[block]) < threshold_of(word);
@@ -63,7 +66,7 @@ Tensor sample(Tensor table, Tensor block_weight, Tensor top, Tensor stream, int6
   FASTKD_CHECK(stride >= 1, "stride is ", stride, ", must be at least 1");
   stream = torch::stable::contiguous(stream);
 
-  const CudaContext context(table);
+  const DeviceContext context(table);
   const int64_t dims[] = {0};
   Tensor total = torch::stable::sum(block_weight, torch::headeronly::IntHeaderOnlyArrayRef(dims, 1));
   Tensor out = context.empty({count}, ScalarType::Long);
@@ -80,13 +83,12 @@ Tensor sample(Tensor table, Tensor block_weight, Tensor top, Tensor stream, int6
                             static_cast<uint64_t>(offset),
                             static_cast<uint64_t>(stride),
                             static_cast<int64_t*>(out.mutable_data_ptr())};
-  sample_kernel<<<grid_size(count, 4), kThreads, 0, context.stream()>>>(params);
-  check_launch("alias_sample");
+  context.launch("alias_sample", sample_kernel, {grid_size(count, 4), kThreads}, params);
   return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CUDA, m) { m.impl("alias_sample", TORCH_BOX(&sample)); }
+FASTKD_CUDA_IMPL(m) { m.impl("alias_sample", TORCH_BOX(&sample)); }
 
 }  // namespace fastkd::alias

@@ -1,46 +1,73 @@
-// What the CUDA launchers share: the caller's device and stream, launch errors as exceptions, fresh outputs.
+// What the CUDA launchers share: the caller's device and stream, launches with errors as exceptions, fresh outputs.
+// tests/emulated/common/launch.cuh is the same for emulated launches.
 #pragma once
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include <algorithm>
-
+#include "common/geometry.h"
 #include "common/tensor.h"
+
+#define FASTKD_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fastkd, CUDA, m)
 
 namespace fastkd {
 
-// Makes the tensor's device current while it lives, and gives torch's current stream on it.
-class CudaContext {
+// Makes the tensor's device current while it lives; launches go to torch's current stream on it.
+class DeviceContext {
  public:
-  explicit CudaContext(const Tensor& tensor) : device_(tensor.get_device()), guard_(device_) {}
+  explicit DeviceContext(const Tensor& tensor) : device_(tensor.get_device()), guard_(device_) {}
 
+  Tensor empty(std::initializer_list<int64_t> shape, ScalarType type, std::initializer_list<int64_t> strides = {}) const {
+    return empty_on(aoti_torch_device_type_cuda(), device_, shape, type, strides);
+  }
+
+  DeviceLimits limits() const {
+    return {attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? kMaxCluster : 1,
+            static_cast<unsigned>(attribute(cudaDevAttrMultiProcessorCount))};
+  }
+
+  // kernel(params), in the caller's stream. `name` is for the error.
+  template <typename Params>
+  void launch(const char* name, void (*kernel)(Params), const Geometry& geometry, const Params& params) const {
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {geometry.cluster, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = geometry.blocks;
+    config.blockDim = geometry.threads;
+    config.dynamicSmemBytes = geometry.shared_bytes;
+    config.stream = stream();
+    config.attrs = &cluster;
+    config.numAttrs = geometry.cluster > 1 ? 1 : 0;
+    if (geometry.cluster > kPortableCluster) {
+      check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    }
+    if (geometry.shared_bytes > kPortableSharedBytes) {
+      check(name,
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(geometry.shared_bytes)));
+    }
+    check(name, cudaLaunchKernelEx(&config, kernel, params));
+  }
+
+ private:
   cudaStream_t stream() const {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     return static_cast<cudaStream_t>(stream);
   }
-
-  Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) const {
-    return empty_on(aoti_torch_device_type_cuda(), device_, shape, type);
+  int attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, which, device_));
+    return value;
+  }
+  static void check(const char* name, cudaError_t error) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // the launch failed, the context did not: later calls must not find this error
+    fail("launch of ", name, " failed: ", cudaGetErrorString(error));
   }
 
- private:
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
 };
-
-constexpr int kThreads = 256;
-
-// Blocks of a grid-stride loop over `items`: enough to fill any GPU, no more than a grid may have.
-inline unsigned grid_size(int64_t items, int64_t items_per_thread = 1) {
-  const int64_t per_block = kThreads * items_per_thread;
-  return static_cast<unsigned>(std::clamp<int64_t>((items + per_block - 1) / per_block, 1, int64_t{1} << 16));
-}
-
-inline void check_launch(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
-  FASTKD_CHECK(error == cudaSuccess, "launch of ", kernel, " failed: ", cudaGetErrorString(error));
-}
 
 }  // namespace fastkd

@@ -1,0 +1,201 @@
+// What a kernel may use of the GPU: indices, barriers, shuffles, shared memory of its block and of its cluster, 16-byte
+// accesses, element conversions. All CUDA built-ins and inline PTX of the project are behind these functions.
+//
+// tests/emulated/common/device.cuh has the same interface for the host, where every CUDA thread is a fiber: the tests
+// compile the same .cu files against it with g++, and find it first on their include path.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+
+#define FASTKD_DEVICE __device__ __forceinline__
+// A kernel of at most `threads` threads a block. Blocks are one-dimensional and whole warps.
+#define FASTKD_KERNEL(threads) __global__ void __launch_bounds__(threads)
+
+namespace fastkd::FASTKD_ISA::device {
+
+constexpr unsigned kWarp = 32;
+
+// ---- where this thread is ------------------------------------------------------------------------
+
+FASTKD_DEVICE unsigned thread_index() { return threadIdx.x; }
+FASTKD_DEVICE unsigned thread_count() { return blockDim.x; }
+FASTKD_DEVICE unsigned lane_index() { return threadIdx.x % kWarp; }
+FASTKD_DEVICE unsigned warp_index() { return threadIdx.x / kWarp; }
+FASTKD_DEVICE unsigned block_index() { return blockIdx.x; }
+FASTKD_DEVICE unsigned block_count() { return gridDim.x; }
+
+// Blocks of a cluster are neighbours in the grid: block_index() / cluster_size() is the cluster.
+FASTKD_DEVICE unsigned cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#else
+  return 0;
+#endif
+}
+FASTKD_DEVICE unsigned cluster_size() {
+#if __CUDA_ARCH__ >= 900
+  unsigned size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+#else
+  return 1;
+#endif
+}
+
+// ---- barriers and shuffles: every thread of the block, the cluster or the warp must come ------------
+
+FASTKD_DEVICE void block_barrier() { __syncthreads(); }
+FASTKD_DEVICE void warp_barrier() { __syncwarp(); }
+FASTKD_DEVICE void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+template <typename T>
+FASTKD_DEVICE T shuffle_xor(T value, unsigned mask) {
+  return __shfl_xor_sync(0xffffffffu, value, static_cast<int>(mask));
+}
+template <typename T>
+FASTKD_DEVICE T shuffle(T value, unsigned lane) {
+  return __shfl_sync(0xffffffffu, value, static_cast<int>(lane));
+}
+FASTKD_DEVICE bool any(bool condition) { return __any_sync(0xffffffffu, condition) != 0; }
+
+// ---- shared memory ---------------------------------------------------------------------------------
+
+// `count` elements of the block's dynamic shared memory, from byte `offset` on.
+template <typename T>
+class Shared {
+ public:
+  FASTKD_DEVICE Shared(unsigned offset, unsigned /*count*/) : data_(reinterpret_cast<T*>(memory() + offset)) {}
+  FASTKD_DEVICE T load(unsigned i) const { return data_[i]; }
+  FASTKD_DEVICE void store(unsigned i, T value) const { data_[i] = value; }
+
+  // Stores into the same place of another block of the cluster; between cluster barriers only.
+  FASTKD_DEVICE void store_remote(unsigned rank, unsigned i, T value) const {
+#if __CUDA_ARCH__ >= 900
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+    const unsigned own = static_cast<unsigned>(__cvta_generic_to_shared(data_ + i));
+    unsigned address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(own), "r"(rank));
+    if constexpr (sizeof(T) == 8) {
+      asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(address), "l"(bits<unsigned long long>(value)) : "memory");
+    } else {
+      asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(address), "r"(bits<unsigned>(value)) : "memory");
+    }
+#else
+    (void)rank;
+    data_[i] = value;
+#endif
+  }
+
+ private:
+  FASTKD_DEVICE static char* memory() {
+    extern __shared__ __align__(16) char fastkd_shared[];
+    return fastkd_shared;
+  }
+  template <typename Bits>
+  FASTKD_DEVICE static Bits bits(T value) {
+    static_assert(sizeof(Bits) == sizeof(T));
+    Bits result;
+    memcpy(&result, &value, sizeof result);
+    return result;
+  }
+  T* data_;
+};
+
+// ---- 16 bytes at a time ------------------------------------------------------------------------------
+
+template <typename T>
+constexpr int kPack = 16 / static_cast<int>(sizeof(T));
+template <typename T>
+struct alignas(16) Pack {
+  T value[kPack<T>];
+};
+
+// Of 16-byte aligned addresses. What is read or written once leaves the caches first (evict-first).
+template <typename T>
+FASTKD_DEVICE Pack<T> load_pack(const T* p) {
+  const uint4 raw = *reinterpret_cast<const uint4*>(p);
+  return reinterpret_cast<const Pack<T>&>(raw);
+}
+template <typename T>
+FASTKD_DEVICE Pack<T> load_pack_once(const T* p) {
+  const uint4 raw = __ldcs(reinterpret_cast<const uint4*>(p));
+  return reinterpret_cast<const Pack<T>&>(raw);
+}
+template <typename T>
+FASTKD_DEVICE void store_pack(T* p, const Pack<T>& pack) {
+  *reinterpret_cast<uint4*>(p) = reinterpret_cast<const uint4&>(pack);
+}
+template <typename T>
+FASTKD_DEVICE void store_pack_once(T* p, const Pack<T>& pack) {
+  __stcs(reinterpret_cast<uint4*>(p), reinterpret_cast<const uint4&>(pack));
+}
+
+// ---- elements and what is computed in ------------------------------------------------------------------
+
+template <typename T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <typename T>
+using Compute = typename ComputeOf<T>::type;
+
+FASTKD_DEVICE float to_compute(float x) { return x; }
+FASTKD_DEVICE double to_compute(double x) { return x; }
+FASTKD_DEVICE float to_compute(BFloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+FASTKD_DEVICE float to_compute(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+
+// Rounded to nearest even.
+template <typename T>
+FASTKD_DEVICE T from_compute(Compute<T> x);
+template <>
+FASTKD_DEVICE float from_compute<float>(float x) {
+  return x;
+}
+template <>
+FASTKD_DEVICE double from_compute<double>(double x) {
+  return x;
+}
+template <>
+FASTKD_DEVICE BFloat16 from_compute<BFloat16>(float x) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+template <>
+FASTKD_DEVICE Float16 from_compute<Float16>(float x) {
+  return {__half_as_ushort(__float2half_rn(x))};
+}
+
+// ---- maths ---------------------------------------------------------------------------------------------
+
+FASTKD_DEVICE float exp(float x) { return ::expf(x); }
+FASTKD_DEVICE double exp(double x) { return ::exp(x); }
+FASTKD_DEVICE float log(float x) { return ::logf(x); }
+FASTKD_DEVICE double log(double x) { return ::log(x); }
+FASTKD_DEVICE float maximum(float a, float b) { return ::fmaxf(a, b); }  // the other one where one is NaN
+FASTKD_DEVICE double maximum(double a, double b) { return ::fmax(a, b); }
+// 1 / x for normal x > 0, within an ulp
+FASTKD_DEVICE float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+FASTKD_DEVICE double reciprocal(double x) { return 1.0 / x; }
+
+}  // namespace fastkd::FASTKD_ISA::device

@@ -1,0 +1,77 @@
+"""CUDA kernels on the host: builds and loads them, and puts them in the place of the CPU kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
+_definitions = torch.library.Library("fastkd_emulated", "FRAGMENT")
+SANITIZER = "-fsanitize=address,undefined -fno-sanitize-recover=undefined" if SANITIZED else ""
+
+
+def build() -> Path:
+    """Compiles ``csrc/*/cuda*.cu`` with g++ against the emulator, what changed only, and returns the library's path."""
+    from ninja import BIN_DIR
+    from ninja.ninja_syntax import Writer
+
+    folder = ROOT / "build" / ("emulated-sanitized" if SANITIZED else "emulated")
+    folder.mkdir(parents=True, exist_ok=True)
+    torch_folder = Path(torch.__file__).parent
+    compiler = os.environ.get("CXX", "g++")
+    # the emulator's common/device.cuh and common/launch.cuh come before those of csrc; rounding as on a GPU: no contraction
+    flags = (
+        f"-std=c++20 -O1 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas -I{HERE} "
+        f"-I{ROOT}/csrc -isystem {torch_folder}/include -DTORCH_TARGET_VERSION=0x020a000000000000 {SANITIZER}"
+    )
+    library = folder / "_emulated.so"
+    sources = [*sorted(ROOT.glob("csrc/*/cuda*.cu")), *sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("*.cu"))]
+    with open(folder / "build.ninja", "w") as file:
+        ninja = Writer(file, width=1000)
+        ninja.rule("cxx", f"{compiler} -MMD -MF $out.d {flags} -x c++ -c $in -o $out", depfile="$out.d", deps="gcc")
+        ninja.rule("link", f"{compiler} {SANITIZER} -shared -o $out $in -L{torch_folder}/lib -ltorch -ltorch_cpu")
+        objects = [ninja.build(f"{source.relative_to(ROOT)}.o", "cxx", str(source))[0] for source in sources]
+        ninja.build(str(library), "link", objects)
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run([f"{BIN_DIR}/ninja", "-C", str(folder)], env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"the emulated kernels do not compile:\n{done.stdout[-8000:]}{done.stderr[-2000:]}")
+    return library
+
+
+@cache
+def load() -> list[str]:
+    """Registers ``torch.ops.fastkd_emulated`` and returns the names of the operators that it has."""
+    torch.ops.load_library(str(build()))
+    prefix = "fastkd_emulated::"
+    kernels = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    names = sorted(name.removeprefix(prefix) for name in kernels if name.startswith(prefix))
+    names = [name for name in names if hasattr(torch.ops.fastkd, name)]
+    for name in names:
+        _definitions.define(str(getattr(torch.ops.fastkd, name).default._schema).removeprefix("fastkd::"))
+    return names
+
+
+@contextmanager
+def emulated(seed: int, max_cluster: int = 16) -> Iterator[None]:
+    """CPU tensors go to the emulated CUDA kernels, run in the schedule of that seed."""
+    names = load()
+    torch.ops.fastkd_emulated.configure(seed, max_cluster)
+    override = torch.library.Library("fastkd", "IMPL", "CPU")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an overridden kernel: that is the point
+            for name in names:
+                override.impl(name, getattr(torch.ops.fastkd_emulated, name).default, allow_override=True)
+        yield
+    finally:
+        override._destroy()

@@ -1,0 +1,142 @@
+// The interface of csrc/common/device.cuh for kernels that run on the host; see emulator.h.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+#include "emulator.h"
+#include "torch/headeronly/util/BFloat16.h"
+#include "torch/headeronly/util/Half.h"
+
+#define FASTKD_DEVICE inline
+#define FASTKD_KERNEL(threads) inline void
+
+namespace fastkd::FASTKD_ISA::device {
+
+using emulator::Site;
+
+constexpr unsigned kWarp = 32;
+
+inline unsigned thread_index() { return emulator::position().thread; }
+inline unsigned thread_count() { return emulator::position().geometry->threads; }
+inline unsigned lane_index() { return thread_index() % kWarp; }
+inline unsigned warp_index() { return thread_index() / kWarp; }
+inline unsigned block_index() { return emulator::position().block; }
+inline unsigned block_count() { return emulator::position().geometry->blocks; }
+inline unsigned cluster_rank() { return emulator::position().rank; }
+inline unsigned cluster_size() { return emulator::position().geometry->cluster; }
+
+inline void block_barrier(Site site = Site::current()) { emulator::meet(emulator::Meeting::kBlockBarrier, site); }
+inline void warp_barrier(Site site = Site::current()) { emulator::meet(emulator::Meeting::kWarpBarrier, site); }
+inline void cluster_barrier(Site site = Site::current()) { emulator::meet(emulator::Meeting::kClusterBarrier, site); }
+
+template <typename T>
+T shuffle(T value, unsigned lane, Site site = Site::current()) {
+  static_assert(sizeof(T) <= 8);
+  emulator::exchange(&value, sizeof value, lane, site);
+  return value;
+}
+template <typename T>
+T shuffle_xor(T value, unsigned mask, Site site = Site::current()) {
+  return shuffle(value, lane_index() ^ mask, site);
+}
+inline bool any(bool condition, Site site = Site::current()) {
+  for (unsigned mask = 1; mask < kWarp; mask *= 2) condition |= shuffle_xor(condition, mask, site);
+  return condition;
+}
+
+template <typename T>
+class Shared {
+ public:
+  Shared(unsigned offset, unsigned count) : offset_(offset), count_(count) {}
+  T load(unsigned i, Site site = Site::current()) const {
+    T value;
+    std::memcpy(&value, address(cluster_rank(), emulator::Access::kLoad, i, site), sizeof value);
+    return value;
+  }
+  void store(unsigned i, T value, Site site = Site::current()) const {
+    std::memcpy(address(cluster_rank(), emulator::Access::kStore, i, site), &value, sizeof value);
+  }
+  void store_remote(unsigned rank, unsigned i, T value, Site site = Site::current()) const {
+    std::memcpy(address(rank, emulator::Access::kStore, i, site), &value, sizeof value);
+  }
+
+ private:
+  void* address(unsigned rank, emulator::Access access, unsigned i, const Site& site) const {
+    return emulator::shared_address(rank, access, offset_, count_, sizeof(T), i, site);
+  }
+  unsigned offset_, count_;
+};
+
+template <typename T>
+constexpr int kPack = 16 / static_cast<int>(sizeof(T));
+template <typename T>
+struct alignas(16) Pack {
+  T value[kPack<T>];
+};
+template <typename T>
+Pack<T> load_pack(const T* p, Site site = Site::current()) {
+  emulator::check_aligned(p, site);
+  return *reinterpret_cast<const Pack<T>*>(p);
+}
+template <typename T>
+Pack<T> load_pack_once(const T* p, Site site = Site::current()) {
+  return load_pack(p, site);
+}
+template <typename T>
+void store_pack(T* p, const Pack<T>& pack, Site site = Site::current()) {
+  emulator::check_aligned(p, site);
+  *reinterpret_cast<Pack<T>*>(p) = pack;
+}
+template <typename T>
+void store_pack_once(T* p, const Pack<T>& pack, Site site = Site::current()) {
+  store_pack(p, pack, site);
+}
+
+template <typename T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <typename T>
+using Compute = typename ComputeOf<T>::type;
+
+inline float to_compute(float x) { return x; }
+inline double to_compute(double x) { return x; }
+inline float to_compute(BFloat16 x) { return static_cast<float>(c10::BFloat16(x.bits, c10::BFloat16::from_bits())); }
+inline float to_compute(Float16 x) { return static_cast<float>(c10::Half(x.bits, c10::Half::from_bits())); }
+
+template <typename T>
+T from_compute(Compute<T> x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return {c10::BFloat16(x).x};
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    return {c10::Half(x).x};
+  } else {
+    return x;
+  }
+}
+
+template <typename S>
+S exp(S x) {
+  return std::exp(x);
+}
+template <typename S>
+S log(S x) {
+  return std::log(x);
+}
+template <typename S>
+S maximum(S a, S b) {
+  return std::fmax(a, b);
+}
+template <typename S>
+S reciprocal(S x) {
+  return S(1) / x;
+}
+
+}  // namespace fastkd::FASTKD_ISA::device
