@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,23 +12,53 @@ from fastkd import _C, build_info
 
 _SETS = ["baseline", "avx2", "avx512"]
 _BEST = _SETS.index(build_info()["cpu_instruction_set_best"])
+_CPU = [
+    pytest.param(f"cpu-{name}", marks=[] if i <= _BEST else [pytest.mark.skip(reason=f"this machine has no {name}")])
+    for i, name in enumerate(_SETS)
+]
 
 
-@pytest.fixture(
-    params=[
-        *(
-            pytest.param(
-                f"cpu-{name}", marks=[] if i <= _BEST else [pytest.mark.skip(reason=f"this machine has no {name}")]
-            )
-            for i, name in enumerate(_SETS)
-        ),
-    ]
-)
-def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """The devices an op test runs on: the CPU with each instruction set that this machine has."""
-    _C.set_instruction_set(request.param.removeprefix("cpu-"))
-    yield torch.device("cpu")
-    _C.set_instruction_set(_SETS[_BEST])
+@contextmanager
+def _kernels_of(backend: str) -> Iterator[torch.device]:
+    """Has ``backend``, ``kind`` or ``kind-variant``, answer the operators on tensors of the device that it yields."""
+    _, _, variant = backend.partition("-")
+    _C.set_instruction_set(variant)
+    try:
+        yield torch.device("cpu")
+    finally:
+        _C.set_instruction_set(_SETS[_BEST])
+
+
+@pytest.fixture(params=_CPU)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Whose kernels an op test runs: ``cpu-<instruction set>``. Tests ask for ``device``, which puts them in place."""
+    return str(request.param)
+
+
+@pytest.fixture
+def device(backend: str) -> Iterator[torch.device]:
+    """The devices an op test runs on: the CPU with each instruction set that this machine has.
+
+    Inputs are made on the CPU, by ``generator``, and moved; results are compared to the truth there.
+    """
+    with _kernels_of(backend) as device:
+        yield device
+
+
+@pytest.fixture
+def reads_values(backend: str) -> bool:
+    """Whether ``device``'s kernels check the numbers in tensors, too, and raise.
+
+    Elsewhere that would wait for the device: a wrong number makes its row NaN there.
+    """
+    return backend.startswith("cpu-")
+
+
+@pytest.fixture(params=_CPU)
+def cpu(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The CPU alone, with each instruction set: for tests of its threads."""
+    with _kernels_of(request.param) as device:
+        yield device
 
 
 @pytest.fixture
