@@ -12,6 +12,7 @@ from torch import Tensor
 from fastkd.ops.divergence import divergence
 from fastkd.reference import divergence as reference
 
+CPU = torch.device("cpu")
 KINDS = {
     "forward": {"kind": "forward"},
     "reverse": {"kind": "reverse"},
@@ -22,25 +23,31 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of a divergence in the dtype under test, and the gradient that comes in for each row."""
+    """Arguments of a divergence in the dtype under test, and the gradient that comes in for each row.
+
+    The logits decide where it runs; tensors among the options, and the gradient, may be anywhere.
+    """
 
     student: Tensor
     teacher: Tensor
     upstream: Tensor
     options: dict[str, object]
 
-    def to(self, dtype: torch.dtype) -> Case:
-        return replace(
-            self, student=self.student.to(dtype), teacher=self.teacher.to(dtype), upstream=self.upstream.to(dtype)
-        )
+    def to(self, *where: torch.device | torch.dtype) -> Case:
+        """The case with logits and incoming gradient moved, to a device, a dtype, or both."""
+        student, teacher, upstream = (x.to(*where) for x in (self.student, self.teacher, self.upstream))
+        return replace(self, student=student, teacher=teacher, upstream=upstream)
 
     def run(self, loss: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss of each row, and gradients of both logits (in their dtype), as float64."""
+        """Loss of each row, and gradients of both logits (in their dtype), as float64 on the CPU."""
+        device = self.student.device
+        options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.options.items()}
         student, teacher = (x.detach().requires_grad_() for x in (self.student, self.teacher))  # strides and all
-        rows = loss(student, teacher, reduction="none", **self.options)
-        rows.backward(self.upstream.to(rows.dtype))
+        rows = loss(student, teacher, reduction="none", **options)
+        rows.backward(self.upstream.to(rows))
         gradients = [x.grad if x.grad is not None else torch.zeros_like(x) for x in (student, teacher)]
-        return rows.detach().double(), gradients[0].double(), gradients[1].double()
+        rows, *gradients = (x.detach().cpu().double() for x in (rows, *gradients))
+        return rows, *gradients
 
 
 def fused(student: Tensor, teacher: Tensor, **options: object) -> Tensor:
@@ -84,14 +91,15 @@ def library(
 
 
 def truth(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """float64, from the logits as they are stored."""
-    return case.to(torch.float64).run(reference.divergence)
+    """float64 on the CPU, from the logits as they are stored."""
+    return case.to(CPU, torch.float64).run(reference.divergence)
 
 
 def assert_accurate(case: Case) -> None:
     """Losses and gradients are finite and at most twice as far from the truth as the best plain-torch formula."""
-    expected = truth(case)
     ours = case.run(fused)
+    case = case.to(CPU)  # where truth and plain torch run
+    expected = truth(case)
     candidates = [case.run(plain)]
     if not {"target", "weight"} & case.options.keys():
         candidates.append(case.run(library))
@@ -120,7 +128,9 @@ def assert_accurate(case: Case) -> None:
         assert error <= limit, f"{name}: error {error:.3g}, plain torch {best:.3g}, limit {limit:.3g}"
 
 
-def logits(rows: int, classes: int, dist: str, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def logits(
+    rows: int, classes: int, dist: str, dtype: torch.dtype, generator: torch.Generator, device: torch.device = CPU
+) -> tuple[Tensor, Tensor]:
     """Student and teacher logits: ``normal``, ``huge`` (+-1e4), ``close`` (nearly equal), ``masked`` (-inf columns)."""
 
     def normal() -> Tensor:
@@ -136,4 +146,4 @@ def logits(rows: int, classes: int, dist: str, dtype: torch.dtype, generator: to
         student[:, :last:3], teacher[:, :last:3] = -torch.inf, -torch.inf
         if dist == "masked_apart":  # the Jensen-Shannon divergence alone is finite here
             student[:, 1:last:3], teacher[:, 2:last:3] = -torch.inf, -torch.inf
-    return student.to(dtype), teacher.to(dtype)
+    return student.to(device, dtype), teacher.to(device, dtype)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from divergence_cases import KINDS, Case, assert_accurate, fused, logits, truth
+from divergence_cases import CPU, KINDS, Case, assert_accurate, fused, logits, truth
 from torch import Tensor
 
 from fastkd import _C, build_info
@@ -20,8 +20,16 @@ TEMPERATURES = [0.05, 1.0, 4.0, "rows"]
 SMALL = [(0, 7), (1, 1), (5, 1), (1, 2), (4, 3), (2, 41), (3, 401), (2, 1271)]
 
 
-def make(rows: int, classes: int, dist: str, dtype: torch.dtype, generator: torch.Generator, **options: object) -> Case:
-    student, teacher = logits(rows, classes, dist, dtype, generator)
+def make(
+    rows: int,
+    classes: int,
+    dist: str,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    device: torch.device = CPU,
+    **options: object,
+) -> Case:
+    student, teacher = logits(rows, classes, dist, dtype, generator, device)
     if options.get("temperature") == "rows":
         options["temperature"] = torch.rand(rows, generator=generator, dtype=torch.float64) * 8 + 0.05
     return Case(student, teacher, torch.randn(rows, generator=generator), options)
@@ -38,25 +46,25 @@ def test_truth(
     kind: str, temperature: float | str, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> None:
     for dist in ("normal", "huge", "close", "masked", *(["masked_apart"] if "jsd" in kind else [])):
-        assert_accurate(make(48, 41, dist, dtype, generator, temperature=temperature, **KINDS[kind]))
+        assert_accurate(make(48, 41, dist, dtype, generator, device, temperature=temperature, **KINDS[kind]))
 
 
 @pytest.mark.parametrize("shape", SMALL, ids=ids)
 @pytest.mark.parametrize("kind", ["forward", "reverse", "soft_cross_entropy", "jsd0.3"])
 def test_shapes(kind: str, shape: tuple[int, int], device: torch.device, generator: torch.Generator) -> None:
     for dtype in DTYPES:
-        assert_accurate(make(*shape, "normal", dtype, generator, temperature=2.0, **KINDS[kind]))
+        assert_accurate(make(*shape, "normal", dtype, generator, device, temperature=2.0, **KINDS[kind]))
 
 
 @pytest.mark.parametrize("classes", [32000, 128257])
 @pytest.mark.parametrize("kind", ["forward", "reverse", "soft_cross_entropy", "jsd0.3"])
-def test_large_vocabularies(kind: str, classes: int, generator: torch.Generator) -> None:
+def test_large_vocabularies(kind: str, classes: int, device: torch.device, generator: torch.Generator) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        assert_accurate(make(3, classes, "normal", dtype, generator, temperature=1.0, **KINDS[kind]))
+        assert_accurate(make(3, classes, "normal", dtype, generator, device, temperature=1.0, **KINDS[kind]))
 
 
 def test_streamed_gradients_are_the_cached_ones(generator: torch.Generator) -> None:
-    """Gradients beyond 24 MiB are written around the caches; odd rows start off their alignment."""
+    """Gradients beyond 24 MiB are written around the caches of the CPU; odd rows start off their alignment."""
     student, teacher = logits(198, 32000, "normal", torch.float32, generator)
     for classes in (32000, 31999):
         s, t = student[:, :classes].contiguous(), teacher[:, :classes].contiguous()
@@ -76,7 +84,7 @@ def test_cross_entropy_with_labels(
     target[::5] = -1
     weight = torch.randn(24, generator=generator)
     scales = {"kd_scale": 0.7, "task_scale": 0.3, "ignore_index": -1, "target": target, "weight": weight}
-    assert_accurate(make(24, 401, "normal", dtype, generator, temperature=temperature, **KINDS[kind], **scales))
+    assert_accurate(make(24, 401, "normal", dtype, generator, device, temperature=temperature, **KINDS[kind], **scales))
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
@@ -85,14 +93,15 @@ def test_cross_entropy_with_labels(
 def test_reductions(
     reduction: str, weighted: bool, ignored: int, device: torch.device, generator: torch.Generator
 ) -> None:
-    student, teacher = logits(6, 9, "normal", torch.float64, generator)
+    student, teacher = logits(6, 9, "normal", torch.float64, generator, device)
     target = torch.arange(6)
     target[:ignored] = -100
     weight = torch.tensor([-1.0, 0.0, 2.0, 0.0, 0.5, 3.0], dtype=torch.float64) if weighted else None
     options = {"kd_scale": 0.9, "task_scale": 0.1, "temperature": 3.0, "reduction": reduction}
     student.requires_grad_()
-    expected = reference.divergence(student, teacher, target, weight=weight, **options)
-    ours, terms = divergence(student, teacher, target, weight=weight, **options)
+    expected = reference.divergence(student.cpu(), teacher.cpu(), target, weight=weight, **options)
+    there = None if weight is None else weight.to(device)
+    ours, terms = (x.cpu() for x in divergence(student, teacher, target.to(device), weight=there, **options))
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(0.1 * terms[0] + 0.9 * terms[1], ours.detach())
     upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
@@ -126,7 +135,7 @@ def test_reference_is_what_torch_computes(generator: torch.Generator) -> None:
 @pytest.mark.parametrize("kind", ["forward", "reverse", "soft_cross_entropy"])
 def test_infinite_divergence(kind: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     """The loss of the row is inf; its "to" side still learns; the "from" side's gradient says that there is none."""
-    case = make(3, 37, "normal", dtype, generator, temperature=2.0, kind=kind)
+    case = make(3, 37, "normal", dtype, generator, device, temperature=2.0, kind=kind)
     to, source = (case.teacher, case.student) if kind == "reverse" else (case.student, case.teacher)
     to[1, 5] = -math.inf
     source[1, 7] = -math.inf
@@ -135,17 +144,14 @@ def test_infinite_divergence(kind: str, dtype: torch.dtype, device: torch.device
     to_gradient, from_gradient = student_gradient, teacher_gradient
     if kind == "reverse":
         to_gradient, from_gradient = teacher_gradient, student_gradient
-    expected = (
-        case.upstream[1].double()
-        * 2
-        * (torch.softmax(to[1].double() / 2, -1) - torch.softmax(source[1].double() / 2, -1))
-    )
+    p_to, p_source = (torch.softmax(x[1].cpu().double() / 2, -1) for x in (to, source))
+    expected = case.upstream[1].double() * 2 * (p_to - p_source)
     torch.testing.assert_close(to_gradient[1], expected, rtol=3 * torch.finfo(dtype).eps, atol=1e-6)
     assert not torch.isfinite(from_gradient[1, [0, 5, 36]]).any()
     assert from_gradient[1, 7] == 0
     for row in (0, 2):  # untouched
-        alone = Case(case.student[[row]], case.teacher[[row]], case.upstream[[row]], case.options).run(fused)
-        for all_rows, one in zip((loss, student_gradient, teacher_gradient), alone, strict=True):
+        alone = Case(*(x[row : row + 1] for x in (case.student, case.teacher, case.upstream)), case.options)
+        for all_rows, one in zip((loss, student_gradient, teacher_gradient), alone.run(fused), strict=True):
             assert torch.equal(all_rows[row], one[0])
 
 
@@ -156,7 +162,7 @@ def test_nan_stays_in_its_row(
     kind: str, side: str, poison: float, device: torch.device, generator: torch.Generator
 ) -> None:
     for dtype in DTYPES:
-        case = make(3, 37, "normal", dtype, generator, temperature=2.0, **KINDS[kind])
+        case = make(3, 37, "normal", dtype, generator, device, temperature=2.0, **KINDS[kind])
         clean = case.run(fused)
         getattr(case, side)[1, 20] = poison
         for before, after in zip(clean, case.run(fused), strict=True):
@@ -170,7 +176,7 @@ def test_nan_stays_in_its_row(
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_left_out_may_hold_anything(kind: str, device: torch.device, generator: torch.Generator) -> None:
     for dtype in DTYPES:
-        case = make(4, 37, "normal", dtype, generator, temperature=2.0, **KINDS[kind])
+        case = make(4, 37, "normal", dtype, generator, device, temperature=2.0, **KINDS[kind])
         case.student[1], case.teacher[1] = math.nan, math.inf
         case.student[2, 3], case.teacher[2, 4] = math.inf, math.nan
         target = torch.tensor([3, -100, 1, 2])
@@ -189,7 +195,7 @@ def test_jsd_where_probabilities_underflow(beta: float, device: torch.device) ->
     student, teacher = below.repeat_interleave(12), below.repeat(12)  # every pair
     student, teacher = (torch.cat([x.new_full((30,), 1.0), x])[None].clone() for x in (student, teacher))
     options = {"kind": "jensen_shannon", "beta": beta, "temperature": 1.0}
-    case = Case(student, teacher, torch.ones(1), options)
+    case = Case(student, teacher, torch.ones(1), options).to(device)
     for part, expected in zip(case.run(fused), truth(case), strict=True):
         torch.testing.assert_close(part, expected, rtol=2e-6, atol=1e-8)
 
@@ -202,21 +208,20 @@ def test_jsd_where_probabilities_underflow(beta: float, device: torch.device) ->
 def test_small_temperatures(kind: str, temperature: float, device: torch.device, generator: torch.Generator) -> None:
     """Finite, and T times the gap of the logits to first order; the hard cross-entropy does not depend on T."""
     for dtype in (torch.float32, torch.float64):
-        student, teacher = logits(5, 37, "normal", dtype, generator)
+        student, teacher = logits(5, 37, "normal", dtype, generator, device)
         target = torch.arange(5)
         student.requires_grad_()
-        loss, terms = divergence(
-            student, teacher, target, temperature=temperature, task_scale=1.0, reduction="none", **KINDS[kind]
-        )
+        options = {"temperature": temperature, **KINDS[kind]}
+        loss, terms = divergence(student, teacher, target.to(device), task_scale=1.0, reduction="none", **options)
         loss.sum().backward()
-        task = torch.nn.functional.cross_entropy(student.double(), target, reduction="none")
-        torch.testing.assert_close(terms[0].double(), task.detach(), rtol=1e-6, atol=1e-6)
         assert torch.isfinite(student.grad).all()
+        student, teacher, terms = (x.detach().cpu().double() for x in (student, teacher, terms))
+        task = torch.nn.functional.cross_entropy(student, target, reduction="none")
+        torch.testing.assert_close(terms[0], task, rtol=1e-6, atol=1e-6)
         expected = torch.zeros(5, dtype=torch.float64)
         if temperature >= 1e-6:
-            options = {"temperature": temperature, **KINDS[kind]}
-            expected = reference.divergence_rows(student.double(), teacher.double(), **options).detach()
-        torch.testing.assert_close(terms[1].double(), expected, rtol=1e-5, atol=1e-30)
+            expected = reference.divergence_rows(student, teacher, **options)
+        torch.testing.assert_close(terms[1], expected, rtol=1e-5, atol=1e-30)
 
 
 @pytest.mark.parametrize("temperature", [1e3, 1e6, 1e40])
@@ -225,45 +230,45 @@ def test_large_temperatures(kind: str, temperature: float, device: torch.device,
     """Gradients near their limit (s - mean s - t + mean t) / K, labels unaffected, losses of float64 too."""
     target = torch.arange(5)
     for dtype in (torch.float32, torch.float64):
-        student, teacher = logits(5, 37, "normal", dtype, generator)
+        student, teacher = logits(5, 37, "normal", dtype, generator, device)
         student.requires_grad_()
-        _, terms = divergence(student, teacher, target, temperature=temperature, reduction="none", task_scale=1.0)
-        task = torch.nn.functional.cross_entropy(student.double(), target, reduction="none")
-        torch.testing.assert_close(terms[0].double(), task.detach(), rtol=1e-6, atol=1e-6)
+        there = target.to(device)
+        _, terms = divergence(student, teacher, there, temperature=temperature, reduction="none", task_scale=1.0)
+        double = student.detach().cpu().double().requires_grad_()
+        task = torch.nn.functional.cross_entropy(double.detach(), target, reduction="none")
+        torch.testing.assert_close(terms[0].cpu().double(), task, rtol=1e-6, atol=1e-6)
         if temperature > 1e6:
             continue
-        double = student.detach().double().requires_grad_()
         options = {"temperature": temperature, "reduction": "sum", **KINDS[kind]}
-        gradient = torch.autograd.grad(divergence(student, teacher, **options)[0], student)[0].double()
-        expected = torch.autograd.grad(reference.divergence(double, teacher.double(), **options), double)[0]
+        gradient = torch.autograd.grad(divergence(student, teacher, **options)[0], student)[0].cpu().double()
+        expected = torch.autograd.grad(reference.divergence(double, teacher.cpu().double(), **options), double)[0]
         # T (q - p), where each of the two is rounded at its size, 1 / K
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=4 * torch.finfo(dtype).eps * temperature / 37)
 
 
 def test_float16_gradients_survive_a_loss_scale(device: torch.device, generator: torch.Generator) -> None:
     """The gradient of a mean is below float16's smallest number until GradScaler's 65536 has multiplied it."""
-    student, teacher = logits(512, 1000, "normal", torch.float16, generator)
+    student, teacher = logits(512, 1000, "normal", torch.float16, generator, device)
     student.requires_grad_()
     (65536 * divergence(student, teacher, reduction="mean")[0]).backward()
-    double = student.detach().double().requires_grad_()
-    (65536 * reference.divergence(double, teacher.double(), reduction="mean")).backward()
-    torch.testing.assert_close(student.grad.double(), double.grad, rtol=2e-3, atol=6e-8)
+    double = student.detach().cpu().double().requires_grad_()
+    (65536 * reference.divergence(double, teacher.cpu().double(), reduction="mean")).backward()
+    torch.testing.assert_close(student.grad.cpu().double(), double.grad, rtol=2e-3, atol=6e-8)
 
 
 def test_float16_gradient_overflows_to_infinity(device: torch.device) -> None:
-    student = torch.tensor([[0.0, 60000.0]], dtype=torch.float16, requires_grad=True)
-    divergence(student, torch.tensor([[60000.0, 0.0]], dtype=torch.float16), temperature=1e2)[0].backward()
+    student = torch.tensor([[0.0, 60000.0]], dtype=torch.float16, device=device, requires_grad=True)
+    teacher = student.detach().flip(-1)
+    divergence(student, teacher, temperature=1e2)[0].backward()
     assert student.grad.tolist() == [[-100.0, 100.0]]
     student.grad = None
-    weight = torch.tensor([1e4])
-    loss, _ = divergence(student, student.detach().flip(-1), temperature=1e2, weight=weight)
-    loss.backward()
+    divergence(student, teacher, temperature=1e2, weight=torch.tensor([1e4], device=device))[0].backward()
     assert student.grad.tolist() == [[-math.inf, math.inf]]
 
 
 def test_negative_weights(device: torch.device, generator: torch.Generator) -> None:
     for kind in KINDS:
-        case = make(4, 37, "normal", torch.float32, generator, temperature=2.0, **KINDS[kind])
+        case = make(4, 37, "normal", torch.float32, generator, device, temperature=2.0, **KINDS[kind])
         plus = case.run(fused)
         case.options["weight"] = -torch.ones(4)
         for a, b in zip(plus, case.run(fused), strict=True):
@@ -274,8 +279,8 @@ def test_negative_weights(device: torch.device, generator: torch.Generator) -> N
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jsd0.3"])
-def test_bits_do_not_depend_on_threads(kind: str, device: torch.device, generator: torch.Generator) -> None:
-    student, teacher = logits(61, 1271, "normal", torch.float32, generator)
+def test_bits_do_not_depend_on_threads(kind: str, cpu: torch.device, generator: torch.Generator) -> None:
+    student, teacher = logits(61, 1271, "normal", torch.float32, generator, cpu)
     target = torch.arange(61)
 
     def run() -> list[Tensor]:
@@ -315,7 +320,7 @@ def test_instruction_sets_agree(generator: torch.Generator) -> None:
 def test_strides(kind: str, device: torch.device, generator: torch.Generator) -> None:
     """Sliced vocabularies, transposes, expanded rows and classes: as their contiguous copies."""
     for dtype in DTYPES:
-        base, wide = (torch.randn(n, n, generator=generator).to(dtype) for n in (40, 70))
+        base, wide = (torch.randn(n, n, generator=generator).to(device, dtype) for n in (40, 70))
         views = {
             "vocabulary": base[3:20, 1:34],
             "transposed": base.t()[:17, :33],
@@ -326,7 +331,7 @@ def test_strides(kind: str, device: torch.device, generator: torch.Generator) ->
         }
         options = {"temperature": 2.0, **KINDS[kind]}
         for name, view in views.items():
-            other = torch.randn(view.shape, generator=generator).to(dtype)
+            other = torch.randn(view.shape, generator=generator).to(device, dtype)
             for student, teacher in ((view, other), (other, view)):
                 strided = Case(student, teacher, torch.ones(17), options)
                 packed = Case(student.contiguous(), teacher.contiguous(), torch.ones(17), options)

@@ -19,25 +19,27 @@ NAMES = fastkd.functional.LogitStats._fields
 
 
 def run(stats: object, logits: Tensor, temperature: float) -> dict[str, Tensor]:
-    """Every statistic, and the gradient of each but argmax, as float64."""
+    """Every statistic, and the gradient of each but argmax, as float64 on the CPU."""
     result = {}
     for name, value in zip(NAMES, stats(logits, temperature), strict=True):
-        result[name] = value.detach().double()
+        result[name] = value.detach().cpu().double()
     for i, name in enumerate(NAMES):
         if name != "argmax":
             x = logits.detach().requires_grad_()  # strides and all
             stats(x, temperature)[i].sum().backward()
-            result[f"gradient of {name}"] = x.grad.double()
+            result[f"gradient of {name}"] = x.grad.cpu().double()
     return result
 
 
 def assert_accurate(logits: Tensor, temperature: float) -> None:
     """At most twice the error of plain torch in float32, or a few roundings of the value."""
+    results = run(fastkd.logit_stats, logits, temperature)
+    logits = logits.cpu()
     expected = run(reference.logit_stats, logits.double(), temperature)
     plain = run(reference.logit_stats, logits.float(), temperature)
     # the mean of terms that cancel, and the entropy, are differences of numbers of this size
     size = {"mean": logits.double().abs().mean(-1) / temperature, "entropy": 1 + expected["entropy"].abs()}
-    for name, ours in run(fastkd.logit_stats, logits, temperature).items():
+    for name, ours in results.items():
         gradient = name.startswith("gradient")
         eps = torch.finfo(logits.dtype).eps if gradient else 2.0**-48 if logits.dtype == torch.float64 else 2.0**-22
         if gradient and logits.dtype == torch.float64:  # the truth is rounded too: in s / T, before exp
@@ -52,21 +54,21 @@ def assert_accurate(logits: Tensor, temperature: float) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_truth(dtype: torch.dtype, shape: tuple[int, int], device: torch.device, generator: torch.Generator) -> None:
-    logits = torch.randn(shape, generator=generator, dtype=torch.float64).mul(3).to(dtype)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64).mul(3).to(device, dtype)
     for temperature in (0.05, 1.0, 3.0):
         if shape[0] > 0:
             assert_accurate(logits, temperature)
         stats = fastkd.logit_stats(logits, temperature)
         assert all(value.shape == shape[:1] for value in stats)
         assert stats.argmax.dtype == torch.int64
-        assert torch.equal(stats.argmax, logits.argmax(-1))
+        assert torch.equal(stats.argmax.cpu(), logits.cpu().argmax(-1))
 
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0])
 def test_large_logits(temperature: float, device: torch.device, generator: torch.Generator) -> None:
     """A common offset has no part in entropy and gradients: no digits may be lost to it."""
     for dtype in (torch.float32, torch.float64):
-        base = torch.randint(-64, 64, (4, 97), generator=generator).to(dtype) / 64
+        base = torch.randint(-64, 64, (4, 97), generator=generator).to(device, dtype) / 64
         at_zero = run(fastkd.logit_stats, base, temperature)
         at_large = run(fastkd.logit_stats, base + 8192, temperature)
         for name in at_zero:
@@ -74,21 +76,19 @@ def test_large_logits(temperature: float, device: torch.device, generator: torch
                 torch.testing.assert_close(at_large[name], at_zero[name], rtol=0, atol=0)
 
 
-def test_large_vocabulary(generator: torch.Generator) -> None:
-    logits = torch.randn(2, 128257, generator=generator)
+def test_large_vocabulary(device: torch.device, generator: torch.Generator) -> None:
+    logits = torch.randn(2, 128257, generator=generator).to(device)
     assert_accurate(logits, 1.0)
-    assert torch.equal(fastkd.logit_stats(logits).argmax, logits.argmax(-1))
+    assert torch.equal(fastkd.logit_stats(logits).argmax.cpu(), logits.cpu().argmax(-1))
 
 
 def test_ties_and_positions(device: torch.device) -> None:
     """The first of equal maxima, wherever it stands."""
     for dtype in DTYPES:
         for classes in (1, 7, 130, 700):
-            logits = torch.zeros(classes, classes, dtype=dtype)
-            for i in range(classes):
-                logits[i, i:] = 1.0
-            assert torch.equal(fastkd.logit_stats(logits).argmax, torch.arange(classes))
-            assert torch.equal(fastkd.logit_stats(-logits).argmax, torch.tensor([0] * classes))
+            logits = torch.ones(classes, classes).triu().to(device, dtype)  # row i: the maximum from class i on
+            assert fastkd.logit_stats(logits).argmax.tolist() == list(range(classes))
+            assert fastkd.logit_stats(-logits).argmax.tolist() == [0] * classes
 
 
 @pytest.mark.parametrize("classes", [3, 40, 300])
@@ -107,11 +107,11 @@ def test_infinities_as_torch_has_them(classes: int, device: torch.device) -> Non
             ):
                 row = torch.full((1, classes), fill, dtype=dtype)
                 row[0, place] = value
-                ours, theirs = fastkd.logit_stats(row, 2.0), reference.logit_stats(row.double(), 2.0)
+                ours, theirs = fastkd.logit_stats(row.to(device), 2.0), reference.logit_stats(row.double(), 2.0)
                 for name in ("max", "argmax", "mean", "logsumexp"):
                     expected = theirs[NAMES.index(name)]
                     torch.testing.assert_close(
-                        getattr(ours, name).double(), expected.double(), equal_nan=True, rtol=1e-6, atol=1e-6
+                        getattr(ours, name).cpu().double(), expected.double(), equal_nan=True, rtol=1e-6, atol=1e-6
                     )
                 # no probabilities, no entropy
                 defined = value == 1.0 or (math.isfinite(fill) and value == -inf)
@@ -119,7 +119,7 @@ def test_infinities_as_torch_has_them(classes: int, device: torch.device) -> Non
 
 
 def test_masked_classes_get_no_gradient(device: torch.device) -> None:
-    logits = torch.tensor([[0.0, -math.inf, 1.0, -math.inf]], requires_grad=True)
+    logits = torch.tensor([[0.0, -math.inf, 1.0, -math.inf]], device=device, requires_grad=True)
     stats = fastkd.logit_stats(logits)
     (stats.entropy + stats.logsumexp + stats.max).sum().backward()
     assert torch.isfinite(logits.grad).all()
@@ -127,7 +127,7 @@ def test_masked_classes_get_no_gradient(device: torch.device) -> None:
 
 
 def test_nan_stays_in_its_row(device: torch.device, generator: torch.Generator) -> None:
-    logits = torch.randn(3, 37, generator=generator)
+    logits = torch.randn(3, 37, generator=generator).to(device)
     clean = run(fastkd.logit_stats, logits, 2.0)
     logits[1, 5] = math.nan
     for name, value in run(fastkd.logit_stats, logits, 2.0).items():
@@ -135,8 +135,8 @@ def test_nan_stays_in_its_row(device: torch.device, generator: torch.Generator) 
     assert fastkd.logit_stats(logits).argmax[1] == 5
 
 
-def test_gradcheck_and_combinations(generator: torch.Generator) -> None:
-    logits = torch.randn(3, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+def test_gradcheck_and_combinations(device: torch.device, generator: torch.Generator) -> None:
+    logits = torch.randn(3, 5, generator=generator, dtype=torch.float64).to(device).requires_grad_()
     for wanted in ([0], [2], [3], [4], [0, 2], [3, 4], [0, 2, 3, 4]):
         assert torch.autograd.gradcheck(lambda x, w=wanted: tuple(fastkd.logit_stats(x, 1.7)[i] for i in w), logits)
     stats = fastkd.logit_stats(logits.reshape(3, 1, 5))
@@ -161,19 +161,25 @@ def test_compile(dynamic: bool | None, generator: torch.Generator) -> None:
         torch.testing.assert_close(torch.autograd.grad(compiled(x), x), torch.autograd.grad(loss(x), x))
 
 
-def test_strides_and_threads(device: torch.device, generator: torch.Generator) -> None:
-    base = torch.randn(60, 1300, generator=generator)
-    before = torch.get_num_threads()
-    try:
-        for view in (base[:, 3:1290], base.t()[:1000], base[:1].expand(50, -1), base[:, :1].expand(-1, 50), base[::2]):
-            results = []
-            for logits, threads in ((view, 1), (view.contiguous(), 2), (view, 5)):
-                torch.set_num_threads(threads)
-                results.append(run(fastkd.logit_stats, logits, 3.0))
-            for other in results[1:]:
-                assert all(torch.equal(other[name], value) for name, value in results[0].items())
-    finally:
-        torch.set_num_threads(before)
+def assert_same(results: dict[str, Tensor], others: dict[str, Tensor]) -> None:
+    assert all(torch.equal(others[name], value) for name, value in results.items())
+
+
+def test_strides(device: torch.device, generator: torch.Generator) -> None:
+    """As contiguous copies."""
+    base = torch.randn(60, 1300, generator=generator).to(device)
+    for view in (base[:, 3:1290], base.t()[:1000], base[:1].expand(50, -1), base[:, :1].expand(-1, 50), base[::2]):
+        assert_same(*(run(fastkd.logit_stats, logits, 3.0) for logits in (view, view.contiguous())))
+
+
+def test_bits_do_not_depend_on_threads(cpu: torch.device, generator: torch.Generator) -> None:
+    logits = torch.randn(60, 1300, generator=generator).to(cpu)
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(run(fastkd.logit_stats, logits, 3.0))
+    for other in results[1:]:
+        assert_same(results[0], other)
 
 
 X = torch.zeros(3, 5)
@@ -191,9 +197,9 @@ ERRORS: dict[str, tuple[tuple[object, ...], type[Exception], tuple[str, ...]]] =
 
 
 @pytest.mark.parametrize("case", ERRORS.values(), ids=ERRORS)
-def test_errors(case: tuple[tuple[object, ...], type[Exception], tuple[str, ...]]) -> None:
+def test_errors(case: tuple[tuple[object, ...], type[Exception], tuple[str, ...]], device: torch.device) -> None:
     arguments, error, parts = case
     with pytest.raises(error) as caught:
-        fastkd.logit_stats(*arguments)
+        fastkd.logit_stats(*(x.to(device) if isinstance(x, Tensor) else x for x in arguments))
     assert str(caught.value).startswith("fastkd: ")
     assert all(part in str(caught.value) for part in parts)
