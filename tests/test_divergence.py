@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from divergence_cases import CPU, KINDS, Case, assert_accurate, fused, logits, truth
+from divergence_cases import CPU, KINDS, Case, assert_accurate, fused, logits, off_alignment, truth
 from torch import Tensor
 
 from fastkd import _C, build_info
@@ -61,6 +62,27 @@ def test_shapes(kind: str, shape: tuple[int, int], device: torch.device, generat
 def test_large_vocabularies(kind: str, classes: int, device: torch.device, generator: torch.Generator) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         assert_accurate(make(3, classes, "normal", dtype, generator, device, temperature=1.0, **KINDS[kind]))
+
+
+# kernels change their mapping of classes to threads around powers of two, and keep tails of fewer than a register
+BOUNDARIES = [*range(1, 41), *(2**i + d for i in range(6, 15) for d in (-1, 0, 1))]
+
+
+@pytest.mark.parametrize("kind", ["forward", "jsd0.3"])
+def test_every_number_of_classes(kind: str, device: torch.device, generator: torch.Generator) -> None:
+    for classes in BOUNDARIES:
+        for dtype in (torch.float32, torch.bfloat16):
+            assert_accurate(make(2, classes, "normal", dtype, generator, device, temperature=2.0, **KINDS[kind]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("kind", ["forward", "jsd0.3"])
+def test_off_alignment(kind: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+    for classes in (1, 2, 3, 7, 8, 9, 31, 33, 41, 100, 401, 1000, 1271):
+        case = make(3, classes, "normal", dtype, generator, device, temperature=2.0, **KINDS[kind])
+        shifted = {"student": off_alignment(case.student), "teacher": off_alignment(case.teacher)}
+        for sides in (["student"], ["teacher"], ["student", "teacher"]):
+            assert_accurate(replace(case, **{side: shifted[side] for side in sides}))
 
 
 def test_streamed_gradients_are_the_cached_ones(generator: torch.Generator) -> None:
@@ -273,6 +295,50 @@ def test_negative_weights(device: torch.device, generator: torch.Generator) -> N
         case.options["weight"] = -torch.ones(4)
         for a, b in zip(plus, case.run(fused), strict=True):
             assert torch.equal(a, -b)
+
+
+# ---- numbers that cannot be ----------------------------------------------------------------------
+
+
+def assert_only_this_row(case: Case, clean: Case, row: int, reads_values: bool, message: str) -> None:
+    """A row that cannot be computed: an error where kernels look, else NaN, and the other rows as they were."""
+    if reads_values:
+        with pytest.raises(RuntimeError, match=message):
+            case.run(fused)
+        return
+    others = [i for i in range(len(clean.upstream)) if i != row]
+    for before, after in zip(clean.run(fused), case.run(fused), strict=True):
+        assert torch.isnan(after[row]).all()
+        assert torch.equal(before[others], after[others])
+
+
+@pytest.mark.parametrize("task_scale", [0.0, 0.5])
+@pytest.mark.parametrize("label", [37, -1, 2**40, -(2**63)])
+def test_labels_out_of_range(
+    label: int, task_scale: float, device: torch.device, reads_values: bool, generator: torch.Generator
+) -> None:
+    target = torch.tensor([3, -100, 36, 0])
+    wrong = target.index_fill(0, torch.tensor([2]), label)
+    for kind in KINDS:
+        for dtype in DTYPES:
+            options = {"temperature": 2.0, "task_scale": task_scale, "target": target, **KINDS[kind]}
+            case = make(4, 37, "normal", dtype, generator, device, **options)
+            broken = replace(case, options={**case.options, "target": wrong})
+            assert_only_this_row(broken, case, 2, reads_values, rf"target\[2\] is {label}, must be in \[0, 37\)")
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, -2.0, math.nan, math.inf], ids=ids)
+def test_temperatures_out_of_range(
+    temperature: float, wide: bool, device: torch.device, reads_values: bool, generator: torch.Generator
+) -> None:
+    temperatures = torch.tensor([1.0, 4.0, 0.5, 2.0], dtype=torch.float64 if wide else torch.float32)
+    wrong = temperatures.index_fill(0, torch.tensor([1]), temperature)
+    for kind in KINDS:
+        for dtype in DTYPES:
+            case = make(4, 37, "normal", dtype, generator, device, temperature=temperatures, **KINDS[kind])
+            broken = replace(case, options={**case.options, "temperature": wrong})
+            assert_only_this_row(broken, case, 1, reads_values, r"temperature\[1\] is .*, must be positive and finite")
 
 
 # ---- the same bits everywhere ------------------------------------------------------------------

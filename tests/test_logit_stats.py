@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from divergence_cases import off_alignment
 from torch import Tensor
 
 import fastkd
@@ -80,6 +81,14 @@ def test_large_vocabulary(device: torch.device, generator: torch.Generator) -> N
     logits = torch.randn(2, 128257, generator=generator).to(device)
     assert_accurate(logits, 1.0)
     assert torch.equal(fastkd.logit_stats(logits).argmax.cpu(), logits.cpu().argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_off_alignment(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+    for classes in (1, 2, 3, 7, 8, 9, 31, 33, 41, 100, 401, 1000, 1271):
+        logits = off_alignment(torch.randn(3, classes, generator=generator).to(device, dtype))
+        assert_accurate(logits, 2.0)
+        assert torch.equal(fastkd.logit_stats(logits).argmax.cpu(), logits.cpu().argmax(-1))
 
 
 def test_ties_and_positions(device: torch.device) -> None:
