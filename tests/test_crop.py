@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastkd
@@ -72,7 +72,7 @@ def test_equals_slicing(device: torch.device, generator: torch.Generator, layout
     ]:
         images = make_images((3, channels, *extent), dtype, generator)
         offsets, flip = make_places(3, patches, size, extent, generator)
-        held = LAYOUTS[layout](images).to(device)
+        held = LAYOUTS[layout](images.to(device))
         assert torch.equal(held.cpu(), images)
         for mirror in (None, flip):
             out = fastkd.crop_patches(held, offsets.to(device), size, None if mirror is None else mirror.to(device))
@@ -83,8 +83,10 @@ def test_equals_slicing(device: torch.device, generator: torch.Generator, layout
 
 
 @pytest.mark.parametrize("padding", [0, 1, 4])
-def test_random_patches_are_slices_of_the_padded_image(device: torch.device, padding: int) -> None:
-    images = torch.rand(5, 3, 9, 11, device=device)
+def test_random_patches_are_slices_of_the_padded_image(
+    device: torch.device, generator: torch.Generator, padding: int
+) -> None:
+    images = torch.rand(5, 3, 9, 11, generator=generator).to(device)
     patches, offsets = fastkd.random_patches(images, (6, 7), 4, padding=padding)
     assert offsets.shape == (5, 4, 2)
     padded = F.pad(images, [padding] * 4)
@@ -94,8 +96,9 @@ def test_random_patches_are_slices_of_the_padded_image(device: torch.device, pad
             assert torch.equal(patches[b * 4 + j], padded[b, :, y : y + 6, x : x + 7])
 
 
-def test_offsets_without_a_patch_dimension(device: torch.device) -> None:
-    images, offsets = torch.rand(3, 2, 5, 5, device=device), torch.tensor([[0, 1], [2, 2], [1, 0]], device=device)
+def test_offsets_without_a_patch_dimension(device: torch.device, generator: torch.Generator) -> None:
+    images = torch.rand(3, 2, 5, 5, generator=generator).to(device)
+    offsets = torch.tensor([[0, 1], [2, 2], [1, 0]], device=device)
     flip = torch.tensor([True, False, True], device=device)
     assert torch.equal(
         fastkd.crop_patches(images, offsets, 3, flip), fastkd.crop_patches(images, offsets[:, None], 3, flip[:, None])
@@ -161,9 +164,9 @@ def test_gradient_is_that_of_slices_bit_for_bit(
         for mirror in (None, flip):
             leaf = images.to(wide).clone().requires_grad_()
             (expected,) = torch.autograd.grad(reference.crop(leaf, offsets, size, mirror), leaf, grad.to(wide))
-            held = LAYOUTS[layout](images).to(device).requires_grad_()
+            held = LAYOUTS[layout](images.to(device)).requires_grad_()
             out = fastkd.crop_patches(held, offsets.to(device), size, None if mirror is None else mirror.to(device))
-            (gradient,) = torch.autograd.grad(out, held, LAYOUTS[layout](grad).to(device))
+            (gradient,) = torch.autograd.grad(out, held, LAYOUTS[layout](grad.to(device)))
             assert torch.equal(gradient.cpu(), expected.to(dtype))
             assert gradient.stride() == held.stride()
 
@@ -172,15 +175,12 @@ def test_gradient_is_that_of_slices_bit_for_bit(
 def test_gradient_of_any_layout(device: torch.device, generator: torch.Generator, layout: str) -> None:
     offsets, flip = make_places(2, 3, (4, 5), (6, 7), generator)
     grad = torch.randn(6, 3, 4, 5, generator=generator)
-    one = ops._crop_backward(grad.to(device), offsets.to(device), flip.to(device), 6, 7, [])
-    other = ops._crop_backward(LAYOUTS[layout](grad).to(device), offsets.to(device), flip.to(device), 6, 7, [])
-    assert torch.equal(one, other)
+    offsets, flip, grad = offsets.to(device), flip.to(device), grad.to(device)
+    one = ops._crop_backward(grad, offsets, flip, 6, 7, [])
+    assert torch.equal(one, ops._crop_backward(LAYOUTS[layout](grad), offsets, flip, 6, 7, []))
     expanded = torch.ones((), device=device).expand(6, 3, 4, 5)
     dense = torch.ones(6, 3, 4, 5, device=device)
-    assert torch.equal(
-        ops._crop_backward(expanded, offsets.to(device), None, 6, 7, []),
-        ops._crop_backward(dense, offsets.to(device), None, 6, 7, []),
-    )
+    assert torch.equal(*(ops._crop_backward(ones, offsets, None, 6, 7, []) for ones in (expanded, dense)))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -202,9 +202,9 @@ def test_opcheck(device: torch.device, generator: torch.Generator) -> None:
     torch.library.opcheck(torch.ops.fastkd.crop_offsets.default, (seed, 2, 3, -1, 9, 0, 5, 0.5))
     offsets, flip = (t.to(device) for t in make_places(2, 3, (3, 2), (6, 5), generator))
     for layout in ("nchw", "channels_last", "transposed", "inside_channels_last"):
-        images = LAYOUTS[layout](torch.randn(2, 3, 6, 5, generator=generator)).to(device)
-        grad = LAYOUTS[layout](torch.randn(6, 3, 3, 2, generator=generator)).to(device)
-        byte = LAYOUTS[layout](torch.ones(2, 3, 6, 5, dtype=torch.uint8)).to(device)
+        images = LAYOUTS[layout](torch.randn(2, 3, 6, 5, generator=generator).to(device))
+        grad = LAYOUTS[layout](torch.randn(6, 3, 3, 2, generator=generator).to(device))
+        byte = LAYOUTS[layout](torch.ones(2, 3, 6, 5, dtype=torch.uint8, device=device))
         for args in [
             (images.requires_grad_(), offsets, None, 3, 2, [], [], torch.float32),
             (images, offsets, flip, 3, 2, [0.5] * 3, [2.0] * 3, torch.float32),
@@ -248,37 +248,38 @@ def test_compile(memory_format: torch.memory_format) -> None:
 # ---- the same bits everywhere ----------------------------------------------------------------------
 
 
-def everything() -> tuple[torch.Tensor, ...]:
+def everything(device: torch.device) -> tuple[torch.Tensor, ...]:
     """One result of each path, from fixed inputs, large enough for several threads."""
     generator = torch.Generator().manual_seed(1)
-    results = list(ops.crop_offsets(torch.tensor([3]), 40, 60, (-3, 27), (-5, 2**61), 0.3))
-    offsets, flip = make_places(9, 7, (31, 37), (40, 43), generator)
+    results = list(ops.crop_offsets(torch.tensor([3], device=device), 40, 60, (-3, 27), (-5, 2**61), 0.3))
+    offsets, flip = (t.to(device) for t in make_places(9, 7, (31, 37), (40, 43), generator))
     for layout in ("nchw", "channels_last"):
-        byte = LAYOUTS[layout](torch.randint(0, 256, (9, 3, 40, 43), generator=generator, dtype=torch.uint8))
+        byte = torch.randint(0, 256, (9, 3, 40, 43), generator=generator, dtype=torch.uint8)
+        byte = LAYOUTS[layout](byte.to(device))
         for dtype in FLOATS:
-            images = LAYOUTS[layout](make_images((9, 3, 40, 43), dtype, generator))
+            images = LAYOUTS[layout](make_images((9, 3, 40, 43), dtype, generator).to(device))
             constants = {"center": [0.3, -0.1, 7.7], "scale": [1 / 3, 1.7, -0.01]}
             results.append(ops.crop(images, offsets, (31, 37), flip))
             results.append(ops.crop(images, offsets, (31, 37), flip, **constants))
             results.append(ops.crop(byte, offsets, (31, 37), flip, **constants, dtype=dtype))
             results.append(ops._crop_backward(results[-1], offsets, flip, 40, 43, constants["scale"]))
             results.append(ops._crop_backward(results[-2], offsets, None, 40, 43, []))
-    return tuple(results)
+    return tuple(result.cpu() for result in results)
 
 
 @pytest.fixture(scope="module")
 def truth() -> tuple[torch.Tensor, ...]:
     _C.set_instruction_set("baseline")
-    result = with_threads(1, everything)
+    result = with_threads(1, lambda: everything(torch.device("cpu")))
     _C.set_instruction_set(fastkd.build_info()["cpu_instruction_set_best"])
     return result
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_instruction_sets_and_threads_agree(
+def test_devices_instruction_sets_and_threads_agree(
     truth: tuple[torch.Tensor, ...], device: torch.device, threads: int
 ) -> None:
-    for one, other in zip(truth, with_threads(threads, everything), strict=True):
+    for one, other in zip(truth, with_threads(threads, lambda: everything(device)), strict=True):
         assert torch.equal(one, other)
 
 
@@ -303,7 +304,7 @@ def test_normalisation(
     device: torch.device, generator: torch.Generator, source: torch.dtype, dtype: torch.dtype, layout: str
 ) -> None:
     images = all_bytes() if source == torch.uint8 else torch.rand(2, 3, 16, 16, generator=generator).to(source)
-    held = LAYOUTS[layout](images).to(device)
+    held = LAYOUTS[layout](images.to(device))
     for mean, std in ((MEAN, STD), (0.5, None), (None, STD), (None, 2.0)):
         out = fastkd.random_crop_flip(held, 0, None, 0.0, mean, std, dtype)
         assert out.dtype == dtype
@@ -337,9 +338,9 @@ def test_crop_flip_normalise_together(device: torch.device, generator: torch.Gen
 place = st.one_of(st.integers(-12, 12), st.sampled_from(HUGE), st.integers(-(2**63), 2**63 - 1))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_fuzz(data: st.DataObject) -> None:
+def test_fuzz(device: torch.device, data: st.DataObject) -> None:
     batch, channels, height, width = (data.draw(st.integers(lo, hi)) for lo, hi in ((0, 3), (0, 5), (0, 9), (0, 12)))
     size = data.draw(st.tuples(st.integers(1, 11), st.integers(1, 35)))
     patches = data.draw(st.integers(0, 4))
@@ -352,14 +353,14 @@ def test_fuzz(data: st.DataObject) -> None:
     offsets = torch.tensor(places, dtype=torch.int64).reshape(batch, patches, 2)
     flip = torch.rand(batch, patches, generator=generator) < 0.5 if data.draw(st.booleans()) else None
     layout = data.draw(st.sampled_from(sorted(LAYOUTS)))
-    held = LAYOUTS[layout](images).detach().requires_grad_()
+    held = LAYOUTS[layout](images.to(device)).detach().requires_grad_()
     leaf = images.to(wide).clone().requires_grad_()
-    out = fastkd.crop_patches(held, offsets, size, flip)
+    out = fastkd.crop_patches(held, offsets.to(device), size, None if flip is None else flip.to(device))
     expected = reference.crop(leaf, offsets, size, flip)
-    assert torch.equal(out, expected.to(dtype))
+    assert torch.equal(out.cpu(), expected.to(dtype))
     grad = make_images(tuple(out.shape), dtype, generator)
-    (gradient,) = torch.autograd.grad(out, held, LAYOUTS[layout](grad))
+    (gradient,) = torch.autograd.grad(out, held, LAYOUTS[layout](grad.to(device)))
     if expected.requires_grad:
-        assert torch.equal(gradient, torch.autograd.grad(expected, leaf, grad.to(wide))[0].to(dtype))
+        assert torch.equal(gradient.cpu(), torch.autograd.grad(expected, leaf, grad.to(wide))[0].to(dtype))
     else:  # nothing but zeros came out
         assert not gradient.any()

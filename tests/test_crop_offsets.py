@@ -11,13 +11,13 @@ from fastkd.ops import crop as ops
 from fastkd.reference import crop as reference
 
 
-def test_same_seed_same_crops(device: torch.device) -> None:
-    images = torch.randint(0, 256, (20, 3, 12, 12), dtype=torch.uint8, device=device)
+def test_same_seed_same_crops(device: torch.device, generator: torch.Generator) -> None:
+    images = torch.randint(0, 256, (20, 3, 12, 12), dtype=torch.uint8, generator=generator).to(device)
     runs = []
     for seed in (5, 5, 6):
-        generator = torch.Generator(device).manual_seed(seed)
-        patches, offsets = fastkd.random_patches(images, 4, 2, generator)
-        runs.append((patches, offsets, fastkd.random_crop_flip(images, generator=generator)))
+        random = torch.Generator(device).manual_seed(seed)
+        patches, offsets = fastkd.random_patches(images, 4, 2, random)
+        runs.append((patches, offsets, fastkd.random_crop_flip(images, generator=random)))
     assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(runs[0], runs[2], strict=True))
 
@@ -55,7 +55,7 @@ def test_offsets_are_uniform_and_independent(device: torch.device) -> None:
 @pytest.mark.parametrize("probability", [0.0, 0.2, 0.5, 1.0])
 def test_flip_probability(device: torch.device, probability: float) -> None:
     seed = torch.tensor([11], device=device)
-    offsets, flip = ops.crop_offsets(seed, 100, 200, (0, 2), (0, 1), probability)
+    offsets, flip = (t.cpu() for t in ops.crop_offsets(seed, 100, 200, (0, 2), (0, 1), probability))
     count = int(flip.sum())
     assert stats.binomtest(count, 20000, probability).pvalue > 1e-4
     if 0 < probability < 1:  # independent of the offset
