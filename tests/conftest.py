@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import emulated
 import pytest
 import torch
 
@@ -18,26 +19,45 @@ _CPU = [
 ]
 
 
+_SCHEDULES = 5
+# emulated-<schedule>; the last one as a GPU without thread block clusters, such as the A100
+_CUDA_KERNELS = [
+    *(f"emulated-{seed}" for seed in range(_SCHEDULES)),
+    f"emulated-{_SCHEDULES}-no_clusters",
+    pytest.param(
+        "cuda", marks=[] if torch.cuda.is_available() else [pytest.mark.skip(reason="this machine has no CUDA device")]
+    ),
+]
+
+
 @contextmanager
 def _kernels_of(backend: str) -> Iterator[torch.device]:
     """Has ``backend``, ``kind`` or ``kind-variant``, answer the operators on tensors of the device that it yields."""
-    _, _, variant = backend.partition("-")
-    _C.set_instruction_set(variant)
-    try:
-        yield torch.device("cpu")
-    finally:
-        _C.set_instruction_set(_SETS[_BEST])
+    kind, _, variant = backend.partition("-")
+    if kind == "cuda":
+        yield torch.device("cuda")
+    elif kind == "emulated":
+        seed, _, no_clusters = variant.partition("-")
+        with emulated.emulated(int(seed), max_cluster=1 if no_clusters else 16):
+            yield torch.device("cpu")
+    else:
+        _C.set_instruction_set(variant)
+        try:
+            yield torch.device("cpu")
+        finally:
+            _C.set_instruction_set(_SETS[_BEST])
 
 
-@pytest.fixture(params=_CPU)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Whose kernels an op test runs: ``cpu-<instruction set>``. Tests ask for ``device``, which puts them in place."""
-    return str(request.param)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Op tests run on the CPU with each instruction set; those marked ``cuda_kernels`` on those kernels, too."""
+    if "backend" in metafunc.fixturenames:
+        both = metafunc.definition.get_closest_marker("cuda_kernels") is not None
+        metafunc.parametrize("backend", [*_CPU, *(_CUDA_KERNELS if both else [])])
 
 
 @pytest.fixture
 def device(backend: str) -> Iterator[torch.device]:
-    """The devices an op test runs on: the CPU with each instruction set that this machine has.
+    """The devices an op test runs on, with the kernels of ``backend`` in place.
 
     Inputs are made on the CPU, by ``generator``, and moved; results are compared to the truth there.
     """
@@ -51,6 +71,12 @@ def reads_values(backend: str) -> bool:
 
     Elsewhere that would wait for the device: a wrong number makes its row NaN there.
     """
+    return backend.startswith("cpu-")
+
+
+@pytest.fixture
+def fixed_order(backend: str) -> bool:
+    """Whether the sums of a row have one order wherever it lies: CUDA kernels order them by its alignment."""
     return backend.startswith("cpu-")
 
 

@@ -95,6 +95,14 @@ def truth(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     return case.to(CPU, torch.float64).run(reference.divergence)
 
 
+def assert_same(actual: Tensor, expected: Tensor, dtype: torch.dtype, fixed_order: bool) -> None:
+    """The same bits; where sums may take another order, the same but for a few roundings."""
+    if fixed_order:
+        assert torch.equal(actual, expected)
+    else:
+        torch.testing.assert_close(actual, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-6, equal_nan=True)
+
+
 def assert_accurate(case: Case) -> None:
     """Losses and gradients are finite and at most twice as far from the truth as the best plain-torch formula."""
     ours = case.run(fused)

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from divergence_cases import CPU, KINDS, Case, assert_accurate, fused, logits, off_alignment, truth
+from divergence_cases import CPU, KINDS, Case, assert_accurate, assert_same, fused, logits, off_alignment, truth
 from torch import Tensor
 
 from fastkd import _C, build_info
 from fastkd.ops.divergence import divergence
 from fastkd.reference import divergence as reference
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.cuda_kernels]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 TEMPERATURES = [0.05, 1.0, 4.0, "rows"]
@@ -155,7 +155,9 @@ def test_reference_is_what_torch_computes(generator: torch.Generator) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize("kind", ["forward", "reverse", "soft_cross_entropy"])
-def test_infinite_divergence(kind: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+def test_infinite_divergence(
+    kind: str, dtype: torch.dtype, device: torch.device, fixed_order: bool, generator: torch.Generator
+) -> None:
     """The loss of the row is inf; its "to" side still learns; the "from" side's gradient says that there is none."""
     case = make(3, 37, "normal", dtype, generator, device, temperature=2.0, kind=kind)
     to, source = (case.teacher, case.student) if kind == "reverse" else (case.student, case.teacher)
@@ -383,7 +385,7 @@ def test_instruction_sets_agree(generator: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jsd0.3"])
-def test_strides(kind: str, device: torch.device, generator: torch.Generator) -> None:
+def test_strides(kind: str, device: torch.device, fixed_order: bool, generator: torch.Generator) -> None:
     """Sliced vocabularies, transposes, expanded rows and classes: as their contiguous copies."""
     for dtype in DTYPES:
         base, wide = (torch.randn(n, n, generator=generator).to(device, dtype) for n in (40, 70))
@@ -402,4 +404,4 @@ def test_strides(kind: str, device: torch.device, generator: torch.Generator) ->
                 strided = Case(student, teacher, torch.ones(17), options)
                 packed = Case(student.contiguous(), teacher.contiguous(), torch.ones(17), options)
                 for x, y in zip(strided.run(fused), packed.run(fused), strict=True):
-                    assert torch.equal(x, y), name
+                    assert_same(x, y, dtype, fixed_order)

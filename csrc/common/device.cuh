@@ -14,12 +14,18 @@
 #include "common/isa.h"
 
 #define FASTKD_DEVICE __device__ __forceinline__
-// A kernel of at most `threads` threads a block. Blocks are one-dimensional and whole warps.
-#define FASTKD_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// A kernel of at most `threads` threads a block; with a second argument, so few registers that as many blocks share a
+// multiprocessor. Blocks are one-dimensional and whole warps.
+#define FASTKD_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 
 namespace fastkd::FASTKD_ISA::device {
 
 constexpr unsigned kWarp = 32;
+#if __CUDA_ARCH__ >= 900
+constexpr bool kHasClusters = true;
+#else
+constexpr bool kHasClusters = false;
+#endif
 
 // ---- where this thread is ------------------------------------------------------------------------
 

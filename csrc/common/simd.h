@@ -14,6 +14,7 @@
 #include <immintrin.h>
 #endif
 
+#include "common/log.h"
 #include "common/dtype.h"
 #include "common/isa.h"
 
@@ -297,17 +298,7 @@ FASTKD_INLINE F32 log(F32 x) {
   const I32 bits = as_int(x);
   const I32 n = (bits - 0x3f3504f3) >> 23;
   const F32 f = as_float(bits - (n << 23)) - 1.0f;
-  F32 poly = f * -0.0786422027594f + 0.128881152773f;
-  poly = poly * f - 0.131299849244f;
-  poly = poly * f + 0.141803709249f;
-  poly = poly * f - 0.166243586589f;
-  poly = poly * f + 0.200023165941f;
-  poly = poly * f - 0.250008161209f;
-  poly = poly * f + 0.333333164164f;
-  const F32 exponent = __builtin_convertvector(n, F32);
-  const F32 f2 = f * f;
-  const F32 tail = f * f2 * poly + exponent * 1.42860682030941723212e-6f - 0.5f * f2;
-  const F32 result = exponent * 0.693145751953125f + (f + tail);
+  const F32 result = log_of_parts(__builtin_convertvector(n, F32), f);
   const F32 value = x < __builtin_inff() ? result : x;
   if constexpr (Floor) return value;
   return x < 0x1p-126f ? broadcast<F32>(-__builtin_inff()) : value;

@@ -1,33 +1,15 @@
 // Divergence on the CPU: checks, outputs, threads, and the reduction over rows in a fixed order.
-#include "common/tensor.h"
-#include "divergence/kernel.h"
+#include "divergence/operator.h"
 
 namespace fastkd::divergence {
 namespace {
 
-enum class Reduction : int64_t { kNone = 0, kSum = 1, kBatchMean = 2, kMean = 3 };
-
 constexpr int64_t kGrainElements = 16384;          // work worth a thread
 constexpr size_t kStreamBytes = size_t{24} << 20;  // gradients beyond this leave the caches before anyone reads them
 
-void check_logits(const char* name, const Tensor& logits) {
-  check_dtype(name, logits, kFloats);
-  check_dim(name, logits, 2);
-  FASTKD_CHECK(logits.size(1) > 0, name, " has shape ", shape_of(logits), ", must have at least one class");
-}
-
-void check_temperature(double temperature) {
-  FASTKD_CHECK(temperature > 0 && temperature <= std::numeric_limits<double>::max(), "temperature is ", temperature,
-               ", must be positive and finite");
-}
-
-Tensor with_packed_rows(const Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t); }
-
 // A [rows] tensor of any float dtype as doubles.
-std::vector<double> row_values(const char* name, const std::optional<Tensor>& t, int64_t rows) {
+std::vector<double> row_values(const std::optional<Tensor>& t, int64_t rows) {
   if (!t.has_value()) return {};
-  check_dtype(name, *t, {ScalarType::Float, ScalarType::Double});
-  check_shape(name, *t, {rows});
   std::vector<double> values(rows);
   const int64_t stride = rows > 0 ? t->stride(0) : 1;
   for (int64_t r = 0; r < rows; ++r) {
@@ -46,43 +28,22 @@ void write(const Tensor& out, int64_t index, double value) {
   }
 }
 
-ScalarType loss_dtype(const Tensor& logits) {
-  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor teacher, std::optional<Tensor> target,
                                                       std::optional<Tensor> weight, std::optional<Tensor> temperatures,
                                                       double temperature, int64_t kind, double beta, double kd_scale,
                                                       double task_scale, int64_t ignore_index, int64_t reduction,
                                                       bool student_gradient, bool teacher_gradient) {
-  check_logits("student_logits", student);
-  check_logits("teacher_logits", teacher);
-  FASTKD_CHECK(teacher.size(0) == student.size(0) && teacher.size(1) == student.size(1), "teacher_logits has shape ",
-               shape_of(teacher), ", must be that of student_logits, ", shape_of(student));
-  FASTKD_CHECK(teacher.scalar_type() == student.scalar_type(), "teacher_logits has dtype ", dtype_name(teacher.scalar_type()),
-               ", must be that of student_logits, ", dtype_name(student.scalar_type()));
-  FASTKD_CHECK(kind >= 0 && kind <= 3, "kind is ", kind, ", must be 0 to 3");
-  FASTKD_CHECK(reduction >= 0 && reduction <= 3, "reduction is ", reduction, ", must be 0 to 3");
-  FASTKD_CHECK(beta >= 0 && beta <= 1, "beta is ", beta, ", must be in [0, 1]");
-  student = with_packed_rows(student);
-  teacher = with_packed_rows(teacher);
+  check_arguments(student, teacher, target, weight, temperatures, temperature, kind, beta, reduction);
   const int64_t rows = student.size(0), classes = student.size(1);
 
-  const std::vector<double> row_weight = row_values("weight", weight, rows);
-  const std::vector<double> row_temperature = row_values("temperature", temperatures, rows);
-  if (temperatures.has_value()) {
-    for (int64_t r = 0; r < rows; ++r) {
-      FASTKD_CHECK(row_temperature[r] > 0 && row_temperature[r] <= std::numeric_limits<double>::max(), "temperature[", r, "] is ",
-                   row_temperature[r], ", must be positive and finite");
-    }
-  } else {
-    check_temperature(temperature);
+  const std::vector<double> row_weight = row_values(weight, rows);
+  const std::vector<double> row_temperature = row_values(temperatures, rows);
+  for (size_t r = 0; r < row_temperature.size(); ++r) {
+    FASTKD_CHECK(row_temperature[r] > 0 && row_temperature[r] <= std::numeric_limits<double>::max(), "temperature[", r, "] is ",
+                 row_temperature[r], ", must be positive and finite");
   }
   int64_t valid = rows;
   if (target.has_value()) {
-    check_dtype("target", *target, {ScalarType::Long});
-    check_shape("target", *target, {rows});
-    target = torch::stable::contiguous(*target);
     const int64_t* labels = data_or_null<int64_t>(target);
     for (int64_t r = 0; r < rows; ++r) {
       if (labels[r] == ignore_index) {
@@ -155,14 +116,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
 }
 
 void divergence_backward_(Tensor gradient, Tensor grad_loss) {
-  check_dtype("gradient", gradient, kFloats);
-  check_dim("gradient", gradient, 2);
-  FASTKD_CHECK(gradient.is_contiguous(), "gradient has shape ", shape_of(gradient), ", must be contiguous");
-  check_dtype("grad_loss", grad_loss, {ScalarType::Float, ScalarType::Double});
+  if (!check_scale(gradient, grad_loss)) return;
   const int64_t rows = gradient.size(0), classes = gradient.size(1);
   const bool scalar = grad_loss.dim() == 0;
-  if (!scalar) check_shape("grad_loss", grad_loss, {rows});
-  if (rows == 0 || classes == 0) return;
   const int64_t stride = scalar ? 0 : grad_loss.stride(0);
   const bool wide = grad_loss.scalar_type() == ScalarType::Double;
   const void* factors = grad_loss.const_data_ptr();
@@ -208,40 +164,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logit_stats(Tensor logits, do
 Tensor logit_stats_backward(Tensor logits, double temperature, Tensor argmax, Tensor logsumexp, Tensor entropy,
                             std::optional<Tensor> grad_max, std::optional<Tensor> grad_mean, std::optional<Tensor> grad_logsumexp,
                             std::optional<Tensor> grad_entropy) {
-  check_logits("logits", logits);
-  check_temperature(temperature);
-  logits = with_packed_rows(logits);
+  StatsGradients in{logits, argmax, logsumexp, entropy, grad_max, grad_mean, grad_logsumexp, grad_entropy};
+  in.check(temperature);
   const int64_t rows = logits.size(0), classes = logits.size(1);
-  const ScalarType type = loss_dtype(logits);
-  const auto row_tensor = [&](const char* name, Tensor t, ScalarType wanted) {
-    check_dtype(name, t, {wanted});
-    check_shape(name, t, {rows});
-    return torch::stable::contiguous(t);
-  };
-  const auto optional_row_tensor = [&](const char* name, const std::optional<Tensor>& t) -> std::optional<Tensor> {
-    return t.has_value() ? std::optional<Tensor>(row_tensor(name, *t, type)) : std::nullopt;
-  };
-  argmax = row_tensor("argmax", argmax, ScalarType::Long);
-  logsumexp = row_tensor("logsumexp", logsumexp, type);
-  entropy = row_tensor("entropy", entropy, type);
-  grad_max = optional_row_tensor("grad_max", grad_max);
-  grad_mean = optional_row_tensor("grad_mean", grad_mean);
-  grad_logsumexp = optional_row_tensor("grad_logsumexp", grad_logsumexp);
-  grad_entropy = optional_row_tensor("grad_entropy", grad_entropy);
   Tensor gradient = empty_cpu({rows, classes}, logits.scalar_type());
-  const StatsBackwardParams params{kernel_dtype(logits),
-                                   classes,
-                                   logits.const_data_ptr(),
-                                   logits.stride(0),
-                                   temperature,
-                                   static_cast<const int64_t*>(argmax.const_data_ptr()),
-                                   logsumexp.const_data_ptr(),
-                                   entropy.const_data_ptr(),
-                                   data_or_null<void>(grad_max),
-                                   data_or_null<void>(grad_mean),
-                                   data_or_null<void>(grad_logsumexp),
-                                   data_or_null<void>(grad_entropy),
-                                   gradient.mutable_data_ptr()};
+  const StatsBackwardParams params = in.params(temperature, gradient);
   const Kernels& k = kernels();
   parallel(rows, std::max<int64_t>(1, kGrainElements / classes),
            [&](int64_t begin, int64_t end) { k.stats_backward(params, begin, end); });

@@ -132,7 +132,7 @@ struct Row {
     const double zs = sums.value[0], zt = sums.value[1];
     const double log_s = log_of(zs), log_t = log_of(zt);
     const double value =
-        Swap ? divergence_value(sums.value[2], zs, log_s, log_t, c) : divergence_value(sums.value[2], zt, log_t, log_s, c);
+        Swap ? divergence_value(sums.value[2] / zs, log_s, log_t, c) : divergence_value(sums.value[2] / zt, log_t, log_s, c);
     if (params.task) finish_task(task, OwnTask ? sums.value[3] : zs);
     if (!keep) return value;
 

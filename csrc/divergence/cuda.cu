@@ -1,68 +1,191 @@
-// The backward of divergence on the GPU: gradient[r, :] *= grad_loss[r], in place.
+// Divergence on the GPU: checks, outputs, the choice of kernels, the reduction over rows; and the scaling of gradients.
 //
-// Mapping: a grid-stride loop over rows of blocks; the factor is read on the device, and a row whose factor is 1 (the
-// usual loss.backward()) costs its blocks one load and no traffic. Bytes otherwise: 2 * rows * classes * size.
+// Launches: one where a cluster can take all rows, or where losses are wanted unreduced; else one for the rows and one that
+// adds up their losses in a fixed order; with labels, one before that counts the valid rows.
+#include <algorithm>
+
 #include "common/device.cuh"
 #include "common/launch.cuh"
+#include "common/reduce.cuh"
+#include "common/row.cuh"
+#include "divergence/cuda.h"
+#include "divergence/cuda_rows.cuh"
+#include "divergence/operator.h"
 
 namespace fastkd::divergence {
 namespace {
 
 using namespace device;
+using FASTKD_ISA::divergence::count_valid;
+using FASTKD_ISA::divergence::number_of;
+using FASTKD_ISA::divergence::write_reduced;
 
-struct ScaleParams {
-  void* gradient;      // [rows, classes]
-  const void* factor;  // [1] or [rows], float or double
-  bool wide_factor;    // double
-  int64_t factor_stride;
+// ---- over all rows: one block ----------------------------------------------------------------------
+
+struct CountParams {
+  const int64_t* target;
   int64_t rows;
-  int64_t classes;
+  int64_t ignore_index;
+  double* valid;
 };
+
+FASTKD_KERNEL(kMaxRowThreads) count_rows(const CountParams p) {
+  ClusterGroup all;
+  const double count = count_valid(p.target, p.rows, p.ignore_index, all);
+  if (all.index() == 0) *p.valid = count;
+}
+
+FASTKD_KERNEL(kMaxRowThreads) sum_losses(const DeviceParams p) {
+  ClusterGroup all;
+  write_reduced(p, all);
+}
+
+Geometry one_block(int64_t rows, unsigned reductions) {
+  const unsigned threads = static_cast<unsigned>(std::clamp<int64_t>((rows + 31) / 32 * 32, 32, kMaxRowThreads));
+  return {1, threads, 1, cluster_shared_bytes(threads, 1, reductions)};
+}
+
+RowNumbers numbers_of(const std::optional<Tensor>& t) {
+  if (!t.has_value()) return {nullptr, false, 0};
+  return {t->const_data_ptr(), t->scalar_type() == ScalarType::Double, t->numel() > 1 ? t->stride(0) : 0};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor teacher, std::optional<Tensor> target,
+                                                      std::optional<Tensor> weight, std::optional<Tensor> temperatures,
+                                                      double temperature, int64_t kind, double beta, double kd_scale,
+                                                      double task_scale, int64_t ignore_index, int64_t reduction,
+                                                      bool student_gradient, bool teacher_gradient) {
+  check_arguments(student, teacher, target, weight, temperatures, temperature, kind, beta, reduction);
+  const int64_t rows = student.size(0), classes = student.size(1);
+  const Reduction reduce = static_cast<Reduction>(reduction);
+  const bool none = reduce == Reduction::kNone, mean = reduce == Reduction::kMean || reduce == Reduction::kBatchMean;
+  const DeviceContext context(student);
+  const ScalarType type = student.scalar_type(), loss_type = loss_dtype(student);
+  Tensor student_out = student_gradient ? context.empty({rows, classes}, type) : context.empty({0}, type);
+  Tensor teacher_out = teacher_gradient ? context.empty({rows, classes}, type) : context.empty({0}, type);
+  Tensor loss = none ? context.empty({rows}, loss_type) : context.empty({}, loss_type);
+  Tensor terms = none ? context.empty({2, rows}, loss_type) : context.empty({2}, loss_type);
+
+  const bool jensen_shannon = static_cast<Kind>(kind) == Kind::kJensenShannon, gradients = student_gradient || teacher_gradient;
+  const Dtype dtype = kernel_dtype(student);
+  // one sweep is all that a divergence without gradients takes: nothing to keep
+  const bool resident = !teacher_gradient && (student_gradient || jensen_shannon);
+  const Plan plan = plan_rows(rows, classes, static_cast<int>(student.element_size()), jensen_shannon, resident, gradients, !none,
+                              context.limits());
+  DeviceParams params{};
+  params.kind = static_cast<Kind>(kind);
+  params.rows = rows;
+  params.classes = classes;
+  params.student = student.const_data_ptr();
+  params.teacher = teacher.const_data_ptr();
+  params.student_stride = student.stride(0);
+  params.teacher_stride = teacher.stride(0);
+  params.target = data_or_null<int64_t>(target);
+  params.ignore_index = ignore_index;
+  params.task = target.has_value() && task_scale != 0;
+  params.weight = numbers_of(weight);
+  params.temperature = numbers_of(temperatures);
+  params.temperature_all = temperature;
+  params.beta = beta;
+  params.kd_scale = kd_scale;
+  params.task_scale = task_scale;
+  params.denominator = reduce == Reduction::kMean ? static_cast<double>(classes) : 1.0;
+  if (mean && !target.has_value()) params.denominator *= static_cast<double>(std::max<int64_t>(rows, 1));
+  params.student_gradient = student_gradient ? student_out.mutable_data_ptr() : nullptr;
+  params.teacher_gradient = teacher_gradient ? teacher_out.mutable_data_ptr() : nullptr;
+  params.each_row = none;
+  params.wide_loss = loss_type == ScalarType::Double;
+  params.loss = loss.mutable_data_ptr();
+  params.terms = terms.mutable_data_ptr();
+
+  std::optional<Tensor> row_losses, valid;
+  params.one_launch = plan.one_launch;
+  if (mean && target.has_value()) {
+    valid = context.empty({plan.one_launch ? int64_t{kMaxCluster} : 1}, ScalarType::Double);
+    params.valid = static_cast<double*>(valid->mutable_data_ptr());
+    if (!plan.one_launch) {
+      context.launch("divergence (valid rows)", count_rows, one_block(rows, 1),
+                     CountParams{params.target, rows, ignore_index, params.valid});
+    }
+  }
+  if (!none) {
+    row_losses = context.empty({2, rows}, ScalarType::Double);
+    params.row_losses = static_cast<double*>(row_losses->mutable_data_ptr());
+  }
+  if (rows > 0 || plan.one_launch) {
+    const RowKernel kernel = [&] {
+      if (!plan.resident) return streaming_kernel(dtype, jensen_shannon, plan.team);
+      if (jensen_shannon) return resident_jensen_shannon_kernel(dtype, plan.team);
+      return params.kind == Kind::kReverse ? resident_reverse_kernel(dtype, plan.team)
+                                           : resident_forward_kernel(dtype, plan.team);
+    }();
+    context.launch("divergence", kernel, plan.geometry, params);
+  }
+  if (!none && !plan.one_launch) context.launch("divergence (sum of losses)", sum_losses, one_block(rows, 2), params);
+  return {loss, terms, student_out, teacher_out};
+}
+
+// ---- divergence_backward_ ----------------------------------------------------------------------------
+
+// Mapping: a warp takes pieces of rows; the factor is read on the device, and a piece whose factor is 1 (the usual
+// loss.backward()) costs one load and no traffic. Bytes otherwise: 2 * rows * classes * size.
+struct ScaleParams {
+  void* gradient;  // [rows, length]
+  RowNumbers factor;
+  int64_t rows;
+  int64_t length;
+  int64_t pieces;  // of each row
+};
+
+constexpr int64_t kPieceBytes = 8192;
 
 template <typename T>
 FASTKD_KERNEL(kThreads)
-scale_kernel(const ScaleParams p) {
-  for (int64_t r = block_index(); r < p.rows; r += block_count()) {
-    const double factor = p.wide_factor ? static_cast<const double*>(p.factor)[r * p.factor_stride]
-                                        : static_cast<const float*>(p.factor)[r * p.factor_stride];
+scale_pieces(const ScaleParams p) {
+  constexpr int64_t kPiece = kPieceBytes / sizeof(T);
+  const int64_t step = static_cast<int64_t>(block_count()) * (kThreads / kWarp);
+  for (int64_t piece = static_cast<int64_t>(block_index()) * (kThreads / kWarp) + warp_index(); piece < p.rows * p.pieces;
+       piece += step) {
+    const int64_t row = piece / p.pieces, begin = (piece - row * p.pieces) * kPiece;
+    const double factor = number_of(p.factor, row);
     if (factor == 1.0) continue;
-    T* const row = static_cast<T*>(p.gradient) + r * p.classes;
-    for (int64_t i = thread_index(); i < p.classes; i += kThreads) {
-      row[i] = from_compute<T>(to_compute(row[i]) * static_cast<Compute<T>>(factor));
+    const int64_t count = p.length - begin < kPiece ? p.length - begin : kPiece;
+    T* const data = static_cast<T*>(p.gradient) + row * p.length + begin;
+    const RowView<T, int> view(data, static_cast<int>(count), shift_of(data));
+    for (int part = static_cast<int>(lane_index()); part < view.parts(); part += kWarp) {
+      Pack<T> pack = view.template load<true>(part);
+#pragma unroll
+      for (int k = 0; k < kPack<T>; ++k) {
+        pack.value[k] = from_compute<T>(to_compute(pack.value[k]) * static_cast<Compute<T>>(factor));
+      }
+      view.store(part, pack);
     }
   }
 }
 
 void backward_(Tensor gradient, Tensor grad_loss) {
-  check_dtype("gradient", gradient, kFloats);
-  check_dim("gradient", gradient, 2);
-  FASTKD_CHECK(gradient.is_contiguous(), "gradient has shape ", shape_of(gradient), ", must be contiguous");
-  check_dtype("grad_loss", grad_loss, {ScalarType::Float, ScalarType::Double});
-  check_device("grad_loss", grad_loss, "gradient", gradient);
-  const int64_t rows = gradient.size(0), classes = gradient.size(1);
-  const bool scalar = grad_loss.dim() == 0;
-  if (!scalar) check_shape("grad_loss", grad_loss, {rows});
-  if (rows == 0 || classes == 0) return;
+  if (!check_scale(gradient, grad_loss)) return;
+  const bool scalar = grad_loss.dim() == 0;  // one row of all elements
+  const int64_t rows = scalar ? 1 : gradient.size(0), length = scalar ? gradient.numel() : gradient.size(1);
+  const int64_t piece = kPieceBytes / static_cast<int64_t>(gradient.element_size()), pieces = (length + piece - 1) / piece;
   const DeviceContext context(gradient);
-  const ScaleParams params{gradient.mutable_data_ptr(),
-                           grad_loss.const_data_ptr(),
-                           grad_loss.scalar_type() == ScalarType::Double,
-                           scalar ? 0 : grad_loss.stride(0),
-                           rows,
-                           classes};
+  const ScaleParams params{gradient.mutable_data_ptr(), numbers_of(grad_loss), rows, length, pieces};
   const auto kernel = [&] {
     switch (gradient.scalar_type()) {
-      case ScalarType::Double: return scale_kernel<double>;
-      case ScalarType::BFloat16: return scale_kernel<BFloat16>;
-      case ScalarType::Half: return scale_kernel<Float16>;
-      default: return scale_kernel<float>;
+      case ScalarType::Double: return scale_pieces<double>;
+      case ScalarType::BFloat16: return scale_pieces<BFloat16>;
+      case ScalarType::Half: return scale_pieces<Float16>;
+      default: return scale_pieces<float>;
     }
   }();
-  context.launch("divergence_backward_", kernel, {static_cast<unsigned>(std::min<int64_t>(rows, 65536)), kThreads}, params);
+  context.launch("divergence_backward_", kernel, {grid_size(rows * pieces, 1, 1u << 16, kThreads / kWarp), kThreads}, params);
 }
 
 }  // namespace
 
-FASTKD_CUDA_IMPL(m) { m.impl("divergence_backward_", TORCH_BOX(&backward_)); }
+FASTKD_CUDA_IMPL(m) {
+  m.impl("divergence", TORCH_BOX(&divergence));
+  m.impl("divergence_backward_", TORCH_BOX(&backward_));
+}
 
 }  // namespace fastkd::divergence

@@ -27,10 +27,10 @@ FASTKD_HOST_DEVICE V weigh(V probability, V factor) {
   return probability != 0 ? product : V{};
 }
 
-// D from its sum over the row; log_x and log_y are log Zx and log Zy
+// D from the expectation of its terms; log_x and log_y are log Zx and log Zy
 template <typename S>
-FASTKD_HOST_DEVICE S divergence_value(S sum, S z_x, S log_x, S log_y, S c) {
-  return sum / z_x - c * log_x + log_y;
+FASTKD_HOST_DEVICE S divergence_value(S mean, S log_x, S log_y, S c) {
+  return mean - c * log_x + log_y;
 }
 
 // (log m / p)-type factors are finite wherever their probability is positive

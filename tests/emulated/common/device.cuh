@@ -11,13 +11,14 @@
 #include "torch/headeronly/util/Half.h"
 
 #define FASTKD_DEVICE inline
-#define FASTKD_KERNEL(threads) inline void
+#define FASTKD_KERNEL(...) inline void
 
 namespace fastkd::FASTKD_ISA::device {
 
 using emulator::Site;
 
 constexpr unsigned kWarp = 32;
+constexpr bool kHasClusters = true;
 
 inline unsigned thread_index() { return emulator::position().thread; }
 inline unsigned thread_count() { return emulator::position().geometry->threads; }

@@ -1,0 +1,143 @@
+// Reductions over the threads that share a row: lanes of a warp, or all threads of a cluster of blocks.
+//
+// Both groups have the same interface, so that a row kernel is written once. All threads of a group get the result, the
+// same bits each: a butterfly of shuffles within a warp, then, for clusters, one value of each warp through the shared
+// memory of every block (remote stores, one cluster barrier), combined by each warp in the same order. No atomics.
+#pragma once
+
+#include "common/device.cuh"
+
+namespace fastkd::FASTKD_ISA::device {
+
+template <typename S>
+constexpr S kInfinity = static_cast<S>(__builtin_inf());
+
+struct Sum {
+  template <typename V>
+  static FASTKD_DEVICE V identity() {
+    return V(0);
+  }
+  template <typename V>
+  FASTKD_DEVICE V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+struct Max {  // of numbers; a NaN gives way to any
+  template <typename V>
+  static FASTKD_DEVICE V identity() {
+    return -kInfinity<V>;
+  }
+  template <typename V>
+  FASTKD_DEVICE V operator()(V a, V b) const {
+    return maximum(a, b);
+  }
+};
+struct MinIndex {
+  template <typename V>
+  static FASTKD_DEVICE V identity() {
+    return V(INT64_MAX);
+  }
+  template <typename V>
+  FASTKD_DEVICE V operator()(V a, V b) const {
+    return a < b ? a : b;
+  }
+};
+
+template <unsigned kLanes, typename Op, typename V, int N>
+FASTKD_DEVICE void reduce_lanes(V (&values)[N], Op op) {
+#pragma unroll
+  for (unsigned mask = kLanes / 2; mask > 0; mask /= 2) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) values[n] = op(values[n], shuffle_xor(values[n], mask));
+  }
+}
+
+// kLanes neighbouring lanes: several rows a warp, many a block. No shared memory, no barriers.
+template <unsigned kLanes>
+class LaneGroup {
+ public:
+  static constexpr bool kWholeCluster = false;
+  FASTKD_DEVICE unsigned index() const { return thread_index() % kLanes; }
+  FASTKD_DEVICE unsigned size() const { return kLanes; }
+  FASTKD_DEVICE void start() const {}
+  template <typename Op, typename V, int N>
+  FASTKD_DEVICE void reduce(V (&values)[N], Op op) const {
+    reduce_lanes<kLanes>(values, op);
+  }
+};
+
+// All threads of a cluster (of one block, where there are no others). Each reduction takes a part of shared memory of its
+// own, so that one cluster barrier is enough; `cluster_shared_bytes` says how much that is.
+class ClusterGroup {
+ public:
+  static constexpr bool kWholeCluster = true;
+  // numbers_before: of another group of these threads, whose part of shared memory is not taken again
+  FASTKD_DEVICE explicit ClusterGroup(unsigned numbers_before = 0)
+      : used_(numbers_before * kSlotBytes * (thread_count() / kWarp) * cluster_size()) {}
+  FASTKD_DEVICE unsigned index() const { return cluster_rank() * thread_count() + thread_index(); }
+  FASTKD_DEVICE unsigned size() const { return cluster_size() * thread_count(); }
+
+  // Before the first reduction, after loads have been issued: no block may store into one that has not started.
+  FASTKD_DEVICE void start() const {
+    if (cluster_size() > 1) cluster_barrier();
+  }
+
+  // All that was stored before, in global memory too, is there for all threads after it.
+  FASTKD_DEVICE void barrier() const {
+    if (cluster_size() > 1) {
+      cluster_barrier();
+    } else {
+      block_barrier();
+    }
+  }
+
+  template <typename Op, typename V, int N>
+  FASTKD_DEVICE void reduce(V (&values)[N], Op op) {
+    reduce_lanes<kWarp>(values, op);
+    const unsigned warps = thread_count() / kWarp, blocks = cluster_size(), total = warps * blocks;
+    if (total == 1) return;
+    const Shared<V> slots(used_, N * total);
+    used_ += N * total * kSlotBytes;
+    const unsigned slot = cluster_rank() * warps + warp_index(), lane = lane_index();
+    if (blocks == 1) {
+      if (lane == 0) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) slots.store(n * total + slot, values[n]);
+      }
+      block_barrier();
+    } else {
+      if (lane < blocks) {  // a lane for each block
+#pragma unroll
+        for (int n = 0; n < N; ++n) slots.store_remote(lane, n * total + slot, values[n]);
+      }
+      cluster_barrier();
+    }
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      values[n] = Op::template identity<V>();
+      for (unsigned i = lane; i < total; i += kWarp) values[n] = op(values[n], slots.load(n * total + i));
+    }
+    reduce_lanes<kWarp>(values, op);
+  }
+
+ private:
+  static constexpr unsigned kSlotBytes = 8;
+  unsigned used_;
+};
+
+// body(index, group) for each row with the teams that the grid has. All threads come along: the last index may be beyond
+// the rows where several share a block.
+template <class Group, typename Body>
+FASTKD_DEVICE void each_row(int64_t rows, const Body& body) {
+  Group group;
+  if constexpr (Group::kWholeCluster) {
+    body(static_cast<int64_t>(block_index() / cluster_size()), group);
+  } else {
+    const unsigned per_block = thread_count() / group.size();
+    for (unsigned i = block_index(); static_cast<int64_t>(i) * per_block < rows; i += block_count()) {
+      body(static_cast<int64_t>(i) * per_block + thread_index() / group.size(), group);
+    }
+  }
+}
+
+}  // namespace fastkd::FASTKD_ISA::device

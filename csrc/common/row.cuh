@@ -1,0 +1,67 @@
+// Rows of any length and alignment, 16 bytes at a time.
+//
+// Parts of a row are counted from the last 16-byte boundary at or before the first element of the row that is written
+// (where none is written, read), so that its inner parts are whole packs. `shift` is how many elements of the first part
+// lie before the row. Other tensors of the same row whose elements lie on the same boundaries, which is the rule, move in
+// packs too; the rest, and ragged ends, move element by element.
+#pragma once
+
+#include "common/device.cuh"
+
+namespace fastkd::FASTKD_ISA::device {
+
+template <typename T>
+FASTKD_DEVICE int shift_of(const T* row) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
+}
+
+// -inf: what stands behind the end of a row of logits
+FASTKD_DEVICE float lowest(float) { return -__builtin_inff(); }
+FASTKD_DEVICE double lowest(double) { return -__builtin_inf(); }
+FASTKD_DEVICE BFloat16 lowest(BFloat16) { return {0xff80}; }
+FASTKD_DEVICE Float16 lowest(Float16) { return {0xfc00}; }
+
+// A row of `count` elements as parts; null rows are never loaded or stored. Index: int where rows are known to be short,
+// which spares registers, else int64_t.
+template <typename T, typename Index>
+struct RowView {
+  T* data;
+  Index count;
+  int shift;
+  bool packs;  // inner parts are 16-byte aligned
+
+  FASTKD_DEVICE RowView(const T* row, Index elements, int parts_shift)
+      : data(const_cast<T*>(row)),
+        count(elements),
+        shift(parts_shift),
+        packs((reinterpret_cast<uintptr_t>(row) - parts_shift * sizeof(T)) % 16 == 0) {}
+
+  FASTKD_DEVICE Index parts() const { return (count + shift + kPack<T> - 1) / kPack<T>; }
+  FASTKD_DEVICE Index first(Index part) const { return part * kPack<T> - shift; }
+  FASTKD_DEVICE bool whole(Index begin) const { return packs && begin >= 0 && begin + kPack<T> <= count; }
+
+  // -inf outside of the row; kLast: nobody will read it again
+  template <bool kLast = false>
+  FASTKD_DEVICE Pack<T> load(Index part) const {
+    const Index begin = first(part);
+    if (whole(begin)) return kLast ? load_pack_once(data + begin) : load_pack(data + begin);
+    Pack<T> pack;
+#pragma unroll
+    for (int k = 0; k < kPack<T>; ++k) {
+      const Index i = begin + k;
+      pack.value[k] = i >= 0 && i < count ? data[i] : lowest(T{});
+    }
+    return pack;
+  }
+  FASTKD_DEVICE void store(Index part, const Pack<T>& pack) const {
+    const Index begin = first(part);
+    if (whole(begin)) return store_pack_once(data + begin, pack);
+#pragma unroll
+    for (int k = 0; k < kPack<T>; ++k) {
+      const Index i = begin + k;
+      if (i >= 0 && i < count) data[i] = pack.value[k];
+    }
+  }
+};
+
+}  // namespace fastkd::FASTKD_ISA::device

@@ -1,0 +1,11 @@
+// Instances of cuda_resident.cuh: forward KL and soft cross-entropy.
+#include "divergence/cuda_resident.cuh"
+
+namespace fastkd::divergence {
+
+RowKernel resident_forward_kernel(Dtype dtype, Team team) {
+  using namespace FASTKD_ISA::divergence;
+  return resident_of<Family::kForward>(dtype, team);
+}
+
+}  // namespace fastkd::divergence

@@ -1,0 +1,11 @@
+// Instances of cuda_resident.cuh: Jensen-Shannon.
+#include "divergence/cuda_resident.cuh"
+
+namespace fastkd::divergence {
+
+RowKernel resident_jensen_shannon_kernel(Dtype dtype, Team team) {
+  using namespace FASTKD_ISA::divergence;
+  return resident_of<Family::kJensenShannon>(dtype, team);
+}
+
+}  // namespace fastkd::divergence

@@ -1,0 +1,363 @@
+// What the row kernels of divergence share: a row's numbers, formulas of gradients, the loop over rows, their losses.
+#pragma once
+
+#include "common/log.h"
+#include "common/reduce.cuh"
+#include "common/row.cuh"
+#include "divergence/cuda.h"
+#include "divergence/math.h"
+
+namespace fastkd::FASTKD_ISA::divergence {
+
+using namespace device;
+using namespace divergence_math;
+using ::fastkd::divergence::DeviceParams;
+using ::fastkd::divergence::Kind;
+using ::fastkd::divergence::RowNumbers;
+
+FASTKD_DEVICE double number_of(const RowNumbers& numbers, int64_t row) {
+  const int64_t i = row * numbers.stride;
+  return numbers.wide ? static_cast<const double*>(numbers.data)[i] : static_cast<const float*>(numbers.data)[i];
+}
+
+// ln x for normal x > 0, within about an ulp. The library's takes care of every float, and so many registers that rows would
+// not fit.
+FASTKD_DEVICE float log_normal(float x) {
+  int bits;
+  memcpy(&bits, &x, sizeof bits);
+  const int n = (bits - 0x3f3504f3) >> 23;
+  bits -= n * (1 << 23);
+  float mantissa;
+  memcpy(&mantissa, &bits, sizeof mantissa);
+  return log_of_parts(static_cast<float>(n), mantissa - 1.0f) + (x - x);  // NaN stays one
+}
+FASTKD_DEVICE double log_normal(double x) { return device::log(x); }
+
+// ln z of a sum of exponentials, absolute error 3e-8 for float: the logarithm of the mantissa in float, the rest exact. The
+// library's double logarithm would take a third of the time of a bf16 row.
+template <typename S>
+FASTKD_DEVICE double log_sum(double z) {
+  if constexpr (sizeof(S) == 8) {
+    return device::log(z);
+  } else {
+    int64_t bits;
+    memcpy(&bits, &z, sizeof bits);
+    const int64_t n = (bits - 0x3fe6a09e00000000) >> 52;  // mantissa in [0.707, 1.414)
+    bits -= n * (INT64_C(1) << 52);
+    double mantissa;
+    memcpy(&mantissa, &bits, sizeof mantissa);
+    const float rounded = static_cast<float>(mantissa);
+    const float rest = static_cast<float>(mantissa - rounded) * reciprocal(rounded);
+    return static_cast<double>(n) * 0.693147180559945309417 + (log_normal(rounded) + rest) + (z - z);  // NaN stays one
+  }
+}
+
+// 1 / x within an ulp, for x in the range of float. The division of doubles is a call, around which all that a thread holds
+// would be spilled.
+FASTKD_DEVICE double inverse(double x) {
+  double result = static_cast<double>(reciprocal(static_cast<float>(x)));
+  result *= 2.0 - x * result;
+  return result * (2.0 - x * result);
+}
+template <typename S>
+FASTKD_DEVICE double inverse_sum(double z) {
+  return sizeof(S) == 8 ? 1.0 / z : inverse(z);
+}
+
+// 1 / T, but no more than what leaves differences of logits finite, however small T is.
+template <typename S>
+FASTKD_DEVICE S inverse_of(double temperature) {
+  if constexpr (sizeof(S) == 8) {
+    const S result = 1.0 / temperature;
+    return result < 0x1p1000 ? result : 0x1p1000;
+  } else {
+    const double bounded = temperature > 0x1p-100 ? temperature : 0x1p-100;
+    return static_cast<S>(inverse(bounded < 0x1p100 ? bounded : 0x1p100));  // beyond, all softmaxes are uniform
+  }
+}
+
+// No smaller than the smallest normal number; a NaN stays one.
+template <typename S>
+FASTKD_DEVICE S floored(S x) {
+  constexpr S kTiny = sizeof(S) == 8 ? S(0x1p-1022) : S(0x1p-126);
+  return x < kTiny ? kTiny : x;
+}
+
+// A running maximum. Sums are relative to it; to 0 while all was -inf.
+template <typename S>
+struct Peak {
+  S top = -kInfinity<S>;
+  FASTKD_DEVICE S reference() const { return top == -kInfinity<S> ? S(0) : top; }
+  // How far it rises to `higher`: 0 where nothing was there to be rescaled.
+  FASTKD_DEVICE S rise(S higher) {
+    const S delta = top == -kInfinity<S> || !(higher > top) ? S(0) : higher - top;
+    top = maximum(top, higher);
+    return delta;
+  }
+};
+
+FASTKD_DEVICE void write_loss(const DeviceParams& p, void* out, int64_t i, double value) {
+  if (p.wide_loss) {
+    static_cast<double*>(out)[i] = value;
+  } else {
+    static_cast<float*>(out)[i] = static_cast<float>(value);
+  }
+}
+FASTKD_DEVICE double total_loss(const DeviceParams& p, double task, double kd) {
+  return (p.kd_scale != 0 ? p.kd_scale * kd : 0) + p.task_scale * task;
+}
+
+// 1 / denominator of the reduction
+FASTKD_DEVICE double inverse_denominator(const DeviceParams& p) {
+  const double valid = p.valid != nullptr ? p.valid[p.one_launch ? cluster_rank() : 0] : 1;
+  return inverse(p.denominator * (valid > 1 ? valid : 1));
+}
+
+// What a team needs to know of its row. y is the side that the divergence goes to, x the one it comes from; for
+// Jensen-Shannon y is the student. Registers are what bounds these kernels: what is needed late is read late.
+template <typename T, typename Index>
+struct Row {
+  using S = Compute<T>;
+  using View = RowView<T, Index>;
+
+  // What the CPU refuses cannot be refused here, as values are not read on the host: a label or a temperature out of range
+  // makes the row's loss and gradients NaN.
+  struct Numbers {
+    double weight, temperature;
+    int64_t label;  // class of the cross-entropy, or -1
+    bool active;    // takes part: neither ignored nor of weight 0
+    bool own_task;  // its cross-entropy has a softmax of its own: T is not 1
+    FASTKD_DEVICE Numbers(const DeviceParams& p, int64_t index)
+        : weight(p.weight.data != nullptr ? number_of(p.weight, index) : 1.0),
+          temperature(p.temperature.data != nullptr ? number_of(p.temperature, index) : p.temperature_all),
+          label(p.target != nullptr ? p.target[index] : -1),
+          active(weight != 0 && (p.target == nullptr || label != p.ignore_index)) {
+      const bool bad_label = p.target != nullptr && (label < 0 || label >= p.classes);
+      const bool bad_temperature = !(temperature > 0 && temperature < static_cast<double>(__builtin_inf()));
+      if (active && (bad_label || bad_temperature)) weight = static_cast<double>(__builtin_nan(""));
+      if (bad_label) label = -1;
+      if (bad_temperature) temperature = 1;
+      own_task = p.task && temperature != 1.0;
+    }
+  };
+
+  const DeviceParams& p;
+  int64_t index;
+
+  FASTKD_DEVICE bool present() const { return index < p.rows; }  // the last teams of a block may have none
+  FASTKD_DEVICE Numbers numbers() const {
+    Numbers result(p, present() ? index : 0);
+    result.active = result.active && present();
+    return result;
+  }
+  FASTKD_DEVICE bool swap() const { return p.kind == Kind::kReverse; }  // y is the teacher
+  FASTKD_DEVICE S c() const { return p.kind == Kind::kSoftCrossEntropy ? S(0) : S(1); }
+  // of gradients: weight and reduction included
+  FASTKD_DEVICE double kd_scale(const Numbers& numbers) const {
+    return numbers.weight * (p.kd_scale * inverse_denominator(p)) * numbers.temperature;
+  }
+  FASTKD_DEVICE double task_scale(const Numbers& numbers) const {
+    return numbers.weight * (p.task_scale * inverse_denominator(p));
+  }
+
+  FASTKD_DEVICE View student() const { return view(static_cast<const T*>(p.student) + index * p.student_stride); }
+  FASTKD_DEVICE View teacher() const { return view(static_cast<const T*>(p.teacher) + index * p.teacher_stride); }
+  FASTKD_DEVICE View y() const { return swap() ? teacher() : student(); }
+  FASTKD_DEVICE View x() const { return swap() ? student() : teacher(); }
+  FASTKD_DEVICE bool wants_y() const { return (swap() ? p.teacher_gradient : p.student_gradient) != nullptr; }
+  FASTKD_DEVICE bool wants_x() const { return (swap() ? p.student_gradient : p.teacher_gradient) != nullptr; }
+  FASTKD_DEVICE View student_gradient() const { return view(gradient(p.student_gradient)); }
+  FASTKD_DEVICE View y_gradient() const { return view(gradient(swap() ? p.teacher_gradient : p.student_gradient)); }
+  FASTKD_DEVICE View x_gradient() const { return view(gradient(swap() ? p.student_gradient : p.teacher_gradient)); }
+  FASTKD_DEVICE Index parts() const { return present() ? student().parts() : 0; }
+
+  // The losses, weighted, by one thread of the team as soon as they are known.
+  FASTKD_DEVICE void write_task(double task_log_z, S student_top) const {
+    if (!present()) return;
+    const Numbers of = numbers();
+    double value = 0;
+    if (of.active && p.task) {
+      const S logit = of.label >= 0 ? to_compute(student().data[of.label]) : S(0);  // the weight is NaN where not
+      value = of.weight * (task_log_z - (static_cast<double>(logit) - static_cast<double>(student_top)));
+    }
+    if (p.row_losses != nullptr) p.row_losses[index] = value;
+    if (p.each_row) write_loss(p, p.terms, index, value);
+  }
+  FASTKD_DEVICE void write_divergence(double divergence) const {
+    if (!present()) return;
+    const Numbers of = numbers();
+    const double value = of.active ? of.weight * of.temperature * of.temperature * divergence : 0;
+    if (p.row_losses != nullptr) p.row_losses[p.rows + index] = value;
+    if (!p.each_row) return;
+    write_loss(p, p.terms, p.rows + index, value);
+    const double task_loss = p.wide_loss ? static_cast<const double*>(p.terms)[index] : static_cast<const float*>(p.terms)[index];
+    write_loss(p, p.loss, index, total_loss(p, task_loss, value));
+  }
+
+ private:
+  FASTKD_DEVICE T* gradient(void* all) const { return all != nullptr ? static_cast<T*>(all) + index * p.classes : nullptr; }
+  FASTKD_DEVICE View view(const T* row) const {
+    const T* const written = gradient(p.student_gradient != nullptr ? p.student_gradient : p.teacher_gradient);
+    const T* const aligned = written != nullptr ? written : static_cast<const T*>(p.student) + index * p.student_stride;
+    return View(row, static_cast<Index>(p.classes), shift_of(aligned));
+  }
+};
+
+// Softmax of the student at T = 1, for the gradient of the hard cross-entropy.
+template <typename T, typename Index>
+struct TaskGradient {
+  using S = Compute<T>;
+  bool wanted, own;
+  Index label;
+  S top, factor, scale;
+
+  // z: of exponentials that the divergence has, too, or of its own
+  FASTKD_DEVICE TaskGradient(const Row<T, Index>& row, const typename Row<T, Index>::Numbers& numbers, S student_top, double z)
+      : wanted(row.p.task),
+        own(numbers.own_task),
+        label(static_cast<Index>(numbers.label)),
+        top(student_top),
+        factor(static_cast<S>(row.task_scale(numbers) * inverse_sum<S>(z))),
+        scale(static_cast<S>(row.task_scale(numbers))) {}
+
+  // gradient + that of element i, whose exponential is the one of the divergence, or that of its logit
+  FASTKD_DEVICE S add(S gradient, S exponential, T logit, Index i) const {
+    if (!wanted) return gradient;
+    const S e = own ? device::exp(to_compute(logit) - top) : exponential;
+    return gradient + (factor * e - (i == label ? scale : S(0)));
+  }
+};
+
+// Forward and reverse KL, soft cross-entropy.
+template <typename S>
+struct Linear {
+  S inverse_temperature, c, top_y, top_x, f_y, f_x, shift;
+  FASTKD_DEVICE S a(S y) const { return (y - top_y) * inverse_temperature; }
+  FASTKD_DEVICE S b(S x) const { return (x - top_x) * inverse_temperature; }
+  FASTKD_DEVICE S y_gradient(S e_y, S e_x) const { return e_y * f_y - e_x * f_x; }
+  FASTKD_DEVICE S x_gradient(S e_x, S a, S b) const { return weigh(e_x * f_x, c * b - a + shift); }
+};
+
+// Jensen-Shannon: q of the student (y), p of the teacher (x).
+template <typename S>
+struct JensenShannon {
+  S inverse_temperature, top_y, top_x, inverse_zy, inverse_zx, beta, one_minus_beta, f_q, f_p, kq, kp;
+  FASTKD_DEVICE S q(S y) const { return device::exp((y - top_y) * inverse_temperature) * inverse_zy; }
+  FASTKD_DEVICE S p(S x) const { return device::exp((x - top_x) * inverse_temperature) * inverse_zx; }
+  // Terms of KL(q || m) and KL(p || m). Probabilities may be subnormal, where reciprocal and log overflow: both have a floor.
+  struct Terms {
+    S q, p;
+  };
+  FASTKD_DEVICE Terms terms(S q, S p) const {
+    const S inverse_m = reciprocal(floored(mixture(p, q, beta, one_minus_beta)));
+    return {weigh(q, log_normal(floored(q * inverse_m))), weigh(p, log_normal(floored(p * inverse_m)))};
+  }
+  FASTKD_DEVICE S y_gradient(S q, S q_term) const { return f_q * (q_term - q * kq); }
+  FASTKD_DEVICE S x_gradient(S p, S p_term) const { return f_p * (p_term - p * kp); }
+};
+
+// Sums of a row, in double, and what follows from them.
+struct LinearSums {
+  double z_y, z_x, d, z_task;
+};
+template <typename S>
+FASTKD_DEVICE double divergence_of(const LinearSums& sums, S c) {
+  return divergence_value(sums.d * inverse_sum<S>(sums.z_x), log_sum<S>(sums.z_x), log_sum<S>(sums.z_y), static_cast<double>(c));
+}
+template <typename T, typename Index>
+FASTKD_DEVICE Linear<Compute<T>> linear_of(const Row<T, Index>& row, const typename Row<T, Index>::Numbers& numbers,
+                                           Compute<T> top_y, Compute<T> top_x, const LinearSums& sums, double value) {
+  using S = Compute<T>;
+  const double kd_scale = row.kd_scale(numbers);
+  const double shift = log_sum<S>(sums.z_y) - static_cast<double>(row.c()) * log_sum<S>(sums.z_x) - value;
+  return {inverse_of<S>(numbers.temperature),
+          row.c(),
+          top_y,
+          top_x,
+          static_cast<S>(kd_scale * inverse_sum<S>(sums.z_y)),
+          static_cast<S>(kd_scale * inverse_sum<S>(sums.z_x)),
+          static_cast<S>(shift)};
+}
+
+template <typename T, typename Index>
+FASTKD_DEVICE JensenShannon<Compute<T>> jensen_shannon_of(const Row<T, Index>& row,
+                                                          const typename Row<T, Index>::Numbers& numbers, Compute<T> top_y,
+                                                          Compute<T> top_x, double z_y, double z_x) {
+  using S = Compute<T>;
+  return {inverse_of<S>(numbers.temperature),
+          top_y,
+          top_x,
+          static_cast<S>(inverse_sum<S>(z_y)),
+          static_cast<S>(inverse_sum<S>(z_x)),
+          static_cast<S>(row.p.beta),
+          static_cast<S>(1.0 - row.p.beta),
+          S(0),
+          S(0),
+          S(0),
+          S(0)};
+}
+// Once both divergences from the mixture are summed.
+template <typename S>
+FASTKD_DEVICE void finish(JensenShannon<S>& js, double beta, double kd_scale, double kq, double kp) {
+  js.f_q = static_cast<S>(kd_scale * (1.0 - beta));
+  js.f_p = static_cast<S>(kd_scale * beta);
+  js.kq = static_cast<S>(kq);
+  js.kp = static_cast<S>(kp);
+}
+
+// gradient(k, i) for element k of the part, i of the row; zeros in rows that take no part.
+template <typename T, typename Index, typename Gradient>
+FASTKD_DEVICE void store_part(bool active, const RowView<T, Index>& out, Index part, const Gradient& gradient) {
+  Pack<T> pack;
+#pragma unroll
+  for (int k = 0; k < kPack<T>; ++k) {
+    const Compute<T> g = active ? gradient(k, out.first(part) + k) : Compute<T>(0);
+    pack.value[k] = from_compute<T>(g);
+  }
+  out.store(part, pack);
+}
+
+// ---- all rows -----------------------------------------------------------------------------------------
+
+// The grid is one cluster, which sums up what is known of each row, in the same order each time.
+FASTKD_DEVICE double count_valid(const int64_t* target, int64_t rows, int64_t ignore_index, ClusterGroup& all) {
+  double count[1] = {0};
+  for (int64_t r = all.index(); r < rows; r += all.size()) count[0] += target[r] != ignore_index;
+  all.reduce(count, Sum{});
+  return count[0];
+}
+FASTKD_DEVICE void write_reduced(const DeviceParams& p, ClusterGroup& all) {
+  double sums[2] = {0, 0};
+  for (int64_t r = all.index(); r < p.rows; r += all.size()) {
+    sums[0] += p.row_losses[r];
+    sums[1] += p.row_losses[p.rows + r];
+  }
+  all.reduce(sums, Sum{});
+  if (all.index() != 0) return;
+  const double scale = inverse_denominator(p);
+  write_loss(p, p.terms, 0, sums[0] * scale);
+  write_loss(p, p.terms, 1, sums[1] * scale);
+  write_loss(p, p.loss, 0, total_loss(p, sums[0], sums[1]) * scale);
+}
+
+// body(row, group) for every row with the teams that the grid has; where it is one cluster, the reduction too.
+template <typename T, typename Index, class Group, typename Body>
+FASTKD_DEVICE void for_rows(const DeviceParams& p, const Body& body) {
+  if (!Group::kWholeCluster && p.one_launch) {
+    ClusterGroup all;
+    all.start();
+    if (p.valid != nullptr) {
+      const double count = count_valid(p.target, p.rows, p.ignore_index, all);
+      if (thread_index() == 0) p.valid[cluster_rank()] = count;  // each block has a copy: no wait for the others
+      block_barrier();
+    }
+  }
+  each_row<Group>(p.rows, [&](int64_t index, Group& group) { body(Row<T, Index>{p, index}, group); });
+  if (!Group::kWholeCluster && p.one_launch) {
+    ClusterGroup all(1);
+    all.barrier();
+    write_reduced(p, all);
+  }
+}
+
+}  // namespace fastkd::FASTKD_ISA::divergence

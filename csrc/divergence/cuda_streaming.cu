@@ -1,0 +1,30 @@
+// Instances of cuda_streaming.cuh.
+#include "divergence/cuda_streaming.cuh"
+
+namespace fastkd::divergence {
+namespace {
+
+template <typename T, bool kJensenShannon>
+RowKernel of(Team team) {
+  using namespace device;
+  using namespace FASTKD_ISA::divergence;
+  return team == Team::kWarp ? streaming_rows<T, kJensenShannon, LaneGroup<32>> : streaming_rows<T, kJensenShannon, ClusterGroup>;
+}
+
+template <typename T>
+RowKernel of(bool jensen_shannon, Team team) {
+  return jensen_shannon ? of<T, true>(team) : of<T, false>(team);
+}
+
+}  // namespace
+
+RowKernel streaming_kernel(Dtype dtype, bool jensen_shannon, Team team) {
+  switch (dtype) {
+    case Dtype::kFloat64: return of<double>(jensen_shannon, team);
+    case Dtype::kBFloat16: return of<BFloat16>(jensen_shannon, team);
+    case Dtype::kFloat16: return of<Float16>(jensen_shannon, team);
+    default: return of<float>(jensen_shannon, team);
+  }
+}
+
+}  // namespace fastkd::divergence
