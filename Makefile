@@ -12,7 +12,7 @@ FORMATTED := $(CSRC) $(call SOURCES,tests/emulated)
 SANITIZED := build/sanitized
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench sanitize lint format wheel build clean
+.PHONY: help demo test bench sanitize inspect lint format wheel build clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ sanitize: $(VENV)/.built  ## the op tests under AddressSanitizer and UndefinedBe
 	FASTKD_SANITIZE=1 FASTKD_CUDA=0 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$$(echo $(SANITIZED)/lib*)" $(BIN)/pytest -m "not compiles"
+
+inspect: $(VENV)/.dev  ## the CUDA kernels as nvcc built them: registers, spills, wide loads and stores
+	$(BIN)/python .ci/inspect_cuda.py
 
 bench: $(VENV)/.built  ## ratios against peers on this machine, as a table and as JSON under benchmarks/results/
 	$(PIP) --no-build-isolation --editable ".[bench]"

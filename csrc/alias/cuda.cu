@@ -27,6 +27,7 @@ struct SampleParams {
   int64_t* out;  // [count]
 };
 
+// inspect: streaming sample_kernel loads=128 stores=64
 FASTKD_KERNEL(kThreads) sample_kernel(const SampleParams p) {
   const uint64_t seed = static_cast<uint64_t>(p.stream[0]);
   const uint64_t first = static_cast<uint64_t>(p.stream[1]) + p.offset;
