@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,66 @@ import fastkd
 
 Run = Callable[[], Any]
 SHORT = 1.0  # seconds
+AHEAD = 2_000_000  # cycles, about a millisecond: the GPU waits so long while Python queues what is timed
+
+
+class Clock(Protocol):
+    """How long one run takes."""
+
+    def seconds(self, run: Run) -> float:
+        """One timed call; what it returned is freed outside the clock."""
+        ...
+
+
+class WallClock:
+    """The host's clock. Work shorter than ``SHORT`` is timed at its second run in a row, whose caches are its own."""
+
+    def seconds(self, run: Run) -> float:
+        """One timed call, or the second of two."""
+        elapsed = self._once(run)
+        return elapsed if elapsed >= SHORT else self._once(run)
+
+    @staticmethod
+    def _once(run: Run) -> float:
+        start = time.perf_counter()
+        result = run()
+        elapsed = time.perf_counter() - start
+        del result
+        return elapsed
+
+
+class EventClock:
+    """CUDA events around the call, after the L2 cache has been overwritten.
+
+    ``latency=False``: the GPU is kept waiting while Python queues the call, so that what is timed is the GPU's work and
+    not the gaps between launches. ``latency=True``: it idles, and the time is that of a call in an eager loop.
+    """
+
+    def __init__(self, device: torch.device, *, latency: bool = False) -> None:
+        self.device, self.latency = device, latency
+        cache: int = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(2 * cache, dtype=torch.uint8, device=device)
+
+    def seconds(self, run: Run) -> float:
+        """One timed call."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(self.device):
+            self._flush.zero_()
+            if self.latency:
+                torch.cuda.synchronize()
+            else:
+                torch.cuda._sleep(AHEAD)
+            start.record()
+            result = run()
+            end.record()
+            end.synchronize()
+        del result
+        return start.elapsed_time(end) * 1e-3
+
+
+def clock_for(device: torch.device, *, latency: bool = False) -> Clock:
+    """The clock of a device."""
+    return EventClock(device, latency=latency) if device.type == "cuda" else WallClock()
 
 
 @dataclass
@@ -29,6 +89,10 @@ class Case:
     targets: dict[str, float] = field(default_factory=dict)  # peer -> ratio to hold (design targets)
     rounds: int = 15
     scale: dict[str, float] = field(default_factory=dict)  # peer -> factor, where it does only a part of the work
+    clock: Clock = field(default_factory=WallClock)
+    floor_bytes: int | None = None  # the fewest bytes that the work must move (benchmarks/floors.py)
+    missing: dict[str, str] = field(default_factory=dict)  # peer -> why it is not measured
+    errors: dict[str, float] = field(default_factory=dict)  # contender -> relative error of its result
 
 
 def cpu_name() -> str:
@@ -54,46 +118,38 @@ def machine() -> dict[str, Any]:
     }
 
 
-def seconds(run: Run) -> float:
-    """One timed call; what it returned is freed outside the clock."""
-    start = time.perf_counter()
-    result = run()
-    elapsed = time.perf_counter() - start
-    del result
-    return elapsed
-
-
 def measure(case: Case) -> list[dict[str, Any]]:
     """Rows of the table: one for each peer, with medians, quartiles and the ratio.
 
     fastkd takes turns with one peer at a time: what a peer leaves behind (a heap given back to the system, cold caches)
-    is charged to nobody else. Work shorter than ``SHORT`` is timed at its second run in a row, for the same reason.
+    is charged to nobody else. With no peer there is one row, of fastkd alone.
     """
     rows = []
-    for peer, run in case.peers.items():
-        times: dict[str, list[float]] = {"fastkd": [], peer: []}
-        for contender in (case.ours, run):
+    for peer, run in case.peers.items() or [(None, None)]:
+        contenders = {"fastkd": case.ours} | ({} if peer is None or run is None else {peer: run})
+        times: dict[str, list[float]] = {name: [] for name in contenders}
+        for contender in contenders.values():
             contender()  # warm-up: compilation, first touch
         gc.collect()
         for _ in range(case.rounds):
-            for name, contender in (("fastkd", case.ours), (peer, run)):
-                elapsed = seconds(contender)
-                if elapsed < SHORT:
-                    elapsed = seconds(contender)
-                times[name].append(elapsed * case.scale.get(name, 1.0))
-        ours, theirs = (statistics.median(times[name]) for name in ("fastkd", peer))
-        rows.append(
-            {
-                "case": case.name,
-                "peer": peer,
-                "fastkd_ms": ours * 1e3,
-                "fastkd_quartiles_ms": _quartiles_ms(times["fastkd"]),
+            for name, contender in contenders.items():
+                times[name].append(case.clock.seconds(contender) * case.scale.get(name, 1.0))
+        ours = statistics.median(times["fastkd"])
+        row: dict[str, Any] = {
+            "case": case.name,
+            "peer": peer,
+            "fastkd_ms": ours * 1e3,
+            "fastkd_quartiles_ms": _quartiles_ms(times["fastkd"]),
+        }
+        if peer is not None:
+            theirs = statistics.median(times[peer])
+            row |= {
                 "peer_ms": theirs * 1e3,
                 "peer_quartiles_ms": _quartiles_ms(times[peer]),
                 "ratio": theirs / ours,
                 "target": case.targets.get(peer),
             }
-        )
+        rows.append(row)
     return rows
 
 
