@@ -1,0 +1,176 @@
+"""Small calls of every public function that has CUDA kernels, forward and backward; the tests of CUDA share them.
+
+``python tests/cuda_cases.py`` runs them all on the GPU, for compute-sanitizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd import functional as F  # noqa: N812
+from fastkd.ops import crop as crop_ops
+from fastkd.ops import divergence as divergence_ops
+
+needs_cuda = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here"),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """``run(*make(device, seed))`` is all the work: the results, then the gradients."""
+
+    name: str
+    make: Callable[[torch.device, int], tuple[Tensor, ...]]
+    run: Callable[..., tuple[Tensor, ...]]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def inputs(self, device: torch.device | str, seed: int = 0) -> tuple[Tensor, ...]:
+        """Inputs that depend on the seed only, not on the device."""
+        return self.make(torch.device(device), seed)
+
+    def __call__(self, *inputs: Tensor, **more: Any) -> tuple[Tensor, ...]:
+        return self.run(*inputs, **self.options, **more)
+
+
+def _normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def _logits(rows: int, classes: int, dtype: torch.dtype) -> Callable[[torch.device, int], tuple[Tensor, ...]]:
+    def make(device: torch.device, seed: int) -> tuple[Tensor, ...]:
+        both = (_normal(2 * seed + i, rows, classes, dtype=dtype).mul_(3).to(device) for i in (0, 1))
+        target = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(seed))
+        target[rows // 2] = -100
+        return (*both, target.to(device))
+
+    return make
+
+
+def _loss(student: Tensor, teacher: Tensor, target: Tensor, *, function: str, **options: Any) -> tuple[Tensor, ...]:
+    """The loss, and the gradients of both sides."""
+    student, teacher = student.detach().requires_grad_(), teacher.detach().requires_grad_()
+    loss = getattr(F, function)(student, teacher, target=target, **options)
+    return (loss.detach(), *torch.autograd.grad(loss.sum(), (student, teacher)))
+
+
+def _stats(logits: Tensor, *_: Tensor, temperature: float = 1.0) -> tuple[Tensor, ...]:
+    logits = logits.detach().requires_grad_()
+    stats = F.logit_stats(logits, temperature)
+    floats = [value for value in stats if value.is_floating_point()]
+    gradient = torch.autograd.grad(floats, logits, [torch.ones_like(value) for value in floats])
+    return (*(value.detach() for value in stats), *gradient)
+
+
+def _images(
+    batch: int, side: int, dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format
+) -> Callable[[torch.device, int], tuple[Tensor, ...]]:
+    def make(device: torch.device, seed: int) -> tuple[Tensor, ...]:
+        images = _normal(seed, batch, 3, side, side)
+        images = (images * 50 + 128).clamp(0, 255).to(dtype) if dtype == torch.uint8 else images.to(dtype)
+        generator = torch.Generator().manual_seed(seed)
+        offsets = torch.randint(-3, side, (batch, 4, 2), generator=generator)  # some reach outside
+        flip = torch.rand(batch, 4, generator=generator) < 0.5
+        return images.contiguous(memory_format=memory_format).to(device), offsets.to(device), flip.to(device)
+
+    return make
+
+
+def _with_gradient(crop: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, ...]:
+    if not images.is_floating_point():
+        return (crop(images),)
+    images = images.detach().requires_grad_()
+    patches = crop(images)
+    upstream = patches.detach() * 0.5 + 1
+    return (patches.detach(), *torch.autograd.grad(patches, images, upstream))
+
+
+def _crop(images: Tensor, offsets: Tensor, flip: Tensor, *, size: int) -> tuple[Tensor, ...]:
+    return _with_gradient(lambda x: fastkd.crop_patches(x, offsets, size, flip), images)
+
+
+def _random_patches(images: Tensor, *_: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+    return _with_gradient(lambda x: fastkd.random_patches(x, 5, 3, generator, padding=2)[0], images)
+
+
+def _random_crop_flip(images: Tensor, *_: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+    return _with_gradient(
+        lambda x: fastkd.random_crop_flip(x, mean=[0.4, 0.5, 0.6], std=0.25, generator=generator), images
+    )
+
+
+# from rows that fit a warp to rows that fill several blocks, most of them not aligned; rows of one element
+_SHAPES = (
+    (256, 100, torch.float32),
+    (33, 4099, torch.bfloat16),
+    (5, 50257, torch.float16),
+    (2, 128257, torch.bfloat16),
+    (3, 1, torch.float32),
+)
+_LOSSES: dict[str, dict[str, Any]] = {
+    "kl_div": {"function": "kl_div", "temperature": 4.0},
+    "kl_div reverse": {"function": "kl_div", "direction": "reverse"},
+    "js_div": {"function": "js_div", "beta": 0.3},
+    "soft_cross_entropy": {"function": "soft_cross_entropy", "temperature": 2.0},
+    "kd_loss": {"function": "kd_loss", "temperature": 4.0, "alpha": 0.7},
+    "kl_div rows": {"function": "kl_div", "reduction": "none"},
+}
+
+
+def _name(name: str, shape: tuple[Any, ...]) -> str:
+    return f"{name} {'x'.join(str(part).removeprefix('torch.') for part in shape)}"
+
+
+DETERMINED = [
+    *(
+        Case(_name(name, shape), _logits(*shape), _loss, options)
+        for name, options in _LOSSES.items()
+        for shape in _SHAPES
+    ),
+    *(Case(_name("logit_stats", shape), _logits(*shape), _stats) for shape in _SHAPES),
+    Case("crop_patches", _images(7, 16, torch.float32), _crop, {"size": 5}),
+    Case("crop_patches bfloat16", _images(7, 33, torch.bfloat16), _crop, {"size": 8}),
+    Case("crop_patches channels_last", _images(7, 16, torch.float32, torch.channels_last), _crop, {"size": 5}),
+    Case("crop_patches uint8", _images(7, 16, torch.uint8), _crop, {"size": 8}),
+]
+RANDOM = [
+    Case("random_patches", _images(7, 16, torch.float32), _random_patches),
+    Case("random_crop_flip", _images(7, 16, torch.float32), _random_crop_flip),
+    Case("random_crop_flip uint8", _images(7, 16, torch.uint8), _random_crop_flip),
+]
+CASES = DETERMINED + RANDOM
+
+parametrized = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+parametrized_determined = pytest.mark.parametrize("case", DETERMINED, ids=lambda case: case.name)
+
+
+def assert_identical(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """Bit for bit, on whatever device."""
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b.cpu(), rtol=0, atol=0, equal_nan=True)
+
+
+def run_all(device: torch.device) -> None:
+    """Every case once, and the operators that no case reaches."""
+    for case in CASES:
+        case(*case.inputs(device))
+        print(case.name, flush=True)
+    crop_ops.crop_offsets(torch.tensor([7], device=device), 33, 5, (-4, 9), (0, 1000), 0.5)
+    student, teacher, _ = _logits(33, 401, torch.float32)(device, 0)
+    divergence_ops.divergence(student.requires_grad_(), teacher)[0].mul(3.0).backward()  # divergence_backward_ scales
+    fastkd.AliasTable(_normal(0, 10_000), 2.0, seed=1).to(device).sample(1000)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    run_all(torch.device("cuda"))
