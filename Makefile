@@ -12,7 +12,7 @@ FORMATTED := $(CSRC) $(call SOURCES,tests/emulated)
 SANITIZED := build/sanitized
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench sanitize inspect lint format wheel build clean
+.PHONY: help demo test bench gpu-check sanitize inspect lint format wheel build clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ inspect: $(VENV)/.dev  ## the CUDA kernels as nvcc built them: registers, spills
 bench: $(VENV)/.built  ## ratios against peers on this machine, as a table and as JSON under benchmarks/results/
 	$(PIP) --no-build-isolation --editable ".[bench]"
 	$(BIN)/python -m benchmarks
+
+gpu-check:  ## on a machine with a GPU: build, test, sanitize, measure, with $(PYTHON) as it is, in 8 minutes
+	$(PYTHON) -m benchmarks.gpu_check
 
 wheel: $(VENV)/.tools  ## dist/fastkd-*.whl, for any torch >= 2.10
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -1,0 +1,285 @@
+"""What ``make gpu-check`` does that needs no GPU: its stages, its report, its file, its bytes, its cases on the CPU."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # benchmarks/ is of the source tree, not of the package
+
+from benchmarks import bench_crop, bench_divergence, floors, gpu, gpu_check, harness  # noqa: E402
+from benchmarks.gpu_check import Outcome, Stage  # noqa: E402
+from benchmarks.results_file import ResultsFile, slug  # noqa: E402
+
+
+def stage(name: str, code: str, seconds: float = 10.0, **more: Any) -> Stage:
+    return Stage(name, [sys.executable, "-c", code], seconds, **more)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> ResultsFile:
+    """An empty results file."""
+    return ResultsFile(tmp_path / "results" / "gpu.json")
+
+
+def run_stages(stages: list[Stage], results: ResultsFile, seconds: float = 60.0) -> list[Outcome]:
+    return gpu_check.run_stages(stages, seconds, os.environ, results, results.path.parent / "logs")
+
+
+def test_a_failed_stage_does_not_end_the_check(results: ResultsFile) -> None:
+    outcomes = run_stages(
+        [
+            stage("one", "print('all good')"),
+            stage("two words", "import sys; sys.exit(9)", meanings={9: "found errors"}),
+            Stage("three", ["/no/such/program"], 10.0),
+            stage("four", "pass", unavailable="not installed"),
+            stage("five", "print('=== Device not supported'); raise SystemExit(1)"),
+            stage("six", "print('=== 5 skipped')", must_say="passed"),
+            stage("seven", "print('=== 2 passed, 5 skipped')", must_say="passed"),
+        ],
+        results,
+    )
+    assert [o.status for o in outcomes] == ["ok", "failed", "failed", "unavailable", "unavailable", "failed", "ok"]
+    assert [o.bad for o in outcomes] == [False, True, True, False, False, True, False]
+    assert outcomes[0].detail == "all good"
+    assert outcomes[1].detail == "found errors"
+    assert [entry["stage"] for entry in results.read()["stages"]] == [o.stage for o in outcomes]
+    assert gpu_check.summary(outcomes).count("\n") == 6
+
+
+def test_a_stage_is_stopped_with_all_that_it_started(results: ResultsFile, tmp_path: Path) -> None:
+    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    begun = time.monotonic()
+    outcomes = run_stages([stage("endless", code, 1.0), stage("next", "pass", 9.0)], results, seconds=10.0)
+    assert [o.status for o in outcomes] == ["out of time", "ok"]
+    time.sleep(max(0.0, 4 - (time.monotonic() - begun)))
+    assert not (tmp_path / "late").exists()
+
+
+def test_later_stages_use_what_earlier_ones_left(results: ResultsFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+
+    def record(stage: Stage, seconds: float, *_: Any) -> Outcome:
+        given.append(seconds)
+        return Outcome(stage.name, "ok", 0.0)
+
+    monkeypatch.setattr(gpu_check, "run_stage", record)
+    ticks = itertools.count(100.0, 1.0)  # every stage takes a second
+    stages = [stage("a", "", 10), stage("b", "", 20), stage("c", "", 30)]
+    gpu_check.run_stages(stages, 120.0, {}, results, clock=lambda: next(ticks))
+    assert given == [19.0, 58.0, 117.0]
+
+
+def test_a_command_is_told_its_time(results: ResultsFile) -> None:
+    told = Stage("told", [sys.executable, "-c", "import sys; print(sys.argv[1])", "{seconds}"], 10.0)
+    assert run_stages([told], results, seconds=42.0)[0].detail in ("41", "42")
+
+
+def test_results_are_whole_after_every_stage(results: ResultsFile) -> None:
+    """A stage reads the file: those before it are there; keys of other writers stay."""
+    results.update(machine={"gpu": "x"})
+    read = f"import json; print([s['stage'] for s in json.load(open({str(results.path)!r})).get('stages', [])])"
+    outcomes = run_stages([stage("first", "pass"), stage("second", read)], results)
+    assert outcomes[1].detail == "['first']"
+    assert results.read()["machine"] == {"gpu": "x"}
+    assert [path.name for path in results.path.parent.iterdir() if path.is_file()] == ["gpu.json"]  # no draft left
+    results.clear()
+    assert results.read() == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA H200", "nvidia-h200"),
+        ("NVIDIA GeForce RTX 4090", "nvidia-geforce-rtx-4090"),
+        ("  A100 (80GB)", "a100-80gb"),
+    ],
+)
+def test_slug(name: str, expected: str) -> None:
+    assert slug(name) == expected
+
+
+@pytest.mark.parametrize(("capability", "expected"), [([9, 0], "9.0a"), ([8, 6], "8.6"), ([10, 0], "10.0")])
+def test_architecture(capability: list[int], expected: str) -> None:
+    assert gpu_check.architecture(capability) == expected
+    environment = gpu_check.environment_for(capability, {"PATH": "", "PYTHONPATH": "/somewhere"})
+    assert environment["TORCH_CUDA_ARCH_LIST"] == expected
+    assert environment["PYTHONPATH"].split(os.pathsep) == [str(ROOT), "/somewhere"]
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "NEEDS", {"torch": "all", "no_such_peer": "the benchmarks", "ninja": "the build"})
+    monkeypatch.setattr(gpu_check, "TOOLS", {"no-such-tool": "the sanitizer stages"})
+    monkeypatch.setattr(gpu_check, "_ninja_has_its_program", lambda *_: False)
+    absent = gpu_check.missing(sys.executable, os.environ)
+    assert set(absent) == {"no_such_peer", "no-such-tool", "ninja's program"}
+    assert absent["no_such_peer"] == "the benchmarks"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so_in_one_line() -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == gpu_check.NO_GPU
+    assert found.stdout.startswith("gpu-check: no GPU to check on: ")
+    assert found.stdout.count("\n") == 1
+
+
+def test_a_failure_is_the_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    gpu_found = {"gpu": "Test GPU", "capability": [9, 0], "torch": "2.11"}
+    monkeypatch.setattr(gpu_check, "probe", lambda _: gpu_found)
+    monkeypatch.setattr(gpu_check, "missing", lambda *_: {"kornia": "the benchmarks"})
+    monkeypatch.setattr(gpu_check, "LOGS", tmp_path)
+    stages = [stage("build", "raise SystemExit(3)"), stage("benchmarks", "print('measured')")]
+    monkeypatch.setattr(gpu_check, "stages_for", lambda *_: stages)
+    output = tmp_path / "out.json"
+    assert gpu_check.main(["--output", str(output)]) == 1
+    assert gpu_check.main(["--output", str(output), "--only", "benchmarks"]) == 0
+    assert "missing: kornia, needed for the benchmarks" in capsys.readouterr().out
+    written = json.loads(output.read_text())
+    assert written["check"]["missing"] == {"kornia": "the benchmarks"}
+    assert [entry["status"] for entry in written["stages"]] == ["ok"]
+
+
+def test_every_stage_has_its_files() -> None:
+    stages = gpu_check.stages_for("python3", Path("out.json"), dict(os.environ))
+    assert [s.name.split()[0] for s in stages] == ["build", "cuda", "operator", "memcheck", "racecheck", "benchmarks"]
+    assert sum(s.seconds for s in stages) <= gpu_check.SECONDS
+    named = [part for s in stages for part in s.command if part.endswith(".py")]
+    assert len(named) > 8
+    assert all((ROOT / part).exists() for part in named)
+
+
+def test_floors_of_divergence() -> None:
+    n = 8192 * 128256
+    assert floors.divergence(8192, 128256, 2) == 6 * n
+    assert floors.divergence(8192, 128256, 4) == 12 * n
+    assert floors.divergence(8192, 128256, 2, teacher_gradient=True) == 8 * n
+    assert floors.divergence(8192, 128256, 2, sweeps=2) == 10 * n
+    assert floors.divergence(8192, 128256, 2, sweeps=3) == 14 * n
+    assert floors.divergence(8192, 128256, 2, 4, student_gradient=False) == 6 * n
+    assert floors.divergence(10, 5, 2, row_bytes=20) == 300 + 200
+    assert floors.divergence_backward(10, 5, 2) == 200
+    assert floors.logit_stats(10, 5, 2) == 100 + 240
+    assert floors.logit_stats_backward(10, 5, 2) == 200 + 10 * 32
+
+
+def test_floors_of_crop() -> None:
+    assert floors.crop(100, 3, 8, (4, 4), 1, 4) == 100 * 3 + 8 * 3 * 16 * 4 + 8 * 16
+    assert floors.crop_backward(2, 3, (8, 8), 8, (4, 4), 4) == 3 * (8 * 16 + 2 * 64) * 4 + 8 * 16
+    assert floors.crop_offsets(100) == 1700
+    assert floors.alias_sample(10) == 400
+    assert floors.alias_sample(10, top_in_cache=False) == 720
+
+
+def test_covered_pixels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    offsets = torch.randint(-9, 12, (7, 5, 2), generator=generator)
+    covered = torch.zeros(7, 10, 11, dtype=torch.bool)
+    for b in range(7):
+        for y, x in offsets[b].tolist():
+            covered[b, max(y, 0) : max(y + 4, 0), max(x, 0) : max(x + 6, 0)] = True
+    assert floors.covered_pixels(offsets, (4, 6), (10, 11)) == int(covered.sum())
+
+
+def few(cases: list[gpu.LazyCase]) -> list[gpu.LazyCase]:
+    """One of each kind of work, at its smallest size."""
+    kinds = {case.name.split("x")[0].rstrip("0123456789"): case for case in reversed(cases)}
+    return list(kinds.values())
+
+
+def test_gpu_cases_on_the_cpu(
+    results: ResultsFile, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Inputs, peers, comparisons, rows and table of the GPU benchmarks, at sizes that say nothing about speed."""
+    settings = gpu.Settings(torch.device("cpu"), nbytes=1 << 12, compile=False, most_rounds=2)
+    for module in (bench_crop, bench_divergence):
+        cases = few(list(module.gpu_cases(settings)))
+        monkeypatch.setattr(module, "gpu_cases", lambda _, cases=cases: iter(cases))
+    assert gpu.measure_all(settings, gpu.PRIMITIVES, results, 1e9, time.monotonic() + 600)
+    rows = results.read()["rows"]
+    names = {row["case"].split("x")[0].rstrip("0123456789") for row in rows}
+    assert names == {
+        "KL ", "JSD ", "KL forward only ", "logit_stats ", "crop forward ", "crop backward ", "random_crop_flip "
+    }  # fmt: skip
+    for row in rows:
+        assert "missing" in row or row["fastkd_ms"] > 0
+        assert "missing" in row or row["fastkd_relative_error"] < 1e-2
+    measured = {row["peer"] for row in rows if "missing" not in row}
+    assert measured >= {"torch eager", "advanced-index gather", "grid_sample, nearest", "unfold and gather"}
+    named = {row["peer"] for row in rows}
+    assert named >= {"Liger-Kernel", "kornia RandomCrop"}  # measured or missing, never silent
+    printed = capsys.readouterr().out
+    assert all(row["case"] in printed for row in rows)
+
+
+def case_of(ours: float, **peers: float) -> gpu.LazyCase:
+    def build() -> harness.Case:
+        contenders = gpu.Contenders(
+            lambda: torch.tensor(ours),
+            {name: lambda value=value: torch.tensor(value) for name, value in peers.items()},
+            lambda result: gpu.relative_error(result, torch.tensor(1.0)),
+            1e-3,
+            1e-1,
+        )
+        return contenders.case("work", gpu.Settings(torch.device("cpu"), most_rounds=2), floor_bytes=1000)
+
+    return gpu.LazyCase("work", build)
+
+
+def measured_rows(
+    cases: list[gpu.LazyCase], results: ResultsFile, monkeypatch: pytest.MonkeyPatch, seconds: float = 60.0
+) -> tuple[bool, list[dict[str, Any]]]:
+    monkeypatch.setattr(bench_crop, "gpu_cases", lambda _: iter(cases))
+    settings = gpu.Settings(torch.device("cpu"))
+    complete = gpu.measure_all(settings, ["crop"], results, 1e9, time.monotonic() + seconds)
+    return complete, results.read()["rows"]
+
+
+def test_a_wrong_result_fails_and_a_wrong_peer_is_missing(
+    results: ResultsFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = [case_of(1.0, right=1.05, wrong=2.0, nan=float("nan")), case_of(1.1, right=1.0), case_of(1.0)]
+    complete, rows = measured_rows(cases, results, monkeypatch)
+    assert not complete
+    assert [(row["peer"], sorted(row.keys() & {"missing", "error", "ratio"})) for row in rows] == [
+        ("right", ["ratio"]),
+        ("wrong", ["missing"]),
+        ("nan", ["missing"]),
+        (None, ["error"]),
+        (None, []),  # no peer at all: fastkd is measured alone
+    ]
+    assert rows[0]["fastkd_percent_of_ceiling"] == pytest.approx(100 * 1000 / (rows[0]["fastkd_ms"] * 1e-3) / 1e9)
+    assert "fastkd is wrong" in rows[3]["error"]
+
+
+def test_cases_after_the_deadline_are_named(results: ResultsFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    complete, rows = measured_rows([case_of(1.0)], results, monkeypatch, seconds=-1.0)
+    assert complete
+    assert rows == [{"case": "work", "peer": None, "not_measured": "out of time"}]
+    assert "not measured: out of time" in gpu.row_line(rows[0])
+
+
+def test_copy_ceiling_counts_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.WallClock, "seconds", lambda *_: 0.5)
+    assert gpu.copy_ceiling(torch.device("cpu"), nbytes=1000, rounds=3) == 4000.0
+
+
+def test_work_is_timed_at_its_second_run() -> None:
+    runs: list[int] = []
+    harness.WallClock().seconds(lambda: runs.append(1))
+    assert len(runs) == 2
