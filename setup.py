@@ -48,22 +48,21 @@ def cuda_architectures(nvcc):
 
 class NinjaBuild(build_ext):  # writes one build.ninja for both libraries and runs it: parallel, incremental
     def run(self):
+        import ninja as ninja_package
         import pybind11
-        from ninja import BIN_DIR
         from ninja.ninja_syntax import Writer
 
         torch, nvcc, compiler = find_torch(), find_nvcc(), os.environ.get("CXX", "g++")
         architectures = cuda_architectures(nvcc) if nvcc else []
         common = f"-std=c++20 -O3 -I{ROOT}/csrc -isystem {torch}/include -DTORCH_TARGET_VERSION=0x020a000000000000"
         cxx = f"{common} -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi {SANITIZER}"
-        cuda = f"{common} -DUSE_CUDA -lineinfo -Xptxas=-v -Xcompiler=-fPIC,-fvisibility=hidden "
+        cuda = f"{common} -DUSE_CUDA -Xptxas=-v -Xcompiler=-fPIC,-fvisibility=hidden "
         for a in (a.replace(".", "") for a in architectures):
             kind, name = ("compute", a[:-4]) if a.endswith("+PTX") else ("sm", a)
             cuda += f" -gencode=arch=compute_{name},code={kind}_{name}"
-        version, names = self.distribution.get_version(), " ".join(architectures)
-        macros = (shlex.quote(text) for text in (f'VERSION="{version}"', f'CUDA_ARCHITECTURES="{names}"'))
+        macros = f'VERSION="{self.distribution.get_version()}"', f'CUDA_ARCHITECTURES="{" ".join(architectures)}"'
         includes = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
-        module = " -DFASTKD_".join([includes, *macros])
+        module = " -DFASTKD_".join([includes, *map(shlex.quote, macros)])
         out = ROOT / ("build/objects" if self.inplace or self.editable_mode else self.build_temp)
         out.mkdir(parents=True, exist_ok=True)  # objects of an editable install stay for the next one
         with open(out / "build.ninja", "w") as file:
@@ -88,7 +87,8 @@ class NinjaBuild(build_ext):  # writes one build.ninja for both libraries and ru
                 libraries["fastkd._cuda"] = (build("nvcc", "csrc/*/cuda*.cu"), nvcc)
             for name, (objects, linker) in libraries.items():
                 ninja.build(os.path.abspath(self.get_ext_fullpath(name)), "link", objects, variables={"linker": linker})
-        subprocess.run([f"{BIN_DIR}/ninja", "-C", str(out)], check=True)
+        beside = f"{ninja_package.BIN_DIR}:{Path(ninja_package.__file__).parents[1]}/bin"  # pip, pip --target
+        subprocess.run([shutil.which("ninja", path=beside) or "ninja", "-C", str(out)], check=True)
 
 
 setup(

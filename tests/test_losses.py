@@ -17,7 +17,7 @@ import fastkd.functional as F  # noqa: N812
 from fastkd.ops.divergence import divergence
 from fastkd.reference import divergence as reference
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.cuda_kernels]
 
 ROWS, CLASSES = 6, 11
 TARGET, TEMPERATURES, WEIGHT = torch.tensor([0, 10, -100, 3, 4, 5]), torch.arange(1, ROWS + 1) / 2, torch.arange(6.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import warnings
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ SANITIZER = "-fsanitize=address,undefined -fno-sanitize-recover=undefined" if SA
 
 def build() -> Path:
     """Compiles ``csrc/*/cuda*.cu`` with g++ against the emulator, what changed only, and returns the library's path."""
-    from ninja import BIN_DIR
+    import ninja as ninja_package
     from ninja.ninja_syntax import Writer
 
     folder = ROOT / "build" / ("emulated-sanitized" if SANITIZED else "emulated")
@@ -42,7 +43,9 @@ def build() -> Path:
         objects = [ninja.build(f"{source.relative_to(ROOT)}.o", "cxx", str(source))[0] for source in sources]
         ninja.build(str(library), "link", objects)
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    done = subprocess.run([f"{BIN_DIR}/ninja", "-C", str(folder)], env=environment, capture_output=True, text=True)
+    beside = f"{ninja_package.BIN_DIR}:{Path(ninja_package.__file__).parents[1]}/bin"
+    program = shutil.which("ninja", path=beside) or "ninja"
+    done = subprocess.run([program, "-C", str(folder)], env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"the emulated kernels do not compile:\n{done.stdout[-8000:]}{done.stderr[-2000:]}")
     return library
