@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 import fastkd  # noqa: F401  registers the operators
+
+pytestmark = pytest.mark.cuda_kernels
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OTHERS = [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64]

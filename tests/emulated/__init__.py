@@ -15,6 +15,7 @@ import torch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+CSRC = Path(os.environ.get("FASTKD_EMULATED_CSRC", ROOT / "csrc"))  # without_barriers.py changes a copy
 SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
 _definitions = torch.library.Library("fastkd_emulated", "FRAGMENT")
 SANITIZER = "-fsanitize=address,undefined -fno-sanitize-recover=undefined" if SANITIZED else ""
@@ -26,21 +27,23 @@ def build() -> Path:
     from ninja.ninja_syntax import Writer
 
     folder = ROOT / "build" / ("emulated-sanitized" if SANITIZED else "emulated")
+    if ROOT / "csrc" != CSRC:
+        folder = CSRC / "build"
     folder.mkdir(parents=True, exist_ok=True)
     torch_folder = Path(torch.__file__).parent
     compiler = os.environ.get("CXX", "g++")
     # the emulator's common/device.cuh and common/launch.cuh come before those of csrc; rounding as on a GPU: no contraction
     flags = (
         f"-std=c++20 -O1 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas -I{HERE} "
-        f"-I{ROOT}/csrc -isystem {torch_folder}/include -DTORCH_TARGET_VERSION=0x020a000000000000 {SANITIZER}"
+        f"-I{CSRC} -isystem {torch_folder}/include -DTORCH_TARGET_VERSION=0x020a000000000000 {SANITIZER}"
     )
     library = folder / "_emulated.so"
-    sources = [*sorted(ROOT.glob("csrc/*/cuda*.cu")), *sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("*.cu"))]
+    sources = [*sorted(CSRC.glob("*/cuda*.cu")), *sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("*.cu"))]
     with open(folder / "build.ninja", "w") as file:
         ninja = Writer(file, width=1000)
         ninja.rule("cxx", f"{compiler} -MMD -MF $out.d {flags} -x c++ -c $in -o $out", depfile="$out.d", deps="gcc")
         ninja.rule("link", f"{compiler} {SANITIZER} -shared -o $out $in -L{torch_folder}/lib -ltorch -ltorch_cpu")
-        objects = [ninja.build(f"{source.relative_to(ROOT)}.o", "cxx", str(source))[0] for source in sources]
+        objects = [ninja.build(f"{source.parent.name}-{source.name}.o", "cxx", str(source))[0] for source in sources]
         ninja.build(str(library), "link", objects)
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     beside = f"{ninja_package.BIN_DIR}:{Path(ninja_package.__file__).parents[1]}/bin"

@@ -1,0 +1,69 @@
+"""``python tests/emulated/without_barriers.py``: shows that no barrier of the CUDA kernels can be left out.
+
+For each line of ``csrc`` that waits at a barrier, the kernels are compiled without it, and the op tests run on them until
+one fails. Prints a line for each barrier; exits with 1 if the tests pass without one. Takes some minutes a barrier.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BARRIER = re.compile(
+    r"^\s*((if \(.*\) )?(\w+\.)?(block_barrier|cluster_barrier|warp_barrier|barrier|start)\(\);)", re.MULTILINE
+)
+TESTS = [
+    "tests/test_divergence_geometry.py",
+    "tests/test_divergence.py",
+    "tests/test_logit_stats.py",
+    "tests/test_crop.py",
+]
+
+
+def barriers() -> list[tuple[Path, int, str]]:
+    """(file, line, statement) of every barrier that a kernel, or a function of one, waits at."""
+    found = []
+    for path in sorted([*ROOT.glob("csrc/*/*.cuh"), *ROOT.glob("csrc/*/cuda*.cu")]):
+        if path.name != "device.cuh":
+            for match in BARRIER.finditer(path.read_text()):
+                found.append((path, path.read_text().count("\n", 0, match.start(1)) + 1, match[1]))
+    return found
+
+
+def first_failure(path: Path, line: int) -> str | None:
+    """The first test that fails where that line is missing, and what it says."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "csrc"
+        shutil.copytree(ROOT / "csrc", copy)
+        target = copy / path.relative_to(ROOT / "csrc")
+        lines = target.read_text().split("\n")
+        lines[line - 1] = re.sub(r"[\w.]+\(\);", ";", lines[line - 1])
+        target.write_text("\n".join(lines))
+        environment = {**os.environ, "FASTKD_EMULATED_CSRC": str(copy)}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-k", "emulated-0", *TESTS]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return None
+        test = next((text for text in done.stdout.split("\n") if text.startswith(("FAILED", "ERROR"))), "?")
+        cause = next((text for text in done.stdout.split("\n") if "Error" in text and "FAILED" not in text), "")
+        return f"{test.split(' ')[1] if ' ' in test else test}: {cause.split('Error: ')[-1][:150]}"
+
+
+def main() -> int:
+    """Prints what each barrier's absence makes fail."""
+    needless = 0
+    for path, line, text in barriers():
+        failure = first_failure(path, line)
+        needless += failure is None
+        print(f"{path.relative_to(ROOT)}:{line} `{text}`: {failure or 'NOTHING FAILS'}", flush=True)
+    return needless > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
