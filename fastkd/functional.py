@@ -58,6 +58,8 @@ def kl_div(
 
     Raises:
         TypeError, ValueError, RuntimeError: shapes that differ, logits that are not floats, T <= 0, a target out of range.
+        On a GPU, numbers in tensors are not looked at before the launch, as that would wait for the device: a target or a
+        temperature of a row that is out of range makes the loss and the gradients of that row NaN there.
     """
     _ops.check_choice("direction", direction, DIRECTIONS)
     return _ops.divergence(

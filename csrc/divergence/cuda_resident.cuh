@@ -133,6 +133,7 @@ template <Family kFamily, class Group>
 constexpr unsigned kThreadsOf =
     Group::kWholeCluster ? max_resident_threads(kFamily == Family::kJensenShannon, kHasClusters) : kLaneThreads;
 
+// inspect: anywhere resident_rows<*> loads=128 stores=128
 template <typename T, Family kFamily, class Group>
 FASTKD_KERNEL(kThreadsOf<kFamily, Group>, Group::kWholeCluster ? 1 : 3)
 resident_rows(const DeviceParams p) {

@@ -69,6 +69,7 @@ struct OnlineStats {
   }
 };
 
+// inspect: streaming stats_rows<*> loads=128
 template <typename T, class Group>
 FASTKD_KERNEL(Group::kWholeCluster ? kMaxRowThreads : kLaneThreads, Group::kWholeCluster ? 1 : 3)
 stats_rows(const StatsDeviceParams p) {
@@ -119,6 +120,7 @@ stats_rows(const StatsDeviceParams p) {
   });
 }
 
+// inspect: streaming stats_backward_rows<*> loads=128 stores=128
 template <typename T, class Group>
 FASTKD_KERNEL(Group::kWholeCluster ? kMaxRowThreads : kLaneThreads, Group::kWholeCluster ? 1 : 3)
 stats_backward_rows(const StatsBackwardDeviceParams p) {
