@@ -1,75 +1,20 @@
-// Crops on the CPU: checks, outputs, memory formats and threads.
-#include <torch/headeronly/core/MemoryFormat.h>
-
+// Crops on the CPU: constants of the channels, and threads.
 #include <algorithm>
 
-#include "common/tensor.h"
-#include "crop/kernel.h"
+#include "crop/operator.h"
 
 namespace fastkd::crop {
 namespace {
 
-using torch::headeronly::MemoryFormat;
-
 constexpr int64_t kGrainBytes = 64 << 10;  // of output: work worth a thread
 constexpr int64_t kGrainPlaces = 2048;
-constexpr int64_t kPatternLanes = 16;            // a multiple of every instruction set's registers
-constexpr int64_t kMaxRange = INT64_C(1) << 62;  // of an offset's range: low + count stays an int64
+constexpr int64_t kPatternLanes = 16;  // a multiple of every instruction set's registers
 
-constexpr std::initializer_list<ScalarType> kIntegers = {ScalarType::Byte, ScalarType::Char, ScalarType::Short,
-                                                         ScalarType::Int,  ScalarType::Long, ScalarType::Bool};
-
-bool is_one_of(ScalarType type, std::initializer_list<ScalarType> allowed) {
-  return std::find(allowed.begin(), allowed.end(), type) != allowed.end();
-}
-
-// Elements of a tensor of these sizes. Throws where it would not fit an int64 of bytes, so that no size computed later wraps.
-void check_elements(const char* what, std::initializer_list<int64_t> sizes) {
-  int64_t elements = 1;
-  for (int64_t size : sizes) {
-    FASTKD_CHECK(!__builtin_mul_overflow(elements, size, &elements) && elements <= std::numeric_limits<int64_t>::max() / 16, what,
-                 " would have more than 2^59 elements");
-    if (elements == 0) return;
+struct CpuContext {
+  Tensor empty(std::initializer_list<int64_t> shape, ScalarType type, std::initializer_list<int64_t> strides = {}) const {
+    return empty_cpu(shape, type, strides);
   }
-}
-
-// Channels side by side within a pixel. One channel is either format: called NCHW, as ops/crop.py has it.
-bool is_channels_last(const Tensor& t) { return t.size(1) > 1 && t.stride(1) == 1 && t.stride(3) == t.size(1); }
-
-bool is_packed(const Tensor& t, bool channels_last) {
-  const int64_t channels = t.size(1), height = t.size(2), width = t.size(3);
-  const int64_t nchw[] = {channels * height * width, height * width, width, 1};
-  const int64_t nhwc[] = {channels * height * width, 1, width * channels, channels};
-  for (int d = 0; d < 4; ++d) {
-    if (t.size(d) > 1 && t.stride(d) != (channels_last ? nhwc : nchw)[d]) return false;
-  }
-  return true;
-}
-
-Tensor empty_images(int64_t batch, int64_t channels, int64_t height, int64_t width, ScalarType type, bool channels_last) {
-  const int64_t plane = height * width;
-  return channels_last ? empty_cpu({batch, channels, height, width}, type, {plane * channels, 1, width * channels, channels})
-                       : empty_cpu({batch, channels, height, width}, type);
-}
-
-// Checks of what both directions share; makes offsets and flip contiguous.
-void check_places(Tensor& offsets, std::optional<Tensor>& flip, int64_t batch, const char* like_name, const Tensor& like) {
-  check_dtype("offsets", offsets, {ScalarType::Long});
-  check_dim("offsets", offsets, 3);
-  check_shape("offsets", offsets, {batch, offsets.size(1), 2});
-  check_device("offsets", offsets, like_name, like);
-  offsets = torch::stable::contiguous(offsets);
-  if (!flip.has_value()) return;
-  check_dtype("flip", *flip, {ScalarType::Bool});
-  check_shape("flip", *flip, {batch, offsets.size(1)});
-  check_device("flip", *flip, like_name, like);
-  flip = torch::stable::contiguous(*flip);
-}
-
-void check_channel_values(const char* name, const std::vector<double>& values, int64_t channels) {
-  FASTKD_CHECK(values.empty() || static_cast<int64_t>(values.size()) == channels, name, " has ", values.size(),
-               " values, must have one for each of the ", channels, " channels, or none");
-}
+};
 
 // Constants of the channels as the kernels read them.
 class ChannelConstants {
@@ -90,131 +35,45 @@ class ChannelConstants {
   std::vector<double> center_, scale_;
 };
 
-Geometry geometry_of(const Tensor& offsets, const std::optional<Tensor>& flip, int64_t channels, bool channels_last,
-                     int64_t image_height, int64_t image_width, int64_t height, int64_t width) {
-  return {offsets.size(1),
-          channels_last ? 1 : channels,
-          channels_last ? channels : 1,
-          image_height,
-          image_width,
-          height,
-          width,
-          static_cast<const int64_t*>(offsets.const_data_ptr()),
-          data_or_null<bool>(flip)};
-}
-
 Tensor crop(Tensor images, Tensor offsets, std::optional<Tensor> flip, int64_t height, int64_t width, std::vector<double> center,
             std::vector<double> scale, ScalarType dtype) {
-  check_dim("images", images, 4);
-  const int64_t batch = images.size(0), channels = images.size(1);
-  check_places(offsets, flip, batch, "images", images);
-  FASTKD_CHECK(height > 0 && width > 0, "size is (", height, ", ", width, "), must be positive");
-  check_channel_values("center", center, channels);
-  check_channel_values("scale", scale, channels);
-  const bool same_dtype = dtype == images.scalar_type(), normalised = !center.empty() || !scale.empty();
-  if (same_dtype) {
-    FASTKD_CHECK(is_one_of(dtype, kFloats) || is_one_of(dtype, kIntegers), "images has dtype ", dtype_name(dtype),
-                 ", must be float32, float64, bfloat16, float16, an integer of up to 64 bits or bool");
-  } else {
-    check_dtype("images", images, {ScalarType::Byte});
-  }
-  FASTKD_CHECK(!(normalised || !same_dtype) || is_one_of(dtype, kFloats), "dtype is ", dtype_name(dtype),
-               ", must be float32, float64, bfloat16 or float16 where pixels are converted or normalised");
-  const int64_t patches = offsets.size(1);
-  check_elements("patches", {batch, patches, channels, height, width});
-
-  const bool channels_last = is_channels_last(images);
-  if (!channels_last && images.size(3) > 1 && images.stride(3) != 1) images = torch::stable::contiguous(images);
-  Tensor out = empty_images(batch * patches, channels, height, width, dtype, channels_last);
-  CropParams params{};
-  params.geometry = geometry_of(offsets, flip, channels, channels_last, images.size(2), images.size(3), height, width);
-  const ChannelConstants constants(center, scale, channels, params.geometry.unit);
-  params.normalise = constants.view();
-  params.convert = !same_dtype || normalised;
-  if (params.convert) {
-    params.in_dtype = kernel_dtype(images);
-    params.out_dtype = kernel_dtype(out);
-  }
-  params.in_size = static_cast<int64_t>(images.element_size());
-  params.out_size = static_cast<int64_t>(out.element_size());
-  params.images = images.const_data_ptr();
-  params.image_stride = images.stride(0);
-  params.plane_stride = images.stride(1);
-  params.row_stride = images.stride(2);
-  params.patches = out.mutable_data_ptr();
+  CropCall call = make_crop(CpuContext(), images, offsets, flip, height, width, center, scale, dtype);
+  CropParams& params = call.params;
   const Geometry& g = params.geometry;
+  const int64_t channels = g.planes * g.unit;
+  const ChannelConstants constants(center, scale, channels, g.unit);
+  params.normalise = constants.view();
   const Kernels& k = kernels();
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / (width * g.unit * params.out_size));
-  parallel(batch * patches * (channels > 0 ? g.planes : 0) * height, grain,
+  parallel(call.offsets.size(0) * g.patches * (channels > 0 ? g.planes : 0) * height, grain,
            [&](int64_t begin, int64_t end) { k.crop(params, begin, end, scratch<char>(crop_scratch(params))); });
-  return out;
+  return call.out;
 }
 
 Tensor crop_backward(Tensor grad_patches, Tensor offsets, std::optional<Tensor> flip, int64_t height, int64_t width,
                      std::vector<double> scale) {
-  check_dtype("grad_patches", grad_patches, kFloats);
-  check_dim("grad_patches", grad_patches, 4);
-  check_dim("offsets", offsets, 3);
-  const int64_t batch = offsets.size(0), channels = grad_patches.size(1);
-  check_places(offsets, flip, batch, "grad_patches", grad_patches);
-  const int64_t patches = offsets.size(1);
-  FASTKD_CHECK(grad_patches.size(0) == batch * patches, "grad_patches has shape ", shape_of(grad_patches), ", must have ",
-               batch * patches, " patches, one for each of offsets ", shape_of(offsets));
-  FASTKD_CHECK(height >= 0 && width >= 0, "size is (", height, ", ", width, "), must not be negative");
-  check_channel_values("scale", scale, channels);
-  check_elements("grad_images", {batch, channels, height, width});
-
-  const bool channels_last = is_channels_last(grad_patches);
-  if (!is_packed(grad_patches, channels_last)) {
-    grad_patches = torch::stable::contiguous(grad_patches, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  }
-  Tensor out = empty_images(batch, channels, height, width, grad_patches.scalar_type(), channels_last);
-  CropBackwardParams params{};
-  params.geometry =
-      geometry_of(offsets, flip, channels, channels_last, height, width, grad_patches.size(2), grad_patches.size(3));
-  const ChannelConstants constants({}, scale, channels, params.geometry.unit);
-  params.normalise = constants.view();
-  params.dtype = kernel_dtype(grad_patches);
-  params.size = static_cast<int64_t>(out.element_size());
-  params.grad_patches = grad_patches.const_data_ptr();
-  params.grad_images = out.mutable_data_ptr();
+  CropBackwardCall call = make_crop_backward(CpuContext(), grad_patches, offsets, flip, height, width, scale);
+  CropBackwardParams& params = call.params;
   const Geometry& g = params.geometry;
-  if (width * g.unit == 0) return out;
+  const ChannelConstants constants({}, scale, g.planes * g.unit, g.unit);
+  params.normalise = constants.view();
+  if (width * g.unit == 0) return call.out;
   const Kernels& k = kernels();
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / (width * g.unit * params.size));
-  parallel(batch * g.planes * height, grain, [&](int64_t begin, int64_t end) {
+  parallel(call.offsets.size(0) * g.planes * height, grain, [&](int64_t begin, int64_t end) {
     k.crop_backward(params, begin, end, scratch<char>(backward_scratch(params).bytes));
   });
-  return out;
-}
-
-void check_range(const char* low_name, int64_t low, const char* count_name, int64_t count) {
-  FASTKD_CHECK(low >= -kMaxRange && low <= kMaxRange, low_name, " is ", low, ", must be within 2^62 of 0");
-  FASTKD_CHECK(count >= 1 && count <= kMaxRange, count_name, " is ", count, ", must be in [1, 2^62]");
+  return call.out;
 }
 
 std::tuple<Tensor, Tensor> crop_offsets(Tensor seed, int64_t batch, int64_t patches, int64_t y_low, int64_t y_count,
                                         int64_t x_low, int64_t x_count, double flip_probability) {
-  check_dtype("seed", seed, {ScalarType::Long});
-  FASTKD_CHECK(seed.numel() == 1, "seed has shape ", shape_of(seed), ", must hold one number");
-  FASTKD_CHECK(batch >= 0, "batch is ", batch, ", must not be negative");
-  FASTKD_CHECK(patches >= 0, "patches is ", patches, ", must not be negative");
-  check_range("y_low", y_low, "y_count", y_count);
-  check_range("x_low", x_low, "x_count", x_count);
-  FASTKD_CHECK(flip_probability >= 0 && flip_probability <= 1, "flip_probability is ", flip_probability, ", must be in [0, 1]");
-  check_elements("offsets", {batch, patches, 2});
-  Tensor offsets = empty_cpu({batch, patches, 2}, ScalarType::Long), flip = empty_cpu({batch, patches}, ScalarType::Bool);
-  const PlacesParams params{static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())),
-                            y_low,
-                            x_low,
-                            static_cast<uint64_t>(y_count),
-                            static_cast<uint64_t>(x_count),
-                            static_cast<uint64_t>(flip_probability * 0x1p32),
-                            static_cast<int64_t*>(offsets.mutable_data_ptr()),
-                            static_cast<bool*>(flip.mutable_data_ptr())};
+  PlacesCall call = make_places(CpuContext(), seed, batch, patches, y_low, y_count, x_low, x_count, flip_probability);
+  call.params.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
+  const PlacesParams& params = call.params;
   const Kernels& k = kernels();
   parallel(batch * patches, kGrainPlaces, [&](int64_t begin, int64_t end) { k.places(params, begin, end); });
-  return {offsets, flip};
+  return {call.offsets, call.flip};
 }
 
 }  // namespace
