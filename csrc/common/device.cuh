@@ -77,6 +77,8 @@ FASTKD_DEVICE T shuffle(T value, unsigned lane) {
   return __shfl_sync(0xffffffffu, value, static_cast<int>(lane));
 }
 FASTKD_DEVICE bool any(bool condition) { return __any_sync(0xffffffffu, condition) != 0; }
+// Bit i: the condition of lane i.
+FASTKD_DEVICE unsigned ballot(bool condition) { return __ballot_sync(0xffffffffu, condition); }
 
 // ---- shared memory ---------------------------------------------------------------------------------
 

@@ -41,11 +41,16 @@ T shuffle(T value, unsigned lane, Site site = Site::current()) {
 }
 template <typename T>
 T shuffle_xor(T value, unsigned mask, Site site = Site::current()) {
-  return shuffle(value, lane_index() ^ mask, site);
+  return device::shuffle(value, lane_index() ^ mask, site);  // std::shuffle is a candidate of an unqualified call
 }
 inline bool any(bool condition, Site site = Site::current()) {
   for (unsigned mask = 1; mask < kWarp; mask *= 2) condition |= shuffle_xor(condition, mask, site);
   return condition;
+}
+inline unsigned ballot(bool condition, Site site = Site::current()) {
+  unsigned result = (condition ? 1u : 0u) << lane_index();
+  for (unsigned mask = 1; mask < kWarp; mask *= 2) result |= shuffle_xor(result, mask, site);
+  return result;
 }
 
 template <typename T>
