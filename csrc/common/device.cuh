@@ -79,6 +79,7 @@ FASTKD_DEVICE T shuffle(T value, unsigned lane) {
 FASTKD_DEVICE bool any(bool condition) { return __any_sync(0xffffffffu, condition) != 0; }
 // Bit i: the condition of lane i.
 FASTKD_DEVICE unsigned ballot(bool condition) { return __ballot_sync(0xffffffffu, condition); }
+FASTKD_DEVICE unsigned lowest_bit(unsigned bits) { return static_cast<unsigned>(__ffs(static_cast<int>(bits)) - 1); }
 
 // ---- shared memory ---------------------------------------------------------------------------------
 

@@ -6,56 +6,68 @@
 
 namespace fastkd::FASTKD_ISA {
 
-// Coordinates of an element, innermost first; the last one, beyond the axes, is not bounded.
+constexpr int64_t kNarrow = INT64_C(1) << 29;  // sums and differences of some numbers up to that fit 32 bits
+
+// Coordinates, innermost first; the last one, beyond the axes, is not bounded.
 template <int kAxes>
 struct Digits {
   int64_t at[kAxes + 1];
 };
+// The same on short axes. over[i]: how often axis i began anew on the way; of the last axis, how much further the last
+// coordinate is.
+template <int kAxes>
+struct NarrowDigits {
+  uint32_t at[kAxes];
+  uint32_t over[kAxes];
+};
 
-constexpr int64_t kNarrow = INT64_C(1) << 30;  // an axis of at most that, and a step across it, add up to 31 bits
-
-// An index as coordinates on axes of given sizes, innermost first, each from 1 to 2^62.
+// Indices as coordinates on axes of given sizes, innermost first, each from 1 to 2^62.
 template <int kAxes>
 class Radix {
  public:
   Radix() = default;
-  // Axes beyond `narrow` are divided in 64 bits.
-  explicit Radix(const int64_t (&sizes)[kAxes], int64_t narrow = kNarrow) {
+  explicit Radix(const int64_t (&sizes)[kAxes]) {
     for (int i = 0; i < kAxes; ++i) {
-      wide_axes_[i] = Divisor<uint64_t>(static_cast<uint64_t>(sizes[i]));
-      narrow_axes_[i] = Divisor<uint32_t>(static_cast<uint32_t>(sizes[i] <= kNarrow ? sizes[i] : 1));
-      is_wide_ = is_wide_ || sizes[i] > narrow;
+      wide_[i] = Divisor<uint64_t>(static_cast<uint64_t>(sizes[i]));
+      narrow_[i] = Divisor<uint32_t>(sizes[i] <= kNarrow ? static_cast<uint32_t>(sizes[i]) : 1);
     }
   }
 
   // Of any index from 0 to 2^62.
-  FASTKD_HOST_DEVICE Digits<kAxes> split(int64_t index) const { return carry<uint64_t>(Digits<kAxes>{}, index, wide_axes_); }
-
-  // Of the element `step` < 2^30 further on.
-  FASTKD_HOST_DEVICE Digits<kAxes> advance(const Digits<kAxes>& from, uint32_t step) const {
-    return is_wide_ ? carry<uint64_t>(from, step, wide_axes_) : carry<uint32_t>(from, step, narrow_axes_);
-  }
-
- private:
-  template <typename UInt>
-  FASTKD_HOST_DEVICE static Digits<kAxes> carry(const Digits<kAxes>& from, uint64_t step, const Divisor<UInt> (&axes)[kAxes]) {
+  FASTKD_HOST_DEVICE Digits<kAxes> split(int64_t index) const {
     Digits<kAxes> result;
-    UInt rest = static_cast<UInt>(step);
+    uint64_t rest = static_cast<uint64_t>(index);
 #if defined(__CUDACC__)
 #pragma unroll
 #endif
     for (int i = 0; i < kAxes; ++i) {
-      const UInt sum = static_cast<UInt>(from.at[i]) + rest;
-      rest = axes[i].quotient(sum);
-      result.at[i] = static_cast<int64_t>(sum - rest * axes[i].divisor());
+      const uint64_t quotient = wide_[i].quotient(rest);
+      result.at[i] = static_cast<int64_t>(wide_[i].remainder(rest, quotient));
+      rest = quotient;
     }
-    result.at[kAxes] = from.at[kAxes] + static_cast<int64_t>(rest);
+    result.at[kAxes] = static_cast<int64_t>(rest);
     return result;
   }
 
-  Divisor<uint64_t> wide_axes_[kAxes];
-  Divisor<uint32_t> narrow_axes_[kAxes];
-  bool is_wide_ = false;
+  // Of the element `step` further on, step and all axes up to kNarrow.
+  FASTKD_HOST_DEVICE NarrowDigits<kAxes> advance(const Digits<kAxes>& from, uint32_t step) const {
+    NarrowDigits<kAxes> result;
+    uint32_t rest = step;
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+    for (int i = 0; i < kAxes; ++i) {
+      const uint32_t sum = static_cast<uint32_t>(from.at[i]) + rest;
+      rest = narrow_[i].quotient(sum);
+      result.at[i] = narrow_[i].remainder(sum, rest);
+      result.over[i] = rest;
+    }
+    return result;
+  }
+
+ private:
+  Divisor<uint64_t> wide_[kAxes];
+  Divisor<uint32_t> narrow_[kAxes];
 };
 
 }  // namespace fastkd::FASTKD_ISA

@@ -47,6 +47,7 @@ inline bool any(bool condition, Site site = Site::current()) {
   for (unsigned mask = 1; mask < kWarp; mask *= 2) condition |= shuffle_xor(condition, mask, site);
   return condition;
 }
+inline unsigned lowest_bit(unsigned bits) { return static_cast<unsigned>(__builtin_ffs(static_cast<int>(bits)) - 1); }
 inline unsigned ballot(bool condition, Site site = Site::current()) {
   unsigned result = (condition ? 1u : 0u) << lane_index();
   for (unsigned mask = 1; mask < kWarp; mask *= 2) result |= shuffle_xor(result, mask, site);
