@@ -1,0 +1,322 @@
+// Crops on the GPU, forward.
+//
+//   out[b k + j, c, r, s] = (image[b, c, y + r, x + s] - center[c]) * scale[c], image = 0 outside its borders.
+//
+// Bytes that must move: the covered pixels in, the patches out; for one patch of each image as large as the image, 2 x 16
+// for a vector of 16 bytes of the output. An H200 copies about 4.3 TB/s: 19 bytes a clock and multiprocessor, so a warp has
+// 55 clocks, 220 instructions, for the 1 KiB of 32 vectors. Where a vector comes from takes 160 of them, so a thread works
+// that out once for up to four vectors that differ in nothing but the plane, or the row. Counted in the machine code for
+// sm_90a: 125 a vector for four float32 planes or rows, 145 for three; another 15 for normalisation.
+// Expected of the copy bandwidth: 85 to 90 % for large batches of float32; three quarters for uint8 to float32, which has
+// 140 instructions for its 20 bytes, and where neither planes nor rows split evenly.
+//
+// Mapping: a thread makes whole 16-byte vectors of the output, counted through it without regard to rows, so every store is
+// an aligned one and a warp writes 512 bytes in a row, or as many as a plane has. A block divides the index of its first
+// vector once, in 64 bits; its threads count on from there with 32-bit multiplications (radix.h). What a vector takes from
+// one row of the image is one run of bytes at any alignment: it is read as the one or two aligned vectors that hold it and
+// shifted in registers (segment.cuh), all loads of a thread before the first use. Borders are masks. A vector that holds the
+// end of a row takes another turn for the next one. Element by element go mirrored pixels of several channels side by side,
+// the few runs at the very ends of the tensor, where aligned vectors reach out, and images of more than 2^29 elements each.
+//
+// Normalisation runs in fp64 as on the CPU, subtract, then multiply: the compiler cannot fuse that, so the bits are the same.
+#pragma once
+
+#include <utility>
+
+#include "common/radix.h"
+#include "crop/constants.cuh"
+
+namespace fastkd::crop {
+namespace {
+
+constexpr int kAxes = 5;        // of a patch: channels of a unit, width, height, planes; and patches of an image
+constexpr int kVectorAxes = 4;  // of what threads begin with: elements of a row, rows, planes; and patches of an image
+
+struct ForwardParams {
+  CropParams call;
+  Radix<kAxes> all;           // of the output
+  Radix<kVectorAxes> radix;   // of the first of each `repeats` parts of the output
+  Divisor<uint32_t> unit_of;  // by channels of a unit
+  int64_t total;              // elements of these first parts
+  int64_t part;               // elements from one part to the next
+  int64_t source_step;        // the same in the images
+  int64_t planes;             // of these first parts
+  int repeats;
+  int plane_step, row_step;  // from one part to the next; one of them is 0
+  unsigned rounds;           // of vectors for each thread
+  bool is_narrow;            // else everything goes element by element
+  int unit, image_row, row;  // elements
+  int image_height, height, image_width, width;
+  Memory memory;  // of the images
+  Constants constants;
+};
+
+// What a vector of the output, and the same one of every further part, takes from one row: elements [begin, end).
+struct Piece {
+  int begin, end;
+  int first, last;  // of the run: elements that lie inside the image, if the row does
+  unsigned part;    // first parts between that of the block's first vector and this one
+  int row;          // of the image
+  int plane, channel;
+  bool flip;
+  bool gather;     // element by element
+  int64_t offset;  // of the run of the first part, bytes
+};
+
+// From element `begin` of the vector on, up to the end of the row.
+template <typename In, int kVector>
+FASTKD_DEVICE Piece piece_of(const ForwardParams& p, const Digits<kVectorAxes>& base, unsigned local, int begin) {
+  constexpr int kSize = sizeof(In);
+  const Geometry& g = p.call.geometry;
+  const NarrowDigits<kVectorAxes> at = p.radix.advance(base, local + begin);
+  const int64_t image = base.at[4] + at.over[3], patch = image * g.patches + at.at[3];
+  const int y = static_cast<int>(clamp(g.offsets[2 * patch], -p.height, p.image_height));
+  const int x = static_cast<int>(clamp(g.offsets[2 * patch + 1], -p.width, p.image_width));
+  const int column = static_cast<int>(at.at[0]) - begin;  // of element 0: before the row where begin > 0
+  Piece piece;
+  piece.flip = g.flip != nullptr && g.flip[patch];
+  piece.begin = begin;
+  piece.end = smaller(kVector, p.row - column);
+  piece.part = p.row_step > 0 ? at.over[1] : at.over[2];
+  piece.row = y + static_cast<int>(at.at[1]);
+  piece.plane = static_cast<int>(at.at[2]);
+  piece.channel = 0;
+  if (p.unit > 1) piece.channel = static_cast<int>(p.unit_of.remainder(at.at[0], p.unit_of.quotient(at.at[0])));
+  // element 0 of the run in the image row; a mirrored run is reversed later
+  const int start = x * p.unit + (piece.flip ? p.row - kVector - column : column);
+  piece.first = larger(piece.flip ? kVector - piece.end : begin, -start);
+  piece.last = smaller(piece.flip ? kVector - begin : piece.end, p.image_row - start);
+  piece.offset =
+      (image * p.call.image_stride + piece.plane * p.call.plane_stride + piece.row * p.call.row_stride + start) * kSize;
+  piece.gather = piece.first < piece.last &&
+                 ((piece.flip && p.unit > 1) ||
+                  !holds(p.memory, piece.offset, piece.offset + (p.repeats - 1) * p.source_step * kSize, kVector * kSize));
+  return piece;
+}
+
+// Elements [begin, end) of the vector at `index` of the output, one by one; they lie in one row.
+template <typename In, int kBytes>
+FASTKD_DEVICE Bytes<kBytes> gather(const ForwardParams& p, int64_t index, int begin, int end) {
+  const Geometry& g = p.call.geometry;
+  const Digits<kAxes> at = p.all.split(index + begin);
+  const int64_t patch = at.at[5] * g.patches + at.at[4], x = clamp(g.offsets[2 * patch + 1], -g.width, g.image_width) * g.unit;
+  // in unsigned arithmetic, y may be anything: a sum that wraps is never a row of the image
+  const uint64_t row = static_cast<uint64_t>(g.offsets[2 * patch]) + static_cast<uint64_t>(at.at[2]);
+  const bool inside = row < static_cast<uint64_t>(g.image_height), flip = g.flip != nullptr && g.flip[patch];
+  const In* const source = static_cast<const In*>(p.call.images) + at.at[5] * p.call.image_stride +
+                           at.at[3] * p.call.plane_stride + (inside ? static_cast<int64_t>(row) : 0) * p.call.row_stride;
+  int64_t column = at.at[1] * g.unit + at.at[0], channel = at.at[0];
+  Bytes<kBytes> result{};
+#pragma unroll 1
+  for (int i = 0; i < kBytes / static_cast<int>(sizeof(In)); ++i) {
+    In value{};
+    if (i >= begin && i < end) {
+      const int64_t from = x + (flip ? (g.width - 1) * g.unit - column + 2 * channel : column);
+      if (inside && from >= 0 && from < g.image_width * g.unit) value = source[from];
+      ++column;
+      if (++channel == g.unit) channel = 0;
+    }
+    push(result, value);
+  }
+  return result;
+}
+
+// The elements of the run in their places, zeros around them.
+template <typename In, int kBytes>
+FASTKD_DEVICE Bytes<kBytes> place_run(const Piece& piece, const Run<kBytes>& run, unsigned shift) {
+  constexpr int kSize = sizeof(In), kVector = kBytes / kSize;
+  Bytes<kBytes> bytes = shifted<kSize>(run.low, run.high, shift);
+  if (piece.first > 0 || piece.last < kVector) keep(bytes, piece.first * kSize, piece.last * kSize);
+  return piece.flip ? reversed<kSize>(bytes) : bytes;
+}
+
+template <typename In, typename Out>
+constexpr bool kConverts = !std::is_same_v<In, Out> || !std::is_integral_v<Out>;
+
+// Elements [begin, end) as those of the output.
+template <typename In, typename Out, int kBytes>
+FASTKD_DEVICE Pack<Out> convert(const Bytes<kBytes>& bytes, int begin, int end, int unit, int channel,
+                                const ConstantsOnDevice& constants) {
+  if constexpr (!kConverts<In, Out>) {
+    return bit_cast<Pack<Out>>(bytes);
+  } else {
+    Pack<Out> out;
+    double center = 0, scale = 1;
+    if (constants.any()) center = constants.center(channel), scale = constants.scale(channel);
+    for (int i = 0; i < kPack<Out>; ++i) {
+      out.value[i] = narrow<Out>(crop_math::normalise(widen(element<In>(bytes, i)), center, scale));
+      if (unit == 1 || !constants.any() || i < begin || i >= end) continue;
+      if (++channel == unit) channel = 0;
+      center = constants.center(channel), scale = constants.scale(channel);
+    }
+    return out;
+  }
+}
+
+// A vector of the output, element by element, in 64 bits.
+template <typename In, typename Out>
+FASTKD_DEVICE void crop_wide(const ForwardParams& p, int64_t index, int count, const ConstantsOnDevice& constants) {
+  constexpr int kBytes = kPack<Out> * sizeof(In);
+  const Geometry& g = p.call.geometry;
+  for (int begin = 0; begin < count;) {
+    const Digits<kAxes> at = p.all.split(index + begin);
+    const int64_t left = g.width * g.unit - (at.at[1] * g.unit + at.at[0]);
+    const int end = left < count - begin ? begin + static_cast<int>(left) : count;
+    const Bytes<kBytes> bytes = gather<In, kBytes>(p, index, begin, end);
+    store(static_cast<Out*>(p.call.patches) + index, begin, end,
+          convert<In, Out>(bytes, begin, end, static_cast<int>(g.unit), static_cast<int>(g.unit > 1 ? at.at[0] : at.at[3]),
+                           constants));
+    begin = end;
+  }
+}
+
+// Where a block begins.
+struct Block {
+  int64_t first;  // element of the first parts
+  Digits<kVectorAxes> base;
+  int64_t skipped;  // elements of further parts before it: between one first part and the next lie the others
+  int64_t between;
+};
+FASTKD_DEVICE Block block_of(const ForwardParams& p, int64_t block, int vector) {
+  Block b;
+  b.first = block * p.rounds * (kThreads * vector);
+  b.base = p.radix.split(b.first);
+  b.between = (p.repeats - 1) * p.part;
+  const int64_t patch = b.base.at[4] * p.call.geometry.patches + b.base.at[3];
+  b.skipped = (p.row_step > 0 ? patch * p.planes + b.base.at[2] : patch) * b.between;
+  return b;
+}
+FASTKD_DEVICE int64_t index_of(const Block& block, unsigned local, const Piece& piece) {
+  return block.first + block.skipped + local + piece.part * block.between;
+}
+
+// In and Out: element types, or, where bytes are copied, an unsigned integer of their size, twice.
+template <typename In, typename Out>
+FASTKD_KERNEL(kThreads, 3)
+crop_kernel(const ForwardParams p) {
+  constexpr int kVector = kPack<Out>, kBytes = kVector * sizeof(In);
+  const ConstantsOnDevice constants(p.constants);
+  const Block block = block_of(p, block_index(), kVector);
+#pragma unroll 1
+  for (unsigned round = 0; round < p.rounds; ++round) {
+    const unsigned local = (round * kThreads + thread_index()) * kVector;
+    const int64_t left = p.total - block.first - local;
+    if (left <= 0) break;
+    const int count = left < kVector ? static_cast<int>(left) : kVector;
+    if (!p.is_narrow) {
+      crop_wide<In, Out>(p, block.first + local, count, constants);
+      continue;
+    }
+    for (int begin = 0; begin < count;) {
+      const Piece piece = piece_of<In, kVector>(p, block.base, local, begin);
+      const int64_t index = index_of(block, local, piece);
+      const auto offset = [&](int i) { return piece.offset + i * p.source_step * static_cast<int>(sizeof(In)); };
+      Run<kBytes> runs[kRepeats];
+#pragma unroll
+      for (int i = 0; i < kRepeats; ++i) {
+        const bool inside = static_cast<unsigned>(piece.row + i * p.row_step) < static_cast<unsigned>(p.image_height);
+        if (i < p.repeats && inside && piece.first < piece.last && !piece.gather) load_run(p.memory, offset(i), runs[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < kRepeats; ++i) {
+        if (i >= p.repeats) break;
+        const Bytes<kBytes> bytes = piece.gather ? gather<In, kBytes>(p, index + i * p.part, piece.begin, piece.end)
+                                                 : place_run<In>(piece, runs[i], shift_of<kBytes>(p.memory, offset(i)));
+        store(static_cast<Out*>(p.call.patches) + index + i * p.part, piece.begin, piece.end,
+              convert<In, Out>(bytes, piece.begin, piece.end, p.unit, p.unit > 1 ? piece.channel : piece.plane + i * p.plane_step,
+                               constants));
+      }
+      begin = piece.end;
+    }
+  }
+}
+
+using ForwardKernel = void (*)(ForwardParams);
+
+// The kernel, and elements of its vectors.
+template <typename In, typename Out>
+std::pair<ForwardKernel, int> forward() {
+  return {crop_kernel<In, Out>, kPack<Out>};
+}
+inline std::pair<ForwardKernel, int> forward_of(const CropParams& call) {
+  if (!call.convert) {
+    switch (call.out_size) {
+      case 1: return forward<uint8_t, uint8_t>();
+      case 2: return forward<uint16_t, uint16_t>();
+      case 4: return forward<uint32_t, uint32_t>();
+      default: return forward<uint64_t, uint64_t>();
+    }
+  }
+  const bool byte = call.in_dtype == Dtype::kUInt8;
+  switch (call.out_dtype) {
+    case Dtype::kFloat64: return byte ? forward<uint8_t, double>() : forward<double, double>();
+    case Dtype::kBFloat16: return byte ? forward<uint8_t, BFloat16>() : forward<BFloat16, BFloat16>();
+    case Dtype::kFloat16: return byte ? forward<uint8_t, Float16>() : forward<Float16, Float16>();
+    default: return byte ? forward<uint8_t, float>() : forward<float, float>();
+  }
+}
+
+struct ForwardPlan {
+  ForwardParams params;
+  ForwardKernel kernel;
+  ::fastkd::Geometry launch;
+};
+
+// Of a call with at least one element. `narrow`: what the fast path takes. A larger image or patch goes element by element, in 64
+// bits.
+inline ForwardPlan plan_forward(CropParams call, int64_t images, const Constants& constants, unsigned multiprocessors,
+                                int64_t narrow = kNarrow) {
+  const Geometry& g = call.geometry;
+  // strides that are never taken may be anything
+  if (images == 1) call.image_stride = 0;
+  if (g.planes == 1) call.plane_stride = 0;
+  if (g.image_height == 1) call.row_stride = 0;
+  const int64_t row = g.width * g.unit, all = images * g.patches * g.planes * g.height * row;
+  const auto [kernel, vector] = forward_of(call);
+  const bool seen = g.image_height > 0 && g.image_width > 0;
+  const int64_t image = !seen ? 0
+                              : (g.planes - 1) * call.plane_stride + (g.image_height - 1) * call.row_stride +
+                                    g.image_width * g.unit;  // elements from its first to its last
+  ForwardParams params{};
+  params.call = call;
+  params.constants = constants;
+  params.memory = {call.images, seen ? ((images - 1) * call.image_stride + image) * call.in_size : 0};
+  params.all = Radix<kAxes>({g.unit, g.width, g.height, g.planes, g.patches});
+  params.is_narrow = image <= narrow && g.image_height <= narrow && g.image_width <= narrow / g.unit &&
+                     g.width <= narrow / g.unit && g.height <= narrow && g.planes <= narrow && g.patches <= narrow;
+  params.repeats = 1;
+  int64_t rows = g.height, planes = g.planes;
+  if (params.is_narrow) {
+    const int64_t by_planes = even_parts(kRepeats, planes, rows * row, vector), by_rows = even_parts(kRepeats, rows, row, vector);
+    if (by_planes >= by_rows) {
+      params.repeats = static_cast<int>(by_planes);
+      planes /= by_planes;
+      params.plane_step = static_cast<int>(planes);
+      params.source_step = planes * call.plane_stride;
+      params.part = planes * rows * row;
+    } else {
+      params.repeats = static_cast<int>(by_rows);
+      rows /= by_rows;
+      params.row_step = static_cast<int>(rows);
+      params.source_step = rows * call.row_stride;
+      params.part = rows * row;
+    }
+    const auto small = [](int64_t x) { return static_cast<int>(x); };
+    params.unit = small(g.unit), params.image_row = small(g.image_width * g.unit), params.row = small(row);
+    params.image_height = small(g.image_height), params.height = small(g.height);
+    params.image_width = small(g.image_width), params.width = small(g.width);
+    params.unit_of = Divisor<uint32_t>(static_cast<uint32_t>(g.unit));
+  }
+  params.total = all / params.repeats;
+  params.planes = planes;
+  params.radix = Radix<kVectorAxes>({row, rows, planes, g.patches});
+  const int64_t vectors = params.total / vector + (params.total % vector != 0);
+  // longer runs once there are enough of them to keep every multiprocessor busy
+  params.rounds = vectors >= int64_t{64} * kThreads * multiprocessors ? kRounds : 1;
+  const int64_t run = params.rounds * int64_t{kThreads}, blocks = vectors / run + (vectors % run != 0);
+  FASTKD_CHECK(blocks <= kMaxBlocks, "patches would have ", all, " elements, more than a launch can make");
+  return {params, kernel, {static_cast<unsigned>(blocks), kThreads, 1, call.convert ? kConstantsShared : 0}};
+}
+
+}  // namespace
+}  // namespace fastkd::crop
