@@ -222,6 +222,7 @@ FASTKD_DEVICE int64_t index_of(const GradientBlock& block, unsigned local, const
   return block.first + block.skipped + local + target.part * block.between;
 }
 
+// inspect: streaming crop_backward_kernel<*> loads=128 stores=128
 template <typename T, typename Int>
 FASTKD_KERNEL(kThreads, 2)
 crop_backward_kernel(const BackwardParams p) {

@@ -191,6 +191,13 @@ FASTKD_DEVICE int64_t index_of(const Block& block, unsigned local, const Piece& 
 }
 
 // In and Out: element types, or, where bytes are copied, an unsigned integer of their size, twice.
+// inspect: streaming crop_kernel<unsignedchar,*> loads=16 stores=128
+// inspect: streaming crop_kernel<unsignedchar,unsignedchar> loads=128 stores=128
+// inspect: streaming crop_kernel<unsignedshort,*> loads=128 stores=128
+// inspect: streaming crop_kernel<unsignedint,*> loads=128 stores=128
+// inspect: streaming crop_kernel<unsignedlong,*> loads=128 stores=128
+// inspect: streaming crop_kernel<[BFd]*> loads=128 stores=128
+// inspect: streaming crop_kernel<float,*> loads=128 stores=128
 template <typename In, typename Out>
 FASTKD_KERNEL(kThreads, 3)
 crop_kernel(const ForwardParams p) {
