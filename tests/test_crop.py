@@ -15,6 +15,8 @@ from fastkd import _C
 from fastkd.ops import crop as ops
 from fastkd.reference import crop as reference
 
+pytestmark = pytest.mark.cuda_kernels
+
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 DTYPES = [*FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool]
 HUGE = [-(2**63), -(2**63) + 1, -(2**31), 2**31, 2**63 - 41, 2**63 - 1]

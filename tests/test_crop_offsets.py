@@ -10,6 +10,8 @@ import fastkd
 from fastkd.ops import crop as ops
 from fastkd.reference import crop as reference
 
+pytestmark = pytest.mark.cuda_kernels
+
 
 def test_same_seed_same_crops(device: torch.device, generator: torch.Generator) -> None:
     images = torch.randint(0, 256, (20, 3, 12, 12), dtype=torch.uint8, generator=generator).to(device)
