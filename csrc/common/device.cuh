@@ -9,6 +9,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/dtype.h"
 #include "common/isa.h"
@@ -65,6 +66,18 @@ FASTKD_DEVICE void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
   __syncthreads();
+#endif
+}
+
+// A cluster barrier in two: what lies between does not wait, and nothing is published. For knowing that all blocks run.
+FASTKD_DEVICE void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+FASTKD_DEVICE void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
@@ -136,7 +149,7 @@ struct alignas(16) Pack {
 // Of 16-byte aligned addresses. What is read or written once leaves the caches first (evict-first).
 template <typename T>
 FASTKD_DEVICE Pack<T> load_pack(const T* p) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(p);
+  const uint4 raw = __ldca(reinterpret_cast<const uint4*>(p));
   return reinterpret_cast<const Pack<T>&>(raw);
 }
 template <typename T>
@@ -146,7 +159,7 @@ FASTKD_DEVICE Pack<T> load_pack_once(const T* p) {
 }
 template <typename T>
 FASTKD_DEVICE void store_pack(T* p, const Pack<T>& pack) {
-  *reinterpret_cast<uint4*>(p) = reinterpret_cast<const uint4&>(pack);
+  __stwb(reinterpret_cast<uint4*>(p), reinterpret_cast<const uint4&>(pack));
 }
 template <typename T>
 FASTKD_DEVICE void store_pack_once(T* p, const Pack<T>& pack) {
@@ -191,10 +204,44 @@ FASTKD_DEVICE Float16 from_compute<Float16>(float x) {
   return {__half_as_ushort(__float2half_rn(x))};
 }
 
+template <typename T>
+FASTKD_DEVICE Pack<T> pack_of(const Compute<T> (&values)[kPack<T>]) {
+  Pack<T> pack;
+  if constexpr (sizeof(T) == 2) {  // two at a time: one instruction, already in place
+    unsigned words[4];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      if constexpr (std::is_same_v<T, BFloat16>) {
+        const __nv_bfloat162 two = __floats2bfloat162_rn(values[2 * w], values[2 * w + 1]);
+        memcpy(&words[w], &two, sizeof two);
+      } else {
+        const __half2 two = __floats2half2_rn(values[2 * w], values[2 * w + 1]);
+        memcpy(&words[w], &two, sizeof two);
+      }
+    }
+    memcpy(&pack, words, sizeof pack);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kPack<T>; ++k) pack.value[k] = from_compute<T>(values[k]);
+  }
+  return pack;
+}
+
 // ---- maths ---------------------------------------------------------------------------------------------
 
 FASTKD_DEVICE float exp(float x) { return ::expf(x); }
 FASTKD_DEVICE double exp(double x) { return ::exp(x); }
+// e^x for what is stored in T. For 16 bits 2^(x log2 e), with the product rounded: relative error |x| 2^-24.
+template <typename T>
+FASTKD_DEVICE Compute<T> exp_of(Compute<T> x) {
+  if constexpr (sizeof(T) == 2) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
+    return result;
+  } else {
+    return exp(x);
+  }
+}
 FASTKD_DEVICE float log(float x) { return ::logf(x); }
 FASTKD_DEVICE double log(double x) { return ::log(x); }
 FASTKD_DEVICE float maximum(float a, float b) { return ::fmaxf(a, b); }  // the other one where one is NaN

@@ -5,12 +5,16 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <atomic>
+
 #include "common/geometry.h"
 #include "common/tensor.h"
 
 #define FASTKD_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fastkd, CUDA, m)
 
 namespace fastkd {
+
+static __global__ void cluster_probe() {}  // never launched
 
 // Makes the tensor's device current while it lives; launches go to torch's current stream on it.
 class DeviceContext {
@@ -21,9 +25,16 @@ class DeviceContext {
     return empty_on(aoti_torch_device_type_cuda(), device_, shape, type, strides);
   }
 
+  // Asked of the device once.
   DeviceLimits limits() const {
-    return {attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? kMaxCluster : 1,
-            static_cast<unsigned>(attribute(cudaDevAttrMultiProcessorCount))};
+    static std::atomic<unsigned> cache[64];  // 0: not asked yet
+    std::atomic<unsigned>& known = cache[device_ % 64];
+    unsigned packed = known.load(std::memory_order_relaxed);
+    if (packed == 0 || device_ >= 64) {
+      packed = static_cast<unsigned>(attribute(cudaDevAttrMultiProcessorCount)) << 8 | max_cluster();
+      known.store(packed, std::memory_order_relaxed);
+    }
+    return {packed & 0xff, packed >> 8};
   }
 
   // kernel(params), in the caller's stream. `name` is for the error.
@@ -54,6 +65,32 @@ class DeviceContext {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     return static_cast<cudaStream_t>(stream);
+  }
+  // Clusters need code that was compiled for them (PTX of an older architecture runs on Hopper, too, without), and 16 blocks
+  // need multiprocessors side by side, which a part of a GPU may not have: asked for a block that fills one.
+  unsigned max_cluster() const {
+    cudaFuncAttributes code{};
+    check("cudaFuncGetAttributes", cudaFuncGetAttributes(&code, cluster_probe));
+    if (attribute(cudaDevAttrComputeCapabilityMajor) < 9 || code.ptxVersion < 90) return 1;
+    constexpr int kMostOfAMultiprocessor = 128 << 10;  // bytes of shared memory
+    check("cudaFuncSetAttribute", cudaFuncSetAttribute(cluster_probe, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    check("cudaFuncSetAttribute",
+          cudaFuncSetAttribute(cluster_probe, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostOfAMultiprocessor));
+    for (unsigned cluster = kMaxCluster; cluster > 1; cluster /= 2) {
+      cudaLaunchAttribute attribute{};
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {cluster, 1, 1};
+      cudaLaunchConfig_t config{};
+      config.gridDim = cluster;
+      config.blockDim = 32;
+      config.dynamicSmemBytes = kMostOfAMultiprocessor;
+      config.attrs = &attribute;
+      config.numAttrs = 1;
+      int clusters = 0;
+      if (cudaOccupancyMaxActiveClusters(&clusters, cluster_probe, &config) == cudaSuccess && clusters > 0) return cluster;
+      cudaGetLastError();
+    }
+    return 1;
   }
   int attribute(cudaDeviceAttr which) const {
     int value = 0;

@@ -59,6 +59,7 @@ class LaneGroup {
   static constexpr bool kWholeCluster = false;
   FASTKD_DEVICE unsigned index() const { return thread_index() % kLanes; }
   FASTKD_DEVICE unsigned size() const { return kLanes; }
+  FASTKD_DEVICE void arrive() const {}
   FASTKD_DEVICE void start() const {}
   template <typename Op, typename V, int N>
   FASTKD_DEVICE void reduce(V (&values)[N], Op op) const {
@@ -77,9 +78,12 @@ class ClusterGroup {
   FASTKD_DEVICE unsigned index() const { return cluster_rank() * thread_count() + thread_index(); }
   FASTKD_DEVICE unsigned size() const { return cluster_size() * thread_count(); }
 
-  // Before the first reduction, after loads have been issued: no block may store into one that has not started.
+  // Both before the first reduction, with loads issued between them: no block may store into one that has not started.
+  FASTKD_DEVICE void arrive() const {
+    if (cluster_size() > 1) cluster_arrive();
+  }
   FASTKD_DEVICE void start() const {
-    if (cluster_size() > 1) cluster_barrier();
+    if (cluster_size() > 1) cluster_wait();
   }
 
   // All that was stored before, in global memory too, is there for all threads after it.
@@ -124,6 +128,26 @@ class ClusterGroup {
   static constexpr unsigned kSlotBytes = 8;
   unsigned used_;
 };
+
+// Adds load(i, n) for all i < count to sums[n], in the same order each time; several loads at a time are on their way.
+template <class Group, typename Load, int N>
+FASTKD_DEVICE void sum_strided(int64_t count, const Group& group, double (&sums)[N], const Load& load) {
+  constexpr int kAhead = 8;
+  for (int64_t i = group.index(); i < count; i += static_cast<int64_t>(kAhead) * group.size()) {
+    double values[kAhead][N];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int64_t at = i + static_cast<int64_t>(j) * group.size();
+#pragma unroll
+      for (int n = 0; n < N; ++n) values[j][n] = at < count ? load(at, n) : 0;
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) sums[n] += values[j][n];
+    }
+  }
+}
 
 // body(index, group) for each row with the teams that the grid has. All threads come along: the last index may be beyond
 // the rows where several share a block.

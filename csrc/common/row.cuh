@@ -44,14 +44,33 @@ struct RowView {
   template <bool kLast = false>
   FASTKD_DEVICE Pack<T> load(Index part) const {
     const Index begin = first(part);
-    if (whole(begin)) return kLast ? load_pack_once(data + begin) : load_pack(data + begin);
-    Pack<T> pack;
+    if constexpr (sizeof(T) == 2) {  // merged as words: as halves, a load would be waited for where it is split
+      Pack<unsigned> raw;
+      if (whole(begin)) {
+        const auto* from = reinterpret_cast<const unsigned*>(data + begin);
+        raw = kLast ? load_pack_once(from) : load_pack(from);
+      } else {
 #pragma unroll
-    for (int k = 0; k < kPack<T>; ++k) {
-      const Index i = begin + k;
-      pack.value[k] = i >= 0 && i < count ? data[i] : lowest(T{});
+        for (int w = 0; w < 4; ++w) {
+          const Index i = begin + 2 * w;
+          const T low = i >= 0 && i < count ? data[i] : lowest(T{});
+          const T high = i + 1 >= 0 && i + 1 < count ? data[i + 1] : lowest(T{});
+          raw.value[w] = low.bits | static_cast<unsigned>(high.bits) << 16;
+        }
+      }
+      Pack<T> pack;
+      memcpy(&pack, &raw, sizeof pack);
+      return pack;
+    } else {
+      if (whole(begin)) return kLast ? load_pack_once(data + begin) : load_pack(data + begin);
+      Pack<T> pack;
+#pragma unroll
+      for (int k = 0; k < kPack<T>; ++k) {
+        const Index i = begin + k;
+        pack.value[k] = i >= 0 && i < count ? data[i] : lowest(T{});
+      }
+      return pack;
     }
-    return pack;
   }
   FASTKD_DEVICE void store(Index part, const Pack<T>& pack) const {
     const Index begin = first(part);

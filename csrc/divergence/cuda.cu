@@ -20,7 +20,7 @@ using FASTKD_ISA::divergence::count_valid;
 using FASTKD_ISA::divergence::number_of;
 using FASTKD_ISA::divergence::write_reduced;
 
-// ---- over all rows: one block ----------------------------------------------------------------------
+// ---- over all rows: one cluster --------------------------------------------------------------------
 
 struct CountParams {
   const int64_t* target;
@@ -31,18 +31,24 @@ struct CountParams {
 
 FASTKD_KERNEL(kMaxRowThreads) count_rows(const CountParams p) {
   ClusterGroup all;
+  all.arrive();
+  all.start();
   const double count = count_valid(p.target, p.rows, p.ignore_index, all);
   if (all.index() == 0) *p.valid = count;
 }
 
 FASTKD_KERNEL(kMaxRowThreads) sum_losses(const DeviceParams p) {
   ClusterGroup all;
+  all.arrive();
+  all.start();
   write_reduced(p, all);
 }
 
-Geometry one_block(int64_t rows, unsigned reductions) {
+Geometry one_cluster(int64_t rows, unsigned reductions, DeviceLimits limits) {
   const unsigned threads = static_cast<unsigned>(std::clamp<int64_t>((rows + 31) / 32 * 32, 32, kMaxRowThreads));
-  return {1, threads, 1, cluster_shared_bytes(threads, 1, reductions)};
+  unsigned cluster = 1;
+  while (cluster < kPortableCluster && 2 * cluster <= limits.max_cluster && rows > 8 * kMaxRowThreads * cluster) cluster *= 2;
+  return {cluster, threads, cluster, cluster_shared_bytes(threads, cluster, reductions)};
 }
 
 RowNumbers numbers_of(const std::optional<Tensor>& t) {
@@ -60,6 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
   const Reduction reduce = static_cast<Reduction>(reduction);
   const bool none = reduce == Reduction::kNone, mean = reduce == Reduction::kMean || reduce == Reduction::kBatchMean;
   const DeviceContext context(student);
+  const DeviceLimits limits = context.limits();
   const ScalarType type = student.scalar_type(), loss_type = loss_dtype(student);
   Tensor student_out = student_gradient ? context.empty({rows, classes}, type) : context.empty({0}, type);
   Tensor teacher_out = teacher_gradient ? context.empty({rows, classes}, type) : context.empty({0}, type);
@@ -104,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
     valid = context.empty({plan.one_launch ? int64_t{kMaxCluster} : 1}, ScalarType::Double);
     params.valid = static_cast<double*>(valid->mutable_data_ptr());
     if (!plan.one_launch) {
-      context.launch("divergence (valid rows)", count_rows, one_block(rows, 1),
+      context.launch("divergence (valid rows)", count_rows, one_cluster(rows, 1, limits),
                      CountParams{params.target, rows, ignore_index, params.valid});
     }
   }
@@ -121,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
     }();
     context.launch("divergence", kernel, plan.geometry, params);
   }
-  if (!none && !plan.one_launch) context.launch("divergence (sum of losses)", sum_losses, one_block(rows, 2), params);
+  if (!none && !plan.one_launch) context.launch("divergence (sum of losses)", sum_losses, one_cluster(rows, 2, limits), params);
   return {loss, terms, student_out, teacher_out};
 }
 
@@ -143,6 +150,7 @@ constexpr int64_t kPieceBytes = 8192;
 template <typename T>
 FASTKD_KERNEL(kThreads)
 scale_pieces(const ScaleParams p) {
+  if (p.factor.stride == 0 && number_of(p.factor, 0) == 1.0) return;
   constexpr int64_t kPiece = kPieceBytes / sizeof(T);
   const int64_t step = static_cast<int64_t>(block_count()) * (kThreads / kWarp);
   for (int64_t piece = static_cast<int64_t>(block_index()) * (kThreads / kWarp) + warp_index(); piece < p.rows * p.pieces;
@@ -179,7 +187,8 @@ void backward_(Tensor gradient, Tensor grad_loss) {
       default: return scale_pieces<float>;
     }
   }();
-  context.launch("divergence_backward_", kernel, {grid_size(rows * pieces, 1, 1u << 16, kThreads / kWarp), kThreads}, params);
+  context.launch("divergence_backward_", kernel,
+                 {grid_size(rows * pieces, 1, 16 * context.limits().multiprocessors, kThreads / kWarp), kThreads}, params);
 }
 
 }  // namespace

@@ -33,6 +33,7 @@ FASTKD_DEVICE void resident_row(const Row<T, int>& row, Group& group) {
   S top[2] = {-kInfinity<S>, -kInfinity<S>};
   {
     Pack<T> raw_y[kPacks], raw_x[kPacks];
+    group.arrive();
     const auto from_y = kSwap ? row.teacher() : row.student(), from_x = kSwap ? row.student() : row.teacher();
     const int behind = early.active ? 0 : from_y.parts();  // of rows that take no part nothing is read: all is -inf
 #pragma unroll
@@ -59,12 +60,18 @@ FASTKD_DEVICE void resident_row(const Row<T, int>& row, Group& group) {
   {
     const Linear<S> linear{inverse_of<S>(early.temperature), row.c(), top[0], top[1], S(0), S(0), S(0)};
     S sum_y = 0, sum_x = 0, sum_d = 0, sum_task = 0;
+    if (early.own_task) {
+#pragma unroll
+      for (int v = 0; v < kPacks; ++v) {
+#pragma unroll
+        for (int k = 0; k < N; ++k) sum_task += exp_of<T>((kSwap ? x[v][k] : y[v][k]) - student_top);
+      }
+    }
 #pragma unroll
     for (int v = 0; v < kPacks; ++v) {
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        if (early.own_task) sum_task += device::exp((kSwap ? x[v][k] : y[v][k]) - student_top);
-        const S a = linear.a(y[v][k]), b = linear.b(x[v][k]), e_y = device::exp(a), e_x = device::exp(b);
+        const S a = linear.a(y[v][k]), b = linear.b(x[v][k]), e_y = exp_of<T>(a), e_x = exp_of<T>(b);
         sum_y += e_y;
         sum_x += e_x;
         if constexpr (!kJensenShannon) sum_d += weigh(e_x, linear.c * b - a);
@@ -85,12 +92,25 @@ FASTKD_DEVICE void resident_row(const Row<T, int>& row, Group& group) {
     const TaskGradient<T, int> task(row, numbers, student_top, z);
     const auto out = row.student_gradient();
     const int parts = row.parts();
+    const auto each = [&](const auto& add) {
 #pragma unroll
-    for (int v = 0; v < kPacks; ++v) {
-      if (part_of(v) >= parts) continue;
-      const Pack<T> logits = numbers.own_task ? row.student().load(part_of(v)) : Pack<T>{};
-      store_part(numbers.active, out, part_of(v),
-                 [&](int k, int i) { return task.add(gradient(v, k), exponential(v, k), logits.value[k], i); });
+      for (int v = 0; v < kPacks; ++v) {
+        if (part_of(v) < parts) {
+          store_part(true, out, part_of(v), [&](int k, int i) { return add(v, k, i); });
+        }
+      }
+    };
+    if (!numbers.active) {  // decided once, not for each element
+      each([&](int, int, int) { return S(0); });
+    } else if (!task.wanted) {
+      each([&](int v, int k, int) { return gradient(v, k); });
+    } else if (!task.own) {
+      each([&](int v, int k, int i) { return task.with(gradient(v, k), exponential(v, k), i); });
+    } else {
+      Pack<T> logits[kPacks];
+#pragma unroll
+      for (int v = 0; v < kPacks; ++v) logits[v] = row.student().load(part_of(v));
+      each([&](int v, int k, int i) { return task.with(gradient(v, k), task.own_exponential(logits[v].value[k]), i); });
     }
   };
 
@@ -106,7 +126,7 @@ FASTKD_DEVICE void resident_row(const Row<T, int>& row, Group& group) {
         },
         [&](int v, int k) { return kSwap ? x[v][k] : y[v][k]; });
   } else {
-    JensenShannon<S> js = jensen_shannon_of(row, numbers, top[0], top[1], sums[0], sums[1]);
+    JensenShannon<T> js = jensen_shannon_of(row, numbers, top[0], top[1], sums[0], sums[1]);
     S sum_q = 0, sum_p = 0;
 #pragma unroll
     for (int v = 0; v < kPacks; ++v) {

@@ -220,11 +220,14 @@ struct TaskGradient {
         factor(static_cast<S>(row.task_scale(numbers) * inverse_sum<S>(z))),
         scale(static_cast<S>(row.task_scale(numbers))) {}
 
-  // gradient + that of element i, whose exponential is the one of the divergence, or that of its logit
+  // gradient + that of element i; the exponential is the one of the divergence, or of the student's logit
+  FASTKD_DEVICE S with(S gradient, S exponential, Index i) const {
+    return gradient + (factor * exponential - (i == label ? scale : S(0)));
+  }
+  FASTKD_DEVICE S own_exponential(T logit) const { return exp_of<T>(to_compute(logit) - top); }
   FASTKD_DEVICE S add(S gradient, S exponential, T logit, Index i) const {
     if (!wanted) return gradient;
-    const S e = own ? device::exp(to_compute(logit) - top) : exponential;
-    return gradient + (factor * e - (i == label ? scale : S(0)));
+    return with(gradient, own ? own_exponential(logit) : exponential, i);
   }
 };
 
@@ -239,11 +242,12 @@ struct Linear {
 };
 
 // Jensen-Shannon: q of the student (y), p of the teacher (x).
-template <typename S>
+template <typename T>
 struct JensenShannon {
+  using S = Compute<T>;
   S inverse_temperature, top_y, top_x, inverse_zy, inverse_zx, beta, one_minus_beta, f_q, f_p, kq, kp;
-  FASTKD_DEVICE S q(S y) const { return device::exp((y - top_y) * inverse_temperature) * inverse_zy; }
-  FASTKD_DEVICE S p(S x) const { return device::exp((x - top_x) * inverse_temperature) * inverse_zx; }
+  FASTKD_DEVICE S q(S y) const { return exp_of<T>((y - top_y) * inverse_temperature) * inverse_zy; }
+  FASTKD_DEVICE S p(S x) const { return exp_of<T>((x - top_x) * inverse_temperature) * inverse_zx; }
   // Terms of KL(q || m) and KL(p || m). Probabilities may be subnormal, where reciprocal and log overflow: both have a floor.
   struct Terms {
     S q, p;
@@ -280,9 +284,8 @@ FASTKD_DEVICE Linear<Compute<T>> linear_of(const Row<T, Index>& row, const typen
 }
 
 template <typename T, typename Index>
-FASTKD_DEVICE JensenShannon<Compute<T>> jensen_shannon_of(const Row<T, Index>& row,
-                                                          const typename Row<T, Index>::Numbers& numbers, Compute<T> top_y,
-                                                          Compute<T> top_x, double z_y, double z_x) {
+FASTKD_DEVICE JensenShannon<T> jensen_shannon_of(const Row<T, Index>& row, const typename Row<T, Index>::Numbers& numbers,
+                                                 Compute<T> top_y, Compute<T> top_x, double z_y, double z_x) {
   using S = Compute<T>;
   return {inverse_of<S>(numbers.temperature),
           top_y,
@@ -297,8 +300,9 @@ FASTKD_DEVICE JensenShannon<Compute<T>> jensen_shannon_of(const Row<T, Index>& r
           S(0)};
 }
 // Once both divergences from the mixture are summed.
-template <typename S>
-FASTKD_DEVICE void finish(JensenShannon<S>& js, double beta, double kd_scale, double kq, double kp) {
+template <typename T>
+FASTKD_DEVICE void finish(JensenShannon<T>& js, double beta, double kd_scale, double kq, double kp) {
+  using S = Compute<T>;
   js.f_q = static_cast<S>(kd_scale * (1.0 - beta));
   js.f_p = static_cast<S>(kd_scale * beta);
   js.kq = static_cast<S>(kq);
@@ -308,13 +312,10 @@ FASTKD_DEVICE void finish(JensenShannon<S>& js, double beta, double kd_scale, do
 // gradient(k, i) for element k of the part, i of the row; zeros in rows that take no part.
 template <typename T, typename Index, typename Gradient>
 FASTKD_DEVICE void store_part(bool active, const RowView<T, Index>& out, Index part, const Gradient& gradient) {
-  Pack<T> pack;
+  Compute<T> values[kPack<T>];
 #pragma unroll
-  for (int k = 0; k < kPack<T>; ++k) {
-    const Compute<T> g = active ? gradient(k, out.first(part) + k) : Compute<T>(0);
-    pack.value[k] = from_compute<T>(g);
-  }
-  out.store(part, pack);
+  for (int k = 0; k < kPack<T>; ++k) values[k] = active ? gradient(k, out.first(part) + k) : Compute<T>(0);
+  out.store(part, pack_of<T>(values));
 }
 
 // ---- all rows -----------------------------------------------------------------------------------------
@@ -322,16 +323,13 @@ FASTKD_DEVICE void store_part(bool active, const RowView<T, Index>& out, Index p
 // The grid is one cluster, which sums up what is known of each row, in the same order each time.
 FASTKD_DEVICE double count_valid(const int64_t* target, int64_t rows, int64_t ignore_index, ClusterGroup& all) {
   double count[1] = {0};
-  for (int64_t r = all.index(); r < rows; r += all.size()) count[0] += target[r] != ignore_index;
+  sum_strided(rows, all, count, [&](int64_t r, int) { return target[r] != ignore_index ? 1.0 : 0.0; });
   all.reduce(count, Sum{});
   return count[0];
 }
 FASTKD_DEVICE void write_reduced(const DeviceParams& p, ClusterGroup& all) {
   double sums[2] = {0, 0};
-  for (int64_t r = all.index(); r < p.rows; r += all.size()) {
-    sums[0] += p.row_losses[r];
-    sums[1] += p.row_losses[p.rows + r];
-  }
+  sum_strided(p.rows, all, sums, [&](int64_t r, int n) { return p.row_losses[n * p.rows + r]; });
   all.reduce(sums, Sum{});
   if (all.index() != 0) return;
   const double scale = inverse_denominator(p);
@@ -345,6 +343,7 @@ template <typename T, typename Index, class Group, typename Body>
 FASTKD_DEVICE void for_rows(const DeviceParams& p, const Body& body) {
   if (!Group::kWholeCluster && p.one_launch) {
     ClusterGroup all;
+    all.arrive();
     all.start();
     if (p.valid != nullptr) {
       const double count = count_valid(p.target, p.rows, p.ignore_index, all);

@@ -79,6 +79,7 @@ stats_rows(const StatsDeviceParams p) {
     const bool present = index < p.rows;
     const T* const data = static_cast<const T*>(out.logits) + (present ? index : 0) * out.stride;
     const RowView<T, int64_t> row(data, out.classes, shift_of(data));
+    group.arrive();
     OnlineStats<S> online(out.temperature);
     double sum = 0;
     S best = -kInfinity<S>;
@@ -136,6 +137,7 @@ stats_backward_rows(const StatsBackwardDeviceParams p) {
     const bool softmax = in.grad_logsumexp != nullptr || in.grad_entropy != nullptr;
     OnlineStats<S> online(in.temperature);
     if (softmax) {
+      group.arrive();
       for (int64_t part = group.index(); part < parts; part += group.size()) online.add(row.load(part));
       group.start();
       online.reduce(group);

@@ -39,7 +39,7 @@ struct OnlineSums {
       d = factor != 0 ? factor * (d - static_cast<double>(c) * steps_x * z_x) : 0;
       z_x *= factor;
     }
-    if (own_task) z_task *= static_cast<double>(device::exp(-(swap ? rise_x : rise_y)));
+    if (own_task) z_task *= static_cast<double>(exp_of<T>(-(swap ? rise_x : rise_y)));
   }
 
   template <bool kDivergence>
@@ -57,11 +57,11 @@ struct OnlineSums {
     for (int k = 0; k < kPack<T>; ++k) {
       const S below_y = to_compute(to.value[k]) - reference_y, below_x = to_compute(from.value[k]) - reference_x;
       const S a = below_y * inverse_temperature, b = below_x * inverse_temperature;
-      const S e_x = device::exp(b);
-      sum_y += device::exp(a);
+      const S e_x = exp_of<T>(b);
+      sum_y += exp_of<T>(a);
       sum_x += e_x;
       if constexpr (kDivergence) sum_d += weigh(e_x, c * b - a);
-      if (own_task) sum_task += device::exp(swap ? below_x : below_y);
+      if (own_task) sum_task += exp_of<T>(swap ? below_x : below_y);
     }
     z_y += static_cast<double>(sum_y);
     z_x += static_cast<double>(sum_x);
@@ -78,6 +78,7 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
     const int64_t parts = wanted ? row.parts() : 0;
     for (int64_t part = group.index(); part < parts; part += group.size()) body(part);
   };
+  group.arrive();
   const auto numbers = row.numbers();
   OnlineSums<T, int64_t> online(row, numbers);
   each_part(numbers.active, [&](int64_t part) { online.template add<!kJensenShannon>(y.load(part), x.load(part)); });
@@ -104,21 +105,21 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
       const Pack<T> to = y.template load<true>(part), from = x.template load<true>(part);
       if (row.wants_y()) {
         store_part(numbers.active, y_gradient, part, [&](int k, int64_t i) {
-          const S e_y = device::exp(linear.a(to_compute(to.value[k])));
-          const S g = linear.y_gradient(e_y, device::exp(linear.b(to_compute(from.value[k]))));
+          const S e_y = exp_of<T>(linear.a(to_compute(to.value[k])));
+          const S g = linear.y_gradient(e_y, exp_of<T>(linear.b(to_compute(from.value[k]))));
           return row.swap() ? g : task.add(g, e_y, to.value[k], i);
         });
       }
       if (row.wants_x()) {
         store_part(numbers.active, x_gradient, part, [&](int k, int64_t i) {
-          const S b = linear.b(to_compute(from.value[k])), e_x = device::exp(b);
+          const S b = linear.b(to_compute(from.value[k])), e_x = exp_of<T>(b);
           const S g = linear.x_gradient(e_x, linear.a(to_compute(to.value[k])), b);
           return row.swap() ? task.add(g, e_x, from.value[k], i) : g;
         });
       }
     });
   } else {
-    JensenShannon<S> js = jensen_shannon_of(row, numbers, top[0], top[1], sums[0], sums[1]);
+    JensenShannon<T> js = jensen_shannon_of(row, numbers, top[0], top[1], sums[0], sums[1]);
     double k_sums[2] = {0, 0};
     each_part(numbers.active, [&](int64_t part) {
       const Pack<T> to = y.load(part), from = x.load(part);

@@ -42,6 +42,7 @@ struct Fiber {
   Position position{};
   Group* waits_for = nullptr;
   bool done = false;
+  bool arrived = false;  // at a cluster barrier that it has yet to wait for
   unsigned shuffles = 0;
   unsigned index = 0;  // in its cluster
 };
@@ -85,6 +86,8 @@ class Machine {
 
   Fiber& self() { return *self_; }
   void meet(Meeting meeting, const Site& site);
+  void arrive(const Site& site);
+  void wait(const Site& site);
   void exchange(void* value, unsigned size, unsigned source, const Site& site);
   void* shared_address(unsigned rank, Access access, unsigned offset, unsigned count, unsigned size, unsigned i, const Site&);
 
@@ -167,6 +170,7 @@ void Machine::start(unsigned index, unsigned first_block) {
   fiber.position = {index % geometry_->threads, first_block + rank, rank, geometry_};
   fiber.waits_for = nullptr;
   fiber.done = false;
+  fiber.arrived = false;
   fiber.shuffles = 0;
   fiber.index = index;
   fiber.fake_stack = nullptr;
@@ -210,6 +214,7 @@ void Machine::enter() {
 #endif
   try {
     (*m.body_)();
+    if (m.self().arrived) throw std::runtime_error(m.where(m.self()) + " ends without waiting where it arrived");
   } catch (...) {
     m.error_ = std::current_exception();
   }
@@ -263,8 +268,24 @@ Group& Machine::group_of(const Fiber& fiber, Meeting meeting) {
   }
 }
 
+void Machine::arrive(const Site& site) {
+  if (self_->arrived) throw std::runtime_error(where(*self_) + " arrives twice at a cluster barrier (" + text_of(site) + ")");
+  self_->arrived = true;
+}
+
+void Machine::wait(const Site& site) {
+  if (!self_->arrived) {
+    throw std::runtime_error(where(*self_) + " waits at a cluster barrier where it has not arrived (" + text_of(site) + ")");
+  }
+  self_->arrived = false;
+  meet(Meeting::kClusterBarrier, site);
+}
+
 void Machine::meet(Meeting meeting, const Site& site) {
   Fiber& fiber = *self_;
+  if (fiber.arrived && meeting == Meeting::kClusterBarrier) {
+    throw std::runtime_error(where(fiber) + " has arrived at a cluster barrier and comes to another one (" + text_of(site) + ")");
+  }
   Group& group = group_of(fiber, meeting);
   if (group.arrived == 0) {
     group.meeting = meeting;
@@ -399,6 +420,8 @@ void run(const char* name, const Geometry& geometry, const std::function<void()>
 const Position& position() { return machine.self().position; }
 
 void meet(Meeting meeting, const Site& site) { machine.meet(meeting, site); }
+void arrive(const Site& site) { machine.arrive(site); }
+void wait(const Site& site) { machine.wait(site); }
 
 void exchange(void* value, unsigned size, unsigned source, const Site& site) { machine.exchange(value, size, source, site); }
 

@@ -43,6 +43,10 @@ const Position& position();
 enum class Meeting { kWarpBarrier, kShuffle, kBlockBarrier, kClusterBarrier };
 void meet(Meeting meeting, const Site& site);
 
+// A cluster barrier in two. Who waits must have arrived; who arrived must wait before it ends or meets at another one.
+void arrive(const Site& site);
+void wait(const Site& site);
+
 // Deposits this lane's value, waits for the warp, gives that of lane `source`.
 void exchange(void* value, unsigned size, unsigned source, const Site& site);
 

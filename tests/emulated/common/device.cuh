@@ -33,6 +33,9 @@ inline void block_barrier(Site site = Site::current()) { emulator::meet(emulator
 inline void warp_barrier(Site site = Site::current()) { emulator::meet(emulator::Meeting::kWarpBarrier, site); }
 inline void cluster_barrier(Site site = Site::current()) { emulator::meet(emulator::Meeting::kClusterBarrier, site); }
 
+inline void cluster_arrive(Site site = Site::current()) { emulator::arrive(site); }
+inline void cluster_wait(Site site = Site::current()) { emulator::wait(site); }
+
 template <typename T>
 T shuffle(T value, unsigned lane, Site site = Site::current()) {
   static_assert(sizeof(T) <= 8);
@@ -129,6 +132,17 @@ T from_compute(Compute<T> x) {
   }
 }
 
+template <typename T>
+Pack<T> pack_of(const Compute<T> (&values)[kPack<T>]) {
+  Pack<T> pack;
+  for (int k = 0; k < kPack<T>; ++k) pack.value[k] = from_compute<T>(values[k]);
+  return pack;
+}
+
+template <typename T>
+Compute<T> exp_of(Compute<T> x) {
+  return sizeof(T) == 2 ? std::exp2(x * Compute<T>(1.4426950408889634)) : std::exp(x);
+}
 template <typename S>
 S exp(S x) {
   return std::exp(x);
