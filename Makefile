@@ -10,6 +10,7 @@ SOURCES = $(shell find $(1) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -nam
 CSRC := $(call SOURCES,csrc)
 FORMATTED := $(CSRC) $(call SOURCES,tests/emulated)
 SANITIZED := build/sanitized
+PARALLEL := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench gpu-check sanitize inspect lint format wheel build clean
@@ -37,7 +38,7 @@ demo: $(VENV)/.built  ## distil a teacher on real data: a table, and a figure be
 	$(BIN)/fastkd demo
 
 test: $(VENV)/.built  ## all tests
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 lint: $(VENV)/.dev  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
@@ -53,7 +54,7 @@ format: $(VENV)/.dev  ## put every file into shape
 sanitize: $(VENV)/.built  ## the op tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	FASTKD_SANITIZE=1 FASTKD_CUDA=0 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$$(echo $(SANITIZED)/lib*)" $(BIN)/pytest -m "not compiles"
+	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$$(echo $(SANITIZED)/lib*)" FASTKD_SCHEDULES=1 $(BIN)/pytest $(PARALLEL) -m "not compiles"
 
 inspect: $(VENV)/.dev  ## the CUDA kernels as nvcc built them: registers, spills, wide loads and stores
 	$(BIN)/python .ci/inspect_cuda.py

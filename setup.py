@@ -43,7 +43,7 @@ def cuda_architectures(nvcc):
     """Architectures (8.0, 9.0a, 10.0+PTX) of TORCH_CUDA_ARCH_LIST, or of a sensible list as far as this nvcc knows it."""
     known = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True)
     default = [a for a in ("8.0", "8.6", "8.9", "9.0a", "10.0") if f"compute_{a.replace('.', '').rstrip('a')}" in known]
-    return os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split() or [*default, f"{default[-1]}+PTX"]
+    return os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split() or [*default[:-1], f"{default[-1]}+PTX"]
 
 
 class NinjaBuild(build_ext):  # writes one build.ninja for both libraries and runs it: parallel, incremental
@@ -58,8 +58,8 @@ class NinjaBuild(build_ext):  # writes one build.ninja for both libraries and ru
         cxx = f"{common} -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi {SANITIZER}"
         cuda = f"{common} -DUSE_CUDA -Xptxas=-v -Xcompiler=-fPIC,-fvisibility=hidden "
         for a in (a.replace(".", "") for a in architectures):
-            kind, name = ("compute", a[:-4]) if a.endswith("+PTX") else ("sm", a)
-            cuda += f" -gencode=arch=compute_{name},code={kind}_{name}"
+            for kind in ("sm", "compute") if a.endswith("+PTX") else ("sm",):
+                cuda += " -gencode=arch=compute_{0},code={1}_{0}".format(a.removesuffix("+PTX"), kind)
         macros = f'VERSION="{self.distribution.get_version()}"', f'CUDA_ARCHITECTURES="{" ".join(architectures)}"'
         includes = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
         module = " -DFASTKD_".join([includes, *map(shlex.quote, macros)])

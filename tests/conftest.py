@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,11 +20,11 @@ _CPU = [
 ]
 
 
-_SCHEDULES = 5
+_SCHEDULES = int(os.environ.get("FASTKD_SCHEDULES", "5"))  # of emulated launches
 # emulated-<schedule>; the last one as a GPU without thread block clusters, such as the A100
 _CUDA_KERNELS = [
     *(f"emulated-{seed}" for seed in range(_SCHEDULES)),
-    f"emulated-{_SCHEDULES}-no_clusters",
+    "emulated-5-no_clusters",
     pytest.param(
         "cuda", marks=[] if torch.cuda.is_available() else [pytest.mark.skip(reason="this machine has no CUDA device")]
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -23,13 +24,20 @@ SANITIZER = "-fsanitize=address,undefined -fno-sanitize-recover=undefined" if SA
 
 def build() -> Path:
     """Compiles ``csrc/*/cuda*.cu`` with g++ against the emulator, what changed only, and returns the library's path."""
-    import ninja as ninja_package
-    from ninja.ninja_syntax import Writer
-
     folder = ROOT / "build" / ("emulated-sanitized" if SANITIZED else "emulated")
     if ROOT / "csrc" != CSRC:
         folder = CSRC / "build"
     folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # of several test processes, one compiles
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _compile(folder, folder / "_emulated.so")
+    return folder / "_emulated.so"
+
+
+def _compile(folder: Path, library: Path) -> None:
+    import ninja as ninja_package
+    from ninja.ninja_syntax import Writer
+
     torch_folder = Path(torch.__file__).parent
     compiler = os.environ.get("CXX", "g++")
     # the emulator's common/device.cuh and common/launch.cuh come before those of csrc; rounding as on a GPU: no contraction
@@ -37,7 +45,6 @@ def build() -> Path:
         f"-std=c++20 -O1 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas -I{HERE} "
         f"-I{CSRC} -isystem {torch_folder}/include -DTORCH_TARGET_VERSION=0x020a000000000000 {SANITIZER}"
     )
-    library = folder / "_emulated.so"
     sources = [*sorted(CSRC.glob("*/cuda*.cu")), *sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("*.cu"))]
     with open(folder / "build.ninja", "w") as file:
         ninja = Writer(file, width=1000)
@@ -51,7 +58,6 @@ def build() -> Path:
     done = subprocess.run([program, "-C", str(folder)], env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"the emulated kernels do not compile:\n{done.stdout[-8000:]}{done.stderr[-2000:]}")
-    return library
 
 
 @cache
