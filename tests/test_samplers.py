@@ -8,6 +8,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastkd import AliasTable, CollectionBatchSampler, CollectionSampler
 
+WORKERS = [0, pytest.param(2, marks=pytest.mark.forks)]
+
 
 @pytest.fixture
 def table(generator: torch.Generator) -> AliasTable:
@@ -53,7 +55,7 @@ def test_resume_in_the_middle_of_an_epoch(table: AliasTable, stop: int) -> None:
     assert list(resumed) == table.sample_at(9, 2000, 1000).tolist()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("batched", [False, True])
 def test_a_loop_that_stops_after_the_last_batch_ends_the_epoch(table: AliasTable, batched: bool, workers: int) -> None:
     data = TensorDataset(torch.arange(5000))
@@ -66,7 +68,7 @@ def test_a_loop_that_stops_after_the_last_batch_ends_the_epoch(table: AliasTable
     assert torch.equal(torch.cat(seen), table.sample_at(9, 0, 1920))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_an_epoch_left_early_is_over(table: AliasTable, workers: int) -> None:
     data = TensorDataset(torch.arange(5000))
     loader = DataLoader(data, batch_sampler=CollectionBatchSampler(table, 64, 10), num_workers=workers)
@@ -77,7 +79,7 @@ def test_an_epoch_left_early_is_over(table: AliasTable, workers: int) -> None:
     assert torch.equal(torch.cat([x for (x,) in loader]), table.sample_at(9, 0, 640))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("done", [0, 7, 10])
 def test_resume_what_the_loop_has_done_whatever_was_prefetched(table: AliasTable, done: int, workers: int) -> None:
     data = TensorDataset(torch.arange(5000))
@@ -138,7 +140,7 @@ def test_batches(table: AliasTable) -> None:
     assert torch.equal(torch.cat(list(resumed)), torch.cat(list(iterator)))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_data_loader(table: AliasTable, workers: int) -> None:
     data = TensorDataset(torch.arange(5000))
     expected = table.sample_at(9, 0, 640)
