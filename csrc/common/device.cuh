@@ -13,6 +13,7 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "common/pack.h"
 
 #define FASTKD_DEVICE __device__ __forceinline__
 // A kernel of at most `threads` threads a block; with a second argument, so few registers that as many blocks share a
@@ -21,7 +22,6 @@
 
 namespace fastkd::FASTKD_ISA::device {
 
-constexpr unsigned kWarp = 32;
 #if __CUDA_ARCH__ >= 900
 constexpr bool kHasClusters = true;
 #else
@@ -60,7 +60,6 @@ FASTKD_DEVICE unsigned cluster_size() {
 // ---- barriers and shuffles: every thread of the block, the cluster or the warp must come ------------
 
 FASTKD_DEVICE void block_barrier() { __syncthreads(); }
-FASTKD_DEVICE void warp_barrier() { __syncwarp(); }
 FASTKD_DEVICE void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -139,13 +138,6 @@ class Shared {
 
 // ---- 16 bytes at a time ------------------------------------------------------------------------------
 
-template <typename T>
-constexpr int kPack = 16 / static_cast<int>(sizeof(T));
-template <typename T>
-struct alignas(16) Pack {
-  T value[kPack<T>];
-};
-
 // Of 16-byte aligned addresses. What is read or written once leaves the caches first (evict-first).
 template <typename T>
 FASTKD_DEVICE Pack<T> load_pack(const T* p) {
@@ -167,17 +159,6 @@ FASTKD_DEVICE void store_pack_once(T* p, const Pack<T>& pack) {
 }
 
 // ---- elements and what is computed in ------------------------------------------------------------------
-
-template <typename T>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <typename T>
-using Compute = typename ComputeOf<T>::type;
 
 FASTKD_DEVICE float to_compute(float x) { return x; }
 FASTKD_DEVICE double to_compute(double x) { return x; }

@@ -202,24 +202,8 @@ FASTKD_DEVICE void sum_patches(const BackwardParams& p, const Target<Int>& targe
   }
 }
 
-// Where a block begins.
-struct GradientBlock {
-  int64_t first;  // element of the first parts
-  Digits<kGradientAxes> base;
-  int64_t skipped;  // elements of further parts before it: between one first part and the next lie the others
-  int64_t between;
-};
-FASTKD_DEVICE GradientBlock block_of(const BackwardParams& p, int64_t block, int vector) {
-  GradientBlock b;
-  b.first = block * p.rounds * (kThreads * vector);
-  b.base = p.radix.split(b.first);
-  b.between = (p.repeats - 1) * p.part;
-  b.skipped = b.base.at[3] * b.between;
-  return b;
-}
-template <typename Int>
-FASTKD_DEVICE int64_t index_of(const GradientBlock& block, unsigned local, const Target<Int>& target) {
-  return block.first + block.skipped + local + target.part * block.between;
+FASTKD_DEVICE Block<kGradientAxes> block_of(const BackwardParams& p, int64_t block, int vector) {
+  return block_of<kGradientAxes>(p, block, vector, [](const Digits<kGradientAxes>& base) { return base.at[3]; });
 }
 
 // inspect: streaming crop_backward_kernel<*> loads=128 stores=128
@@ -228,7 +212,7 @@ FASTKD_KERNEL(kThreads, 2)
 crop_backward_kernel(const BackwardParams p) {
   constexpr int kVector = kPack<T>;
   const ConstantsOnDevice constants(p.constants);
-  const GradientBlock block = block_of(p, block_index(), kVector);
+  const auto block = block_of(p, block_index(), kVector);
   const int unit = static_cast<int>(p.call.geometry.unit);
 #pragma unroll 1
   for (unsigned round = 0; round < p.rounds; ++round) {
@@ -239,7 +223,7 @@ crop_backward_kernel(const BackwardParams p) {
     // a vector beyond the end has nothing to do, but its lane votes with the others: as if it were the last element
     const unsigned at = count > 0 ? local : static_cast<unsigned>(p.total - block.first - 1);
     Target<Int> target = target_of<T, Int>(p, block.first, block.base, at, 0);
-    const int64_t index = index_of(block, local, target);
+    const int64_t index = block.index(local, target.part);
     int done = 0;
     while (true) {
       const bool wanted = done < count;

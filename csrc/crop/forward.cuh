@@ -170,24 +170,11 @@ FASTKD_DEVICE void crop_wide(const ForwardParams& p, int64_t index, int count, c
   }
 }
 
-// Where a block begins.
-struct Block {
-  int64_t first;  // element of the first parts
-  Digits<kVectorAxes> base;
-  int64_t skipped;  // elements of further parts before it: between one first part and the next lie the others
-  int64_t between;
-};
-FASTKD_DEVICE Block block_of(const ForwardParams& p, int64_t block, int vector) {
-  Block b;
-  b.first = block * p.rounds * (kThreads * vector);
-  b.base = p.radix.split(b.first);
-  b.between = (p.repeats - 1) * p.part;
-  const int64_t patch = b.base.at[4] * p.call.geometry.patches + b.base.at[3];
-  b.skipped = (p.row_step > 0 ? patch * p.planes + b.base.at[2] : patch) * b.between;
-  return b;
-}
-FASTKD_DEVICE int64_t index_of(const Block& block, unsigned local, const Piece& piece) {
-  return block.first + block.skipped + local + piece.part * block.between;
+FASTKD_DEVICE Block<kVectorAxes> block_of(const ForwardParams& p, int64_t block, int vector) {
+  return block_of<kVectorAxes>(p, block, vector, [&](const Digits<kVectorAxes>& base) {
+    const int64_t patch = base.at[4] * p.call.geometry.patches + base.at[3];
+    return p.row_step > 0 ? patch * p.planes + base.at[2] : patch;
+  });
 }
 
 // In and Out: element types, or, where bytes are copied, an unsigned integer of their size, twice.
@@ -203,7 +190,7 @@ FASTKD_KERNEL(kThreads, 3)
 crop_kernel(const ForwardParams p) {
   constexpr int kVector = kPack<Out>, kBytes = kVector * sizeof(In);
   const ConstantsOnDevice constants(p.constants);
-  const Block block = block_of(p, block_index(), kVector);
+  const auto block = block_of(p, block_index(), kVector);
 #pragma unroll 1
   for (unsigned round = 0; round < p.rounds; ++round) {
     const unsigned local = (round * kThreads + thread_index()) * kVector;
@@ -216,7 +203,7 @@ crop_kernel(const ForwardParams p) {
     }
     for (int begin = 0; begin < count;) {
       const Piece piece = piece_of<In, kVector>(p, block.base, local, begin);
-      const int64_t index = index_of(block, local, piece);
+      const int64_t index = block.index(local, piece.part);
       const auto offset = [&](int i) { return piece.offset + i * p.source_step * static_cast<int>(sizeof(In)); };
       Run<kBytes> runs[kRepeats];
 #pragma unroll

@@ -5,6 +5,8 @@
 #include <cstring>
 
 #include "common/device.cuh"
+#include "common/geometry.h"
+#include "common/radix.h"
 #include "crop/kernel.h"
 
 namespace fastkd::crop {
@@ -14,6 +16,27 @@ using namespace device;
 
 constexpr int kRepeats = 4;      // vectors for which a thread works out only once where they come from, at most
 constexpr unsigned kRounds = 4;  // of them, one after the other, where there are enough
+
+// Where a block of threads begins in a packed output.
+template <int kAxes>
+struct Block {
+  int64_t first;  // element of the first parts
+  Digits<kAxes> base;
+  int64_t skipped;  // elements of further parts before it: between one first part and the next lie the others
+  int64_t between;
+
+  FASTKD_DEVICE int64_t index(unsigned local, int64_t part) const { return first + skipped + local + part * between; }
+};
+// Of params with rounds, radix, repeats and part; first_parts(base): how many were begun before.
+template <int kAxes, typename Params, typename FirstParts>
+FASTKD_DEVICE Block<kAxes> block_of(const Params& p, int64_t block, int vector, const FirstParts& first_parts) {
+  Block<kAxes> b;
+  b.first = block * p.rounds * (kThreads * vector);
+  b.base = p.radix.split(b.first);
+  b.between = (p.repeats - 1) * p.part;
+  b.skipped = first_parts(b.base) * b.between;
+  return b;
+}
 
 // kBytes (2, 4, 8 or 16) bytes in registers, the first one lowest.
 template <int kBytes>

@@ -65,23 +65,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
   Tensor student_out = student_gradient ? empty_cpu({rows, classes}, type) : empty_cpu({0}, type);
   Tensor teacher_out = teacher_gradient ? empty_cpu({rows, classes}, type) : empty_cpu({0}, type);
   std::vector<double> losses(2 * rows);
-  RowParams params{};
+  RowParams params{row_inputs(student, teacher, target, temperature, kind, beta, task_scale, ignore_index)};
   params.dtype = kernel_dtype(student);
-  params.kind = static_cast<Kind>(kind);
-  params.classes = classes;
-  params.student = student.const_data_ptr();
-  params.teacher = teacher.const_data_ptr();
-  params.student_stride = student.stride(0);
-  params.teacher_stride = teacher.stride(0);
-  params.target = data_or_null<int64_t>(target);
-  params.ignore_index = ignore_index;
   params.weight = weight.has_value() ? row_weight.data() : nullptr;
   params.temperature = temperatures.has_value() ? row_temperature.data() : nullptr;
-  params.temperature_all = temperature;
-  params.beta = beta;
   params.kd_scale = kd_scale / denominator;
   params.task_scale = task_scale / denominator;
-  params.task = target.has_value() && task_scale != 0;
   params.kd_loss = losses.data() + rows;
   params.task_loss = losses.data();
   params.student_gradient = student_gradient ? student_out.mutable_data_ptr() : nullptr;
@@ -142,23 +131,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logit_stats(Tensor logits, do
   check_temperature(temperature);
   logits = with_packed_rows(logits);
   const int64_t rows = logits.size(0), classes = logits.size(1);
-  const ScalarType type = loss_dtype(logits);
-  Tensor max = empty_cpu({rows}, type), argmax = empty_cpu({rows}, ScalarType::Long), mean = empty_cpu({rows}, type);
-  Tensor logsumexp = empty_cpu({rows}, type), entropy = empty_cpu({rows}, type);
-  const StatsParams params{kernel_dtype(logits),
-                           classes,
-                           logits.const_data_ptr(),
-                           logits.stride(0),
-                           temperature,
-                           max.mutable_data_ptr(),
-                           static_cast<int64_t*>(argmax.mutable_data_ptr()),
-                           mean.mutable_data_ptr(),
-                           logsumexp.mutable_data_ptr(),
-                           entropy.mutable_data_ptr()};
+  const Stats out(logits, [](int64_t count, ScalarType type) { return empty_cpu({count}, type); });
+  const StatsParams params = out.params(logits, temperature);
   const Kernels& k = kernels();
   parallel(rows, std::max<int64_t>(1, kGrainElements / classes),
            [&](int64_t begin, int64_t end) { k.stats(params, begin, end); });
-  return {max, argmax, mean, logsumexp, entropy};
+  return out.outputs();
 }
 
 Tensor logit_stats_backward(Tensor logits, double temperature, Tensor argmax, Tensor logsumexp, Tensor entropy,

@@ -79,21 +79,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
   const bool resident = !teacher_gradient && (student_gradient || jensen_shannon);
   const Plan plan = plan_rows(rows, classes, static_cast<int>(student.element_size()), jensen_shannon, resident, gradients, !none,
                               context.limits());
-  DeviceParams params{};
-  params.kind = static_cast<Kind>(kind);
+  DeviceParams params{row_inputs(student, teacher, target, temperature, kind, beta, task_scale, ignore_index)};
   params.rows = rows;
-  params.classes = classes;
-  params.student = student.const_data_ptr();
-  params.teacher = teacher.const_data_ptr();
-  params.student_stride = student.stride(0);
-  params.teacher_stride = teacher.stride(0);
-  params.target = data_or_null<int64_t>(target);
-  params.ignore_index = ignore_index;
-  params.task = target.has_value() && task_scale != 0;
   params.weight = numbers_of(weight);
   params.temperature = numbers_of(temperatures);
-  params.temperature_all = temperature;
-  params.beta = beta;
   params.kd_scale = kd_scale;
   params.task_scale = task_scale;
   params.denominator = reduce == Reduction::kMean ? static_cast<double>(classes) : 1.0;

@@ -16,21 +16,10 @@ struct RowNumbers {
   int64_t stride;
 };
 
-struct DeviceParams {
-  Kind kind;
+struct DeviceParams : RowInputs {
   int64_t rows;
-  int64_t classes;
-  const void* student;  // [rows, classes], last dimension contiguous
-  const void* teacher;
-  int64_t student_stride;  // elements from row to row
-  int64_t teacher_stride;
-  const int64_t* target;  // [rows], or null
-  int64_t ignore_index;   // rows with this target yield zeros
-  bool task;              // compute the cross-entropy
   RowNumbers weight;
   RowNumbers temperature;
-  double temperature_all;
-  double beta;
   double kd_scale;
   double task_scale;
   double denominator;      // of the reduction; of each valid row, where valid is given

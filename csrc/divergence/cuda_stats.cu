@@ -187,25 +187,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logit_stats(Tensor logits, do
   check_temperature(temperature);
   logits = with_packed_rows(logits);
   const int64_t rows = logits.size(0);
-  const ScalarType type = loss_dtype(logits);
   const DeviceContext context(logits);
-  Tensor max = context.empty({rows}, type), argmax = context.empty({rows}, ScalarType::Long), mean = context.empty({rows}, type);
-  Tensor logsumexp = context.empty({rows}, type), entropy = context.empty({rows}, type);
+  const Stats out(logits, [&](int64_t count, ScalarType type) { return context.empty({count}, type); });
   if (rows > 0) {
-    const StatsParams params{kernel_dtype(logits),
-                             logits.size(1),
-                             logits.const_data_ptr(),
-                             logits.stride(0),
-                             temperature,
-                             max.mutable_data_ptr(),
-                             static_cast<int64_t*>(argmax.mutable_data_ptr()),
-                             mean.mutable_data_ptr(),
-                             logsumexp.mutable_data_ptr(),
-                             entropy.mutable_data_ptr()};
+    const StatsParams params = out.params(logits, temperature);
     const Plan plan = plan_stats(logits, context);
     context.launch("logit_stats", stats_kernel(params.dtype, plan.team), plan.geometry, StatsDeviceParams{rows, params});
   }
-  return {max, argmax, mean, logsumexp, entropy};
+  return out.outputs();
 }
 
 Tensor logit_stats_backward(Tensor logits, double temperature, Tensor argmax, Tensor logsumexp, Tensor entropy,

@@ -16,26 +16,30 @@ enum class Kind : int64_t {
   kSoftCrossEntropy = 3,  // -sum p log q
 };
 
-struct RowParams {
-  Dtype dtype;
+// What the row kernels of both sides read of a call.
+struct RowInputs {
   Kind kind;
   int64_t classes;
   const void* student;  // [rows, classes], last dimension contiguous
   const void* teacher;
   int64_t student_stride;  // elements from row to row
   int64_t teacher_stride;
-  const int64_t* target;      // [rows], or null
-  int64_t ignore_index;       // rows with this target yield zeros
+  const int64_t* target;   // [rows], or null
+  int64_t ignore_index;    // rows with this target yield zeros
+  bool task;               // compute the cross-entropy with the target, at T = 1
+  double temperature_all;  // where no row has its own
+  double beta;
+};
+
+struct RowParams : RowInputs {
+  Dtype dtype;
   const double* weight;       // [rows], or null for 1
   const double* temperature;  // [rows], or null for temperature_all
-  double temperature_all;
-  double beta;
-  double kd_scale;         // of T^2 * divergence in the gradients, the reduction's denominator included
-  double task_scale;       // of the cross-entropy with the target at T = 1
-  bool task;               // compute the cross-entropy
-  double* kd_loss;         // [rows]: weight * T^2 * divergence
-  double* task_loss;       // [rows]: weight * cross-entropy
-  void* student_gradient;  // [rows, classes] packed, or null
+  double kd_scale;            // of T^2 * divergence in the gradients, the reduction's denominator included
+  double task_scale;          // of the cross-entropy
+  double* kd_loss;            // [rows]: weight * T^2 * divergence
+  double* task_loss;          // [rows]: weight * cross-entropy
+  void* student_gradient;     // [rows, classes] packed, or null
   void* teacher_gradient;
   bool stream;  // gradients exceed the caches: write around them
 };

@@ -59,6 +59,22 @@ inline void check_arguments(Tensor& student, Tensor& teacher, std::optional<Tens
   target = torch::stable::contiguous(*target);
 }
 
+// Of checked arguments, which must live as long as the result.
+inline RowInputs row_inputs(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target, double temperature,
+                            int64_t kind, double beta, double task_scale, int64_t ignore_index) {
+  return {static_cast<Kind>(kind),
+          student.size(1),
+          student.const_data_ptr(),
+          teacher.const_data_ptr(),
+          student.stride(0),
+          teacher.stride(0),
+          data_or_null<int64_t>(target),
+          ignore_index,
+          target.has_value() && task_scale != 0,
+          temperature,
+          beta};
+}
+
 // Checks the arguments of divergence_backward_. False where there is nothing to scale.
 inline bool check_scale(const Tensor& gradient, const Tensor& grad_loss) {
   check_dtype("gradient", gradient, kFloats);
@@ -69,6 +85,33 @@ inline bool check_scale(const Tensor& gradient, const Tensor& grad_loss) {
   if (grad_loss.dim() != 0) check_shape("grad_loss", grad_loss, {gradient.size(0)});
   return gradient.numel() > 0;
 }
+
+// The outputs of logit_stats; empty(rows, dtype) makes one.
+struct Stats {
+  Tensor max, argmax, mean, logsumexp, entropy;
+
+  template <typename Empty>
+  Stats(const Tensor& logits, const Empty& empty)
+      : max(empty(logits.size(0), loss_dtype(logits))),
+        argmax(empty(logits.size(0), ScalarType::Long)),
+        mean(empty(logits.size(0), loss_dtype(logits))),
+        logsumexp(empty(logits.size(0), loss_dtype(logits))),
+        entropy(empty(logits.size(0), loss_dtype(logits))) {}
+
+  StatsParams params(const Tensor& logits, double temperature) const {
+    return {kernel_dtype(logits),
+            logits.size(1),
+            logits.const_data_ptr(),
+            logits.stride(0),
+            temperature,
+            max.mutable_data_ptr(),
+            static_cast<int64_t*>(argmax.mutable_data_ptr()),
+            mean.mutable_data_ptr(),
+            logsumexp.mutable_data_ptr(),
+            entropy.mutable_data_ptr()};
+  }
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> outputs() const { return {max, argmax, mean, logsumexp, entropy}; }
+};
 
 // The inputs of logit_stats_backward, checked; empty gradients stay so.
 struct StatsGradients {

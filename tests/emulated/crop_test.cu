@@ -52,10 +52,10 @@ Tensor crop_where(Tensor offsets, std::vector<int64_t> sizes, int64_t block, int
   call.image_stride = g.planes * call.plane_stride;
   const ForwardPlan plan = plan_forward(call, sizes[0], {}, 132);
   const ForwardParams& p = plan.params;
-  const Block b = block_of(p, block, 4);
+  const Block<kVectorAxes> b = block_of(p, block, 4);
   const unsigned local = static_cast<unsigned>((round * kThreads + thread) * 4);
   const Piece piece = piece_of<uint32_t, 4>(p, b.base, local, 0);
-  return numbers({index_of(b, local, piece), piece.end, piece.row, piece.plane, piece.offset, p.is_narrow, p.repeats, p.part,
+  return numbers({b.index(local, piece.part), piece.end, piece.row, piece.plane, piece.offset, p.is_narrow, p.repeats, p.part,
                   p.source_step, p.rounds, plan.launch.blocks, p.total});
 }
 
@@ -66,10 +66,10 @@ Tensor crop_backward_where(Tensor offsets, std::vector<int64_t> sizes, int64_t b
   call.size = 4;
   const BackwardPlan plan = plan_backward(call, sizes[0], {}, 132);
   const BackwardParams& p = plan.params;
-  const GradientBlock b = block_of(p, block, 4);
+  const Block<kGradientAxes> b = block_of(p, block, 4);
   const unsigned local = static_cast<unsigned>((round * kThreads + thread) * 4);
   const Target<int32_t> t = target_of<float, int32_t>(p, b.first, b.base, local, 0);
-  return numbers({index_of(b, local, t), t.end, t.image, t.plane, t.row, t.column, t.origin, p.repeats, p.part, p.patch_part,
+  return numbers({b.index(local, t.part), t.end, t.image, t.plane, t.row, t.column, t.origin, p.repeats, p.part, p.patch_part,
                   p.rounds, plan.launch.blocks, p.total});
 }
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BARRIER = re.compile(
-    r"^\s*((if \(.*\) )?(\w+\.)?(block_barrier|cluster_barrier|warp_barrier|barrier|start)\(\);)", re.MULTILINE
+    r"^\s*((if \(.*\) )?(\w+\.)?(block_barrier|cluster_barrier|barrier|start)\(\);)", re.MULTILINE
 )
 TESTS = [
     "tests/test_divergence_geometry.py",

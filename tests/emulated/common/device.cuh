@@ -6,6 +6,7 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "common/pack.h"
 #include "emulator.h"
 #include "torch/headeronly/util/BFloat16.h"
 #include "torch/headeronly/util/Half.h"
@@ -17,7 +18,6 @@ namespace fastkd::FASTKD_ISA::device {
 
 using emulator::Site;
 
-constexpr unsigned kWarp = 32;
 constexpr bool kHasClusters = true;
 
 inline unsigned thread_index() { return emulator::position().thread; }
@@ -30,7 +30,6 @@ inline unsigned cluster_rank() { return emulator::position().rank; }
 inline unsigned cluster_size() { return emulator::position().geometry->cluster; }
 
 inline void block_barrier(Site site = Site::current()) { emulator::meet(emulator::Meeting::kBlockBarrier, site); }
-inline void warp_barrier(Site site = Site::current()) { emulator::meet(emulator::Meeting::kWarpBarrier, site); }
 inline void cluster_barrier(Site site = Site::current()) { emulator::meet(emulator::Meeting::kClusterBarrier, site); }
 
 inline void cluster_arrive(Site site = Site::current()) { emulator::arrive(site); }
@@ -81,12 +80,6 @@ class Shared {
 };
 
 template <typename T>
-constexpr int kPack = 16 / static_cast<int>(sizeof(T));
-template <typename T>
-struct alignas(16) Pack {
-  T value[kPack<T>];
-};
-template <typename T>
 Pack<T> load_pack(const T* p, Site site = Site::current()) {
   emulator::check_aligned(p, site);
   return *reinterpret_cast<const Pack<T>*>(p);
@@ -104,17 +97,6 @@ template <typename T>
 void store_pack_once(T* p, const Pack<T>& pack, Site site = Site::current()) {
   store_pack(p, pack, site);
 }
-
-template <typename T>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <typename T>
-using Compute = typename ComputeOf<T>::type;
 
 inline float to_compute(float x) { return x; }
 inline double to_compute(double x) { return x; }

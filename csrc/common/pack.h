@@ -1,0 +1,28 @@
+// Sixteen bytes of elements, and the type that an element is computed in: for kernels on a GPU and emulated ones.
+#pragma once
+
+#include "common/isa.h"
+
+namespace fastkd::FASTKD_ISA::device {
+
+constexpr unsigned kWarp = 32;
+
+template <typename T>
+constexpr int kPack = 16 / static_cast<int>(sizeof(T));
+template <typename T>
+struct alignas(16) Pack {
+  T value[kPack<T>];
+};
+
+template <typename T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <typename T>
+using Compute = typename ComputeOf<T>::type;
+
+}  // namespace fastkd::FASTKD_ISA::device
