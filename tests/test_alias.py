@@ -348,7 +348,7 @@ def test_opcheck(device: torch.device, generator: torch.Generator) -> None:
     torch.library.opcheck(op.alias_inverse_temperature.default, (scores, 5.0))
     torch.library.opcheck(op.alias_build.default, (scores, _lambda(1.0)))
     torch.library.opcheck(op.alias_update_.default, (*table, torch.tensor([1, 4999]), torch.tensor([0.0, 1.0])))
-    torch.library.opcheck(op.alias_sample.default, (*table[:3], torch.tensor([1, 0]), 10, 0, 1))
+    torch.library.opcheck(op.alias_sample.default, (*table, torch.tensor([1, 0]), 10, 0, 1))
     torch.library.opcheck(op.alias_weights.default, table[:2])
 
 
@@ -411,7 +411,7 @@ def test_compiles_into_one_graph(generator: torch.Generator) -> None:
         ),
         (
             lambda: torch.ops.fastkd.alias_sample(
-                torch.zeros(3).long(), torch.zeros(2).long(), *[torch.zeros(2).long()] * 2, 1, 0, 1
+                torch.zeros(3).long(), torch.zeros(2).long(), *[torch.zeros(2).long()] * 3, 1, 0, 1
             ),
             RuntimeError,
             "block_weight has shape \\(2,\\), must be \\(1,\\)",

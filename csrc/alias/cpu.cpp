@@ -1,6 +1,6 @@
 // The alias table on the CPU: checks, threads, the top table, updates.
 #include "alias/kernel.h"
-#include "alias/math.h"
+#include "alias/operator.h"
 #include "alias/quantile.h"
 #include "common/tensor.h"
 
@@ -11,49 +11,14 @@ namespace fastkd::alias {
 namespace {
 
 using namespace alias_math;
-using uint128 = unsigned __int128;
 
 constexpr int64_t kGrainItems = 1 << 14;
 constexpr int64_t kGrainBlocks = 4;
 
-// The tensors of a table, checked, with their data.
-struct Table {
-  int64_t items;
-  int64_t blocks;
-  uint64_t* bins;
-  uint64_t* block_weight;
-  uint64_t* top;
-
-  Table(const Tensor& table, const Tensor& weights, const Tensor* top_tensor) {
-    check_dtype("table", table, {ScalarType::Long});
-    check_dim("table", table, 1);
-    items = table.size(0);
-    FASTKD_CHECK(items > 0, "table has shape ", shape_of(table), ", must hold at least one item");
-    blocks = block_count(items);
-    check_dtype("block_weight", weights, {ScalarType::Long});
-    check_shape("block_weight", weights, {blocks});
-    FASTKD_CHECK(table.is_contiguous() && weights.is_contiguous(), "table and block_weight must be contiguous");
-    bins = static_cast<uint64_t*>(table.mutable_data_ptr());
-    block_weight = static_cast<uint64_t*>(weights.mutable_data_ptr());
-    top = nullptr;
-    if (top_tensor != nullptr) {
-      check_dtype("top", *top_tensor, {ScalarType::Long});
-      check_shape("top", *top_tensor, {blocks, 2});
-      FASTKD_CHECK(top_tensor->is_contiguous(), "top must be contiguous");
-      top = static_cast<uint64_t*>(top_tensor->mutable_data_ptr());
-    }
-  }
-
-  uint64_t total() const {
-    uint64_t sum = 0;
-    for (int64_t b = 0; b < blocks; ++b) sum += block_weight[b];
-    return sum;
-  }
-};
-
-void check_scores(const char* name, const Tensor& scores) {
-  check_dtype(name, scores, kFloats);
-  check_dim(name, scores, 1);
+uint64_t sum_of_weights(const Table& t) {
+  uint64_t sum = 0;
+  for (int64_t b = 0; b < t.blocks; ++b) sum += t.block_weight[b];
+  return sum;
 }
 
 // Largest score; throws for NaN and +inf.
@@ -75,8 +40,6 @@ double checked_maximum(const char* name, Dtype dtype, const void* data, int64_t 
 }
 
 double checked_inverse_temperature(const Tensor& t) {
-  check_dtype("inverse_temperature", t, {ScalarType::Double});
-  FASTKD_CHECK(t.numel() == 1, "inverse_temperature has shape ", shape_of(t), ", must be a single number");
   const double value = *static_cast<const double*>(t.const_data_ptr());
   FASTKD_CHECK(value >= 0 && value <= std::numeric_limits<double>::max(), "inverse_temperature is ", value,
                ", must be finite and at least 0");
@@ -85,7 +48,7 @@ double checked_inverse_temperature(const Tensor& t) {
 
 // The same packing one level up, over blocks; 128-bit products, since a block may hold all of 2^52.
 void pack_top(const Table& t) {
-  const uint64_t total = t.total();
+  const uint64_t total = sum_of_weights(t);
   const uint128 n = static_cast<uint128>(t.blocks);
   std::vector<int64_t> light, heavy;
   for (int64_t b = 0; b < t.blocks; ++b) (t.block_weight[b] * n > total ? heavy : light).push_back(b);
@@ -131,10 +94,7 @@ void pack(const Table& t, int64_t block, const uint64_t* weights, uint64_t capac
 constexpr int64_t kListWords = 2 * (kBlockSize + 2);
 
 Tensor inverse_temperature(Tensor scores, double iqpr) {
-  check_scores("scores", scores);
-  FASTKD_CHECK(iqpr >= 1 && iqpr <= std::numeric_limits<double>::max(), "iqpr is ", iqpr, ", must be finite and at least 1");
-  FASTKD_CHECK(scores.size(0) > 0, "scores has shape ", shape_of(scores), ", must hold at least one item");
-  scores = torch::stable::contiguous(scores);
+  check_quartiles(scores, iqpr);
   const Dtype dtype = kernel_dtype(scores);
   const double maximum = checked_maximum("scores", dtype, scores.const_data_ptr(), scores.size(0));
   FASTKD_CHECK(maximum > -std::numeric_limits<double>::infinity(), "scores are all -inf, must hold at least one finite score");
@@ -149,11 +109,9 @@ Tensor inverse_temperature(Tensor scores, double iqpr) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> build(Tensor scores, Tensor inverse_temperature) {
-  check_scores("scores", scores);
+  check_build(scores, inverse_temperature);
   const int64_t items = scores.size(0), blocks = block_count(items);
-  FASTKD_CHECK(items > 0, "scores has shape ", shape_of(scores), ", must hold at least one item");
   const double lambda = checked_inverse_temperature(inverse_temperature);
-  scores = torch::stable::contiguous(scores);
   Scores view{kernel_dtype(scores), scores.const_data_ptr(), 0, lambda * kLog2E, 0, 0};
   FASTKD_CHECK(view.kappa <= std::numeric_limits<double>::max(), "inverse_temperature is ", lambda, ", too large");
   view.reference = checked_maximum("scores", view.dtype, view.data, items);
@@ -162,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> build(Tensor scores, Tensor inverse_t
 
   Tensor table = empty_cpu({items}, ScalarType::Long), weights = empty_cpu({blocks}, ScalarType::Long);
   Tensor top = empty_cpu({blocks, 2}, ScalarType::Long), scale = empty_cpu({4}, ScalarType::Double);
-  const Table t(table, weights, &top);
+  const Table t(table, weights, &top, &scale);
   const Kernels& k = kernels();
 
   // partition function in units of 2^-32, rounded up: integers, so any order gives the same sum
@@ -173,9 +131,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> build(Tensor scores, Tensor inverse_t
   });
   uint128 partition = 0;
   for (int64_t b = 0; b < blocks; ++b) partition += t.block_weight[b];
-  int bits = 0;  // 2^bits >= partition / 2^32
-  while ((uint128{1} << (32 + bits)) < partition) ++bits;
-  view.exponent = kTotalBits - 1 - bits;
+  view.exponent = exponent_of(partition);
 
   parallel(blocks, kGrainBlocks, [&](int64_t begin, int64_t end) {
     uint64_t* const block = scratch<uint64_t>(kBlockSize + kListWords);
@@ -185,16 +141,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> build(Tensor scores, Tensor inverse_t
     }
   });
   pack_top(t);
-  double* const s = static_cast<double*>(scale.mutable_data_ptr());
-  s[0] = view.reference;
-  s[1] = view.kappa;
-  s[2] = view.exponent;
-  s[3] = static_cast<double>(t.total());
+  t.scale[0] = view.reference;
+  t.scale[1] = view.kappa;
+  t.scale[2] = view.exponent;
+  t.scale[3] = static_cast<double>(sum_of_weights(t));
   return {table, weights, top, scale};
-}
-
-uint64_t shifted(uint64_t weight, int shift) {
-  return shift == 0 ? weight : shift > 63 ? 0 : (weight + (uint64_t{1} << (shift - 1))) >> shift;
 }
 
 // Divides every weight by 2^shift (rounded) and packs all blocks anew.
@@ -223,8 +174,15 @@ class Changes {
     first_.push_back(count);
   }
 
-  // The new weights of every item under `scores`, in the order given.
-  void quantise(const Scores& scores) { kernels().quantise(scores, 0, static_cast<int64_t>(weight_.size()), weight_.data()); }
+  // The new weights of every item under `scores`, in the order given. Returns their sum.
+  uint128 quantise(const Scores& scores) {
+    uint128 sum = 0;
+    const int64_t count = static_cast<int64_t>(weight_.size());
+    for (int64_t i = 0; i < count; i += kBlockSize) {  // each sum of 4096 weights below 2^51 fits a word
+      sum += kernels().quantise(scores, i, std::min(count, i + kBlockSize), weight_.data() + i);
+    }
+    return sum;
+  }
 
   // visit(block, weights, their sum) for each touched block, the other weights of it divided by 2^shift.
   template <typename Visit>
@@ -243,16 +201,26 @@ class Changes {
     });
   }
 
-  // An upper bound of the table's total weight after the changes and a division of all other weights by 2^shift.
-  uint128 total(int shift) const {
+  // Whether any item has a positive weight after the changes and a division of the other weights by 2^shift.
+  bool leave_any(int shift) const {
     std::vector<uint64_t> sums(table_.block_weight, table_.block_weight + table_.blocks);
-    for (int64_t b = 0; b < table_.blocks; ++b) {
-      if (shift > 0) sums[b] = shifted(sums[b], shift) + static_cast<uint64_t>(block_items(table_.items, b));
-    }
     for_each_block(shift, [&](int64_t block, uint64_t*, uint64_t sum) { sums[block] = sum; });
-    uint128 total = 0;
-    for (uint64_t sum : sums) total += sum;
-    return total;
+    uint64_t largest = 0;
+    for (uint64_t sum : sums) largest = std::max(largest, sum);
+    if (shift == 0 || largest == 0) return largest > 0;
+    // a block that was not touched may round to nothing
+    std::vector<uint64_t> weights(kBlockSize);
+    for (int64_t b = 0, g = 0; b < table_.blocks; ++b) {
+      const bool touched = g + 1 < static_cast<int64_t>(first_.size()) && block_of(first_[g]) == b;
+      g += touched;
+      if (touched && sums[b] > 0) return true;
+      if (touched || sums[b] == 0) continue;
+      unpack(table_, b, weights.data());
+      for (int64_t i = 0; i < block_items(table_.items, b); ++i) {
+        if (shifted(weights[i], shift) > 0) return true;
+      }
+    }
+    return false;
   }
 
  private:
@@ -266,63 +234,49 @@ class Changes {
 };
 
 void update_(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tensor indices, Tensor scores) {
-  const Table t(table, block_weight, &top);
-  check_dtype("scale", scale, {ScalarType::Double});
-  check_shape("scale", scale, {4});
-  FASTKD_CHECK(scale.is_contiguous(), "scale must be contiguous");
-  check_dtype("indices", indices, {ScalarType::Long});
-  check_dim("indices", indices, 1);
-  check_scores("scores", scores);
+  const Table t(table, block_weight, &top, &scale);
+  check_changes(table, indices, scores);
   const int64_t count = indices.size(0);
-  check_shape("scores", scores, {count});
   if (count == 0) return;
-  indices = torch::stable::contiguous(indices);
-  scores = torch::stable::contiguous(scores);
   const int64_t* const index = static_cast<const int64_t*>(indices.const_data_ptr());
   for (int64_t i = 0; i < count; ++i) {
     FASTKD_CHECK(index[i] >= 0 && index[i] < t.items, "indices[", i, "] is ", index[i], ", must be in [0, ", t.items, ")");
   }
-  double* const s = static_cast<double*>(scale.mutable_data_ptr());
-  FASTKD_CHECK(s[1] >= 0 && s[2] >= -64 && s[2] < kTotalBits, "scale is not that of a table from alias_build");
-  Scores view{kernel_dtype(scores), scores.const_data_ptr(), s[0], s[1], static_cast<int>(s[2]), 0};
+  FASTKD_CHECK(is_scale(t.scale), "scale is not that of a table from alias_build");
+  Scores view{kernel_dtype(scores), scores.const_data_ptr(), t.scale[0], t.scale[1], static_cast<int>(t.scale[2]), 0};
   const double maximum = checked_maximum("scores", view.dtype, view.data, count);
-  const double largest_t = maximum > view.reference ? (maximum - view.reference) * view.kappa : 0.0;
+  const double largest_t = largest_t_of(maximum, view.reference, view.kappa);
   FASTKD_CHECK(largest_t < kLargestT, "scores hold ", maximum, ", too far above ", view.reference,
                ", the largest score of the build, for this inverse temperature; build a new table");
-  view.largest_t = static_cast<int>(largest_t + 0x1p-45);  // t is rounded to 45 bits: may reach the next integer
+  view.largest_t = whole_t(largest_t);
 
-  // Make room, where the new weights are large: for the largest of them, then for the total.
-  const int exponent = view.exponent;
-  int shift = std::max(0, exponent + view.largest_t - (kTotalBits - 2));
   Changes changes(t, index, count);
-  uint128 total;
-  for (;; ++shift) {
+  const int exponent = view.exponent, least = least_shift(exponent, view.largest_t);
+  view.exponent = exponent - least;
+  const int shift = shift_for(least, changes.quantise(view), count, sum_of_weights(t), t.items);
+  if (shift > least) {
     view.exponent = exponent - shift;
     changes.quantise(view);
-    total = changes.total(shift);
-    if (total < (uint128{1} << kTotalBits)) break;
   }
-  FASTKD_CHECK(total > 0, "scores would leave no item with a positive weight");  // before anything is written
+  FASTKD_CHECK(changes.leave_any(shift), "scores would leave no item with a positive weight");  // before anything is written
 
   if (shift > 0) rescale(t, shift);
   changes.for_each_block(
       0, [&](int64_t block, uint64_t* weights, uint64_t sum) { pack(t, block, weights, sum, weights + kBlockSize); });
   pack_top(t);
-  s[2] = view.exponent;
-  s[3] = static_cast<double>(t.total());
+  t.scale[2] = view.exponent;
+  t.scale[3] = static_cast<double>(sum_of_weights(t));
 }
 
-Tensor sample(Tensor table, Tensor block_weight, Tensor top, Tensor stream, int64_t count, int64_t offset, int64_t stride) {
-  const Table t(table, block_weight, &top);
-  check_dtype("stream", stream, {ScalarType::Long});
-  check_shape("stream", stream, {2});
-  FASTKD_CHECK(count >= 0, "count is ", count, ", must be at least 0");
-  FASTKD_CHECK(stride >= 1, "stride is ", stride, ", must be at least 1");
-  stream = torch::stable::contiguous(stream);
-  const int64_t* const state = static_cast<const int64_t*>(stream.const_data_ptr());
+Tensor sample(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tensor stream, int64_t count, int64_t offset,
+              int64_t stride) {
+  const Table t(table, block_weight, &top, &scale);
+  const int64_t* const state = check_draws(table, stream, count, stride);
+  const uint64_t total = total_of(t.scale[3]);
+  FASTKD_CHECK(total > 0, "scale[3], the total weight, is ", t.scale[3], ", must be that of a table from alias_build");
   const uint64_t seed = static_cast<uint64_t>(state[0]), first = static_cast<uint64_t>(state[1]) + static_cast<uint64_t>(offset);
   Tensor out = empty_cpu({count}, ScalarType::Long);
-  const TableView view{t.bins, t.block_weight, t.top, t.items, t.blocks, t.total()};
+  const TableView view{t.bins, t.block_weight, t.top, t.items, t.blocks, total};
   int64_t* const indices = static_cast<int64_t*>(out.mutable_data_ptr());
   const Kernels& k = kernels();
   parallel(count, 4096, [&](int64_t begin, int64_t end) {
@@ -333,7 +287,7 @@ Tensor sample(Tensor table, Tensor block_weight, Tensor top, Tensor stream, int6
 }
 
 Tensor weights(Tensor table, Tensor block_weight) {
-  const Table t(table, block_weight, nullptr);
+  const Table t(table, block_weight);
   Tensor out = empty_cpu({t.items}, ScalarType::Long);
   uint64_t* const data = static_cast<uint64_t*>(out.mutable_data_ptr());
   parallel(t.blocks, kGrainBlocks, [&](int64_t begin, int64_t end) {

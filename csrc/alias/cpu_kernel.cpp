@@ -95,8 +95,8 @@ FASTKD_INLINE Exp2 exp2_fixed(F64 u, F64 reference, F64 kappa) {
   const F64 shifted = clamped * kFractionScale + kMagic;
   const U64 fixed = reinterpret_cast<U64>(shifted) - (kMagicBits - (uint64_t{kExponentBias} << kFractionBits));
   const U64 f = (fixed >> (kFractionBits - 32)) & 0xffffffffu;
-  U64 r = U64{} + kExp2[6];
-  for (int k = 5; k >= 0; --k) r = (multiply_low(r, f) >> 32) + kExp2[k];
+  U64 r = U64{} + exp2_coefficient(6);
+  for (int k = 5; k >= 0; --k) r = (multiply_low(r, f) >> 32) + exp2_coefficient(k);
   return {(multiply_low(r, f) >> 32) + (uint64_t{1} << 32), fixed >> kFractionBits,
           (t >= broadcast<F64>(-64.0)) & (u > broadcast<F64>(-kInfinity))};
 }

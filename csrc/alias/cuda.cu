@@ -1,10 +1,10 @@
-// Draws from an alias table on the GPU.
+// Draws from an alias table on the GPU, and its weights.
 //
 // Mapping: one thread a draw, grid-stride. A draw is a function of (seed, global index) in integers (math.h), so the
 // result equals the CPU's bit for bit, whatever the grid. Bytes: 8 written, and at most two sectors read at random (the
 // bin, and the top bin while the top table misses L2).
-#include "alias/math.h"
-#include "common/device.cuh"
+#include "alias/cuda_pack.cuh"
+#include "alias/operator.h"
 #include "common/launch.cuh"
 
 namespace fastkd::alias {
@@ -17,7 +17,7 @@ struct SampleParams {
   const uint64_t* table;         // [items]
   const uint64_t* block_weight;  // [blocks]
   const uint64_t* top;           // [blocks, 2]
-  const uint64_t* total;         // [1]: sum of block_weight
+  const double* scale;           // [4], the total weight last
   const int64_t* stream;         // [2]: seed, next index
   int64_t items;
   int64_t blocks;
@@ -31,7 +31,7 @@ struct SampleParams {
 FASTKD_KERNEL(kThreads) sample_kernel(const SampleParams p) {
   const uint64_t seed = static_cast<uint64_t>(p.stream[0]);
   const uint64_t first = static_cast<uint64_t>(p.stream[1]) + p.offset;
-  const uint64_t total = *p.total;
+  const uint64_t total = total_of(p.scale[3]);
   const int64_t step = static_cast<int64_t>(block_count()) * kThreads;
   for (int64_t i = static_cast<int64_t>(block_index()) * kThreads + thread_index(); i < p.count; i += step) {
     const DrawWords words = draw_words(seed, first + static_cast<uint64_t>(i) * p.stride);
@@ -43,43 +43,25 @@ FASTKD_KERNEL(kThreads) sample_kernel(const SampleParams p) {
     const Bin inner = uniform_bin(words.block, static_cast<uint64_t>(block_items(p.items, static_cast<int64_t>(block))));
     const uint64_t word = p.table[block * kBlockSize + inner.index];
     const bool own = multiply_high(inner.fraction, p.block_weight[block]) < threshold_of(word);
-    p.out[i] = static_cast<int64_t>(block * kBlockSize + (own ? inner.index : alias_of(word)));
+    const int64_t item = static_cast<int64_t>(block * kBlockSize + (own ? inner.index : alias_of(word)));
+    p.out[i] = total > 0 ? item : kNoItem;
   }
 }
 
-Tensor sample(Tensor table, Tensor block_weight, Tensor top, Tensor stream, int64_t count, int64_t offset, int64_t stride) {
-  check_dtype("table", table, {ScalarType::Long});
-  check_dim("table", table, 1);
-  const int64_t items = table.size(0), blocks = block_count(items);
-  FASTKD_CHECK(items > 0, "table has shape ", shape_of(table), ", must hold at least one item");
-  check_dtype("block_weight", block_weight, {ScalarType::Long});
-  check_shape("block_weight", block_weight, {blocks});
-  check_dtype("top", top, {ScalarType::Long});
-  check_shape("top", top, {blocks, 2});
-  check_dtype("stream", stream, {ScalarType::Long});
-  check_shape("stream", stream, {2});
-  check_device("block_weight", block_weight, "table", table);
-  check_device("top", top, "table", table);
-  check_device("stream", stream, "table", table);
-  FASTKD_CHECK(table.is_contiguous() && block_weight.is_contiguous() && top.is_contiguous(),
-               "table, block_weight and top must be contiguous");
-  FASTKD_CHECK(count >= 0, "count is ", count, ", must be at least 0");
-  FASTKD_CHECK(stride >= 1, "stride is ", stride, ", must be at least 1");
-  stream = torch::stable::contiguous(stream);
-
+Tensor sample(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tensor stream, int64_t count, int64_t offset,
+              int64_t stride) {
+  const Table t(table, block_weight, &top, &scale);
+  const int64_t* const state = check_draws(table, stream, count, stride);
   const DeviceContext context(table);
-  const int64_t dims[] = {0};
-  Tensor total = torch::stable::sum(block_weight, torch::headeronly::IntHeaderOnlyArrayRef(dims, 1));
   Tensor out = context.empty({count}, ScalarType::Long);
   if (count == 0) return out;
-  const auto words = [](const Tensor& t) { return static_cast<const uint64_t*>(t.const_data_ptr()); };
-  const SampleParams params{words(table),
-                            words(block_weight),
-                            words(top),
-                            words(total),
-                            static_cast<const int64_t*>(stream.const_data_ptr()),
-                            items,
-                            blocks,
+  const SampleParams params{t.bins,
+                            t.block_weight,
+                            t.top,
+                            t.scale,
+                            state,
+                            t.items,
+                            t.blocks,
                             count,
                             static_cast<uint64_t>(offset),
                             static_cast<uint64_t>(stride),
@@ -88,8 +70,43 @@ Tensor sample(Tensor table, Tensor block_weight, Tensor top, Tensor stream, int6
   return out;
 }
 
+struct WeightsParams {
+  const uint64_t* bins;
+  const uint64_t* block_weight;
+  int64_t items;
+  int64_t blocks;
+  uint64_t* weights;  // [items]
+};
+
+FASTKD_KERNEL(kPackThreads) weights_kernel(const WeightsParams p) {
+  for (int64_t block = block_index(); block < p.blocks; block += block_count()) {
+    const int64_t first = block * kBlockSize;
+    const unsigned n = static_cast<unsigned>(block_items(p.items, block)), own = thread_index() * kEach;
+    uint64_t weights[kEach];
+    unpack_block(p.bins + first, n, p.block_weight[block], weights);
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) {
+      if (own + k < n) p.weights[first + own + k] = weights[k];
+    }
+    block_barrier();
+  }
+}
+
+Tensor weights(Tensor table, Tensor block_weight) {
+  const Table t(table, block_weight);
+  const DeviceContext context(table);
+  Tensor out = context.empty({t.items}, ScalarType::Long);
+  const WeightsParams params{t.bins, t.block_weight, t.items, t.blocks, static_cast<uint64_t*>(out.mutable_data_ptr())};
+  const unsigned most = 3 * context.limits().multiprocessors;
+  context.launch("alias_weights", weights_kernel, {grid_size(t.blocks, 1, most, 1), kPackThreads, 1, kPackBytes}, params);
+  return out;
+}
+
 }  // namespace
 
-FASTKD_CUDA_IMPL(m) { m.impl("alias_sample", TORCH_BOX(&sample)); }
+FASTKD_CUDA_IMPL(m) {
+  m.impl("alias_sample", TORCH_BOX(&sample));
+  m.impl("alias_weights", TORCH_BOX(&weights));
+}
 
 }  // namespace fastkd::alias

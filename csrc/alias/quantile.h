@@ -8,6 +8,7 @@
 #include <bit>
 #include <cmath>
 
+#include "alias/keys.h"
 #include "common/tensor.h"
 
 namespace fastkd::alias {
@@ -19,20 +20,7 @@ struct Quartiles {
 
 namespace selection {
 
-constexpr int kDigitBits = 11;
-constexpr int64_t kDigits = int64_t{1} << kDigitBits;
-
-// Order-preserving keys; 16-bit floats go by their own bits.
-template <typename Bits>
-Bits key_of(Bits bits) {
-  constexpr Bits sign = Bits{1} << (8 * sizeof(Bits) - 1);
-  return bits & sign ? static_cast<Bits>(~bits) : static_cast<Bits>(bits | sign);
-}
-template <typename Bits>
-Bits bits_of(Bits key) {
-  constexpr Bits sign = Bits{1} << (8 * sizeof(Bits) - 1);
-  return key & sign ? static_cast<Bits>(key ^ sign) : static_cast<Bits>(~key);
-}
+using namespace alias_keys;
 
 inline double value_of(uint64_t bits, Dtype) { return std::bit_cast<double>(bits); }
 inline double value_of(uint32_t bits, Dtype) { return std::bit_cast<float>(bits); }
@@ -46,20 +34,22 @@ inline double value_of(uint16_t bits, Dtype dtype) {
 }
 
 // The keys of the given ranks (ascending) among the items with key >= lowest. `ranks` count from the first such item.
-template <typename Bits, size_t R>
-std::array<Bits, R> select(const Bits* data, int64_t items, std::array<int64_t, R> ranks, Bits lowest) {
+template <typename Bits>
+std::array<Bits, kRanks> select(const Bits* data, int64_t items, std::array<int64_t, kRanks> ranks, Bits lowest) {
   constexpr int kBits = 8 * sizeof(Bits);
   constexpr int64_t kChunk = int64_t{1} << 18;
   const int64_t chunks = (items + kChunk - 1) / kChunk;
-  std::array<Bits, R> prefix{};
-  for (int shift = kBits; shift > 0;) {
-    const int digit_bits = std::min(kDigitBits, shift);
-    const int above = shift;  // bits above are fixed by now
-    shift -= digit_bits;
+  std::array<Bits, kRanks> prefix{};
+  for (int pass = 0; pass < pass_count(kBits); ++pass) {
+    const Digit digit = digit_of_pass(kBits, pass);
     // one histogram for each different prefix
-    std::array<size_t, R> histogram_of{};
+    std::array<size_t, kRanks> histogram_of{};
+    std::array<Bits, kRanks> distinct{};
     size_t histograms = 0;
-    for (size_t r = 0; r < R; ++r) histogram_of[r] = r > 0 && prefix[r] == prefix[r - 1] ? histograms - 1 : histograms++;
+    for (size_t r = 0; r < kRanks; ++r) {
+      if (r == 0 || prefix[r] != prefix[r - 1]) distinct[histograms++] = prefix[r];
+      histogram_of[r] = histograms - 1;
+    }
     std::vector<int64_t> counts(static_cast<size_t>(kDigits) * histograms, 0);
     std::vector<std::vector<int64_t>> partial(std::min<int64_t>(chunks, 64));
     const int64_t groups = static_cast<int64_t>(partial.size());
@@ -69,12 +59,8 @@ std::array<Bits, R> select(const Bits* data, int64_t items, std::array<int64_t, 
         local.assign(counts.size(), 0);
         for (int64_t i = items * g / groups; i < items * (g + 1) / groups; ++i) {
           const Bits key = key_of(data[i]);
-          const size_t digit = static_cast<size_t>(key >> shift) & (kDigits - 1);
-          for (size_t r = 0, h = 0; h < histograms; ++r) {
-            if (r > 0 && histogram_of[r] == histogram_of[r - 1]) continue;
-            const bool same = above == kBits || (key >> (above % kBits)) == (prefix[r] >> (above % kBits));
-            local[h * kDigits + (digit & ((size_t{1} << digit_bits) - 1))] += same && key >= lowest;
-            ++h;
+          for (size_t h = 0; h < histograms; ++h) {
+            local[h * kDigits + digit.of(key)] += digit.follows(key, distinct[h]) && key >= lowest;
           }
         }
       }
@@ -82,36 +68,28 @@ std::array<Bits, R> select(const Bits* data, int64_t items, std::array<int64_t, 
     for (const auto& local : partial) {
       for (size_t i = 0; i < local.size(); ++i) counts[i] += local[i];
     }
-    for (size_t r = 0; r < R; ++r) {
+    for (size_t r = 0; r < kRanks; ++r) {
       const int64_t* count = counts.data() + histogram_of[r] * kDigits;
-      int64_t digit = 0;
-      while (digit + 1 < (int64_t{1} << digit_bits) && ranks[r] >= count[digit]) ranks[r] -= count[digit++];
-      prefix[r] = static_cast<Bits>(prefix[r] | static_cast<Bits>(digit) << shift);
+      int64_t found = 0;
+      while (found + 1 < (int64_t{1} << digit.bits) && ranks[r] >= count[found]) ranks[r] -= count[found++];
+      prefix[r] = static_cast<Bits>(prefix[r] | static_cast<Bits>(found) << digit.shift);
     }
   }
   return prefix;
 }
 
-// First and third quartile with linear interpolation (numpy's and torch's default) of the scores above -inf.
+// First and third quartile of the scores above -inf.
 template <typename Bits>
 Quartiles quartiles_of(Dtype dtype, const Bits* data, int64_t items, Bits minus_infinity) {
   const Bits lowest = static_cast<Bits>(key_of(minus_infinity) + 1);
   int64_t finite = 0;
   for (int64_t i = 0; i < items; ++i) finite += key_of(data[i]) >= lowest;
-  const double positions[2] = {0.25 * static_cast<double>(finite - 1), 0.75 * static_cast<double>(finite - 1)};
-  std::array<int64_t, 4> ranks{};
-  for (int q = 0; q < 2; ++q) {
-    ranks[2 * q] = static_cast<int64_t>(positions[q]);
-    ranks[2 * q + 1] = std::min(ranks[2 * q] + 1, finite - 1);
-  }
-  const std::array<Bits, 4> keys = select<Bits, 4>(data, items, ranks, lowest);
-  double quartile[2];
-  for (int q = 0; q < 2; ++q) {
-    const double below = value_of(bits_of(keys[2 * q]), dtype), above = value_of(bits_of(keys[2 * q + 1]), dtype);
-    const double fraction = positions[q] - std::floor(positions[q]);
-    quartile[q] = below + fraction * (above - below);
-  }
-  return {quartile[0], quartile[1]};
+  std::array<int64_t, kRanks> ranks{};
+  for (int r = 0; r < kRanks; ++r) ranks[r] = rank_of(r, finite);
+  const std::array<Bits, kRanks> keys = select<Bits>(data, items, ranks, lowest);
+  double value[kRanks];
+  for (int r = 0; r < kRanks; ++r) value[r] = value_of(bits_of(keys[r]), dtype);
+  return {interpolate(value[0], value[1], position_of(1, finite)), interpolate(value[2], value[3], position_of(3, finite))};
 }
 
 }  // namespace selection

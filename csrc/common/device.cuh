@@ -91,6 +91,7 @@ FASTKD_DEVICE T shuffle(T value, unsigned lane) {
 FASTKD_DEVICE bool any(bool condition) { return __any_sync(0xffffffffu, condition) != 0; }
 // Bit i: the condition of lane i.
 FASTKD_DEVICE unsigned ballot(bool condition) { return __ballot_sync(0xffffffffu, condition); }
+FASTKD_DEVICE unsigned bit_count(unsigned bits) { return static_cast<unsigned>(__popc(bits)); }
 FASTKD_DEVICE unsigned lowest_bit(unsigned bits) { return static_cast<unsigned>(__ffs(static_cast<int>(bits)) - 1); }
 
 // ---- shared memory ---------------------------------------------------------------------------------
@@ -102,6 +103,10 @@ class Shared {
   FASTKD_DEVICE Shared(unsigned offset, unsigned /*count*/) : data_(reinterpret_cast<T*>(memory() + offset)) {}
   FASTKD_DEVICE T load(unsigned i) const { return data_[i]; }
   FASTKD_DEVICE void store(unsigned i, T value) const { data_[i] = value; }
+
+  // Of any threads of the block at once, in any order: integers, so that the order does not show.
+  FASTKD_DEVICE void atomic_add(unsigned i, T value) const { atomicAdd(word(i), static_cast<Word>(value)); }
+  FASTKD_DEVICE void atomic_max(unsigned i, T value) const { atomicMax(word(i), static_cast<Word>(value)); }
 
   // Stores into the same place of another block of the cluster; between cluster barriers only.
   FASTKD_DEVICE void store_remote(unsigned rank, unsigned i, T value) const {
@@ -122,6 +127,11 @@ class Shared {
   }
 
  private:
+  using Word = std::conditional_t<sizeof(T) == 8, unsigned long long, unsigned>;
+  FASTKD_DEVICE Word* word(unsigned i) const {
+    static_assert(std::is_unsigned_v<T> && sizeof(T) == sizeof(Word));
+    return reinterpret_cast<Word*>(data_ + i);
+  }
   FASTKD_DEVICE static char* memory() {
     extern __shared__ __align__(16) char fastkd_shared[];
     return fastkd_shared;
@@ -135,6 +145,14 @@ class Shared {
   }
   T* data_;
 };
+
+// ---- global memory ---------------------------------------------------------------------------------
+
+// Of any threads of the grid at once; gives what was there before. Integers, so that the order does not show in sums.
+FASTKD_DEVICE uint32_t atomic_add(uint32_t* p, uint32_t value) { return atomicAdd(p, value); }
+FASTKD_DEVICE uint64_t atomic_add(uint64_t* p, uint64_t value) {
+  return atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(value));
+}
 
 // ---- 16 bytes at a time ------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ def update(table: Table, indices: Tensor, scores: Tensor) -> None:
 def sample(table: Table, stream: Tensor, count: int, offset: int = 0, stride: int = 1) -> Tensor:
     """int64 ``[count]``: the draws ``stream[1] + offset + i * stride`` of the seed ``stream[0]`` (int64 ``[2]``)."""
     return torch.ops.fastkd.alias_sample.default(  # type: ignore[no-any-return]
-        table.bins, table.block_weight, table.top, stream, count, offset, stride
+        *table, stream, count, offset, stride
     )
 
 
@@ -81,7 +81,14 @@ def _update_fake(
 
 @register_fake("alias_sample")
 def _sample_fake(
-    table: Tensor, block_weight: Tensor, top: Tensor, stream: Tensor, count: int, offset: int, stride: int
+    table: Tensor,
+    block_weight: Tensor,
+    top: Tensor,
+    scale: Tensor,
+    stream: Tensor,
+    count: int,
+    offset: int,
+    stride: int,
 ) -> Tensor:
     return table.new_empty([count])
 

@@ -57,7 +57,7 @@ struct Trace {
 struct Granule {
   uint64_t generation = 0;  // of the cluster that wrote the rest
   bool written = false;
-  Trace store, loads;
+  Trace store, loads, atomics;
 };
 
 struct Block {
@@ -389,19 +389,31 @@ void* Machine::shared_address(unsigned rank, Access access, unsigned offset, uns
   const unsigned begin = offset + i * size;
   for (unsigned g = begin / kGranule; g <= (begin + size - 1) / kGranule; ++g) {
     Granule& granule = memory_[rank].granules[g];
-    if (granule.generation != generation_) granule = {generation_, false, {}, {}};
+    if (granule.generation != generation_) granule = {generation_, false, {}, {}, {}};
+    // this access and those of the same kind that no barrier separates from it
+    const auto joined = [&](const Trace& others) {
+      const bool alone = ordered(others, fiber);
+      return trace(fiber, alone ? Scope::kThread : std::max(others.scope, relation(*fibers_[others.fiber], fiber)));
+    };
+    if (access != Access::kStore && !granule.written) error("shared memory that nobody has written is read");
     if (access == Access::kLoad) {
-      if (!granule.written) error("shared memory that nobody has written is read");
-      if (!ordered(granule.store, fiber)) error("a race: shared memory is read without a barrier after another thread's store");
-      const bool alone = ordered(granule.loads, fiber);
-      granule.loads =
-          trace(fiber, alone ? Scope::kThread : std::max(granule.loads.scope, relation(*fibers_[granule.loads.fiber], fiber)));
+      if (!ordered(granule.store, fiber) || !ordered(granule.atomics, fiber)) {
+        error("a race: shared memory is read without a barrier after another thread's store");
+      }
+      granule.loads = joined(granule.loads);
+    } else if (access == Access::kAtomic) {
+      if (!ordered(granule.store, fiber) || !ordered(granule.loads, fiber)) {
+        error("a race: an atomic operation without a barrier after another thread's load or store");
+      }
+      granule.atomics = joined(granule.atomics);
     } else {
-      if (!ordered(granule.store, fiber)) error("a race: shared memory is written by two threads without a barrier between");
+      if (!ordered(granule.store, fiber) || !ordered(granule.atomics, fiber)) {
+        error("a race: shared memory is written by two threads without a barrier between");
+      }
       if (!ordered(granule.loads, fiber)) error("a race: shared memory is written without a barrier after another thread's load");
       granule.written = true;
       granule.store = trace(fiber, Scope::kThread);
-      granule.loads = {};
+      granule.loads = granule.atomics = {};
     }
   }
   return memory_[rank].bytes.data() + begin;

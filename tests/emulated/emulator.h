@@ -5,7 +5,8 @@
 // the same seed. What CUDA leaves undefined is an error here, whatever the schedule:
 // - threads that wait for others which never come, or which came to another barrier or shuffle;
 // - an access of shared memory outside an array, or of bytes that nobody wrote;
-// - two accesses of the same byte of shared memory, one of them a store, with no barrier between them;
+// - two accesses of the same byte of shared memory, one of them a store, with no barrier between them (atomic operations
+//   may meet one another, but no load or store);
 // - a store into another block before a cluster barrier has shown that it runs, or after threads of it have ended;
 // - a 16-byte access of an address that is not a multiple of 16.
 // Accesses of global memory are left to AddressSanitizer.
@@ -50,7 +51,7 @@ void wait(const Site& site);
 // Deposits this lane's value, waits for the warp, gives that of lane `source`.
 void exchange(void* value, unsigned size, unsigned source, const Site& site);
 
-enum class Access { kLoad, kStore };
+enum class Access { kLoad, kStore, kAtomic };
 // The address of shared memory [offset + i * size, + size) of the block of that rank, checked.
 void* shared_address(unsigned rank, Access access, unsigned offset, unsigned count, unsigned size, unsigned i, const Site& site);
 

@@ -49,6 +49,7 @@ inline bool any(bool condition, Site site = Site::current()) {
   for (unsigned mask = 1; mask < kWarp; mask *= 2) condition |= shuffle_xor(condition, mask, site);
   return condition;
 }
+inline unsigned bit_count(unsigned bits) { return static_cast<unsigned>(__builtin_popcount(bits)); }
 inline unsigned lowest_bit(unsigned bits) { return static_cast<unsigned>(__builtin_ffs(static_cast<int>(bits)) - 1); }
 inline unsigned ballot(bool condition, Site site = Site::current()) {
   unsigned result = (condition ? 1u : 0u) << lane_index();
@@ -68,6 +69,14 @@ class Shared {
   void store(unsigned i, T value, Site site = Site::current()) const {
     std::memcpy(address(cluster_rank(), emulator::Access::kStore, i, site), &value, sizeof value);
   }
+  void atomic_add(unsigned i, T value, Site site = Site::current()) const {
+    T* const p = static_cast<T*>(address(cluster_rank(), emulator::Access::kAtomic, i, site));
+    *p += value;
+  }
+  void atomic_max(unsigned i, T value, Site site = Site::current()) const {
+    T* const p = static_cast<T*>(address(cluster_rank(), emulator::Access::kAtomic, i, site));
+    if (*p < value) *p = value;
+  }
   void store_remote(unsigned rank, unsigned i, T value, Site site = Site::current()) const {
     std::memcpy(address(rank, emulator::Access::kStore, i, site), &value, sizeof value);
   }
@@ -78,6 +87,14 @@ class Shared {
   }
   unsigned offset_, count_;
 };
+
+template <typename T>
+T atomic_add(T* p, T value) {
+  static_assert(std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);
+  const T before = *p;
+  *p += value;
+  return before;
+}
 
 template <typename T>
 Pack<T> load_pack(const T* p, Site site = Site::current()) {
