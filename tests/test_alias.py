@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
@@ -18,10 +18,15 @@ from fastkd.ops import alias as ops
 from fastkd.reference import alias as reference
 
 INFINITY = math.inf
+NO_ITEM = -(2**63)
 
 
-def _lambda(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
+def _lambda(value: float, device: torch.device | str = "cpu") -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device=device)
+
+
+def _stream(seed: int, start: int, device: torch.device | str = "cpu") -> Tensor:
+    return torch.tensor([seed, start], device=device)
 
 
 @pytest.fixture
@@ -45,35 +50,39 @@ def _scores(kind: str, n: int, generator: torch.Generator) -> Tensor:
     return u
 
 
+@pytest.mark.cuda_kernels
 @pytest.mark.parametrize("kind", ["normal", "constant", "steep", "masked", "one"])
 @pytest.mark.parametrize("n", [1, 2, 3, 41, 4095, 4096, 4097, 9000])
 def test_table_equals_the_integer_reference(
     device: torch.device, kind: str, n: int, generator: torch.Generator
 ) -> None:
     scores = _scores(kind, n, generator)
-    table = ops.build(scores, _lambda(1.3))
+    table = ops.build(scores.to(device), _lambda(1.3, device))
     for ours, expected in zip(table[:3], reference.build(scores.numpy(), 1.3), strict=True):
-        np.testing.assert_array_equal(ours.numpy(), expected)
+        np.testing.assert_array_equal(ours.cpu().numpy(), expected)
     weights, exponent = reference.weights(scores.numpy(), 1.3)
     assert ops.weights(table).tolist() == weights
     assert table.scale.tolist()[2:] == [exponent, sum(weights)]
     assert sum(weights) < 2**52
 
 
+@pytest.mark.cuda_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_every_dtype_is_the_fp64_table_of_its_values(
     device: torch.device, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
-    scores = torch.randn(5000, generator=generator).to(dtype)
-    ours, expected = ops.build(scores, _lambda(2.0)), ops.build(scores.double(), _lambda(2.0))
-    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    scores = torch.randn(5001, generator=generator).to(dtype).to(device)
+    for part in (scores[:-1], scores[1:]):  # the second one does not begin at 16 bytes
+        ours, expected = ops.build(part, _lambda(2.0, device)), ops.build(part.double(), _lambda(2.0, device))
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
+@pytest.mark.cuda_kernels
 def test_draws_equal_the_reference(device: torch.device, generator: torch.Generator) -> None:
     scores = torch.randn(300, generator=generator)
-    table = ops.build(scores, _lambda(1.0))
+    table = ops.build(scores.to(device), _lambda(1.0, device))
     seed, start = -(2**62) - 12345, 2**40
-    draws = ops.sample(table, torch.tensor([seed, start]), 40)
+    draws = ops.sample(table, _stream(seed, start, device), 40)
     expected = [reference.sample(scores.numpy(), 1.0, seed % 2**64, start + i) for i in range(40)]
     assert draws.tolist() == expected
 
@@ -109,12 +118,13 @@ def test_more_than_two_to_the_24_items_are_all_reached() -> None:
     assert (draws % 2).double().mean().sub(0.5).abs() < 5 * 0.5 / 2000  # odd items: none beyond 2^24 in fp32
 
 
+@pytest.mark.cuda_kernels
 def test_items_of_weight_zero_never_come_out(device: torch.device, generator: torch.Generator) -> None:
     n = 20_000
-    scores = torch.where(torch.rand(n, generator=generator) < 0.7, -INFINITY, 0.0)
+    scores = torch.where(torch.rand(n, generator=generator) < 0.7, -INFINITY, 0.0).to(device)
     scores[4096:8192] = -INFINITY  # a whole block
     table = AliasTable(scores, 1.0, seed=0)
-    drawn = table.sample(10**6)
+    drawn = table.sample(10**5)
     assert torch.isfinite(scores[drawn]).all()
     assert (table.weights()[torch.isinf(scores)] == 0).all()
 
@@ -160,14 +170,34 @@ def test_generator_gives_the_seed(generator: torch.Generator) -> None:
 # ---- lambda from the IQPR -----------------------------------------------------------------------
 
 
+@pytest.mark.cuda_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 41, 1271, 300_001])
-def test_inverse_temperature_from_quartiles(n: int, dtype: torch.dtype, generator: torch.Generator) -> None:
+def test_inverse_temperature_from_quartiles(
+    device: torch.device, backend: str, n: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    if backend.startswith("emulated"):
+        n = min(n, 20_001)  # three times the elements that all threads take in one turn
     scores = (torch.randn(n, generator=generator) * 1e-3 - 2).to(dtype)
     if n > 4:
         scores[1] = -INFINITY
-    ours = ops.inverse_temperature(scores, 5.0)
+    ours = ops.inverse_temperature(scores.to(device), 5.0)
     assert ours.item() == pytest.approx(reference.inverse_temperature(scores.double().numpy(), 5.0), rel=1e-12)
+
+
+@pytest.mark.cuda_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_quartiles_of_scores_of_all_magnitudes(
+    device: torch.device, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """Digits of the four ranks part in the first pass, in the last, and where one has many items."""
+    for n in (7, 1000, 5001):
+        exponents = torch.randint(-30, 30, (n,), generator=generator)
+        scores = (torch.randn(n, generator=generator).sign() * 2.0**exponents).to(dtype)
+        for u in (scores, scores.round(), torch.arange(n) // 7 * 1e-3 + 1, -scores.abs()):
+            u = u.to(dtype)
+            expected = reference.inverse_temperature(u.double().numpy(), 3.0)
+            assert ops.inverse_temperature(u.to(device), 3.0).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_iqpr_is_the_ratio_of_the_quartiles_probabilities() -> None:
@@ -189,13 +219,14 @@ def test_equal_quartiles_are_uniform() -> None:
 # ---- updates ------------------------------------------------------------------------------------
 
 
+@pytest.mark.cuda_kernels
 @pytest.mark.parametrize("n", [1, 5, 4096, 10_000])
 def test_update_equals_a_fresh_build_on_the_same_scale(
     device: torch.device, n: int, generator: torch.Generator
 ) -> None:
     scores = torch.randn(n, generator=generator)
     scores[0] = 9.0  # the reference stays
-    table = ops.build(scores, _lambda(1.0))
+    table = ops.build(scores.to(device), _lambda(1.0, device))
     indices = torch.randint(min(1, n - 1), n, (n // 3 + 1,), generator=generator)
     fresh = torch.randn(len(indices), generator=generator)
     if n == 1:
@@ -203,54 +234,58 @@ def test_update_equals_a_fresh_build_on_the_same_scale(
     updated = scores.clone()
     for i, u in zip(indices.tolist(), fresh.tolist(), strict=True):  # of equal indices the last wins
         updated[i] = u
-    ops.update(table, indices, fresh)
-    expected = ops.build(updated, _lambda(1.0))
+    ops.update(table, indices.to(device), fresh.to(device))
+    expected = ops.build(updated.to(device), _lambda(1.0, device))
     if expected.scale[2] == table.scale[2]:
         for ours, other in zip(table, expected, strict=True):
             assert torch.equal(ours, other)
-    p = ops.weights(table).double()
+    p = ops.weights(table).cpu().double()
     assert (p / p.sum() - torch.softmax(updated.double(), 0)).abs().sum() / 2 < 1e-8
 
 
+@pytest.mark.cuda_kernels
 @pytest.mark.parametrize("k", [1, 12, 25, 40])
 def test_update_just_below_a_power_of_two(device: torch.device, k: int) -> None:
     # t rounds up to k in fixed point, while its floor in fp64 is k - 1
-    scores = torch.zeros(10, dtype=torch.float64)
-    kappa = ops.build(scores, _lambda(math.log(2))).scale[1].item()
+    scores = torch.zeros(10, dtype=torch.float64, device=device)
+    kappa = ops.build(scores, _lambda(math.log(2), device)).scale[1].item()
     score = k / kappa
     for _ in range(4):
         score = math.nextafter(score, 0)
-        table = ops.build(scores, _lambda(math.log(2)))
-        ops.update(table, torch.tensor([3]), torch.tensor([score], dtype=torch.float64))
+        table = ops.build(scores, _lambda(math.log(2), device))
+        ops.update(table, torch.tensor([3], device=device), torch.tensor([score], dtype=torch.float64, device=device))
         weights = ops.weights(table)
         assert weights.sum() < 2**52
         assert weights[3] / weights[0] == pytest.approx(2**k, rel=1e-2 if k == 40 else 1e-6)
 
 
-def test_update_touches_only_its_blocks(generator: torch.Generator) -> None:
-    scores = torch.randn(5 * 4096, generator=generator)
-    table = ops.build(scores, _lambda(1.0))
+@pytest.mark.cuda_kernels
+def test_update_touches_only_its_blocks(device: torch.device, generator: torch.Generator) -> None:
+    scores = torch.randn(5 * 4096, generator=generator).to(device)
+    table = ops.build(scores, _lambda(1.0, device))
     before = table.bins.clone()
-    ops.update(table, torch.tensor([4096 * 2 + 5]), torch.tensor([0.1]))
+    ops.update(table, torch.tensor([4096 * 2 + 5], device=device), torch.tensor([0.1], device=device))
     changed = (table.bins != before).nonzero().flatten() // 4096
     assert changed.unique().tolist() == [2]
 
 
+@pytest.mark.cuda_kernels
 @pytest.mark.parametrize("rise", [0.5, 3.0, 20.0, 43.0])
 def test_update_far_above_the_old_maximum(device: torch.device, rise: float, generator: torch.Generator) -> None:
     scores = torch.randn(9000, generator=generator)
-    table = ops.build(scores, _lambda(1.0))
+    table = ops.build(scores.to(device), _lambda(1.0, device))
     indices = torch.arange(0, 9000, 7)
     updated = scores.clone()
     updated[indices] += rise
-    ops.update(table, indices, updated[indices])
-    weights = ops.weights(table)
+    ops.update(table, indices.to(device), updated[indices].to(device))
+    weights = ops.weights(table).cpu()
     assert weights.sum() < 2**52
-    assert torch.equal(table.block_weight.sum(), weights.sum())
+    assert torch.equal(table.block_weight.sum().cpu(), weights.sum())
     p = weights.double() / weights.sum()
     assert (p - torch.softmax(updated.double(), 0)).abs().sum() / 2 < 1e-8
 
 
+@pytest.mark.cuda_kernels
 @pytest.mark.filterwarnings("ignore:fastkd. after this update")
 @pytest.mark.parametrize("gap", [0.0, 10.0, 20.0, 30.0])
 @pytest.mark.parametrize("rises", [False, True])
@@ -260,10 +295,11 @@ def test_accuracy_after_the_heaviest_item_left_is_as_documented(
     low = torch.randn(1000, generator=generator, dtype=torch.float64)
     high = low.clone()
     high[0] = low.max() + gap
+    first, high, low = torch.zeros(1, dtype=torch.int64, device=device), high.to(device), low.to(device)
     table = AliasTable(low if rises else high, 1.0, seed=0)
     if rises:
-        table.update(torch.tensor([0]), high[:1])
-    table.update(torch.tensor([0]), low[:1])
+        table.update(first, high[:1])
+    table.update(first, low[:1])
     error = (table.probabilities() - torch.softmax(low, 0)).abs().sum() / 2
     assert error < 1000 / table.weights().sum() + 1e-9
 
@@ -276,6 +312,57 @@ def test_failed_updates_leave_the_table_as_it_was() -> None:
         with pytest.raises(RuntimeError, match=r"fastkd: (scores|indices)"):
             ops.update(table, torch.tensor(indices), torch.tensor(fresh))
         assert all(torch.equal(a, b) for a, b in zip(table, before, strict=True))
+
+
+@pytest.mark.cuda_kernels
+@pytest.mark.parametrize("indices", [[9000], [-1], [3, 2**40]])
+def test_a_gpu_draws_no_items_after_a_bad_index(device: torch.device, reads_values: bool, indices: list[int]) -> None:
+    table = ops.build(torch.zeros(9000, device=device), _lambda(1.0, device))
+    change = torch.tensor(indices, device=device), torch.ones(len(indices), device=device)
+    if reads_values:
+        with pytest.raises(RuntimeError, match="fastkd: indices"):
+            ops.update(table, *change)
+        return
+    ops.update(table, *change)
+    assert (ops.sample(table, _stream(1, 0, device), 20) == NO_ITEM).all()
+    ops.update(table, torch.tensor([3], device=device), torch.ones(1, device=device))  # and for good
+    assert (ops.sample(table, _stream(1, 0, device), 20) == NO_ITEM).all()
+
+
+@pytest.mark.cuda_kernels
+@pytest.mark.parametrize("bad", [math.nan, INFINITY, 1e6])
+def test_a_gpu_draws_no_items_after_a_bad_score(device: torch.device, reads_values: bool, bad: float) -> None:
+    table = ops.build(torch.zeros(9000, device=device), _lambda(1.0, device))
+    change = torch.tensor([5, 6], device=device), torch.tensor([0.0, bad], device=device)
+    if reads_values:
+        with pytest.raises(RuntimeError, match="fastkd: scores"):
+            ops.update(table, *change)
+        return
+    ops.update(table, *change)
+    assert (ops.sample(table, _stream(1, 0, device), 20) == NO_ITEM).all()
+
+
+@pytest.mark.cuda_kernels
+@pytest.mark.parametrize(
+    ("score", "inverse_temperature"),
+    [(math.nan, 1.0), (INFINITY, 1.0), (-INFINITY, 1.0), (0.0, -1.0), (0.0, math.nan), (0.0, INFINITY), (0.0, 1.7e308)],
+)
+def test_a_gpu_draws_no_items_from_a_table_that_the_cpu_refuses(
+    device: torch.device, reads_values: bool, score: float, inverse_temperature: float
+) -> None:
+    for n in (1, 9000):
+        scores = torch.full((n,), -INFINITY if score == -INFINITY else 0.0, device=device)
+        scores[n // 2] = score
+        if reads_values:
+            with pytest.raises(RuntimeError, match="fastkd: (scores|inverse_temperature)"):
+                ops.build(scores, _lambda(inverse_temperature))
+            continue
+        table = ops.build(scores, _lambda(inverse_temperature, device))
+        assert table.scale.isnan().all()
+        assert (ops.weights(table) == 0).all()
+        assert (ops.sample(table, _stream(1, 0, device), 20) == NO_ITEM).all()
+        if not math.isfinite(score):
+            assert ops.inverse_temperature(scores, 5.0).isnan()
 
 
 def test_update_warns_where_too_little_weight_is_left() -> None:
@@ -341,14 +428,16 @@ def test_a_table_made_in_inference_mode_is_drawn_from_outside(generator: torch.G
     assert torch.equal(moved.sample(20), expected.sample(20))
 
 
+@pytest.mark.cuda_kernels
 def test_opcheck(device: torch.device, generator: torch.Generator) -> None:
-    scores = torch.randn(5000, generator=generator)
-    table = ops.build(scores, _lambda(1.0))
+    scores = torch.randn(5000, generator=generator).to(device)
+    table = ops.build(scores, _lambda(1.0, device))
     op = torch.ops.fastkd
     torch.library.opcheck(op.alias_inverse_temperature.default, (scores, 5.0))
-    torch.library.opcheck(op.alias_build.default, (scores, _lambda(1.0)))
-    torch.library.opcheck(op.alias_update_.default, (*table, torch.tensor([1, 4999]), torch.tensor([0.0, 1.0])))
-    torch.library.opcheck(op.alias_sample.default, (*table, torch.tensor([1, 0]), 10, 0, 1))
+    torch.library.opcheck(op.alias_build.default, (scores, _lambda(1.0, device)))
+    changes = torch.tensor([1, 4999], device=device), torch.tensor([0.0, 1.0], device=device)
+    torch.library.opcheck(op.alias_update_.default, (*table, *changes))
+    torch.library.opcheck(op.alias_sample.default, (*table, _stream(1, 0, device), 10, 0, 1))
     torch.library.opcheck(op.alias_weights.default, table[:2])
 
 
@@ -443,17 +532,18 @@ def test_any_scores_give_a_table_or_an_error(scores: list[float], inverse_temper
     assert (weights[draws] > 0).all()
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.cuda_kernels
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(words=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=20, max_size=20), count=st.integers(-2, 300))
-def test_a_corrupt_table_never_crashes(words: list[int], count: int) -> None:
-    values = torch.tensor(words)
+def test_a_corrupt_table_never_crashes(device: torch.device, words: list[int], count: int) -> None:
+    values = torch.tensor(words, device=device)
     table = ops.Table(
         values[:8].clone(), values[8:9].clone(), values[9:11].reshape(1, 2).clone(), values[12:16].double()
     )
     for call in (
         lambda: ops.sample(table, values[16:18].clone(), count),
         lambda: ops.weights(table),
-        lambda: ops.update(table, torch.tensor([3]), torch.tensor([0.0])),
+        lambda: ops.update(table, torch.tensor([3], device=device), torch.tensor([0.0], device=device)),
     ):
         try:
             call()

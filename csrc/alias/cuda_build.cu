@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> build(Tensor scores, Tensor inverse_t
   const unsigned most = 3 * context.limits().multiprocessors;
   const Geometry pack_geometry{grid_size(blocks, 1, most, 1), kPackThreads, 1, kPackBytes};
   context.launch("alias blocks", for_dtype(dtype, [](auto type) { return &blocks_kernel<decltype(type)>; }), pack_geometry, params);
-  pack_top(context, t);
+  pack_top(context, t.block_weight, blocks, t.top, t.scale);
   return {table, weights, top, scale};
 }
 

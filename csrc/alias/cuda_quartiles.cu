@@ -144,7 +144,8 @@ find_digits_kernel(const QuartileParams p) {
   for (int r = 0; r < kRanks; ++r) {
     selection.prefix[r] |= found.load(2 * r) << digit.shift;
     selection.rank[r] = static_cast<int64_t>(found.load(2 * r + 1));
-    if (r == 0 || selection.prefix[r] != selection.prefix[r - 1]) selection.distinct[selection.histograms++] = selection.prefix[r];
+    if (r == 0 || selection.prefix[r] != selection.prefix[r - 1])
+      selection.distinct[selection.histograms++] = selection.prefix[r];
     selection.histogram[r] = selection.histograms - 1;
   }
   if (p.pass + 1 < pass_count(kBits)) return;

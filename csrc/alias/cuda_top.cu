@@ -117,16 +117,16 @@ FASTKD_KERNEL(kMergeThreads) top_merge_kernel(const TopParams p) {
 
 }  // namespace
 
-void pack_top(const DeviceContext& context, const Table& table) {
-  const int64_t blocks = table.blocks;
-  FASTKD_CHECK(blocks < int64_t{1} << 32, "table has ", table.items, " items, must be fewer than 2^44");
+void pack_top(const DeviceContext& context, const uint64_t* block_weight, int64_t blocks, uint64_t* top, double* scale) {
+  FASTKD_CHECK(blocks < int64_t{1} << 32, "table has ", blocks, " blocks of 4096 items, must have fewer than 2^32");
   Tensor words = context.empty({blocks + 3}, ScalarType::Long), index = context.empty({blocks}, ScalarType::Int);
   uint64_t* const prefix = static_cast<uint64_t*>(words.mutable_data_ptr());
-  const TopParams params{table.block_weight, blocks,    prefix,     static_cast<uint32_t*>(index.mutable_data_ptr()),
-                         prefix + blocks,    table.top, table.scale};
+  const TopParams params{block_weight,    blocks, prefix, static_cast<uint32_t*>(index.mutable_data_ptr()),
+                         prefix + blocks, top,    scale};
   context.launch("alias top lists", top_lists_kernel,
                  {1, kListThreads, 1, scan_bytes(kListThreads, 1) + 2 * scan_bytes(kListThreads, 3)}, params);
-  context.launch("alias top merge", top_merge_kernel, {grid_size(blocks, kSteps, kMaxBlocks, kMergeThreads), kMergeThreads}, params);
+  context.launch("alias top merge", top_merge_kernel, {grid_size(blocks, kSteps, kMaxBlocks, kMergeThreads), kMergeThreads},
+                 params);
 }
 
 }  // namespace fastkd::alias

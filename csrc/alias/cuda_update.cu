@@ -162,13 +162,14 @@ rebuild_kernel(const UpdateParams p) {
   for (int64_t base = static_cast<int64_t>(block_index()) * p.width; base < p.blocks;
        base += static_cast<int64_t>(block_count()) * p.width) {
     const int64_t candidate = base + thread_index();
-    const bool own = thread_index() < p.width && candidate < p.blocks &&
-                     (shift > 0 || p.starts[candidate] < p.starts[candidate + 1]);
+    const bool own =
+        thread_index() < p.width && candidate < p.blocks && (shift > 0 || p.starts[candidate] < p.starts[candidate + 1]);
     uint64_t place[1] = {own}, total[1];
     block_scan(place, total, 0);
     if (own) touched.store(static_cast<unsigned>(place[0]), thread_index());
     block_barrier();
-    for (unsigned i = 0; i < static_cast<unsigned>(total[0]); ++i) rebuild<T>(p, base + touched.load(i), shift, exponent, largest_t);
+    for (unsigned i = 0; i < static_cast<unsigned>(total[0]); ++i)
+      rebuild<T>(p, base + touched.load(i), shift, exponent, largest_t);
     block_barrier();
   }
 }
@@ -213,7 +214,7 @@ void update_(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tensor
   context.launch("alias update list", list_kernel, each_change, params);
   context.launch("alias update blocks", for_dtype(dtype, [](auto type) { return &rebuild_kernel<decltype(type)>; }),
                  {rebuilders, kPackThreads, 1, kUpdateBytes}, params);
-  pack_top(context, t);
+  pack_top(context, t.block_weight, t.blocks, t.top, t.scale);
 }
 
 }  // namespace

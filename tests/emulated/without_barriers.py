@@ -15,9 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-BARRIER = re.compile(
-    r"^\s*((if \(.*\) )?(\w+\.)?(block_barrier|cluster_barrier|barrier|start)\(\);)", re.MULTILINE
-)
+BARRIER = re.compile(r"^\s*((if \(.*\) )?(\w+\.)?(block_barrier|cluster_barrier|barrier|start)\(\);)", re.MULTILINE)
 TESTS = [
     "tests/test_divergence_geometry.py",
     "tests/test_divergence.py",
