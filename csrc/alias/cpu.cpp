@@ -271,12 +271,14 @@ void update_(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tensor
 Tensor sample(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tensor stream, int64_t count, int64_t offset,
               int64_t stride) {
   const Table t(table, block_weight, &top, &scale);
-  const int64_t* const state = check_draws(table, stream, count, stride);
-  const uint64_t total = total_of(t.scale[3]);
+  const int64_t* const state = check_stream(table, stream);
+  check_draws(count, stride);
+  const uint64_t total = total_weight(t.scale[3]);
   FASTKD_CHECK(total > 0, "scale[3], the total weight, is ", t.scale[3], ", must be that of a table from alias_build");
   const uint64_t seed = static_cast<uint64_t>(state[0]), first = static_cast<uint64_t>(state[1]) + static_cast<uint64_t>(offset);
   Tensor out = empty_cpu({count}, ScalarType::Long);
-  const TableView view{t.bins, t.block_weight, t.top, t.items, t.blocks, total};
+  TableView view = t.view();
+  view.total = total;
   int64_t* const indices = static_cast<int64_t*>(out.mutable_data_ptr());
   const Kernels& k = kernels();
   parallel(count, 4096, [&](int64_t begin, int64_t end) {

@@ -4,6 +4,7 @@
 // result equals the CPU's bit for bit, whatever the grid. Bytes: 8 written, and at most two sectors read at random (the
 // bin, and the top bin while the top table misses L2).
 #include "alias/cuda_pack.cuh"
+#include "alias/draw.cuh"
 #include "alias/operator.h"
 #include "common/launch.cuh"
 
@@ -14,13 +15,9 @@ using namespace alias_math;
 using namespace device;
 
 struct SampleParams {
-  const uint64_t* table;         // [items]
-  const uint64_t* block_weight;  // [blocks]
-  const uint64_t* top;           // [blocks, 2]
-  const double* scale;           // [4], the total weight last
-  const int64_t* stream;         // [2]: seed, next index
-  int64_t items;
-  int64_t blocks;
+  TableView table;        // without its total
+  const double* scale;    // [4], the total weight last
+  const int64_t* stream;  // [2]: seed, next index
   int64_t count;
   uint64_t offset;
   uint64_t stride;
@@ -31,19 +28,10 @@ struct SampleParams {
 FASTKD_KERNEL(kThreads) sample_kernel(const SampleParams p) {
   const uint64_t seed = static_cast<uint64_t>(p.stream[0]);
   const uint64_t first = static_cast<uint64_t>(p.stream[1]) + p.offset;
-  const uint64_t total = total_of(p.scale[3]);
+  const uint64_t total = total_weight(p.scale[3]);
   const int64_t step = static_cast<int64_t>(block_count()) * kThreads;
   for (int64_t i = static_cast<int64_t>(block_index()) * kThreads + thread_index(); i < p.count; i += step) {
-    const DrawWords words = draw_words(seed, first + static_cast<uint64_t>(i) * p.stride);
-    const Bin bin = uniform_bin(words.top, static_cast<uint64_t>(p.blocks));
-    const Pack<uint64_t> entry = load_pack(p.top + 2 * bin.index);
-    const uint64_t other =
-        entry.value[1] < static_cast<uint64_t>(p.blocks) ? entry.value[1] : 0;  // a broken table must not fault
-    const uint64_t block = multiply_high(bin.fraction, total) < entry.value[0] ? bin.index : other;
-    const Bin inner = uniform_bin(words.block, static_cast<uint64_t>(block_items(p.items, static_cast<int64_t>(block))));
-    const uint64_t word = p.table[block * kBlockSize + inner.index];
-    const bool own = multiply_high(inner.fraction, p.block_weight[block]) < threshold_of(word);
-    const int64_t item = static_cast<int64_t>(block * kBlockSize + (own ? inner.index : alias_of(word)));
+    const int64_t item = draw(p.table, total, draw_words(seed, first + static_cast<uint64_t>(i) * p.stride));
     p.out[i] = total > 0 ? item : kNoItem;
   }
 }
@@ -51,21 +39,14 @@ FASTKD_KERNEL(kThreads) sample_kernel(const SampleParams p) {
 Tensor sample(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tensor stream, int64_t count, int64_t offset,
               int64_t stride) {
   const Table t(table, block_weight, &top, &scale);
-  const int64_t* const state = check_draws(table, stream, count, stride);
+  const int64_t* const state = check_stream(table, stream);
+  check_draws(count, stride);
   const DeviceContext context(table);
   Tensor out = context.empty({count}, ScalarType::Long);
   if (count == 0) return out;
-  const SampleParams params{t.bins,
-                            t.block_weight,
-                            t.top,
-                            t.scale,
-                            state,
-                            t.items,
-                            t.blocks,
-                            count,
-                            static_cast<uint64_t>(offset),
-                            static_cast<uint64_t>(stride),
-                            static_cast<int64_t*>(out.mutable_data_ptr())};
+  const SampleParams params{
+      t.view(), t.scale, state, count, static_cast<uint64_t>(offset), static_cast<uint64_t>(stride),
+      static_cast<int64_t*>(out.mutable_data_ptr())};
   context.launch("alias_sample", sample_kernel, {grid_size(count, 4), kThreads}, params);
   return out;
 }

@@ -85,7 +85,7 @@ FASTKD_KERNEL(kPlanThreads) plan_kernel(const UpdateParams p) {
     const double nan = static_cast<double>(__builtin_nan(""));
     const int largest = valid ? whole_t(largest_change(p, extent)) : 0;
     const int least = valid ? least_shift(static_cast<int>(exponent), largest) : 0;
-    const int shift = valid ? shift_for(least, added.value(), p.changes, total_of(total), p.items) : 0;
+    const int shift = valid ? shift_for(least, added.value(), p.changes, total_weight(total), p.items) : 0;
     p.plan[0] = shift;
     p.plan[1] = largest;
     p.scale[2] = valid ? exponent - shift : nan;

@@ -30,8 +30,6 @@ constexpr int64_t kBlockSize = int64_t{1} << kBlockBits;
 constexpr uint64_t kAliasMask = kBlockSize - 1;
 constexpr int kTotalBits = 52;  // the total weight stays below 2^52
 
-constexpr int64_t kNoItem = INT64_MIN;  // what a GPU draws from a table of scores that the CPU refuses
-
 constexpr double kLog2E = 1.44269504088896340736;
 
 // 2^f = 1 + f (c0 + f (c1 + ...)) for f in [0, 1), coefficients and f in units of 2^-32: minimax, 4.4e-11
@@ -115,11 +113,6 @@ FASTKD_HOST_DEVICE bool is_scale(const double* scale) {
   return scale[0] - scale[0] == 0 && scale[1] >= 0 && scale[1] <= 1.7976931348623157e308 && scale[2] >= -64 &&
          scale[2] < kTotalBits && scale[3] > 0;
 }
-// The total weight; 0 for none that a table can have.
-FASTKD_HOST_DEVICE uint64_t total_of(double scale) {
-  return scale >= 1 && scale < 4503599627370496.0 ? static_cast<uint64_t>(scale) : 0;
-}
-
 // t of the largest new score where it is positive, and its floor once it is rounded to fixed point: may be the next integer.
 FASTKD_HOST_DEVICE double largest_t_of(double maximum, double reference, double kappa) {
   return maximum > reference ? (maximum - reference) * kappa : 0.0;
@@ -150,6 +143,12 @@ FASTKD_HOST_DEVICE int64_t block_items(int64_t items, int64_t block) {
 FASTKD_HOST_DEVICE uint64_t pack(uint64_t threshold, uint64_t alias) { return threshold << kBlockBits | alias; }
 FASTKD_HOST_DEVICE uint64_t threshold_of(uint64_t bin) { return bin >> kBlockBits; }
 FASTKD_HOST_DEVICE uint64_t alias_of(uint64_t bin) { return bin & kAliasMask; }
+
+// The total weight as `scale` holds it, exact in fp64; 0 where it is none that a table can have.
+FASTKD_HOST_DEVICE uint64_t total_weight(double total) {
+  return total >= 1 && total < 4503599627370496.0 ? static_cast<uint64_t>(total) : 0;
+}
+constexpr int64_t kNoItem = INT64_MIN;  // what a GPU draws from a table without weight
 
 // The random words of draw `index`: one for the top table, one for the block.
 struct DrawWords {

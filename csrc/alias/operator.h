@@ -1,6 +1,7 @@
 // The checks that both launchers share: shapes, dtypes, devices, numbers.
 #pragma once
 
+#include "alias/kernel.h"
 #include "alias/math.h"
 #include "common/tensor.h"
 
@@ -37,6 +38,12 @@ struct Table {
       FASTKD_CHECK(scale_tensor->is_contiguous(), "scale must be contiguous");
       scale = static_cast<double*>(scale_tensor->mutable_data_ptr());
     }
+  }
+
+  // As draws see it; the total is left to the caller: on a GPU, only the device may read it.
+  TableView view() const {
+    FASTKD_CHECK(reinterpret_cast<uintptr_t>(top) % 16 == 0, "top must begin at a multiple of 16 bytes");
+    return {bins, block_weight, top, items, blocks, 0};
   }
 
  private:
@@ -87,15 +94,17 @@ inline void check_changes(const Tensor& table, Tensor& indices, Tensor& scores) 
   scores = torch::stable::contiguous(scores);
 }
 
-// Checks the arguments of alias_sample beside the table; gives the stream's seed and next index.
-inline const int64_t* check_draws(const Tensor& table, Tensor& stream, int64_t count, int64_t stride) {
+// Checks seed and next index of draws, and makes them contiguous.
+inline const int64_t* check_stream(const Tensor& table, Tensor& stream) {
   check_dtype("stream", stream, {ScalarType::Long});
   check_shape("stream", stream, {2});
   check_device("stream", stream, "table", table);
-  FASTKD_CHECK(count >= 0, "count is ", count, ", must be at least 0");
-  FASTKD_CHECK(stride >= 1, "stride is ", stride, ", must be at least 1");
   stream = torch::stable::contiguous(stream);
   return static_cast<const int64_t*>(stream.const_data_ptr());
+}
+inline void check_draws(int64_t count, int64_t stride) {
+  FASTKD_CHECK(count >= 0, "count is ", count, ", must be at least 0");
+  FASTKD_CHECK(stride >= 1, "stride is ", stride, ", must be at least 1");
 }
 
 }  // namespace fastkd::alias
