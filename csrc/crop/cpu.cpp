@@ -1,39 +1,8 @@
-// Crops on the CPU: constants of the channels, and threads.
-#include <algorithm>
-
-#include "crop/operator.h"
+// Crops on the CPU: threads.
+#include "crop/cpu.h"
 
 namespace fastkd::crop {
 namespace {
-
-constexpr int64_t kGrainBytes = 64 << 10;  // of output: work worth a thread
-constexpr int64_t kGrainPlaces = 2048;
-constexpr int64_t kPatternLanes = 16;  // a multiple of every instruction set's registers
-
-struct CpuContext {
-  Tensor empty(std::initializer_list<int64_t> shape, ScalarType type, std::initializer_list<int64_t> strides = {}) const {
-    return empty_cpu(shape, type, strides);
-  }
-};
-
-// Constants of the channels as the kernels read them.
-class ChannelConstants {
- public:
-  ChannelConstants(const std::vector<double>& center, const std::vector<double>& scale, int64_t channels, int64_t unit) {
-    if (center.empty() && scale.empty()) return;
-    // side by side: as many units as make whole registers, as long as that is short; and room for one more register
-    period_ = unit > 1 && channels <= 256 ? channels * kPatternLanes : channels;
-    for (int64_t i = 0; i < period_ + kPatternLanes; ++i) {
-      center_.push_back(center.empty() ? 0.0 : center[i % channels]);
-      scale_.push_back(scale.empty() ? 1.0 : scale[i % channels]);
-    }
-  }
-  Normalise view() const { return {period_ > 0 ? center_.data() : nullptr, period_ > 0 ? scale_.data() : nullptr, period_}; }
-
- private:
-  int64_t period_ = 0;
-  std::vector<double> center_, scale_;
-};
 
 Tensor crop(Tensor images, Tensor offsets, std::optional<Tensor> flip, int64_t height, int64_t width, std::vector<double> center,
             std::vector<double> scale, ScalarType dtype) {
@@ -44,8 +13,7 @@ Tensor crop(Tensor images, Tensor offsets, std::optional<Tensor> flip, int64_t h
   const ChannelConstants constants(center, scale, channels, g.unit);
   params.normalise = constants.view();
   const Kernels& k = kernels();
-  const int64_t grain = std::max<int64_t>(1, kGrainBytes / (width * g.unit * params.out_size));
-  parallel(call.offsets.size(0) * g.patches * (channels > 0 ? g.planes : 0) * height, grain,
+  parallel(call.offsets.size(0) * g.patches * (channels > 0 ? g.planes : 0) * height, grain_rows(width * g.unit, params.out_size),
            [&](int64_t begin, int64_t end) { k.crop(params, begin, end, scratch<char>(crop_scratch(params))); });
   return call.out;
 }
@@ -59,8 +27,7 @@ Tensor crop_backward(Tensor grad_patches, Tensor offsets, std::optional<Tensor> 
   params.normalise = constants.view();
   if (width * g.unit == 0) return call.out;
   const Kernels& k = kernels();
-  const int64_t grain = std::max<int64_t>(1, kGrainBytes / (width * g.unit * params.size));
-  parallel(call.offsets.size(0) * g.planes * height, grain, [&](int64_t begin, int64_t end) {
+  parallel(call.offsets.size(0) * g.planes * height, grain_rows(width * g.unit, params.size), [&](int64_t begin, int64_t end) {
     k.crop_backward(params, begin, end, scratch<char>(backward_scratch(params).bytes));
   });
   return call.out;

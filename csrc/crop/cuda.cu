@@ -1,5 +1,5 @@
-// Crops and random places on the GPU: launches. The kernels and their mapping are in forward.cuh.
-#include "crop/forward.cuh"
+// Crops and random places on the GPU: launches. The kernels are in forward_kernels.cuh, their mapping in forward.cuh.
+#include "crop/forward_kernels.cuh"
 #include "crop/operator.h"
 
 namespace fastkd::crop {

@@ -19,9 +19,10 @@
 // the few runs at the very ends of the tensor, where aligned vectors reach out, and images of more than 2^29 elements each.
 //
 // Normalisation runs in fp64 as on the CPU, subtract, then multiply: the compiler cannot fuse that, so the bits are the same.
+//
+// Where a patch comes from is the business of a Places: given by the caller (forward_kernels.cuh), or drawn (batch/). Its
+// origin(image, patch) says image, y and x of the top left corner in it, flip, and is_missing: no such image, the patch is NaN.
 #pragma once
-
-#include <utility>
 
 #include "common/radix.h"
 #include "crop/constants.cuh"
@@ -59,22 +60,26 @@ struct Piece {
   int row;          // of the image
   int plane, channel;
   bool flip;
-  bool gather;     // element by element
+  bool gather;  // element by element
+  bool is_missing;
   int64_t offset;  // of the run of the first part, bytes
 };
 
 // From element `begin` of the vector on, up to the end of the row.
-template <typename In, int kVector>
-FASTKD_DEVICE Piece piece_of(const ForwardParams& p, const Digits<kVectorAxes>& base, unsigned local, int begin) {
+template <typename In, int kVector, typename Places>
+FASTKD_DEVICE Piece piece_of(const ForwardParams& p, const Places& places, const Digits<kVectorAxes>& base, unsigned local,
+                             int begin) {
   constexpr int kSize = sizeof(In);
   const Geometry& g = p.call.geometry;
   const NarrowDigits<kVectorAxes> at = p.radix.advance(base, local + begin);
-  const int64_t image = base.at[4] + at.over[3], patch = image * g.patches + at.at[3];
-  const int y = static_cast<int>(clamp(g.offsets[2 * patch], -p.height, p.image_height));
-  const int x = static_cast<int>(clamp(g.offsets[2 * patch + 1], -p.width, p.image_width));
+  const int64_t image = base.at[4] + at.over[3];
+  const auto origin = places.origin(image, image * g.patches + at.at[3]);
+  const int y = static_cast<int>(clamp(origin.y(), -p.height, p.image_height));
+  const int x = static_cast<int>(clamp(origin.x(), -p.width, p.image_width));
   const int column = static_cast<int>(at.at[0]) - begin;  // of element 0: before the row where begin > 0
   Piece piece;
-  piece.flip = g.flip != nullptr && g.flip[patch];
+  piece.flip = origin.flip();
+  piece.is_missing = origin.is_missing();
   piece.begin = begin;
   piece.end = smaller(kVector, p.row - column);
   piece.part = p.row_step > 0 ? at.over[1] : at.over[2];
@@ -87,7 +92,7 @@ FASTKD_DEVICE Piece piece_of(const ForwardParams& p, const Digits<kVectorAxes>& 
   piece.first = larger(piece.flip ? kVector - piece.end : begin, -start);
   piece.last = smaller(piece.flip ? kVector - begin : piece.end, p.image_row - start);
   piece.offset =
-      (image * p.call.image_stride + piece.plane * p.call.plane_stride + piece.row * p.call.row_stride + start) * kSize;
+      (origin.image() * p.call.image_stride + piece.plane * p.call.plane_stride + piece.row * p.call.row_stride + start) * kSize;
   piece.gather = piece.first < piece.last &&
                  ((piece.flip && p.unit > 1) ||
                   !holds(p.memory, piece.offset, piece.offset + (p.repeats - 1) * p.source_step * kSize, kVector * kSize));
@@ -95,15 +100,16 @@ FASTKD_DEVICE Piece piece_of(const ForwardParams& p, const Digits<kVectorAxes>& 
 }
 
 // Elements [begin, end) of the vector at `index` of the output, one by one; they lie in one row.
-template <typename In, int kBytes>
-FASTKD_DEVICE Bytes<kBytes> gather(const ForwardParams& p, int64_t index, int begin, int end) {
+template <typename In, int kBytes, typename Places>
+FASTKD_DEVICE Bytes<kBytes> gather(const ForwardParams& p, const Places& places, int64_t index, int begin, int end) {
   const Geometry& g = p.call.geometry;
   const Digits<kAxes> at = p.all.split(index + begin);
-  const int64_t patch = at.at[5] * g.patches + at.at[4], x = clamp(g.offsets[2 * patch + 1], -g.width, g.image_width) * g.unit;
+  const auto origin = places.origin(at.at[5], at.at[5] * g.patches + at.at[4]);
+  const int64_t x = clamp(origin.x(), -g.width, g.image_width) * g.unit;
   // in unsigned arithmetic, y may be anything: a sum that wraps is never a row of the image
-  const uint64_t row = static_cast<uint64_t>(g.offsets[2 * patch]) + static_cast<uint64_t>(at.at[2]);
-  const bool inside = row < static_cast<uint64_t>(g.image_height), flip = g.flip != nullptr && g.flip[patch];
-  const In* const source = static_cast<const In*>(p.call.images) + at.at[5] * p.call.image_stride +
+  const uint64_t row = static_cast<uint64_t>(origin.y()) + static_cast<uint64_t>(at.at[2]);
+  const bool inside = row < static_cast<uint64_t>(g.image_height), flip = origin.flip();
+  const In* const source = static_cast<const In*>(p.call.images) + origin.image() * p.call.image_stride +
                            at.at[3] * p.call.plane_stride + (inside ? static_cast<int64_t>(row) : 0) * p.call.row_stride;
   int64_t column = at.at[1] * g.unit + at.at[0], channel = at.at[0];
   Bytes<kBytes> result{};
@@ -135,12 +141,16 @@ constexpr bool kConverts = !std::is_same_v<In, Out> || !std::is_integral_v<Out>;
 
 // Elements [begin, end) as those of the output.
 template <typename In, typename Out, int kBytes>
-FASTKD_DEVICE Pack<Out> convert(const Bytes<kBytes>& bytes, int begin, int end, int unit, int channel,
+FASTKD_DEVICE Pack<Out> convert(const Bytes<kBytes>& bytes, int begin, int end, int unit, int channel, bool is_missing,
                                 const ConstantsOnDevice& constants) {
   if constexpr (!kConverts<In, Out>) {
     return bit_cast<Pack<Out>>(bytes);
   } else {
     Pack<Out> out;
+    if (is_missing) {
+      for (int i = 0; i < kPack<Out>; ++i) out.value[i] = narrow<Out>(bit_cast<double>(UINT64_C(0x7ff8000000000000)));
+      return out;
+    }
     double center = 0, scale = 1;
     if (constants.any()) center = constants.center(channel), scale = constants.scale(channel);
     for (int i = 0; i < kPack<Out>; ++i) {
@@ -154,18 +164,20 @@ FASTKD_DEVICE Pack<Out> convert(const Bytes<kBytes>& bytes, int begin, int end, 
 }
 
 // A vector of the output, element by element, in 64 bits.
-template <typename In, typename Out>
-FASTKD_DEVICE void crop_wide(const ForwardParams& p, int64_t index, int count, const ConstantsOnDevice& constants) {
+template <typename In, typename Out, typename Places>
+FASTKD_DEVICE void crop_wide(const ForwardParams& p, const Places& places, int64_t index, int count,
+                             const ConstantsOnDevice& constants) {
   constexpr int kBytes = kPack<Out> * sizeof(In);
   const Geometry& g = p.call.geometry;
   for (int begin = 0; begin < count;) {
     const Digits<kAxes> at = p.all.split(index + begin);
     const int64_t left = g.width * g.unit - (at.at[1] * g.unit + at.at[0]);
     const int end = left < count - begin ? begin + static_cast<int>(left) : count;
-    const Bytes<kBytes> bytes = gather<In, kBytes>(p, index, begin, end);
+    const Bytes<kBytes> bytes = gather<In, kBytes>(p, places, index, begin, end);
+    const bool is_missing = places.origin(at.at[5], at.at[5] * g.patches + at.at[4]).is_missing();
     store(static_cast<Out*>(p.call.patches) + index, begin, end,
           convert<In, Out>(bytes, begin, end, static_cast<int>(g.unit), static_cast<int>(g.unit > 1 ? at.at[0] : at.at[3]),
-                           constants));
+                           is_missing, constants));
     begin = end;
   }
 }
@@ -177,20 +189,11 @@ FASTKD_DEVICE Block<kVectorAxes> block_of(const ForwardParams& p, int64_t block,
   });
 }
 
-// In and Out: element types, or, where bytes are copied, an unsigned integer of their size, twice.
-// inspect: streaming crop_kernel<unsignedchar,*> loads=16 stores=128
-// inspect: streaming crop_kernel<unsignedchar,unsignedchar> loads=128 stores=128
-// inspect: streaming crop_kernel<unsignedshort,*> loads=128 stores=128
-// inspect: streaming crop_kernel<unsignedint,*> loads=128 stores=128
-// inspect: streaming crop_kernel<unsignedlong,*> loads=128 stores=128
-// inspect: streaming crop_kernel<[BFd]*> loads=128 stores=128
-// inspect: streaming crop_kernel<float,*> loads=128 stores=128
-template <typename In, typename Out>
-FASTKD_KERNEL(kThreads, 3)
-crop_kernel(const ForwardParams p) {
+// The vectors of a block. In and Out: element types, or, where bytes are copied, an unsigned integer of their size, twice.
+template <typename In, typename Out, typename Places>
+FASTKD_DEVICE void crop_block(const ForwardParams& p, const Block<kVectorAxes>& block, const Places& places,
+                              const ConstantsOnDevice& constants) {
   constexpr int kVector = kPack<Out>, kBytes = kVector * sizeof(In);
-  const ConstantsOnDevice constants(p.constants);
-  const auto block = block_of(p, block_index(), kVector);
 #pragma unroll 1
   for (unsigned round = 0; round < p.rounds; ++round) {
     const unsigned local = (round * kThreads + thread_index()) * kVector;
@@ -198,11 +201,11 @@ crop_kernel(const ForwardParams p) {
     if (left <= 0) break;
     const int count = left < kVector ? static_cast<int>(left) : kVector;
     if (!p.is_narrow) {
-      crop_wide<In, Out>(p, block.first + local, count, constants);
+      crop_wide<In, Out>(p, places, block.first + local, count, constants);
       continue;
     }
     for (int begin = 0; begin < count;) {
-      const Piece piece = piece_of<In, kVector>(p, block.base, local, begin);
+      const Piece piece = piece_of<In, kVector>(p, places, block.base, local, begin);
       const int64_t index = block.index(local, piece.part);
       const auto offset = [&](int i) { return piece.offset + i * p.source_step * static_cast<int>(sizeof(In)); };
       Run<kBytes> runs[kRepeats];
@@ -214,59 +217,38 @@ crop_kernel(const ForwardParams p) {
 #pragma unroll
       for (int i = 0; i < kRepeats; ++i) {
         if (i >= p.repeats) break;
-        const Bytes<kBytes> bytes = piece.gather ? gather<In, kBytes>(p, index + i * p.part, piece.begin, piece.end)
+        const Bytes<kBytes> bytes = piece.gather ? gather<In, kBytes>(p, places, index + i * p.part, piece.begin, piece.end)
                                                  : place_run<In>(piece, runs[i], shift_of<kBytes>(p.memory, offset(i)));
         store(static_cast<Out*>(p.call.patches) + index + i * p.part, piece.begin, piece.end,
               convert<In, Out>(bytes, piece.begin, piece.end, p.unit, p.unit > 1 ? piece.channel : piece.plane + i * p.plane_step,
-                               constants));
+                               piece.is_missing, constants));
       }
       begin = piece.end;
     }
   }
 }
 
-using ForwardKernel = void (*)(ForwardParams);
-
-// The kernel, and elements of its vectors.
-template <typename In, typename Out>
-std::pair<ForwardKernel, int> forward() {
-  return {crop_kernel<In, Out>, kPack<Out>};
-}
-inline std::pair<ForwardKernel, int> forward_of(const CropParams& call) {
-  if (!call.convert) {
-    switch (call.out_size) {
-      case 1: return forward<uint8_t, uint8_t>();
-      case 2: return forward<uint16_t, uint16_t>();
-      case 4: return forward<uint32_t, uint32_t>();
-      default: return forward<uint64_t, uint64_t>();
-    }
-  }
-  const bool byte = call.in_dtype == Dtype::kUInt8;
-  switch (call.out_dtype) {
-    case Dtype::kFloat64: return byte ? forward<uint8_t, double>() : forward<double, double>();
-    case Dtype::kBFloat16: return byte ? forward<uint8_t, BFloat16>() : forward<BFloat16, BFloat16>();
-    case Dtype::kFloat16: return byte ? forward<uint8_t, Float16>() : forward<Float16, Float16>();
-    default: return byte ? forward<uint8_t, float>() : forward<float, float>();
-  }
-}
-
-struct ForwardPlan {
+struct ForwardLayout {
   ForwardParams params;
-  ForwardKernel kernel;
   ::fastkd::Geometry launch;
 };
 
-// Of a call with at least one element. `narrow`: what the fast path takes. A larger image or patch goes element by element, in 64
-// bits.
-inline ForwardPlan plan_forward(CropParams call, int64_t images, const Constants& constants, unsigned multiprocessors,
-                                int64_t narrow = kNarrow) {
+struct ForwardLimits {
+  unsigned multiprocessors;
+  int64_t narrow = kNarrow;  // what the fast path takes; a larger image or patch goes element by element, in 64 bits
+  unsigned rounds = kRounds;
+};
+
+// Of a call with at least one element: `batch` images are cropped, of `images` in memory; `vector`: elements of the kernel's.
+inline ForwardLayout lay_out_forward(CropParams call, int64_t batch, int64_t images, const Constants& constants, int64_t vector,
+                                     const ForwardLimits& limits) {
   const Geometry& g = call.geometry;
   // strides that are never taken may be anything
   if (images == 1) call.image_stride = 0;
   if (g.planes == 1) call.plane_stride = 0;
   if (g.image_height == 1) call.row_stride = 0;
-  const int64_t row = g.width * g.unit, all = images * g.patches * g.planes * g.height * row;
-  const auto [kernel, vector] = forward_of(call);
+  const int64_t row = g.width * g.unit, all = batch * g.patches * g.planes * g.height * row;
+  const int64_t narrow = limits.narrow;
   const bool seen = g.image_height > 0 && g.image_width > 0;
   const int64_t image = !seen ? 0
                               : (g.planes - 1) * call.plane_stride + (g.image_height - 1) * call.row_stride +
@@ -306,10 +288,10 @@ inline ForwardPlan plan_forward(CropParams call, int64_t images, const Constants
   params.radix = Radix<kVectorAxes>({row, rows, planes, g.patches});
   const int64_t vectors = params.total / vector + (params.total % vector != 0);
   // longer runs once there are enough of them to keep every multiprocessor busy
-  params.rounds = vectors >= int64_t{64} * kThreads * multiprocessors ? kRounds : 1;
+  params.rounds = vectors >= int64_t{64} * kThreads * limits.multiprocessors ? limits.rounds : 1;
   const int64_t run = params.rounds * int64_t{kThreads}, blocks = vectors / run + (vectors % run != 0);
   FASTKD_CHECK(blocks <= kMaxBlocks, "patches would have ", all, " elements, more than a launch can make");
-  return {params, kernel, {static_cast<unsigned>(blocks), kThreads, 1, call.convert ? kConstantsShared : 0}};
+  return {params, {static_cast<unsigned>(blocks), kThreads, 1, call.convert ? kConstantsShared : 0}};
 }
 
 }  // namespace

@@ -72,34 +72,36 @@ inline void check_channel_values(const char* name, const std::vector<double>& va
                " values, must have one for each of the ", channels, " channels, or none");
 }
 
-inline Geometry geometry_of(const Tensor& offsets, const std::optional<Tensor>& flip, int64_t channels, bool channels_last,
-                            int64_t image_height, int64_t image_width, int64_t height, int64_t width) {
-  return {offsets.size(1),
+// Without the places.
+inline Geometry geometry_of(int64_t patches, int64_t channels, bool channels_last, int64_t image_height, int64_t image_width,
+                            int64_t height, int64_t width) {
+  return {patches,
           channels_last ? 1 : channels,
           channels_last ? channels : 1,
           image_height,
           image_width,
           height,
           width,
-          static_cast<const int64_t*>(offsets.const_data_ptr()),
-          data_or_null<bool>(flip)};
+          /*offsets=*/nullptr,
+          /*flip=*/nullptr};
+}
+inline void set_places(Geometry& geometry, const Tensor& offsets, const std::optional<Tensor>& flip) {
+  geometry.offsets = static_cast<const int64_t*>(offsets.const_data_ptr());
+  geometry.flip = data_or_null<bool>(flip);
 }
 
-// A call of crop whose arguments are right: what the kernels see, but for the constants of the channels, and the tensors that
-// have to live until they have run.
-struct CropCall {
-  Tensor images, offsets;
-  std::optional<Tensor> flip;
-  Tensor out;
+// What the kernels see of images and of the patches to be made of them, but for the places and the constants of the
+// channels; and the tensors that have to live until they have run.
+struct Patches {
+  Tensor images, out;
   CropParams params;
 };
 
+// `patches` of each of `batch` images: those of the tensor, or drawn from it.
 template <typename Context>
-CropCall make_crop(const Context& context, Tensor images, Tensor offsets, std::optional<Tensor> flip, int64_t height,
-                   int64_t width, const std::vector<double>& center, const std::vector<double>& scale, ScalarType dtype) {
-  check_dim("images", images, 4);
-  const int64_t batch = images.size(0), channels = images.size(1);
-  check_places(offsets, flip, batch, "images", images);
+Patches make_patches(const Context& context, Tensor images, int64_t batch, int64_t patches, int64_t height, int64_t width,
+                     const std::vector<double>& center, const std::vector<double>& scale, ScalarType dtype) {
+  const int64_t channels = images.size(1);
   FASTKD_CHECK(height > 0 && width > 0, "size is (", height, ", ", width, "), must be positive");
   check_channel_values("center", center, channels);
   check_channel_values("scale", scale, channels);
@@ -112,14 +114,13 @@ CropCall make_crop(const Context& context, Tensor images, Tensor offsets, std::o
   }
   FASTKD_CHECK(!(normalised || !same_dtype) || is_one_of(dtype, kFloats), "dtype is ", dtype_name(dtype),
                ", must be float32, float64, bfloat16 or float16 where pixels are converted or normalised");
-  const int64_t patches = offsets.size(1);
   check_elements("patches", {batch, patches, channels, height, width});
 
   const bool channels_last = is_channels_last(images);
   if (!channels_last && images.size(3) > 1 && images.stride(3) != 1) images = torch::stable::contiguous(images);
   Tensor out = empty_images(context, batch * patches, channels, height, width, dtype, channels_last);
   CropParams params{};
-  params.geometry = geometry_of(offsets, flip, channels, channels_last, images.size(2), images.size(3), height, width);
+  params.geometry = geometry_of(patches, channels, channels_last, images.size(2), images.size(3), height, width);
   params.convert = !same_dtype || normalised;
   if (params.convert) {
     params.in_dtype = kernel_dtype(images);
@@ -132,7 +133,26 @@ CropCall make_crop(const Context& context, Tensor images, Tensor offsets, std::o
   params.plane_stride = images.stride(1);
   params.row_stride = images.stride(2);
   params.patches = out.mutable_data_ptr();
-  return {images, offsets, flip, out, params};
+  return {images, out, params};
+}
+
+// A call of crop whose arguments are right.
+struct CropCall {
+  Tensor images, offsets;
+  std::optional<Tensor> flip;
+  Tensor out;
+  CropParams params;
+};
+
+template <typename Context>
+CropCall make_crop(const Context& context, Tensor images, Tensor offsets, std::optional<Tensor> flip, int64_t height,
+                   int64_t width, const std::vector<double>& center, const std::vector<double>& scale, ScalarType dtype) {
+  check_dim("images", images, 4);
+  const int64_t batch = images.size(0);
+  check_places(offsets, flip, batch, "images", images);
+  Patches patches = make_patches(context, images, batch, offsets.size(1), height, width, center, scale, dtype);
+  set_places(patches.params.geometry, offsets, flip);
+  return {patches.images, offsets, flip, patches.out, patches.params};
 }
 
 struct CropBackwardCall {
@@ -163,8 +183,8 @@ CropBackwardCall make_crop_backward(const Context& context, Tensor grad_patches,
   }
   Tensor out = empty_images(context, batch, channels, height, width, grad_patches.scalar_type(), channels_last);
   CropBackwardParams params{};
-  params.geometry =
-      geometry_of(offsets, flip, channels, channels_last, height, width, grad_patches.size(2), grad_patches.size(3));
+  params.geometry = geometry_of(patches, channels, channels_last, height, width, grad_patches.size(2), grad_patches.size(3));
+  set_places(params.geometry, offsets, flip);
   params.dtype = kernel_dtype(grad_patches);
   params.size = static_cast<int64_t>(out.element_size());
   params.grad_patches = grad_patches.const_data_ptr();
@@ -177,7 +197,23 @@ inline void check_range(const char* low_name, int64_t low, const char* count_nam
   FASTKD_CHECK(count >= 1 && count <= kMaxRange, count_name, " is ", count, ", must be in [1, 2^62]");
 }
 
-// The seed is left to the caller: on a GPU, only the device may read it.
+inline void check_seed(const char* name, const Tensor& seed) {
+  check_dtype(name, seed, {ScalarType::Long});
+  FASTKD_CHECK(seed.numel() == 1, name, " has shape ", shape_of(seed), ", must hold one number");
+}
+
+// Where random places lie. The seed is left to the caller: on a GPU, only the device may read it; and so is where they go.
+inline PlacesParams places_within(int64_t y_low, int64_t y_count, int64_t x_low, int64_t x_count, double flip_probability) {
+  check_range("y_low", y_low, "y_count", y_count);
+  check_range("x_low", x_low, "x_count", x_count);
+  FASTKD_CHECK(flip_probability >= 0 && flip_probability <= 1, "flip_probability is ", flip_probability, ", must be in [0, 1]");
+  PlacesParams params{};
+  params.y_low = y_low, params.y_count = static_cast<uint64_t>(y_count);
+  params.x_low = x_low, params.x_count = static_cast<uint64_t>(x_count);
+  params.flip_below = static_cast<uint64_t>(flip_probability * 0x1p32);
+  return params;
+}
+
 struct PlacesCall {
   Tensor offsets, flip;
   PlacesParams params;
@@ -186,23 +222,14 @@ struct PlacesCall {
 template <typename Context>
 PlacesCall make_places(const Context& context, const Tensor& seed, int64_t batch, int64_t patches, int64_t y_low, int64_t y_count,
                        int64_t x_low, int64_t x_count, double flip_probability) {
-  check_dtype("seed", seed, {ScalarType::Long});
-  FASTKD_CHECK(seed.numel() == 1, "seed has shape ", shape_of(seed), ", must hold one number");
+  check_seed("seed", seed);
   FASTKD_CHECK(batch >= 0, "batch is ", batch, ", must not be negative");
   FASTKD_CHECK(patches >= 0, "patches is ", patches, ", must not be negative");
-  check_range("y_low", y_low, "y_count", y_count);
-  check_range("x_low", x_low, "x_count", x_count);
-  FASTKD_CHECK(flip_probability >= 0 && flip_probability <= 1, "flip_probability is ", flip_probability, ", must be in [0, 1]");
+  PlacesParams params = places_within(y_low, y_count, x_low, x_count, flip_probability);
   check_elements("offsets", {batch, patches, 2});
   Tensor offsets = context.empty({batch, patches, 2}, ScalarType::Long), flip = context.empty({batch, patches}, ScalarType::Bool);
-  const PlacesParams params{0,
-                            y_low,
-                            x_low,
-                            static_cast<uint64_t>(y_count),
-                            static_cast<uint64_t>(x_count),
-                            static_cast<uint64_t>(flip_probability * 0x1p32),
-                            static_cast<int64_t*>(offsets.mutable_data_ptr()),
-                            static_cast<bool*>(flip.mutable_data_ptr())};
+  params.offsets = static_cast<int64_t*>(offsets.mutable_data_ptr());
+  params.flip = static_cast<bool*>(flip.mutable_data_ptr());
   return {offsets, flip, params};
 }
 

@@ -1,7 +1,7 @@
 // What the tests ask of the CUDA kernels of crop beyond the operators: the 64-bit paths at small sizes, and where threads are
 // in tensors that no machine holds.
 #include "crop/backward.cuh"
-#include "crop/forward.cuh"
+#include "crop/forward_kernels.cuh"
 #include "crop/operator.h"
 
 namespace fastkd::crop {
@@ -54,7 +54,7 @@ Tensor crop_where(Tensor offsets, std::vector<int64_t> sizes, int64_t block, int
   const ForwardParams& p = plan.params;
   const Block<kVectorAxes> b = block_of(p, block, 4);
   const unsigned local = static_cast<unsigned>((round * kThreads + thread) * 4);
-  const Piece piece = piece_of<uint32_t, 4>(p, b.base, local, 0);
+  const Piece piece = piece_of<uint32_t, 4>(p, GivenPlaces{p.call.geometry}, b.base, local, 0);
   return numbers({b.index(local, piece.part), piece.end, piece.row, piece.plane, piece.offset, p.is_narrow, p.repeats, p.part,
                   p.source_step, p.rounds, plan.launch.blocks, p.total});
 }

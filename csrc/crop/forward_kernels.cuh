@@ -1,0 +1,81 @@
+// Crops at given places: the kernels of forward.cuh, and the choice among them.
+#pragma once
+
+#include <utility>
+
+#include "crop/forward.cuh"
+
+namespace fastkd::crop {
+namespace {
+
+struct GivenPlaces {
+  struct Origin {
+    const Geometry& g;
+    int64_t of_image, patch;
+
+    FASTKD_DEVICE int64_t image() const { return of_image; }
+    FASTKD_DEVICE int64_t y() const { return g.offsets[2 * patch]; }
+    FASTKD_DEVICE int64_t x() const { return g.offsets[2 * patch + 1]; }
+    FASTKD_DEVICE bool flip() const { return g.flip != nullptr && g.flip[patch]; }
+    FASTKD_DEVICE static constexpr bool is_missing() { return false; }
+  };
+  const Geometry& geometry;  // where launch parameters are: no registers for its pointers
+
+  FASTKD_DEVICE Origin origin(int64_t image, int64_t patch) const { return {geometry, image, patch}; }
+};
+
+// inspect: streaming crop_kernel<unsignedchar,*> loads=16 stores=128
+// inspect: streaming crop_kernel<unsignedchar,unsignedchar> loads=128 stores=128
+// inspect: streaming crop_kernel<unsignedshort,*> loads=128 stores=128
+// inspect: streaming crop_kernel<unsignedint,*> loads=128 stores=128
+// inspect: streaming crop_kernel<unsignedlong,*> loads=128 stores=128
+// inspect: streaming crop_kernel<[BFd]*> loads=128 stores=128
+// inspect: streaming crop_kernel<float,*> loads=128 stores=128
+template <typename In, typename Out>
+FASTKD_KERNEL(kThreads, 3)
+crop_kernel(const ForwardParams p) {
+  const ConstantsOnDevice constants(p.constants);
+  crop_block<In, Out>(p, block_of(p, block_index(), kPack<Out>), GivenPlaces{p.call.geometry}, constants);
+}
+
+using ForwardKernel = void (*)(ForwardParams);
+
+// The kernel, and elements of its vectors.
+template <typename In, typename Out>
+std::pair<ForwardKernel, int> forward() {
+  return {crop_kernel<In, Out>, kPack<Out>};
+}
+inline std::pair<ForwardKernel, int> forward_of(const CropParams& call) {
+  if (!call.convert) {
+    switch (call.out_size) {
+      case 1: return forward<uint8_t, uint8_t>();
+      case 2: return forward<uint16_t, uint16_t>();
+      case 4: return forward<uint32_t, uint32_t>();
+      default: return forward<uint64_t, uint64_t>();
+    }
+  }
+  const bool byte = call.in_dtype == Dtype::kUInt8;
+  switch (call.out_dtype) {
+    case Dtype::kFloat64: return byte ? forward<uint8_t, double>() : forward<double, double>();
+    case Dtype::kBFloat16: return byte ? forward<uint8_t, BFloat16>() : forward<BFloat16, BFloat16>();
+    case Dtype::kFloat16: return byte ? forward<uint8_t, Float16>() : forward<Float16, Float16>();
+    default: return byte ? forward<uint8_t, float>() : forward<float, float>();
+  }
+}
+
+struct ForwardPlan {
+  ForwardParams params;
+  ForwardKernel kernel;
+  ::fastkd::Geometry launch;
+};
+
+// Of a call with at least one element.
+inline ForwardPlan plan_forward(const CropParams& call, int64_t images, const Constants& constants, unsigned multiprocessors,
+                                int64_t narrow = kNarrow) {
+  const auto [kernel, vector] = forward_of(call);
+  const ForwardLayout layout = lay_out_forward(call, images, images, constants, vector, {multiprocessors, narrow});
+  return {layout.params, kernel, layout.launch};
+}
+
+}  // namespace
+}  // namespace fastkd::crop
