@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from fastkd import statistics
 from fastkd.ops import alias as _ops
 
 __all__ = ["AliasTable"]
+
+Drawn = TypeVar("Drawn")
 
 
 class AliasTable:
@@ -116,13 +120,17 @@ class AliasTable:
         draws are the first ``n`` of that seed; the own stream stays where it is. Draw in the main process: each
         DataLoader worker has a stream of its own, which begins at the same place (use :meth:`sample_at`, or a sampler).
         """
+        return self._draw(n, generator, lambda stream: _ops.sample(self._table, stream, n))
+
+    def _draw(self, n: int, generator: torch.Generator | None, draws: Callable[[Tensor], Drawn]) -> Drawn:
+        """``draws(stream)``: the next n of the own stream, or the first n of a seed from the generator."""
         check_count("n", n, 0)
         if generator is not None:
             seed = torch.randint(2**62, (1,), dtype=torch.int64, generator=generator, device=generator.device)
-            return _ops.sample(self._table, _stream_of(seed, self.device), n)
-        indices = _ops.sample(self._table, self._stream, n)
+            return draws(_stream_of(seed, self.device))
+        drawn = draws(self._stream)
         self._stream[1] += n
-        return indices
+        return drawn
 
     def sample_at(self, seed: int, start: int, n: int, stride: int = 1) -> Tensor:
         """The draws number ``start, start + stride, ...`` (``n`` of them) of ``seed``, int64 ``[n]``; changes no state."""
@@ -167,6 +175,17 @@ class AliasTable:
         """The probability of each item: float64 ``[N]``."""
         weights = self.weights()
         return weights.double() / weights.sum()
+
+    def effective_sample_size(self) -> Tensor:
+        """:func:`fastkd.statistics.effective_sample_size` of the weights: float64 ``[]``, from 1 to N."""
+        return statistics.effective_sample_size(self.weights())
+
+    def underflowed(self, scores: Tensor) -> Tensor:
+        """Items of finite score, of those the table was built from, that are never drawn: bool ``[N]``.
+
+        Their weight rounded to 0: below about 2^-52 of all weights together.
+        """
+        return statistics.underflowed(scores, self.weights())
 
     def state_dict(self) -> dict[str, Any]:
         """Seed and position of the own stream, lambda, and a fingerprint of the table; not the table, which the scores give."""

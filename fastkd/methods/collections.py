@@ -8,12 +8,12 @@ the paper's Tables 4 and 6; they take ``counts``, how often each item of the col
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from fastkd import statistics
 from fastkd.losses import KDLoss, KLDivLoss
 from fastkd.sampling import AliasTable
 from fastkd.training.loop import optimise
@@ -52,11 +52,10 @@ def distill(
         int64 ``[N]``: how often each image was drawn, on the device of the table.
     """
     counts = torch.zeros(len(images), dtype=torch.int64, device=table.device)
-    one = counts.new_ones(batch_size)
 
     def loss_of_batch() -> Tensor:
         drawn = table.sample(batch_size)
-        counts.index_add_(0, drawn, one)
+        statistics.draw_counts(drawn, out=counts)
         labels = None if target is None else target[drawn]
         student_logits = student(images[drawn.to(images.device)]).to(teacher_logits.device)
         return criterion(student_logits, teacher_logits[drawn], labels)  # type: ignore[no-any-return]
@@ -65,43 +64,29 @@ def distill(
     return counts
 
 
+# The statistics on the device are those of fastkd.statistics; here as Python numbers, for which the device is waited for.
+
+
 def skip_ratio(counts: Tensor) -> float:
-    """Share of the collection that was never drawn."""
-    return (counts == 0).double().mean().item()
+    """:func:`fastkd.statistics.skip_ratio` as a number."""
+    return statistics.skip_ratio(counts).item()
 
 
 def expected_skip_ratio(probabilities: Tensor, draws: int) -> float:
-    """Mean of ``(1 - q_i)^draws``: the skip ratio to expect of ``draws`` draws with replacement.
-
-    Args:
-        probabilities: q, ``[N]``, each in [0, 1].
-    """
-    if draws == 0:
-        return 1.0
-    return torch.exp(draws * torch.log1p(-probabilities.double())).mean().item()
+    """:func:`fastkd.statistics.expected_skip_ratio` as a number."""
+    return statistics.expected_skip_ratio(probabilities, draws).item()
 
 
 def uniformity(counts: Tensor) -> float:
-    """Entropy of the empirical distribution over the items drawn, divided by ln of their number: 1 = all equally often.
-
-    Items never drawn do not count. 1 where a single item was drawn, NaN where none was.
-    """
-    drawn = counts[counts > 0].double()
-    if len(drawn) < 2:
-        return 1.0 if len(drawn) else math.nan
-    share = drawn / drawn.sum()
-    return (-(share * share.log()).sum() / math.log(len(drawn))).item()
+    """:func:`fastkd.statistics.uniformity` as a number."""
+    return statistics.uniformity(counts).item()
 
 
 def irrelevant_proportion(counts: Tensor, relevant: Tensor) -> float:
-    """Share of irrelevant items among those drawn at least once; NaN where none was.
-
-    Args:
-        relevant: bool ``[N]``. Only an experiment that made its collection knows it; the method never does.
-    """
-    return (~relevant[counts > 0]).double().mean().item()
+    """:func:`fastkd.statistics.irrelevant_proportion` as a number."""
+    return statistics.irrelevant_proportion(counts, relevant).item()
 
 
 def relevant_draws(counts: Tensor, relevant: Tensor) -> float:
-    """Share of relevant items among all draws, repetitions included; NaN where there was none."""
-    return (counts[relevant].sum().double() / counts.sum()).item()
+    """:func:`fastkd.statistics.relevant_draws` as a number."""
+    return statistics.relevant_draws(counts, relevant).item()

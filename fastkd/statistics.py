@@ -1,0 +1,135 @@
+"""What was drawn from a collection, and what is to be expected: numbers that stay on the device.
+
+``counts`` says how often each item was drawn, int64 ``[N]``; :func:`draw_counts` makes it. Every function returns a
+float64 tensor ``[]`` on the device of its argument, without waiting for the device and with shapes that depend on shapes
+alone, so that all can be captured in a CUDA graph and compiled into one; ``.item()`` is left to who wants to see a number.
+
+Skip ratio and uniformity are those of "Distillation from heterogeneous unlabeled collections" (Begon & Geurts, Tables 4
+and 6).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "draw_counts",
+    "effective_sample_size",
+    "expected_skip_ratio",
+    "irrelevant_proportion",
+    "relevant_draws",
+    "skip_ratio",
+    "underflow_ratio",
+    "underflowed",
+    "uniformity",
+]
+
+
+def draw_counts(indices: Tensor, items: int | None = None, *, out: Tensor | None = None) -> Tensor:
+    """How often each item was drawn: int64 ``[items]``.
+
+    Args:
+        indices: int64, any shape. Those outside of ``[0, items)`` are not counted: a table without weight gives such.
+        items: N, the items of the collection. Give this, or out.
+        out: int64 ``[N]``, counts so far, to be added to in place and returned.
+
+    Raises:
+        TypeError, ValueError: indices or out not int64, out not a vector or on another device, neither or both of
+        items and out, negative items.
+    """
+    _check_int64("indices", indices)
+    if (items is None) == (out is None):
+        raise ValueError(f"fastkd: items and out are {'neither' if out is None else 'both'} given, must be one of them")
+    if items is not None:
+        if items < 0:
+            raise ValueError(f"fastkd: items is {items}, must be at least 0")
+        out = torch.zeros(items, dtype=torch.int64, device=indices.device)
+    out = _check_int64("out", out)
+    if out.dim() != 1 or out.device != indices.device:
+        raise ValueError(
+            f"fastkd: out has shape {tuple(out.shape)} on {out.device}, must have one dimension, on {indices.device}"
+        )
+    if out.shape[0] == 0:
+        return out
+    indices = indices.flatten()
+    valid = (indices >= 0) & (indices < out.shape[0])
+    return out.index_add_(0, torch.where(valid, indices, 0), valid.to(torch.int64))
+
+
+def skip_ratio(counts: Tensor) -> Tensor:
+    """Share of the collection that was never drawn; NaN of an empty one."""
+    return (counts == 0).double().mean()
+
+
+def expected_skip_ratio(probabilities: Tensor, draws: int | Tensor) -> Tensor:
+    """Mean of ``(1 - q_i)^draws``: the skip ratio to expect of ``draws`` draws with replacement.
+
+    Args:
+        probabilities: q, ``[N]``, each in [0, 1].
+        draws: their number, or a tensor ``[]`` of it, such as ``counts.sum()``.
+    """
+    # xlog1py: 0 log 0 = 0, where nothing is drawn of an item that is certain
+    return torch.exp(torch.special.xlog1py(draws, -probabilities.double())).mean()
+
+
+def uniformity(counts: Tensor) -> Tensor:
+    """Entropy of the empirical distribution over the items drawn, divided by ln of their number: 1 = all equally often.
+
+    Items never drawn do not count. 1 where a single item was drawn, NaN where none was.
+    """
+    share = counts.double() / counts.sum()
+    drawn = (counts > 0).sum()
+    ratio = -torch.xlogy(share, share).sum() / drawn.double().log()
+    return torch.where(drawn == 1, 1.0, ratio)
+
+
+def irrelevant_proportion(counts: Tensor, relevant: Tensor) -> Tensor:
+    """Share of irrelevant items among those drawn at least once; NaN where none was.
+
+    Args:
+        relevant: bool ``[N]``. Only an experiment that made its collection knows it; the method never does.
+    """
+    drawn = counts > 0
+    return (drawn & ~relevant).sum().double() / drawn.sum()
+
+
+def relevant_draws(counts: Tensor, relevant: Tensor) -> Tensor:
+    """Share of relevant items among all draws, repetitions included; NaN where there was none."""
+    return torch.where(relevant, counts, 0).sum().double() / counts.sum()
+
+
+def effective_sample_size(weights: Tensor) -> Tensor:
+    """``(sum w)^2 / sum w^2``: how many items, drawn uniformly, would be as diverse; from 1 to N.
+
+    Kish, "Survey Sampling" (1965). One over it is the chance that two draws give the same item.
+
+    Args:
+        weights: ``[N]``, >= 0, of any scale and dtype: probabilities, integer weights or counts. NaN where all are 0.
+    """
+    w = weights.double()
+    w = w / w.amax()  # squares of anything that float64 holds stay within its range
+    return w.sum() ** 2 / (w * w).sum()
+
+
+def underflowed(scores: Tensor, weights: Tensor) -> Tensor:
+    """Items of finite score that are never drawn, as their weight rounded to 0: bool ``[N]``.
+
+    Args:
+        scores: ``[N]``, of which the table was built.
+        weights: ``[N]``, integers, :meth:`fastkd.AliasTable.weights`.
+    """
+    return scores.isfinite() & (weights == 0)
+
+
+def underflow_ratio(scores: Tensor, weights: Tensor) -> Tensor:
+    """Share of the items of finite score that are :func:`underflowed`; NaN where no score is finite."""
+    return underflowed(scores, weights).sum().double() / scores.isfinite().sum()
+
+
+def _check_int64(name: str, value: Tensor | None) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be an int64 tensor")
+    if value.dtype != torch.int64:
+        raise TypeError(f"fastkd: {name} has dtype {value.dtype}, must be torch.int64")
+    return value
