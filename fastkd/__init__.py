@@ -1,7 +1,8 @@
 """fastkd: fused losses, patch crops, mixtures and weighted sampling for knowledge distillation."""
 
-from fastkd import functional, scores
+from fastkd import functional, scores, statistics
 from fastkd._library import build_info
+from fastkd.batches import draw_batch
 from fastkd.functional import logit_stats
 from fastkd.losses import JSDivLoss, KDLoss, KLDivLoss
 from fastkd.patches import crop_patches, random_crop_flip, random_patches
@@ -20,11 +21,13 @@ __all__ = [
     "TwoGaussianMixture",
     "build_info",
     "crop_patches",
+    "draw_batch",
     "functional",
     "logit_stats",
     "random_crop_flip",
     "random_patches",
     "scores",
     "select_clean",
+    "statistics",
 ]
 __version__: str = build_info()["version"]

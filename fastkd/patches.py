@@ -52,8 +52,8 @@ def random_patches(
 
     The patch discriminator of Fang et al., "Mosaicking to Distill" (NeurIPS 2021, arXiv:2110.15094), Eq. 3, sees these.
     """
-    _check_images(images, _FLOATS + _INTEGERS)
-    height, width = _pair(size)
+    check_images(images, _FLOATS + _INTEGERS)
+    height, width = pair_of(size)
     _check_count("patches_per_image", patches_per_image, 1)
     offsets, _ = _draw(images, height, width, patches_per_image, padding, 0.0, generator)
     return _ops.crop(images, offsets, (height, width)), offsets
@@ -75,8 +75,8 @@ def crop_patches(images: Tensor, offsets: Tensor, size: Size, flip: Tensor | Non
     Raises:
         TypeError, ValueError: dtypes, shapes and devices other than these.
     """
-    _check_images(images, _FLOATS + _INTEGERS)
-    height, width = _pair(size)
+    check_images(images, _FLOATS + _INTEGERS)
+    height, width = pair_of(size)
     _check_places("offsets", offsets, torch.int64, images)
     batch = images.shape[0]
     if offsets.dim() not in (2, 3) or offsets.shape[0] != batch or offsets.shape[-1] != 2:
@@ -130,26 +130,37 @@ def random_crop_flip(
         mean or std of another length than C, std not positive, dtypes and shapes other than these, a generator of
         another device.
     """
-    _check_images(images, (*_FLOATS, torch.uint8))
+    check_images(images, (*_FLOATS, torch.uint8))
     channels = images.shape[1]
-    height, width = (images.shape[2], images.shape[3]) if size is None else _pair(size)
+    height, width = (images.shape[2], images.shape[3]) if size is None else pair_of(size)
     byte = images.dtype == torch.uint8
     dtype = dtype if dtype is not None else torch.float32 if byte else images.dtype
-    if dtype not in _FLOATS:
-        raise TypeError(f"fastkd: dtype is {dtype}, must be {_names(_FLOATS)}")
-    if not 0.0 <= flip_probability <= 1.0:
-        raise ValueError(f"fastkd: flip_probability is {flip_probability}, must be in [0, 1]")
-    unit = 255.0 if byte else 1.0
-    center = [] if mean is None else [unit * m for m in _channel_values("mean", mean, channels)]
-    spread = [] if std is None else _channel_values("std", std, channels)
-    if any(s <= 0.0 for s in spread):
-        raise ValueError(f"fastkd: std is {std}, must be positive")
-    scale = [1.0 / (unit * s) for s in spread] if spread or not byte else [1.0 / unit] * channels
+    check_augmentation(flip_probability, dtype)
+    center, scale = normalisation(mean, std, channels, byte=byte)
     offsets, flip = _draw(images, height, width, 1, padding, flip_probability, generator)
     out = _ops.crop(
         images, offsets, (height, width), flip, center=center, scale=scale, dtype=dtype if byte else images.dtype
     )
     return out.to(dtype)
+
+
+def check_augmentation(flip_probability: float, dtype: torch.dtype) -> None:
+    if dtype not in _FLOATS:
+        raise TypeError(f"fastkd: dtype is {dtype}, must be {_names(_FLOATS)}")
+    if not 0.0 <= flip_probability <= 1.0:
+        raise ValueError(f"fastkd: flip_probability is {flip_probability}, must be in [0, 1]")
+
+
+def normalisation(
+    mean: float | Sequence[float] | None, std: float | Sequence[float] | None, channels: int, *, byte: bool
+) -> tuple[list[float], list[float]]:
+    """``center`` and ``scale`` of the operators, or empty lists: ``(pixel - center) * scale = (x - mean) / std``."""
+    unit = 255.0 if byte else 1.0
+    center = [] if mean is None else [unit * m for m in _channel_values("mean", mean, channels)]
+    spread = [] if std is None else _channel_values("std", std, channels)
+    if any(s <= 0.0 for s in spread):
+        raise ValueError(f"fastkd: std is {std}, must be positive")
+    return center, [1.0 / (unit * s) for s in spread] if spread or not byte else [1.0 / unit] * channels
 
 
 def _draw(
@@ -161,6 +172,18 @@ def _draw(
     flip_probability: float,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
+    check_window(images, height, width, padding, generator)
+    return _ops.crop_offsets(
+        crop_seed(images.device, generator),
+        images.shape[0],
+        patches,
+        (-padding, images.shape[2] + 2 * padding - height + 1),
+        (-padding, images.shape[3] + 2 * padding - width + 1),
+        flip_probability,
+    )
+
+
+def check_window(images: Tensor, height: int, width: int, padding: int, generator: torch.Generator | None) -> None:
     _check_count("padding", padding, 0)
     padded_height, padded_width = images.shape[2] + 2 * padding, images.shape[3] + 2 * padding
     if height > padded_height or width > padded_width:
@@ -176,23 +199,18 @@ def _draw(
         raise ValueError(
             f"fastkd: generator is on {generator.device}, must be on the device of images, {images.device}"
         )
+
+
+def crop_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
     limits = torch.iinfo(torch.int64)
-    seed = torch.randint(limits.min, limits.max, (1,), device=images.device, generator=generator)
-    return _ops.crop_offsets(
-        seed,
-        images.shape[0],
-        patches,
-        (-padding, padded_height - height + 1),
-        (-padding, padded_width - width + 1),
-        flip_probability,
-    )
+    return torch.randint(limits.min, limits.max, (1,), device=device, generator=generator)
 
 
 def _same_device(a: torch.device, b: torch.device) -> bool:
     return a.type == b.type and (a.index or 0) == (b.index or 0)
 
 
-def _check_images(images: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def check_images(images: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(images, Tensor):
         raise TypeError(f"fastkd: images is {type(images).__name__}, must be a tensor")
     if images.dim() != 4:
@@ -218,7 +236,7 @@ def _check_count(name: str, value: int, least: int) -> None:
         raise ValueError(f"fastkd: {name} is {value}, must be at least {least}")
 
 
-def _pair(size: Size) -> tuple[int, int]:
+def pair_of(size: Size) -> tuple[int, int]:
     pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
     if len(pair) != 2 or not all(isinstance(side, int) for side in pair):
         raise TypeError(f"fastkd: size is {size!r}, must be an int or a pair of them, (height, width)")

@@ -72,7 +72,7 @@ def crop_offsets(
     return offsets, flip
 
 
-def _new_images(like: Tensor, batch: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+def new_images(like: Tensor, batch: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
     """Uninitialised images, packed, in the memory format of ``like``, as the kernels see it (``is_channels_last``)."""
     channels = like.shape[1]
     channels_last = channels > 1 and like.stride(1) == 1 and like.stride(3) == channels
@@ -91,14 +91,14 @@ def _crop_fake(
     scale: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    return _new_images(images, images.shape[0] * offsets.shape[1], height, width, dtype)
+    return new_images(images, images.shape[0] * offsets.shape[1], height, width, dtype)
 
 
 @register_fake("crop_backward")
 def _crop_backward_fake(
     grad_patches: Tensor, offsets: Tensor, flip: Tensor | None, height: int, width: int, scale: Sequence[float]
 ) -> Tensor:
-    return _new_images(grad_patches, offsets.shape[0], height, width, grad_patches.dtype)
+    return new_images(grad_patches, offsets.shape[0], height, width, grad_patches.dtype)
 
 
 @register_fake("crop_offsets")

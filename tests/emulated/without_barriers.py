@@ -21,6 +21,7 @@ TESTS = [
     "tests/test_divergence.py",
     "tests/test_logit_stats.py",
     "tests/test_crop.py",
+    "tests/test_batch.py",
 ]
 
 

@@ -1,0 +1,22 @@
+// From an alias table to a batch on the GPU: the launch. The kernel and its mapping are in draw.cuh.
+#include "batch/draw.cuh"
+
+namespace fastkd::batch {
+namespace {
+
+std::tuple<Tensor, Tensor> draw_batch(Tensor table, Tensor block_weight, Tensor top, Tensor table_scale, Tensor stream,
+                                      Tensor crop_seed, Tensor images, int64_t count, int64_t height, int64_t width,
+                                      int64_t padding, double flip_probability, std::vector<double> center,
+                                      std::vector<double> scale, ScalarType dtype) {
+  const DeviceContext context(table);
+  const DrawBatchCall call = make_draw_batch(context, table, block_weight, top, table_scale, stream, crop_seed, images, count,
+                                             height, width, padding, flip_probability, center, scale, dtype);
+  launch_draw_batch(context, call, center, scale, {context.limits().multiprocessors});
+  return {call.patches.out, call.indices};
+}
+
+}  // namespace
+
+FASTKD_CUDA_IMPL(m) { m.impl("draw_batch", TORCH_BOX(&draw_batch)); }
+
+}  // namespace fastkd::batch
