@@ -1,6 +1,6 @@
-"""``python -m benchmarks [divergence crop gmm alias]``: ratios against peers, printed and written as JSON.
+"""``python -m benchmarks [divergence crop gmm alias batch]``: ratios against peers, printed and written as JSON.
 
-With ``--device cuda`` (divergence and crop): event timings, and the share of the measured copy bandwidth.
+With ``--device cuda`` (divergence, crop and batch): event timings, and the share of the measured copy bandwidth.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks import gpu
 from benchmarks.harness import machine, measure
 from benchmarks.results_file import RESULTS, ResultsFile, slug
 
-PRIMITIVES = ("divergence", "crop", "gmm", "alias")
+PRIMITIVES = ("divergence", "crop", "gmm", "alias", "batch")
 
 
 def main() -> None:

@@ -94,6 +94,13 @@ def crop_offsets(patches: int) -> int:
     return patches * (OFFSET_BYTES + FLIP_BYTES)
 
 
+def draw_batch(draws: int, covered: int, channels: int, size: tuple[int, int], out_bytes: int) -> int:
+    """Covered pixels of the images drawn (of one channel) read, the batch written; for each draw a sector of the table
+    read and its index written."""
+    written = draws * channels * size[0] * size[1] * out_bytes
+    return covered * channels + written + draws * (DRAW_BYTES + SECTOR_BYTES)
+
+
 def alias_sample(draws: int, *, top_in_cache: bool = True) -> int:
     """The draw written, and a sector of the table read at random; one more where the table over blocks exceeds L2."""
     return draws * (DRAW_BYTES + SECTOR_BYTES * (1 if top_in_cache else 2))

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.harness import Case, EventClock, Run, clock_for, machine, measure
 from benchmarks.results_file import ResultsFile
 
-PRIMITIVES = ("crop", "divergence")  # those with `gpu_cases`; the quick one first
+PRIMITIVES = ("batch", "crop", "divergence")  # those with `gpu_cases`; the quick ones first
 RESERVE = 20.0  # seconds: what a case may take, its compilation by torch included
 SMALLEST = 1 << 30  # bytes of logits or images on each side: far more than any cache holds
 

@@ -129,7 +129,7 @@ class AliasTable:
             seed = torch.randint(2**62, (1,), dtype=torch.int64, generator=generator, device=generator.device)
             return draws(_stream_of(seed, self.device))
         drawn = draws(self._stream)
-        self._stream[1] += n
+        self._stream[1:].add_(n)
         return drawn
 
     def sample_at(self, seed: int, start: int, n: int, stride: int = 1) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from torch import Tensor
 
 import fastkd
 from fastkd import functional as F  # noqa: N812
+from fastkd.ops import batch as batch_ops
 from fastkd.ops import crop as crop_ops
 from fastkd.ops import divergence as divergence_ops
+from fastkd.ops.alias import Table
 
 needs_cuda = [
     pytest.mark.cuda,
@@ -107,6 +110,38 @@ def _random_crop_flip(images: Tensor, *_: Tensor, generator: torch.Generator | N
     )
 
 
+_COLLECTION = 5000  # images
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@cache
+def _table(device: torch.device) -> fastkd.AliasTable:
+    return fastkd.AliasTable(_normal(0, _COLLECTION), 2.0, seed=1).to(device)
+
+
+def _collection(device: torch.device, seed: int) -> tuple[Tensor, ...]:
+    """The tensors of a table and of its stream, a seed for the crops, images."""
+    table, (images, *_) = _table(device), _images(_COLLECTION, 8, torch.uint8)(device, seed)
+    stream = torch.tensor([seed, 2**40 + seed], device=device)
+    return (*(tensor.clone() for tensor in table._table), stream, torch.tensor([seed], device=device), images)
+
+
+def _draw_batch_of(*tensors: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    *table, stream, crop_seed, images = tensors
+    scale = [0.01, 0.02, 0.03]
+    return batch_ops.draw_batch(
+        Table(*table), stream, crop_seed, images, 70, (9, 7), 2, 0.5, center=[90.0] * 3, scale=scale, dtype=dtype
+    )
+
+
+def _draw_batch(*tensors: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+    images = tensors[-1]
+    if generator is None:  # the stream of the table would go on, whatever the seed
+        on_gpu = images.device.type == "cuda"
+        generator = torch.cuda.default_generators[images.device.index or 0] if on_gpu else torch.default_generator
+    return fastkd.draw_batch(_table(images.device), images, 70, mean=0.5, std=0.25, generator=generator)
+
+
 # from rows that fit a warp to rows that fill several blocks, most of them not aligned; rows of one element
 _SHAPES = (
     (256, 100, torch.float32),
@@ -140,11 +175,13 @@ DETERMINED = [
     Case("crop_patches bfloat16", _images(7, 33, torch.bfloat16), _crop, {"size": 8}),
     Case("crop_patches channels_last", _images(7, 16, torch.float32, torch.channels_last), _crop, {"size": 5}),
     Case("crop_patches uint8", _images(7, 16, torch.uint8), _crop, {"size": 8}),
+    *(Case(_name("draw_batch", (dtype,)), _collection, _draw_batch_of, {"dtype": dtype}) for dtype in _FLOATS),
 ]
 RANDOM = [
     Case("random_patches", _images(7, 16, torch.float32), _random_patches),
     Case("random_crop_flip", _images(7, 16, torch.float32), _random_crop_flip),
     Case("random_crop_flip uint8", _images(7, 16, torch.uint8), _random_crop_flip),
+    Case("draw_batch", _collection, _draw_batch),
 ]
 CASES = DETERMINED + RANDOM
 

@@ -74,3 +74,11 @@ def test_random_places_compile() -> None:
         lambda x: fastkd.random_crop_flip(x, 0, flip_probability=0.0), fullgraph=True, backend="aot_eager"
     )
     torch.testing.assert_close(augment(BYTES), BYTES.float() / 255)
+    table = fastkd.AliasTable(torch.zeros(2), 1.0, seed=1)
+    draw_batch = torch.compile(
+        lambda x: fastkd.draw_batch(table, x, 20, padding=0, flip_probability=0.0), fullgraph=True, backend="aot_eager"
+    )
+    for start in (0, 20):  # the table's own stream goes on
+        batch, indices = draw_batch(BYTES)
+        assert torch.equal(indices, table.sample_at(1, start, 20))
+        torch.testing.assert_close(batch, BYTES[indices].float() / 255)

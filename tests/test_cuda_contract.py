@@ -145,6 +145,18 @@ def test_small_loss_is_one_launch_each_way(dtype: torch.dtype, upstream: float) 
     assert len(launches(trace)) <= 1, launches(trace)
 
 
+def test_a_batch_is_one_launch() -> None:
+    """Draw, gather, crop, flip and normalisation."""
+    case = next(case for case in DETERMINED if case.name.startswith("draw_batch"))
+    inputs = case.inputs(DEVICE)
+    case(*inputs)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        case(*inputs)
+        torch.cuda.synchronize()
+    assert len(launches(trace)) == 1, launches(trace)
+
+
 SLACK = 4 << 20  # bytes: workspace, and what the allocator rounds up to
 
 _LARGE = {

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import functional as F  # noqa: N812
+from fastkd.ops.alias import Table
 
 pytestmark = needs_cuda
 
@@ -115,3 +116,37 @@ def test_many_patches() -> None:
     for j in (0, 2**31 // patches[0].numel(), batch * k - 1):
         y, x = offsets.view(-1, 2)[j].tolist()
         assert_identical((patches[j],), (images[j // k, :, y : y + size, x : x + size],))
+
+
+def table_of_the_last_block(items: int, device: str) -> fastkd.AliasTable:
+    """Draws the last 4096 items, each as often as the others; whole blocks, and made where it is, being 17 GB."""
+    blocks = items // 4096
+    bins = torch.arange(items, device=device).remainder_(4096).add_(4096 << 12)
+    block_weight = torch.full((blocks,), 4096, device=device)
+    top = torch.tensor([0, blocks - 1], device=device).repeat(blocks, 1)
+    table = fastkd.AliasTable(torch.zeros(1), 1.0, seed=1).to(device)
+    scale = torch.tensor([0.0, 1.0, 0.0, float(items)], dtype=torch.float64, device=device)
+    table._table = Table(bins, block_weight, top, scale)
+    return table
+
+
+def check_batches(items: int, side: int, n: int, device: str) -> None:
+    table = table_of_the_last_block(items, device)
+    images = torch.randint(256, (items, 3 if side > 1 else 1, side, side), dtype=torch.uint8, device=device)
+    seeds = [torch.Generator(device).manual_seed(2) for _ in range(2)]
+    batch, indices = fastkd.draw_batch(table, images, n, dtype=torch.bfloat16, generator=seeds[0])
+    assert int(indices.min()) >= items - 4096
+    assert_identical((indices,), (table.sample(n, seeds[1]),))
+    expected = fastkd.random_crop_flip(images[indices], dtype=torch.bfloat16, generator=seeds[1])
+    assert torch.equal(batch, expected)
+
+
+@pytest.mark.parametrize(
+    ("items", "side", "n"),
+    [(200 * 4096, 32, 1000), (4096, 32, 720_000), (2**31 + 4096, 1, 100_000)],
+    ids=["collection", "batch", "items"],
+)
+def test_batches(items: int, side: int, n: int) -> None:
+    """2.5e9 bytes of images; 2.2e9 elements of the batch; more than 2^31 items."""
+    need(30)
+    check_batches(items, side, n, DEVICE)

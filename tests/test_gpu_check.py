@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # benchmarks/ is of the source tree, not of the package
 
-from benchmarks import bench_crop, bench_divergence, floors, gpu, gpu_check, harness  # noqa: E402
+from benchmarks import bench_batch, bench_crop, bench_divergence, floors, gpu, gpu_check, harness  # noqa: E402
 from benchmarks.gpu_check import Outcome, Stage  # noqa: E402
 from benchmarks.results_file import ResultsFile, slug  # noqa: E402
 
@@ -182,6 +182,7 @@ def test_floors_of_crop() -> None:
     assert floors.crop(100, 3, 8, (4, 4), 1, 4) == 100 * 3 + 8 * 3 * 16 * 4 + 8 * 16
     assert floors.crop_backward(2, 3, (8, 8), 8, (4, 4), 4) == 3 * (8 * 16 + 2 * 64) * 4 + 8 * 16
     assert floors.crop_offsets(100) == 1700
+    assert floors.draw_batch(8, 100, 3, (4, 4), 2) == 100 * 3 + 8 * 3 * 16 * 2 + 8 * 40
     assert floors.alias_sample(10) == 400
     assert floors.alias_sample(10, top_in_cache=False) == 720
 
@@ -207,14 +208,15 @@ def test_gpu_cases_on_the_cpu(
 ) -> None:
     """Inputs, peers, comparisons, rows and table of the GPU benchmarks, at sizes that say nothing about speed."""
     settings = gpu.Settings(torch.device("cpu"), nbytes=1 << 12, compile=False, most_rounds=2)
-    for module in (bench_crop, bench_divergence):
+    for module in (bench_batch, bench_crop, bench_divergence):
         cases = few(list(module.gpu_cases(settings)))
         monkeypatch.setattr(module, "gpu_cases", lambda _, cases=cases: iter(cases))
     assert gpu.measure_all(settings, gpu.PRIMITIVES, results, 1e9, time.monotonic() + 600)
     rows = results.read()["rows"]
     names = {row["case"].split("x")[0].rstrip("0123456789") for row in rows}
     assert names == {
-        "KL ", "JSD ", "KL forward only ", "logit_stats ", "crop forward ", "crop backward ", "random_crop_flip "
+        "KL ", "JSD ", "KL forward only ", "logit_stats ", "crop forward ", "crop backward ", "random_crop_flip ",
+        "draw_batch ",
     }  # fmt: skip
     for row in rows:
         assert "missing" in row or row["fastkd_ms"] > 0

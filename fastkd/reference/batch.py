@@ -27,8 +27,10 @@ def draw_batch(
 ) -> tuple[Tensor, Tensor]:
     """Draws ``first, first + 1, ...`` of ``seed``, cropped: the batch in float64 and the indices."""
     indices = [alias.sample(scores, inverse_temperature, seed % 2**64, first + i) for i in range(count)]
-    ranges = ((-padding, extent + 2 * padding - side + 1) for extent, side in zip(images.shape[2:], size, strict=True))
-    offsets, flip = crop.crop_offsets(crop_seed, count, 1, *ranges, flip_probability)
+    y_range, x_range = (
+        (-padding, extent + 2 * padding - side + 1) for extent, side in zip(images.shape[2:], size, strict=True)
+    )
+    offsets, flip = crop.crop_offsets(crop_seed, count, 1, y_range, x_range, flip_probability)
     pixels = crop.crop(images[indices], offsets, size, flip).double()
-    center, scale = (torch.tensor(values, dtype=torch.float64).reshape(-1, 1, 1) for values in (center, scale))
-    return (pixels - center) * scale, torch.tensor(indices)
+    shift, factor = (torch.tensor(values, dtype=torch.float64).reshape(-1, 1, 1) for values in (center, scale))
+    return (pixels - shift) * factor, torch.tensor(indices)
