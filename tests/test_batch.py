@@ -9,6 +9,8 @@ from typing import Any
 import emulated
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_crop import FLOATS, LAYOUTS
 
 import fastkd
@@ -273,6 +275,27 @@ def test_other_paths(shape: tuple[int, ...], n: int, size: tuple[int, int], layo
     batch, indices = torch.ops.fastkd_emulated.draw_batch_within(*arguments, narrow)
     expected, drawn = torch.ops.fastkd.draw_batch(*arguments)
     assert torch.equal(indices, drawn)
+    assert torch.equal(batch, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_batch_is_that_of_the_cpu(data: st.DataObject) -> None:
+    items, channels, height, width = (data.draw(st.integers(1, most)) for most in (9000, 5, 9, 40))
+    padding = data.draw(st.integers(0, 6))
+    size = tuple(data.draw(st.integers(1, extent + 2 * padding)) for extent in (height, width))
+    layout = LAYOUTS[data.draw(st.sampled_from(["nchw", "channels_last", "inside", "transposed"]))]
+    images = layout(make_images(items, channels, height, width)[:, :, :height])
+    stream, seed = (torch.tensor(data.draw(st.tuples(*[st.integers(-(2**63), 2**63 - 1)] * k))) for k in (2, 1))
+    table = make_table(items, torch.device("cpu"))._table
+    scale = [0.1 * (c + 1) for c in range(channels)] if data.draw(st.booleans()) else []
+    dtype, n, flips = data.draw(st.sampled_from(FLOATS)), data.draw(st.integers(0, 40)), data.draw(st.floats(0, 1))
+    arguments = (*table, stream, seed, images, n, *size, padding, flips, [], scale, dtype)
+    expected, drawn = torch.ops.fastkd.draw_batch(*arguments)
+    with emulated.emulated(data.draw(st.integers(0, 4))):
+        batch, indices = torch.ops.fastkd.draw_batch(*arguments)
+    assert torch.equal(indices, drawn)
+    assert batch.stride() == expected.stride()
     assert torch.equal(batch, expected)
 
 
