@@ -142,9 +142,13 @@ def test_items_of_weight_zero_never_come_out(device: torch.device, generator: to
 
 
 @pytest.mark.parametrize("total", [math.nan, 0.0, -1.0, -math.inf, math.inf])
-def test_a_table_without_weight_gives_no_item(device: torch.device, total: float) -> None:
+def test_a_table_without_weight_gives_no_item(device: torch.device, reads_values: bool, total: float) -> None:
     table, images = make_table(50, device), make_images(50, 3, 8, 8).to(device)
     table._table.scale[3] = total
+    if reads_values:
+        with pytest.raises(RuntimeError, match=r"table_scale\[3\], the total weight, is .*, must be that of a table"):
+            fastkd.draw_batch(table, images, 3)
+        return
     for dtype in FLOATS:
         batch, indices = fastkd.draw_batch(table, images, 3, dtype=dtype)
         assert (indices == NO_ITEM).all()

@@ -273,8 +273,7 @@ Tensor sample(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tenso
   const Table t(table, block_weight, &top, &scale);
   const int64_t* const state = check_stream(table, stream);
   check_draws(count, stride);
-  const uint64_t total = total_weight(t.scale[3]);
-  FASTKD_CHECK(total > 0, "scale[3], the total weight, is ", t.scale[3], ", must be that of a table from alias_build");
+  const uint64_t total = check_total("scale", t.scale[3]);
   const uint64_t seed = static_cast<uint64_t>(state[0]), first = static_cast<uint64_t>(state[1]) + static_cast<uint64_t>(offset);
   Tensor out = empty_cpu({count}, ScalarType::Long);
   TableView view = t.view();

@@ -1,6 +1,7 @@
 // Sweeps over scores on the GPU: their extent, and what reads each of them once.
 #pragma once
 
+#include "alias/kernel.h"
 #include "alias/math.h"
 #include "common/launch.cuh"
 #include "common/reduce.cuh"
@@ -57,10 +58,6 @@ auto for_dtype(Dtype dtype, const Function& function) {
 struct Extents {
   const double* partial;  // [count, 2]
   unsigned count;
-};
-struct Extent {
-  double maximum;
-  bool invalid;
 };
 
 // The same for each thread of the block.

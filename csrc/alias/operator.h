@@ -16,7 +16,8 @@ struct Table {
   uint64_t* top;           // [blocks, 2]: threshold, alias; null where it is not needed
   double* scale;           // [4]: reference, kappa, exponent, total; null where it is not needed
 
-  Table(const Tensor& table, const Tensor& weights, const Tensor* top_tensor = nullptr, const Tensor* scale_tensor = nullptr) {
+  Table(const Tensor& table, const Tensor& weights, const Tensor* top_tensor = nullptr, const Tensor* scale_tensor = nullptr,
+        const char* scale_name = "scale") {
     check_dtype("table", table, {ScalarType::Long});
     check_dim("table", table, 1);
     items = table.size(0);
@@ -32,10 +33,10 @@ struct Table {
     }
     scale = nullptr;
     if (scale_tensor != nullptr) {
-      check_dtype("scale", *scale_tensor, {ScalarType::Double});
-      check_shape("scale", *scale_tensor, {4});
-      check_device("scale", *scale_tensor, "table", table);
-      FASTKD_CHECK(scale_tensor->is_contiguous(), "scale must be contiguous");
+      check_dtype(scale_name, *scale_tensor, {ScalarType::Double});
+      check_shape(scale_name, *scale_tensor, {4});
+      check_device(scale_name, *scale_tensor, "table", table);
+      FASTKD_CHECK(scale_tensor->is_contiguous(), scale_name, " must be contiguous");
       scale = static_cast<double*>(scale_tensor->mutable_data_ptr());
     }
   }
@@ -101,6 +102,11 @@ inline const int64_t* check_stream(const Tensor& table, Tensor& stream) {
   check_device("stream", stream, "table", table);
   stream = torch::stable::contiguous(stream);
   return static_cast<const int64_t*>(stream.const_data_ptr());
+}
+inline uint64_t check_total(const char* name, double total) {
+  FASTKD_CHECK(alias_math::total_weight(total) > 0, name, "[3], the total weight, is ", total,
+               ", must be that of a table from alias_build");
+  return alias_math::total_weight(total);
 }
 inline void check_draws(int64_t count, int64_t stride) {
   FASTKD_CHECK(count >= 0, "count is ", count, ", must be at least 0");

@@ -30,12 +30,11 @@ std::tuple<Tensor, Tensor> draw_batch(Tensor table, Tensor block_weight, Tensor 
   DrawBatchCall call = make_draw_batch(crop::CpuContext(), table, block_weight, top, table_scale, stream, crop_seed, images,
                                        count, height, width, padding, flip_probability, center, scale, dtype);
   int64_t* const indices = static_cast<int64_t*>(call.indices.mutable_data_ptr());
-  call.table.total = alias_math::total_weight(static_cast<const double*>(call.table_scale.const_data_ptr())[3]);
+  call.table.total = alias::check_total("table_scale", static_cast<const double*>(call.table_scale.const_data_ptr())[3]);
   const int64_t* const state = static_cast<const int64_t*>(call.stream.const_data_ptr());
   const uint64_t seed = static_cast<uint64_t>(state[0]), first = static_cast<uint64_t>(state[1]);
   const alias::Kernels& draws = alias::kernels();
   parallel(count, kGrainDraws, [&](int64_t begin, int64_t end) {
-    if (call.table.total == 0) return fill(indices + begin, end - begin, alias_math::kNoItem);
     draws.sample(call.table, seed, first + static_cast<uint64_t>(begin), 1, end - begin, indices + begin);
   });
 

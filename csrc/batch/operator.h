@@ -18,15 +18,11 @@ struct DrawBatchCall {
 
 template <typename Context>
 DrawBatchCall make_draw_batch(const Context& context, const Tensor& table, const Tensor& block_weight, const Tensor& top,
-                              Tensor table_scale, Tensor stream, const Tensor& crop_seed, const Tensor& images, int64_t count,
+                              const Tensor& table_scale, Tensor stream, const Tensor& crop_seed, const Tensor& images, int64_t count,
                               int64_t height, int64_t width, int64_t padding, double flip_probability,
                               const std::vector<double>& center, const std::vector<double>& scale, ScalarType dtype) {
-  const alias::TableView view = alias::table_view(table, block_weight, top);
-  check_dtype("table_scale", table_scale, {ScalarType::Double});
-  check_shape("table_scale", table_scale, {4});
-  check_device("table_scale", table_scale, "table", table);
-  table_scale = torch::stable::contiguous(table_scale);
-  stream = alias::checked_stream(stream, table);
+  const alias::TableView view = alias::Table(table, block_weight, &top, &table_scale, "table_scale").view();
+  alias::check_stream(table, stream);
   crop::check_seed("crop_seed", crop_seed);
   check_device("crop_seed", crop_seed, "table", table);
   check_dtype("images", images, {ScalarType::Byte});
