@@ -19,9 +19,7 @@ namespace {
 
 using ::fastkd::gmm::Kernels;
 using ::fastkd::gmm::PosteriorParams;
-using ::fastkd::gmm::Status;
 
-constexpr int kLloydCap = 300;          // scikit-learn's KMeans stops there too; a dozen is usual
 constexpr int64_t kProductTerms = 512;  // factors in (1, 2] that fit a double
 
 // ---- sweeps ------------------------------------------------------------------------------------
@@ -118,75 +116,28 @@ Moments soft_moments(const Problem& problem, const Densities& densities, const d
 
 // ---- the fit -----------------------------------------------------------------------------------
 
-// A split of the values in two by a threshold.
-struct Split {
-  double threshold;
-  double centre[2];  // means of the two sides
-  double between;    // sum of squares between them, which k-means maximises; -1: a side is empty
-};
-
-// Lloyd's algorithm from a threshold, to convergence. total: sums of w and w u.
-Split lloyd(const Problem& problem, double threshold, const double (&total)[2]) {
-  Split split{threshold, {0, 0}, -1};
-  const double mean = total[1] / total[0];
-  double count = -1;
-  for (int iteration = 0; iteration < kLloydCap; ++iteration) {
+Split lloyd(const Problem& problem, Lloyd search, const double (&total)[2]) {
+  while (search.active) {
     double below[3];
-    split_at(problem, threshold, below);
-    const double above = total[0] - below[1];
-    if (below[0] == count || !(below[1] > 0) || !(above > 0)) break;  // in one dimension the count tells the partition
-    count = below[0];
-    const double low = below[2] / below[1], high = (total[1] - below[2]) / above;
-    split = {threshold, {low, high}, below[1] * (low - mean) * (low - mean) + above * (high - mean) * (high - mean)};
-    if (!(low < high)) break;
-    threshold = low + 0.5 * (high - low);
+    split_at(problem, search.threshold, below);
+    search.advance(below, total);
   }
-  return split;
+  return search.split;
 }
 
-// The better of two local optima of k-means, then the M-step of its hard assignment. From the centres (low, high) an
-// outlier is found, from a split at the mean the bulk of a skewed distribution; k-means++ finds either, by chance.
+// The better of two local optima of k-means, then the M-step of its hard assignment.
 Mixture initialise(const Problem& problem, double low, double high, const double (&total)[2], const Regularisation& reg) {
-  const Split outer = lloyd(problem, low + 0.5 * (high - low), total), inner = lloyd(problem, total[1] / total[0], total);
-  Split best = inner.between > outer.between ? inner : outer;
-  if (best.between < 0) best = {low, {low, high}, 0};
+  const Split outer = lloyd(problem, outer_start(low, high), total), inner = lloyd(problem, inner_start(total), total);
+  const Split best = better_split(outer, inner, low, high);
   bool cancelled;
   return maximise(hard_moments(problem, best.threshold, best.centre), best.centre, reg, &cancelled);
 }
 
-// Given parameters in the frame; false where they are not all finite.
-bool start_from(const FitParams& params, int64_t b, const Frame& frame, const Regularisation& reg, Mixture* mixture) {
-  if (params.init_weights == nullptr) return false;
-  const double* weights = params.init_weights + 2 * b;
-  const double* means = params.init_means + 2 * b;
-  const double* deviations = params.init_deviations + 2 * b;
-  for (int k = 0; k < 2; ++k) {
-    const double total = weights[k] - weights[k] + means[k] - means[k] + deviations[k] - deviations[k];
-    if (!(total == 0)) return false;
-    mixture->weight[k] = weights[k] / (weights[0] + weights[1]);
-    mixture->mean[k] = clamp(frame.enter(means[k]), -kFar, kFar);
-    const double deviation = clamp(frame.enter_length(deviations[k]), 0, kFar);
-    mixture->variance[k] = larger(deviation * deviation, reg.floor);
-  }
-  return weights[0] + weights[1] > 0;
-}
-
-struct Result {
-  double weight[2], mean[2], deviation[2];
-  int64_t iterations;
-  double log_likelihood;
-  Status status;
-};
-
 Result fit_problem(const FitParams& params, int64_t b, const Problem& problem) {
   const Survey survey = gather(params, b, problem);
-  const double unit = square_root(params.reg_covar);
-  if (survey.bad_weight) return {{}, {}, {}, 0, 0, Status::kBadWeight};
-  if (survey.kept == 0) return {{0, 0}, {0, 0}, {unit, unit}, 0, 0, Status::kTooFew};
-  if (survey.kept == 1 || survey.low == survey.high) {
-    return {{1, 0}, {survey.low, survey.low}, {unit, unit}, 0, 0, survey.kept == 1 ? Status::kTooFew : Status::kConstant};
-  }
-  const Frame frame = frame_of(survey.low, survey.high, unit, params.normalize);
+  Result result;
+  if (!can_fit(survey, params.reg_covar, &result)) return result;
+  const Frame frame = frame_of(survey.low, survey.high, square_root(params.reg_covar), params.normalize);
   double total[2];
   enter(problem, frame, survey.largest_weight, total);
   const Regularisation reg =
@@ -196,11 +147,8 @@ Result fit_problem(const FitParams& params, int64_t b, const Problem& problem) {
   if (!start_from(params, b, frame, reg, &mixture)) {
     mixture = initialise(problem, frame.enter(survey.low), frame.enter(survey.high), total, reg);
   }
-  double bound = -kInfinity;
-  int64_t iteration = 0;
-  bool converged = false;
-  while (iteration < params.max_iter && !converged) {
-    ++iteration;
+  Progress progress;
+  while (progress.active(params)) {
     const Densities current = densities(mixture);
     double log_likelihood, again;
     bool cancelled;
@@ -209,37 +157,14 @@ Result fit_problem(const FitParams& params, int64_t b, const Problem& problem) {
       const double centre[2] = {mixture.mean[0], mixture.mean[1]};
       mixture = maximise(soft_moments<false>(problem, current, centre, &again), centre, reg, &cancelled);
     }
-    log_likelihood /= total[0];
-    converged = magnitude(log_likelihood - bound) < params.tol;
-    bound = log_likelihood;
+    progress.advance(params, log_likelihood / total[0]);
   }
-
-  Result result;
-  const int low = mixture.mean[0] <= mixture.mean[1] ? 0 : 1;
-  const double bounds = larger(magnitude(survey.low), magnitude(survey.high));
-  for (int k = 0; k < 2; ++k) {
-    const int from = k ^ low;
-    result.weight[k] = mixture.weight[from];
-    result.mean[k] = clamp(frame.leave(mixture.mean[from]), -bounds, bounds);
-    result.deviation[k] = clamp(frame.leave_length(square_root(mixture.variance[from])), 0, kLargest);
-  }
-  result.iterations = iteration;
-  result.log_likelihood = bound + frame.log_jacobian();
-  result.status = survey.finite < double(problem.n) ? Status::kNonFinite : converged ? Status::kConverged : Status::kMaxIter;
-  return result;
+  return result_of(mixture, progress, survey, frame, problem.n);
 }
 
 void fit(const FitParams& params, int64_t b, const Team& team, double* scratch) {
   const Problem problem(params.layout.size(b), params.sample_weight != nullptr, scratch, team);
-  const Result result = fit_problem(params, b, problem);
-  for (int k = 0; k < 2; ++k) {
-    params.weights[2 * b + k] = result.weight[k];
-    params.means[2 * b + k] = result.mean[k];
-    params.deviations[2 * b + k] = result.deviation[k];
-  }
-  params.iterations[b] = result.iterations;
-  params.log_likelihood[b] = result.log_likelihood;
-  params.status[b] = result.status;
+  store_result(params, b, fit_problem(params, b, problem));
 }
 
 // ---- the posterior -----------------------------------------------------------------------------
@@ -277,32 +202,17 @@ void posterior_of(const PosteriorParams& params, int64_t b, int64_t first, int64
   T* const posterior = static_cast<T*>(params.posterior) + packed;
   uint8_t* const mask = params.mask + packed;
 
-  // a component of no weight (constant or too few values) leaves nothing to compute
-  const bool decided = !(weight[0] > 0) || !(weight[1] > 0);
-  const F64 decision = broadcast<F64>(weight[0] > 0 ? 1.0 : 0.0);
-  const double unit = larger(deviation[0], deviation[1]);
-  const Frame frame = frame_about(mean[0], larger(mean[1] - mean[0], unit));
-  Mixture mixture;
-  const double span = frame.enter(mean[1]);
-  const double smallest = kNear * larger(larger(span, frame.enter_length(unit)), 0x1p-52);
-  for (int k = 0; k < 2; ++k) {
-    const double length = larger(frame.enter_length(deviation[k]), smallest);
-    mixture.weight[k] = weight[k];
-    mixture.mean[k] = k * span;
-    mixture.variance[k] = length * length;
-  }
-  const Densities in = densities(mixture);
-  const F64 bottom = broadcast<F64>(params.monotone ? 0.0 : -kFar), top = broadcast<F64>(params.monotone ? span : kFar);
+  const PosteriorMixture mixture = posterior_mixture(weight, mean, deviation, params.monotone);
+  const F64 decision = broadcast<F64>(mixture.decision);
+  const F64 bottom = broadcast<F64>(mixture.bottom), top = broadcast<F64>(mixture.top);
   for (int64_t i = first; i < last; i += kPair) {
     F64 x[2], p[2];
     load_pair(params.dtype, params.values, begin + i, i < size ? (last < size ? last : size) - i : 0, x);
     for (int k = 0; k < 2; ++k) {
-      const F64 u = minimum(maximum(frame.enter(x[k]), bottom), top);
-      const F64 t0 = u, t1 = u - in.mean[1];
-      const F64 d = in.constant[0] - t0 * t0 * in.half_precision[0] - (in.constant[1] - t1 * t1 * in.half_precision[1]);
+      const F64 d = mixture.log_odds(minimum(maximum(mixture.frame.enter(x[k]), bottom), top));
       F64 low, high;
       responsibilities(d, exp(minimum(d, -d)), low, high);
-      p[k] = is_finite(x[k]) ? (decided ? decision : low) : F64{};
+      p[k] = is_finite(x[k]) ? (mixture.decided ? decision : low) : F64{};
     }
     store_pair(p, params.threshold, posterior + i, mask + i, last - i);
   }

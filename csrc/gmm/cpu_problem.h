@@ -2,13 +2,13 @@
 #pragma once
 
 #include "common/simd.h"
+#include "gmm/fit.h"
 #include "gmm/kernel.h"
 #include "gmm/math.h"
 
 namespace fastkd::FASTKD_ISA::gmm {
 
 using namespace gmm_math;
-using ::fastkd::gmm::FitParams;
 using ::fastkd::gmm::kChunk;
 using ::fastkd::gmm::kPartials;
 using ::fastkd::gmm::Team;
@@ -115,14 +115,6 @@ struct Problem {
 };
 
 // ---- from the values to the frame --------------------------------------------------------------
-
-// What the values are like before they enter the frame.
-struct Survey {
-  double low = kInfinity, high = -kInfinity, largest_weight = 0;
-  double finite = 0;  // finite values
-  double kept = 0;    // of them, those of positive weight
-  bool bad_weight = false;
-};
 
 // Converts the values (and weights) into scratch and squeezes out what takes no part.
 inline Survey gather(const FitParams& params, int64_t b, const Problem& problem) {

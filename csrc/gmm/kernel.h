@@ -8,8 +8,8 @@
 
 namespace fastkd::gmm {
 
-// Outcome of a fit. Values as in fastkd/selection.py, but for the last, which the launcher turns into an error.
-enum Status : int64_t { kConverged = 0, kMaxIter = 1, kConstant = 2, kTooFew = 3, kNonFinite = 4, kBadWeight = 5 };
+// Outcome of a fit. Values as in fastkd/selection.py; the CPU launcher turns the last into an error.
+enum Status : int64_t { kConverged = 0, kMaxIter = 1, kConstant = 2, kTooFew = 3, kNonFinite = 4, kInvalid = 5 };
 
 // Values of one problem are cut into chunks of this many; sums go chunk by chunk, whoever computes them.
 constexpr int64_t kChunk = 4096;
@@ -19,6 +19,7 @@ struct Layout {
   int64_t problems;
   int64_t columns;
   int64_t stride;          // elements from row to row of the values
+  int64_t elements;        // of packed tensors
   const int64_t* offsets;  // or null
   const int64_t* lengths;  // or null
 
