@@ -25,6 +25,7 @@ struct Geometry {
 struct DeviceLimits {
   unsigned max_cluster;  // blocks; 1 where there are no clusters
   unsigned multiprocessors;
+  unsigned shared_bytes = 96 << 10;  // that a block can have, or less
 };
 
 // Blocks of a grid-stride loop over `items`, each thread taking `items_per_thread` at a time: no more than `most`.
@@ -39,6 +40,11 @@ inline unsigned one_cluster_each(const char* what, int64_t items, unsigned clust
   FASTKD_CHECK(items <= kMaxBlocks / cluster, what, " are ", items, ", must be at most ", kMaxBlocks / cluster,
                " for clusters of ", cluster, " blocks");
   return static_cast<unsigned>(items) * cluster;
+}
+
+// For reductions of so many numbers (of 8 bytes) over the threads of a cluster, see reduce.cuh.
+constexpr std::size_t cluster_shared_bytes(unsigned threads, unsigned cluster, unsigned numbers) {
+  return std::size_t{threads} / 32 * cluster * numbers * 8;
 }
 
 }  // namespace fastkd

@@ -27,14 +27,16 @@ class DeviceContext {
 
   // Asked of the device once.
   DeviceLimits limits() const {
-    static std::atomic<unsigned> cache[64];  // 0: not asked yet
-    std::atomic<unsigned>& known = cache[device_ % 64];
-    unsigned packed = known.load(std::memory_order_relaxed);
+    static std::atomic<uint64_t> cache[64];  // 0: not asked yet
+    std::atomic<uint64_t>& known = cache[device_ % 64];
+    uint64_t packed = known.load(std::memory_order_relaxed);
     if (packed == 0 || device_ >= 64) {
-      packed = static_cast<unsigned>(attribute(cudaDevAttrMultiProcessorCount)) << 8 | max_cluster();
+      const auto shared_bytes = static_cast<uint64_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+      packed = shared_bytes << 32 | static_cast<unsigned>(attribute(cudaDevAttrMultiProcessorCount)) << 8 | max_cluster();
       known.store(packed, std::memory_order_relaxed);
     }
-    return {packed & 0xff, packed >> 8};
+    return {static_cast<unsigned>(packed & 0xff), static_cast<unsigned>(packed >> 8 & 0xffffff),
+            static_cast<unsigned>(packed >> 32)};
   }
 
   // kernel(params), in the caller's stream. `name` is for the error.

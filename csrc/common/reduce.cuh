@@ -61,20 +61,17 @@ class LaneGroup {
   FASTKD_DEVICE unsigned size() const { return kLanes; }
   FASTKD_DEVICE void arrive() const {}
   FASTKD_DEVICE void start() const {}
+  FASTKD_DEVICE bool any(bool condition) const { return device::any(condition); }  // other groups of the warp come along
   template <typename Op, typename V, int N>
   FASTKD_DEVICE void reduce(V (&values)[N], Op op) const {
     reduce_lanes<kLanes>(values, op);
   }
 };
 
-// All threads of a cluster (of one block, where there are no others). Each reduction takes a part of shared memory of its
-// own, so that one cluster barrier is enough; `cluster_shared_bytes` says how much that is.
-class ClusterGroup {
+// All threads of a cluster (of one block, where there are no others).
+class ClusterTeam {
  public:
   static constexpr bool kWholeCluster = true;
-  // numbers_before: of another group of these threads, whose part of shared memory is not taken again
-  FASTKD_DEVICE explicit ClusterGroup(unsigned numbers_before = 0)
-      : used_(numbers_before * kSlotBytes * (thread_count() / kWarp) * cluster_size()) {}
   FASTKD_DEVICE unsigned index() const { return cluster_rank() * thread_count() + thread_index(); }
   FASTKD_DEVICE unsigned size() const { return cluster_size() * thread_count(); }
 
@@ -95,14 +92,16 @@ class ClusterGroup {
     }
   }
 
+ protected:
+  static constexpr unsigned kSlotBytes = 8;
+  static FASTKD_DEVICE unsigned warps() { return thread_count() / kWarp * cluster_size(); }
+
+  // Through shared memory from byte `offset` on, a slot for each number of each warp of the cluster.
   template <typename Op, typename V, int N>
-  FASTKD_DEVICE void reduce(V (&values)[N], Op op) {
-    reduce_lanes<kWarp>(values, op);
-    const unsigned warps = thread_count() / kWarp, blocks = cluster_size(), total = warps * blocks;
-    if (total == 1) return;
-    const Shared<V> slots(used_, N * total);
-    used_ += N * total * kSlotBytes;
-    const unsigned slot = cluster_rank() * warps + warp_index(), lane = lane_index();
+  FASTKD_DEVICE void reduce_through(unsigned offset, V (&values)[N], Op op) const {
+    const unsigned blocks = cluster_size(), total = warps();
+    const Shared<V> slots(offset, N * total);
+    const unsigned slot = cluster_rank() * (thread_count() / kWarp) + warp_index(), lane = lane_index();
     if (blocks == 1) {
       if (lane == 0) {
 #pragma unroll
@@ -123,10 +122,48 @@ class ClusterGroup {
     }
     reduce_lanes<kWarp>(values, op);
   }
+};
+
+// Each reduction takes a part of shared memory of its own, so that one cluster barrier is enough; `cluster_shared_bytes`
+// says how much that is.
+class ClusterGroup : public ClusterTeam {
+ public:
+  // numbers_before: of another group of these threads, whose part of shared memory is not taken again
+  FASTKD_DEVICE explicit ClusterGroup(unsigned numbers_before = 0) : used_(numbers_before * kSlotBytes * warps()) {}
+
+  template <typename Op, typename V, int N>
+  FASTKD_DEVICE void reduce(V (&values)[N], Op op) {
+    reduce_lanes<kWarp>(values, op);
+    if (warps() == 1) return;
+    reduce_through(used_, values, op);
+    used_ += N * warps() * kSlotBytes;
+  }
 
  private:
-  static constexpr unsigned kSlotBytes = 8;
   unsigned used_;
+};
+
+// For reductions in a loop, of up to kNumbers numbers each: two parts of shared memory take turns. One barrier each is enough,
+// too: who stores into a part again has met everybody at the barrier of the reduction between, and they had read it by then.
+template <unsigned kNumbers>
+class LoopClusterGroup : public ClusterTeam {
+ public:
+  static constexpr unsigned kSharedNumbers = 2 * kNumbers;
+
+  // Whether the loop goes on for anybody that must come along: all of a cluster have the same bits.
+  FASTKD_DEVICE bool any(bool condition) const { return condition; }
+
+  template <typename Op, typename V, int N>
+  FASTKD_DEVICE void reduce(V (&values)[N], Op op) {
+    static_assert(N <= kNumbers);
+    reduce_lanes<kWarp>(values, op);
+    if (warps() == 1) return;
+    reduce_through(turn_ * kNumbers * kSlotBytes * warps(), values, op);
+    turn_ ^= 1;
+  }
+
+ private:
+  unsigned turn_ = 0;
 };
 
 // Adds load(i, n) for all i < count to sums[n], in the same order each time; several loads at a time are on their way.

@@ -61,11 +61,6 @@ constexpr int kResidentElements = 32;
 constexpr int64_t kMaxLanesRow = 32 * kResidentElements;
 constexpr int64_t kMaxPasses = 8;  // over the rows, where one cluster takes them all
 
-// `reductions` numbers of 8 bytes from each warp of a cluster
-constexpr std::size_t cluster_shared_bytes(unsigned threads, unsigned cluster, unsigned reductions) {
-  return std::size_t{threads} / 32 * cluster * reductions * 8;
-}
-
 // aligned: parts begin at a fresh gradient's 16-byte boundaries. reduced: one loss for all rows is wanted.
 inline Plan plan_rows(int64_t rows, int64_t classes, int element_size, bool jensen_shannon, bool resident, bool aligned,
                       bool reduced, DeviceLimits limits) {

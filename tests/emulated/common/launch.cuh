@@ -20,7 +20,8 @@ class DeviceContext {
     return result;
   }
 
-  DeviceLimits limits() const { return {emulator::settings().max_cluster, 4}; }
+  // a small device: few multiprocessors fill it, and little fits its shared memory
+  DeviceLimits limits() const { return {emulator::settings().max_cluster, 4, 32 << 10}; }
 
   template <typename Params>
   void launch(const char* name, void (*kernel)(Params), const Geometry& geometry, const Params& params) const {

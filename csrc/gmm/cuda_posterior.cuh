@@ -1,0 +1,47 @@
+// The posterior of the low component on the GPU.
+#pragma once
+
+#include "gmm/cuda_values.cuh"
+
+namespace fastkd::FASTKD_ISA::gmm {
+
+constexpr double kLog2E = 1.4426950408889634;
+
+// 2^-|x|, relative error a few 2^-24; 0 below 2^-126
+FASTKD_DEVICE float power_of_minus(double x) {
+  constexpr double kRound = 0x1.8p52;  // added, it leaves the nearest integer in the lowest bits
+  const double exponent = -magnitude(x), clamped = exponent > -126.0 ? exponent : -126.0;
+  const double shifted = clamped + kRound, rest = clamped - (shifted - kRound);
+  uint64_t bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  const unsigned scale_bits = (static_cast<unsigned>(bits) + 127u) << 23;
+  float scale;
+  memcpy(&scale, &scale_bits, sizeof scale);
+  return exponent > -126.0 ? exp2_near_0(static_cast<float>(rest)) * scale : 0.0f;
+}
+
+// Parameters that have a posterior.
+FASTKD_DEVICE bool valid_parameters(const double* weight, const double* mean, const double* deviation) {
+  bool valid = true;
+  for (int k = 0; k < 2; ++k) {
+    valid = valid && weight[k] >= 0 && deviation[k] >= 0 && is_finite(weight[k]) && is_finite(mean[k]) && is_finite(deviation[k]);
+  }
+  return valid;
+}
+
+// Posterior of a value as a double or a float.
+template <typename Out>
+FASTKD_DEVICE Out posterior_of(const PosteriorMixture& mixture, double x) {
+  const double d = mixture.log_odds(clamp(mixture.frame.enter(x), mixture.bottom, mixture.top));
+  Out low;
+  if constexpr (std::is_same_v<Out, double>) {
+    double high;
+    responsibilities(d, device::exp(-magnitude(d)), low, high);
+  } else {
+    const float e = power_of_minus(d * kLog2E), smaller = e * reciprocal(1.0f + e);
+    low = d > 0 ? 1.0f - smaller : smaller;
+  }
+  return !is_finite(x) ? Out(0) : mixture.decided ? static_cast<Out>(mixture.decision) : low;
+}
+
+}  // namespace fastkd::FASTKD_ISA::gmm
