@@ -241,12 +241,6 @@ FASTKD_DEVICE Compute<T> exp_of(Compute<T> x) {
     return exp(x);
   }
 }
-// 2^x for |x| <= 1/2, relative error 2^-22
-FASTKD_DEVICE float exp2_near_0(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
 FASTKD_DEVICE float log(float x) { return ::logf(x); }
 FASTKD_DEVICE double log(double x) { return ::log(x); }
 FASTKD_DEVICE float maximum(float a, float b) { return ::fmaxf(a, b); }  // the other one where one is NaN

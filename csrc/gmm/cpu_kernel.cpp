@@ -159,7 +159,7 @@ Result fit_problem(const FitParams& params, int64_t b, const Problem& problem) {
     }
     progress.advance(params, log_likelihood / total[0]);
   }
-  return result_of(mixture, progress, survey, frame, problem.n);
+  return result_of(mixture, progress, frame, survey.low, survey.high, survey.finite == double(problem.n));
 }
 
 void fit(const FitParams& params, int64_t b, const Team& team, double* scratch) {

@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gmm_fit(
     const bool weighted = in.params.sample_weight != nullptr;
     const FitPlan plan = plan_fit(layout.problems, layout.elements, weighted, context.limits());
     context.launch("gmm_fit", weighted ? weighted_fit_kernel(plan.team) : plain_fit_kernel(plan.team), plan.geometry,
-                   DeviceFitParams{in.params, plan.capacity, plan.values_offset});
+                   DeviceFitParams{in.params, plan.capacity, plan.scalars_offset});
   }
   return in.outputs();
 }

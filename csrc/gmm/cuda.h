@@ -9,8 +9,8 @@
 namespace fastkd::gmm {
 
 struct DeviceFitParams : FitParams {
-  unsigned capacity;       // values that a thread keeps in shared memory
-  unsigned values_offset;  // bytes of shared memory before them
+  unsigned capacity;        // values that a thread keeps in shared memory
+  unsigned scalars_offset;  // bytes of shared memory before the scalars of each thread; behind them its values
 };
 
 // Who works on a problem.
@@ -24,7 +24,7 @@ enum class FitTeam {
 struct FitPlan {
   FitTeam team;
   unsigned capacity;  // as in DeviceFitParams
-  unsigned values_offset;
+  unsigned scalars_offset;
   Geometry geometry;
 };
 
@@ -32,10 +32,15 @@ constexpr unsigned kLaneThreads = 128;     // of a block, where a problem belong
 constexpr unsigned kFitNumbers = 8;        // of a reduction at most
 constexpr int64_t kMaxLanesValues = 1024;  // of a problem that belongs to lanes
 
+constexpr unsigned kFitScalars = 6;  // 8 bytes each, of a thread
+
+constexpr unsigned fit_threads(bool cluster) { return cluster ? kThreads : kLaneThreads; }
+
 // values: of all problems together. What is not known here is how they are spread: sizes are in device memory.
 inline FitPlan plan_fit(int64_t problems, int64_t values, bool weighted, DeviceLimits limits) {
   const int64_t each = problems > 0 ? (values + problems - 1) / problems : 0, multiprocessors = limits.multiprocessors;
   const unsigned value_bytes = weighted ? 16 : 8;
+  const auto scalars = [](unsigned threads) { return std::size_t{threads} * kFitScalars * 8; };
   // of what a thread of a block of `threads` must keep, as much as there is room for behind `before` bytes
   const auto capacity = [&](int64_t wanted, unsigned threads, std::size_t before) {
     const int64_t room = limits.shared_bytes > before ? (limits.shared_bytes - before) / (threads * value_bytes) : 0;
@@ -47,12 +52,14 @@ inline FitPlan plan_fit(int64_t problems, int64_t values, bool weighted, DeviceL
     const bool few = problems * 4 < 128 * multiprocessors;
     const FitTeam team = few || each > 256 ? FitTeam::kWarp : each > 96 ? FitTeam::kQuarterOfWarp : FitTeam::kEighthOfWarp;
     const unsigned lanes = team == FitTeam::kWarp ? 32 : team == FitTeam::kQuarterOfWarp ? 8 : 4;
-    const unsigned kept = capacity((each + lanes - 1) / lanes, kLaneThreads, 0);
+    const unsigned kept = capacity((each + lanes - 1) / lanes, kLaneThreads, scalars(kLaneThreads));
     const unsigned blocks = grid_size(problems, 1, 1u << 16, kLaneThreads / lanes);
-    return {team, kept, 0, {blocks, kLaneThreads, 1, std::size_t{kept} * kLaneThreads * value_bytes}};
+    return {team, kept, 0, {blocks, kLaneThreads, 1, scalars(kLaneThreads) + std::size_t{kept} * kLaneThreads * value_bytes}};
   }
   // more blocks for a problem while they would have nothing to do otherwise, or where it does not fit
-  const auto before = [&](unsigned cluster) { return cluster_shared_bytes(kThreads, cluster, 2 * kFitNumbers); };
+  const auto before = [&](unsigned cluster) {
+    return cluster_shared_bytes(kThreads, cluster, 2 * kFitNumbers) + scalars(kThreads);
+  };
   const auto share = [&](unsigned cluster) { return (each + int64_t{kThreads} * cluster - 1) / (int64_t{kThreads} * cluster); };
   unsigned cluster = 1;
   while (2 * cluster <= limits.max_cluster && share(cluster) > 8 &&
@@ -62,7 +69,7 @@ inline FitPlan plan_fit(int64_t problems, int64_t values, bool weighted, DeviceL
   const unsigned kept = capacity(share(cluster), kThreads, before(cluster));
   return {FitTeam::kCluster,
           kept,
-          static_cast<unsigned>(before(cluster)),
+          static_cast<unsigned>(before(cluster) - scalars(kThreads)),
           {one_cluster_each("problems", problems, cluster), kThreads, cluster,
            before(cluster) + std::size_t{kept} * kThreads * value_bytes}};
 }

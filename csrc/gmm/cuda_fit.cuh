@@ -7,13 +7,14 @@
 //
 // Bytes: values and weights once, 8 + 8 * 6 of results a problem. Everything else is arithmetic: a value and iteration take
 //   the two log-densities in fp64, their difference d, and the larger of them               11 fp64
-//   e = 2^-|d|, its range reduced in fp64, the rest of it in fp32                            3 fp64, 1 special, 1 conversion
+//   e = 2^-|d|, its range reduced in fp64, a polynomial of the rest in fp32                   3 fp64, 6 fp32, 1 conversion
 //   the smaller responsibility s = e / (1 + e) in fp32, which keeps its relative accuracy,
 //   and the larger as 1 - s in fp64                                                          1 fp64, 1 special, 1 conversion
 //   the moments of both components in fp64                                                   6 fp64
 // and some 20 selects, integer and fp32 instructions: log(1 + e) is taken of the product of many, in fp32.
 // An H200 issues 128 instructions a cycle and multiprocessor, 64 of them fp64, 16 special or conversions.
-// fp32 is good enough there: the errors of e and s are a few 2^-24 of the smaller responsibility, as often up as down.
+// fp32 is good enough there: the errors of e and s are a few 2^-24 of the smaller responsibility, as often up as down, and
+// average out. Where there are so few values that they do not, while EM, leaving a saddle, makes them grow, the E-step is fp64.
 #pragma once
 
 #include "gmm/cuda_posterior.cuh"
@@ -25,6 +26,7 @@ using ::fastkd::gmm::FitKernel;
 using ::fastkd::gmm::FitTeam;
 using ::fastkd::gmm::kFitNumbers;
 
+constexpr double kExactBelow = 32;  // values of a problem
 constexpr double kLn2 = 0.6931471805599453;
 
 FASTKD_DEVICE Moments moments_of(const double* sums) { return {{sums[0], sums[3]}, {sums[1], sums[4]}, {sums[2], sums[5]}}; }
@@ -52,7 +54,7 @@ FASTKD_DEVICE Moments hard_moments(const Values<Group, kWeighted>& values, bool 
 
 // The E-step and the sums of the M-step about `centre`; kAtMeans: which are the means of the mixture.
 template <bool kAtMeans, class Group, bool kWeighted>
-FASTKD_DEVICE Moments soft_moments(const Values<Group, kWeighted>& values, bool wanted, const Densities& in,
+FASTKD_DEVICE Moments soft_moments(const Values<Group, kWeighted>& values, bool wanted, bool exact, const Densities& in,
                                    const double (&centre)[2], Group& group, double* log_likelihood) {
   const double m0 = in.mean[0], m1 = in.mean[1];  // log-densities to base 2
   const double c0 = in.constant[0] * kLog2E, c1 = in.constant[1] * kLog2E;
@@ -62,8 +64,18 @@ FASTKD_DEVICE Moments soft_moments(const Values<Group, kWeighted>& values, bool 
   values.each(wanted, [&](double u, double w) {
     const double t0 = u - m0, t1 = u - m1, q0 = t0 * t0, q1 = t1 * t1;
     const double a0 = c0 - h0 * q0, a1 = c1 - h1 * q1, d = a0 - a1;
-    const float e = power_of_minus(d), one_more = 1.0f + e;
-    const double smaller = static_cast<double>(e * reciprocal(one_more)), larger_one = 1.0 - smaller;
+    float one_more;  // 1 + e
+    double smaller;
+    if (exact) {
+      const double e = device::exp(-magnitude(d) * kLn2);
+      one_more = static_cast<float>(1.0 + e);
+      smaller = e / (1.0 + e);
+    } else {
+      const float e = power_of_minus(d);
+      one_more = 1.0f + e;
+      smaller = static_cast<double>(e * reciprocal(one_more));
+    }
+    const double larger_one = 1.0 - smaller;
     double r0 = d > 0 ? larger_one : smaller, r1 = d > 0 ? smaller : larger_one;
     const double top = d > 0 ? a0 : a1;
     if constexpr (kWeighted) {
@@ -133,23 +145,27 @@ FASTKD_DEVICE Split split_in_two(const Values<Group, kWeighted>& values, bool wa
   return better_split(outer.split, inner.split, low, high);
 }
 
-// One problem; every thread of its group has the result. Threads of the warp that have no problem come along with an extent
-// that is not valid.
+// One problem; its group's first thread writes the results. Threads of the warp that have none come along.
 template <class Group, bool kWeighted>
-FASTKD_DEVICE Result fit_problem(const DeviceFitParams& p, int64_t b, const Extent& extent, Group& group) {
-  Values<Group, kWeighted> values(p, extent, group);
-  Survey survey = values.gather(group);
-  survey.bad_weight |= !extent.valid || negative_start(p, b);
-  Result result;
-  const bool live = can_fit(survey, p.reg_covar, &result);
-  if (!live) values.clear();
-  if (!group.any(live)) return result;
+FASTKD_DEVICE void fit_problem(const DeviceFitParams& p, int64_t b, bool present, Group& group) {
+  const bool writes = present && group.index() == 0;
+  Values<Group, kWeighted> values(p, b, present, group);
+  bool all_finite;
+  const Survey survey = values.gather(group, &all_finite);
+  Result nothing;
+  const bool live = can_fit(survey, p.reg_covar, &nothing);
+  if (!live) {
+    values.clear();
+    if (writes) store_result(p, b, nothing);
+  }
+  if (!group.any(live)) return;
 
   const Frame frame = frame_of(survey.low, survey.high, square_root(p.reg_covar), p.normalize);
   const double low = frame.enter(survey.low), high = frame.enter(survey.high);
   double total[2];
-  values.enter(frame, survey.largest_weight, total, group);
+  values.enter({frame, survey.low, survey.high, survey.largest_weight}, total, group);
   const Regularisation reg = regularisation(frame, survey.low, survey.high, p.reg_covar, p.normalize, total[0] / survey.kept);
+  const bool exact = survey.kept < kExactBelow;
 
   Mixture mixture{};
   const bool fresh = live && !start_from(p, b, frame, reg, &mixture);
@@ -160,37 +176,36 @@ FASTKD_DEVICE Result fit_problem(const DeviceFitParams& p, int64_t b, const Exte
     if (fresh) mixture = hard;
   }
   Progress progress;
-  while (group.any(live && progress.active(p))) {
-    const bool active = live && progress.active(p);
+  bool active = live;
+  while (group.any(active)) {
     const Densities current = densities(mixture);
     double log_likelihood, again;
     bool cancelled;
-    Mixture next = maximise(soft_moments<true>(values, active, current, current.mean, group, &log_likelihood), current.mean, reg,
-                            &cancelled);
+    mixture = maximise(soft_moments<true>(values, active, exact, current, current.mean, group, &log_likelihood), current.mean,
+                       reg, &cancelled);
     if (group.any(active && cancelled)) {
-      const double centre[2] = {next.mean[0], next.mean[1]};
+      const double centre[2] = {mixture.mean[0], mixture.mean[1]};
       bool still;
       const Mixture better =
-          maximise(soft_moments<false>(values, active && cancelled, current, centre, group, &again), centre, reg, &still);
-      if (cancelled) next = better;
+          maximise(soft_moments<false>(values, active && cancelled, exact, current, centre, group, &again), centre, reg, &still);
+      if (cancelled) mixture = better;
     }
-    if (active) {
-      mixture = next;
-      progress.advance(p, log_likelihood / total[0]);
-    }
+    if (!active) continue;
+    progress.advance(p, log_likelihood / total[0]);
+    active = progress.active(p);
+    if (active || !writes) continue;
+    const Scalars scalars = values.scalars();
+    store_result(p, b, result_of(mixture, progress, scalars.frame, scalars.low, scalars.high, all_finite));
   }
-  return live ? result_of(mixture, progress, survey, frame, extent.size) : result;
 }
 
 // inspect: anywhere fit_problems<*> loads=32
 template <class Group, bool kWeighted>
-FASTKD_KERNEL(Group::kWholeCluster ? kThreads : ::fastkd::gmm::kLaneThreads, Group::kWholeCluster ? 1 : 4)
+FASTKD_KERNEL(::fastkd::gmm::fit_threads(Group::kWholeCluster), Group::kWholeCluster ? 1 : kWeighted ? 3 : 4)
 fit_problems(const DeviceFitParams p) {
   each_row<Group>(p.layout.problems, [&](int64_t index, Group& group) {
     const bool present = index < p.layout.problems;
-    const int64_t b = present ? index : 0;
-    const Result result = fit_problem<Group, kWeighted>(p, b, present ? extent_of(p.layout, b) : Extent{}, group);
-    if (present && group.index() == 0) store_result(p, b, result);
+    fit_problem<Group, kWeighted>(p, present ? index : 0, present, group);
   });
 }
 

@@ -7,7 +7,17 @@ namespace fastkd::FASTKD_ISA::gmm {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-// 2^-|x|, relative error a few 2^-24; 0 below 2^-126
+// 2^x for |x| <= 1/2: a polynomial of relative error 2e-9, so that what counts is the rounding of its last step, 2^-24; the
+// special unit's 2^x errs by up to 2^-22.
+FASTKD_DEVICE float exp2_near_0(float x) {
+  constexpr float c[] = {1.0f, 0.6931471825f, 0.2402264774f, 0.0555033237f, 0.0096184369f, 0.0013398873853f, 0.0001535336196f};
+  float p = c[6];
+#pragma unroll
+  for (int k = 5; k >= 0; --k) p = p * x + c[k];
+  return p;
+}
+
+// 2^-|x|, relative error 2^-23; 0 below 2^-126
 FASTKD_DEVICE float power_of_minus(double x) {
   constexpr double kRound = 0x1.8p52;  // added, it leaves the nearest integer in the lowest bits
   const double exponent = -magnitude(x), clamped = exponent > -126.0 ? exponent : -126.0;

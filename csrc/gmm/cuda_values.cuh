@@ -65,40 +65,43 @@ FASTKD_DEVICE void read(Dtype dtype, const void* data, int64_t first, int64_t st
   }
 }
 
-template <class Group>
-FASTKD_DEVICE unsigned block_threads() {
-  return Group::kWholeCluster ? kThreads : ::fastkd::gmm::kLaneThreads;
-}
+// What a thread needs of its problem once or never stays in shared memory, too, out of the registers of the sweeps.
+struct Scalars {
+  Frame frame;
+  double low, high;  // of the values
+  double largest_weight;
+};
 
 template <class Group, bool kWeighted>
 class Values {
  public:
-  FASTKD_DEVICE Values(const DeviceFitParams& params, const Extent& extent, const Group& group)
+  // Of problem b, or of none.
+  FASTKD_DEVICE Values(const DeviceFitParams& params, int64_t b, bool present, const Group& group)
       : p_(params),
-        end_(extent.begin + extent.size),
-        first_(extent.begin + group.index()),
-        to_weight_(extent.packed_begin - extent.begin),
+        b_(present ? b : -1),
+        index_(group.index()),
         step_(group.size()),
-        rest_(end_),
-        u_(params.values_offset, params.capacity * block_threads<Group>()),
-        w_(params.values_offset + params.capacity * block_threads<Group>() * 8, params.capacity * block_threads<Group>()) {}
+        scalars_(params.scalars_offset, ::fastkd::gmm::kFitScalars * kBlock),
+        u_(params.scalars_offset + ::fastkd::gmm::kFitScalars * kBlock * 8, params.capacity * kBlock),
+        w_(params.scalars_offset + (::fastkd::gmm::kFitScalars + params.capacity) * kBlock * 8, params.capacity * kBlock) {}
 
   // Keeps what takes part, and looks at it all.
-  FASTKD_DEVICE Survey gather(Group& group) {
+  FASTKD_DEVICE Survey gather(Group& group, bool* all_finite) {
     constexpr int kAhead = 4;
-    const unsigned capacity = p_.capacity * block_threads<Group>() + thread_index();
+    const Extent extent = this->extent();
+    const unsigned capacity = p_.capacity * kBlock + thread_index();
     Survey survey;
     int64_t finite = 0, heavy = 0;
     double bad = 0;
     unsigned slot = thread_index();
     group.arrive();
-    for (int64_t first = first_; first < end_; first += kAhead * step_) {
+    for (int64_t first = index_; first < extent.size; first += int64_t{kAhead} * step_) {
       double x[kAhead], w[kAhead];
-      load(first, x, w);
+      load(extent, first, x, w);
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
-        const int64_t i = first + k * step_;
-        if (i >= end_) break;
+        const int64_t i = first + int64_t{k} * step_;
+        if (i >= extent.size) break;
         if (kWeighted && !(w[k] >= 0 && w[k] <= kLargest)) bad = 1;
         if (!is_finite(x[k])) continue;
         ++finite;
@@ -110,7 +113,7 @@ class Values {
         if (slot < capacity) {
           u_.store(slot, x[k]);
           if constexpr (kWeighted) w_.store(slot, w[k]);
-          slot += block_threads<Group>();
+          slot += kBlock;
         } else if (i < rest_) {
           rest_ = i;
         }
@@ -122,22 +125,26 @@ class Values {
     group.reduce(extremes, Max{});
     double sums[3] = {static_cast<double>(finite), static_cast<double>(heavy), bad};
     group.reduce(sums, Sum{});
-    return {-extremes[0], extremes[1], extremes[2], sums[0], sums[1], sums[2] > 0};
+    const bool invalid = !extent.valid || sums[2] > 0 || (b_ >= 0 && negative_start(p_, b_));
+    *all_finite = sums[0] == static_cast<double>(extent.size);
+    return {-extremes[0], extremes[1], extremes[2], sums[0], sums[1], invalid};
   }
 
   // Nothing takes part any more.
   FASTKD_DEVICE void clear() {
     slots_ = 0;
-    rest_ = end_;
+    rest_ = kNone;
   }
 
   // Into the frame, weights to at most 1. total: the sum of weights and of w u.
-  FASTKD_DEVICE void enter(const Frame& frame, double largest_weight, double (&total)[2], Group& group) {
-    frame_ = frame;
-    largest_weight_ = largest_weight;
+  FASTKD_DEVICE void enter(const Scalars& scalars, double (&total)[2], Group& group) {
+    const Frame& frame = scalars.frame;
+    const double numbers[] = {frame.scale, frame.shift, frame.gain, scalars.low, scalars.high, scalars.largest_weight};
+#pragma unroll
+    for (unsigned i = 0; i < ::fastkd::gmm::kFitScalars; ++i) scalars_.store(i * kBlock + thread_index(), numbers[i]);
     total[0] = total[1] = 0;
-    for (unsigned slot = thread_index(); slot < slots_; slot += block_threads<Group>()) {
-      const double u = frame.enter(u_.load(slot)), w = kWeighted ? w_.load(slot) / largest_weight : 1.0;
+    for (unsigned slot = thread_index(); slot < slots_; slot += kBlock) {
+      const double u = frame.enter(u_.load(slot)), w = kWeighted ? w_.load(slot) / scalars.largest_weight : 1.0;
       u_.store(slot, u);
       if constexpr (kWeighted) w_.store(slot, w);
       total[0] += w;
@@ -150,23 +157,35 @@ class Values {
     group.reduce(total, Sum{});
   }
 
+  FASTKD_DEVICE Scalars scalars() const {
+    const auto load = [&](unsigned i) { return scalars_.load(i * kBlock + thread_index()); };
+    return {{load(0), load(1), load(2)}, load(3), load(4), load(5)};
+  }
+
   // body(u, w) for each value of this thread; for none where not wanted
   template <typename Body>
   FASTKD_DEVICE void each(bool wanted, const Body& body) const {
     if (!wanted) return;
 #pragma unroll 2
-    for (unsigned slot = thread_index(); slot < slots_; slot += block_threads<Group>()) {
+    for (unsigned slot = thread_index(); slot < slots_; slot += kBlock) {
       body(u_.load(slot), kWeighted ? w_.load(slot) : 1.0);
     }
     each_again(body);
   }
 
  private:
+  static constexpr unsigned kBlock = ::fastkd::gmm::fit_threads(Group::kWholeCluster);
+  static constexpr int64_t kNone = INT64_MAX;
+
+  FASTKD_DEVICE Extent extent() const { return b_ < 0 ? Extent{} : extent_of(p_.layout, b_); }
+
   template <int N>
-  FASTKD_DEVICE void load(int64_t first, double (&x)[N], double (&w)[N]) const {
-    read(p_.dtype, p_.values, first, step_, end_, x);
+  FASTKD_DEVICE void load(const Extent& extent, int64_t first, double (&x)[N], double (&w)[N]) const {
+    const int64_t from = extent.begin + first, end = extent.begin + extent.size;
+    read(p_.dtype, p_.values, from, step_, end, x);
     if constexpr (kWeighted) {
-      read(p_.weight_dtype, p_.sample_weight, first + to_weight_, step_, end_ + to_weight_, w);
+      const int64_t to_weight = extent.packed_begin - extent.begin;
+      read(p_.weight_dtype, p_.sample_weight, from + to_weight, step_, end + to_weight, w);
     } else {
 #pragma unroll
       for (int k = 0; k < N; ++k) w[k] = 1.0;
@@ -176,23 +195,23 @@ class Values {
   // the same for those that found no room
   template <typename Body>
   FASTKD_DEVICE void each_again(const Body& body) const {
+    if (rest_ == kNone) return;
+    const Extent extent = this->extent();
+    const Scalars scalars = this->scalars();
 #pragma unroll 1
-    for (int64_t i = rest_; i < end_; i += step_) {
+    for (int64_t i = rest_; i < extent.size; i += step_) {
       double x[1], w[1];
-      load(i, x, w);
-      if (is_finite(x[0]) && w[0] > 0) body(frame_.enter(x[0]), kWeighted ? w[0] / largest_weight_ : 1.0);
+      load(extent, i, x, w);
+      if (is_finite(x[0]) && w[0] > 0) body(scalars.frame.enter(x[0]), kWeighted ? w[0] / scalars.largest_weight : 1.0);
     }
   }
 
   const DeviceFitParams& p_;
-  int64_t end_, first_;
-  int64_t to_weight_;  // from a value's index to its weight's
-  int64_t step_;
-  int64_t rest_;        // the first value for which there was no room
-  unsigned slots_ = 0;  // where this thread's slots end
-  Shared<double> u_, w_;
-  Frame frame_{};
-  double largest_weight_ = 1;
+  int64_t b_;
+  unsigned index_, step_;
+  int64_t rest_ = kNone;  // the first value for which there was no room
+  unsigned slots_ = 0;    // where this thread's slots end
+  Shared<double> scalars_, u_, w_;
 };
 
 }  // namespace fastkd::FASTKD_ISA::gmm

@@ -126,11 +126,11 @@ struct Progress {
 };
 
 // In the units of the values, the component of lower mean first.
-FASTKD_HOST_DEVICE Result result_of(const Mixture& mixture, const Progress& progress, const Survey& survey, const Frame& frame,
-                                    int64_t values) {
+FASTKD_HOST_DEVICE Result result_of(const Mixture& mixture, const Progress& progress, const Frame& frame, double low, double high,
+                                    bool all_finite) {
   Result result;
   const bool in_order = mixture.mean[0] <= mixture.mean[1];
-  const double bounds = larger(magnitude(survey.low), magnitude(survey.high));
+  const double bounds = larger(magnitude(low), magnitude(high));
   for (int k = 0; k < 2; ++k) {
     const auto component = [&](const double (&pair)[2]) { return in_order ? pair[k] : pair[1 - k]; };
     result.weight[k] = component(mixture.weight);
@@ -139,9 +139,7 @@ FASTKD_HOST_DEVICE Result result_of(const Mixture& mixture, const Progress& prog
   }
   result.iterations = progress.iterations;
   result.log_likelihood = progress.bound + frame.log_jacobian();
-  result.status = survey.finite < double(values) ? Status::kNonFinite
-                  : progress.converged           ? Status::kConverged
-                                                 : Status::kMaxIter;
+  result.status = !all_finite ? Status::kNonFinite : progress.converged ? Status::kConverged : Status::kMaxIter;
   return result;
 }
 

@@ -142,12 +142,6 @@ template <typename T>
 Compute<T> exp_of(Compute<T> x) {
   return sizeof(T) == 2 ? std::exp2(x * Compute<T>(1.4426950408889634)) : std::exp(x);
 }
-// as inexact as a GPU's may be, up or down by bits of x
-inline float exp2_near_0(float x) {
-  unsigned bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return std::exp2(x) * (bits * 0x9e3779b9u >> 31 != 0 ? 1 + 0x1p-22f : 1 - 0x1p-22f);
-}
 template <typename S>
 S exp(S x) {
   return std::exp(x);
