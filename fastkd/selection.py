@@ -23,7 +23,7 @@ __all__ = ["FitStatus", "TwoGaussianMixture", "select_clean"]
 
 
 class FitStatus(enum.IntEnum):
-    """How a fit ended. CONSTANT and TOO_FEW go before NON_FINITE, and that goes before CONVERGED and MAX_ITER.
+    """How a fit ended. INVALID goes before CONSTANT and TOO_FEW, these before NON_FINITE, before CONVERGED and MAX_ITER.
 
     Values take part in a fit when they are finite and their sample weight is positive. Whatever the status,
     non-finite values have posterior 0 and are never selected.
@@ -34,6 +34,9 @@ class FitStatus(enum.IntEnum):
     CONSTANT = 2  #: the values that take part are all equal: every finite value is selected, with posterior 1
     TOO_FEW = 3  #: fewer than two values take part: with one every finite value is selected, with none nothing is
     NON_FINITE = 4  #: fitted without the NaN or infinite values among them
+    #: on a GPU only, where the CPU raises: a sample weight that is not finite or negative, negative initial parameters,
+    #: lengths or offsets out of range; weights and means are 0, nothing is selected
+    INVALID = 5
 
 
 class TwoGaussianMixture:
@@ -102,7 +105,7 @@ class TwoGaussianMixture:
 
         Raises:
             ValueError, TypeError, RuntimeError: shapes or dtypes that do not fit, lengths or offsets out of range,
-                a negative sample weight.
+                a negative sample weight; on a GPU numbers in tensors never raise, see FitStatus.INVALID.
         """
         data = _tensor(values)
         if data.dim() == 2 and data.shape[1] == 1 and data.shape[0] > 1:
@@ -117,7 +120,7 @@ class TwoGaussianMixture:
             start = (weights, means, variances.double().abs().sqrt().copysign(variances))  # the sign is checked below
         elif self.warm_start and self._mixtures is not None:
             last = self._mixtures
-            fitted = ((last.status != FitStatus.CONSTANT) & (last.status != FitStatus.TOO_FEW))[:, None]
+            fitted = (last.iterations > 0)[:, None]
             start = (last.weights, last.means.where(fitted, torch.nan), last.deviations)
         self._mixtures = _ops.gmm_fit(
             data,
@@ -166,7 +169,7 @@ class TwoGaussianMixture:
 
     @property
     def weights_(self) -> Tensor:
-        """Weights, ``[B, 2]``; (1, 0) for CONSTANT and for TOO_FEW with one value, (0, 0) without any."""
+        """Weights, ``[B, 2]``; (1, 0) for CONSTANT and for TOO_FEW with one value, (0, 0) without any and for INVALID."""
         return self._attribute("weights")
 
     @property
@@ -186,7 +189,7 @@ class TwoGaussianMixture:
 
     @property
     def n_iter_(self) -> Tensor:
-        """EM iterations, int64 ``[B]``; 0 for CONSTANT and TOO_FEW."""
+        """EM iterations, int64 ``[B]``; 0 for CONSTANT, TOO_FEW and INVALID."""
         return self._attribute("iterations")
 
     @property
@@ -241,19 +244,17 @@ def select_clean(
         mask: bool, the shape of losses; posterior: float32 (float64 for float64 losses), the same shape. Equal losses
         are all selected; see :class:`FitStatus` for this and the other special cases.
     """
-    losses, lengths, offsets = _tensor(losses), _optional(lengths), _optional(offsets)
-    mixtures = _ops.gmm_fit(
-        losses,
+    posterior, mask = _ops.gmm_select(
+        _tensor(losses),
         sample_weight=_optional(sample_weight),
-        lengths=lengths,
-        offsets=offsets,
+        lengths=_optional(lengths),
+        offsets=_optional(offsets),
         normalize=normalize,
         max_iter=max_iter,
         tol=tol,
         reg_covar=reg_covar,
-    )
-    posterior, mask = _ops.gmm_posterior(
-        losses, mixtures, lengths=lengths, offsets=offsets, monotone=monotone, threshold=threshold
+        monotone=monotone,
+        threshold=threshold,
     )
     return mask, posterior
 

@@ -81,6 +81,12 @@ def fixed_order(backend: str) -> bool:
     return backend.startswith("cpu-")
 
 
+@pytest.fixture
+def few(backend: str) -> bool:
+    """Whether threads are emulated, each step of them 100 ns or more: a part of a large input must do."""
+    return backend.startswith("emulated-")
+
+
 @pytest.fixture(params=_CPU)
 def cpu(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """The CPU alone, with each instruction set: for tests of its threads."""

@@ -16,6 +16,7 @@ from fastkd import _C, TwoGaussianMixture, build_info, select_clean
 from fastkd.ops import gmm as ops
 from fastkd.selection import FitStatus
 
+pytestmark = pytest.mark.cuda_kernels
 NAN, INF = math.nan, math.inf
 LARGEST, SMALLEST = 1.7976931348623157e308, 5e-324
 
@@ -230,6 +231,7 @@ def test_opcheck(device: torch.device, case: int) -> None:
     torch.library.opcheck(torch.ops.fastkd.gmm_fit.default, arguments)
     parameters = torch.ops.fastkd.gmm_fit.default(*arguments)[:3]
     torch.library.opcheck(torch.ops.fastkd.gmm_posterior.default, (*arguments[:3], *parameters, case % 2 == 1, 0.5))
+    torch.library.opcheck(torch.ops.fastkd.gmm_select.default, (*arguments[:4], *arguments[7:], case % 2 == 1, 0.5))
 
 
 def test_compiles_as_one_graph(device: torch.device) -> None:
@@ -343,6 +345,7 @@ def test_errors(name: str) -> None:
 
 def test_operator_errors() -> None:
     fit, posterior = torch.ops.fastkd.gmm_fit.default, torch.ops.fastkd.gmm_posterior.default
+    select = torch.ops.fastkd.gmm_select.default
     x, pair = torch.rand(2, 6), torch.rand(2, 2, dtype=torch.float64)
     none = (None, None, None)
     for call, message in (
@@ -361,6 +364,8 @@ def test_operator_errors() -> None:
         (lambda: posterior(x, None, None, pair, pair, pair.float(), False, 0.5), "deviations has dtype float32"),
         (lambda: posterior(x, None, None, pair, pair, pair, False, NAN), "threshold is nan"),
         (lambda: posterior(x[0], None, None, pair, pair, pair, False, 0.5), r"values has shape \(6,\)"),
+        (lambda: select(x, None, None, None, False, 10, 0.0, 0.0, False, 2.0), "threshold is 2"),
+        (lambda: select(x, None, None, x[:1], False, 10, 0.0, 0.0, False, 0.5), r"sample_weight has shape \(1, 6\)"),
     ):
         with pytest.raises(RuntimeError, match="fastkd: " + message):
             call()

@@ -126,11 +126,21 @@ std::tuple<Tensor, Tensor> gmm_posterior(Tensor values, std::optional<Tensor> of
   return {in.posterior, in.mask};
 }
 
+std::tuple<Tensor, Tensor> gmm_select(Tensor values, std::optional<Tensor> offsets, std::optional<Tensor> lengths,
+                                      std::optional<Tensor> sample_weight, bool normalize, int64_t max_iter, double tol,
+                                      double reg_covar, bool monotone, double threshold) {
+  check_threshold(threshold);
+  const auto fit = gmm_fit(values, offsets, lengths, sample_weight, std::nullopt, std::nullopt, std::nullopt, normalize, max_iter,
+                           tol, reg_covar);
+  return gmm_posterior(values, offsets, lengths, std::get<0>(fit), std::get<1>(fit), std::get<2>(fit), monotone, threshold);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("gmm_fit", TORCH_BOX(&gmm_fit));
   m.impl("gmm_posterior", TORCH_BOX(&gmm_posterior));
+  m.impl("gmm_select", TORCH_BOX(&gmm_select));
 }
 
 }  // namespace fastkd::gmm

@@ -116,6 +116,20 @@ auto posterior_kernel(Dtype dtype) -> void (*)(DevicePosteriorParams) {
   }
 }
 
+void launch_fit(const DeviceContext& context, DeviceFitParams params) {
+  const Layout& layout = params.layout;
+  if (layout.problems == 0) return;
+  const bool weighted = params.sample_weight != nullptr;
+  const FitPlan plan = plan_fit(layout.problems, layout.elements, weighted, context.limits());
+  params.capacity = plan.capacity;
+  params.scalars_offset = plan.scalars_offset;
+  context.launch("gmm_fit", weighted ? weighted_fit_kernel(plan.team) : plain_fit_kernel(plan.team), plan.geometry, params);
+}
+
+auto fresh_on(const DeviceContext& context) {
+  return [&context](std::initializer_list<int64_t> shape, ScalarType type) { return context.empty(shape, type); };
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gmm_fit(
     Tensor values, std::optional<Tensor> offsets, std::optional<Tensor> lengths, std::optional<Tensor> sample_weight,
     std::optional<Tensor> init_weights, std::optional<Tensor> init_means, std::optional<Tensor> init_deviations, bool normalize,
@@ -123,14 +137,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gmm_fit(
   Fit in{values, offsets, lengths, sample_weight, init_weights, init_means, init_deviations};
   in.check(normalize, max_iter, tol, reg_covar);
   const DeviceContext context(in.values);
-  in.make_outputs([&](std::initializer_list<int64_t> shape, ScalarType type) { return context.empty(shape, type); });
-  const Layout& layout = in.params.layout;
-  if (layout.problems > 0) {
-    const bool weighted = in.params.sample_weight != nullptr;
-    const FitPlan plan = plan_fit(layout.problems, layout.elements, weighted, context.limits());
-    context.launch("gmm_fit", weighted ? weighted_fit_kernel(plan.team) : plain_fit_kernel(plan.team), plan.geometry,
-                   DeviceFitParams{in.params, plan.capacity, plan.scalars_offset});
-  }
+  in.make_outputs(fresh_on(context));
+  launch_fit(context, DeviceFitParams{in.params});
   return in.outputs();
 }
 
@@ -139,7 +147,7 @@ std::tuple<Tensor, Tensor> gmm_posterior(Tensor values, std::optional<Tensor> of
   Posterior in{values, offsets, lengths, weights, means, deviations};
   in.check(monotone, threshold);
   const DeviceContext context(in.values);
-  in.make_outputs([&](std::initializer_list<int64_t> shape, ScalarType type) { return context.empty(shape, type); });
+  in.make_outputs(fresh_on(context));
   if (in.params.layout.elements > 0) {
     const int64_t pack = 16 / static_cast<int64_t>(in.values.element_size());
     const PosteriorPlan plan = plan_posterior(in.params.layout.elements, pack, context.limits());
@@ -149,11 +157,36 @@ std::tuple<Tensor, Tensor> gmm_posterior(Tensor values, std::optional<Tensor> of
   return {in.posterior, in.mask};
 }
 
+// Rows in one launch. Problems given by offsets in two: where offsets are wrong, an element may belong to no problem, and only
+// gmm_posterior, which goes by elements, reaches it.
+std::tuple<Tensor, Tensor> gmm_select(Tensor values, std::optional<Tensor> offsets, std::optional<Tensor> lengths,
+                                      std::optional<Tensor> sample_weight, bool normalize, int64_t max_iter, double tol,
+                                      double reg_covar, bool monotone, double threshold) {
+  check_threshold(threshold);
+  Fit in{values, offsets, lengths, sample_weight, std::nullopt, std::nullopt, std::nullopt};
+  in.check(normalize, max_iter, tol, reg_covar);
+  const DeviceContext context(in.values);
+  if (in.offsets.has_value()) {
+    in.make_outputs(fresh_on(context));
+    launch_fit(context, DeviceFitParams{in.params});
+    return gmm_posterior(in.values, in.offsets, lengths, in.weights, in.means, in.deviations, monotone, threshold);
+  }
+  auto [posterior, mask] = posterior_and_mask(in.values, in.params.layout, fresh_on(context));
+  DeviceFitParams params{in.params};
+  params.posterior = posterior.mutable_data_ptr();
+  params.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
+  params.monotone = monotone;
+  params.threshold = threshold;
+  if (in.params.layout.elements > 0) launch_fit(context, params);
+  return {posterior, mask};
+}
+
 }  // namespace
 
 FASTKD_CUDA_IMPL(m) {
   m.impl("gmm_fit", TORCH_BOX(&gmm_fit));
   m.impl("gmm_posterior", TORCH_BOX(&gmm_posterior));
+  m.impl("gmm_select", TORCH_BOX(&gmm_select));
 }
 
 }  // namespace fastkd::gmm

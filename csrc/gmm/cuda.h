@@ -9,8 +9,13 @@
 namespace fastkd::gmm {
 
 struct DeviceFitParams : FitParams {
-  unsigned capacity;        // values that a thread keeps in shared memory
-  unsigned scalars_offset;  // bytes of shared memory before the scalars of each thread; behind them its values
+  unsigned capacity = 0;        // values that a thread keeps in shared memory
+  unsigned scalars_offset = 0;  // bytes of shared memory before the scalars of each thread; behind them its values
+  // gmm_select of rows: all that is wanted, and weights are null
+  void* posterior = nullptr;
+  uint8_t* mask = nullptr;
+  bool monotone = false;
+  double threshold = 0;
 };
 
 // Who works on a problem.

@@ -17,7 +17,6 @@
 // average out. Where there are so few values that they do not, while EM, leaving a saddle, makes them grow, the E-step is fp64.
 #pragma once
 
-#include "gmm/cuda_posterior.cuh"
 #include "gmm/cuda_values.cuh"
 
 namespace fastkd::FASTKD_ISA::gmm {
@@ -145,36 +144,10 @@ FASTKD_DEVICE Split split_in_two(const Values<Group, kWeighted>& values, bool wa
   return better_split(outer.split, inner.split, low, high);
 }
 
-// One problem; its group's first thread writes the results. Threads of the warp that have none come along.
-template <class Group, bool kWeighted>
-FASTKD_DEVICE void fit_problem(const DeviceFitParams& p, int64_t b, bool present, Group& group) {
-  const bool writes = present && group.index() == 0;
-  Values<Group, kWeighted> values(p, b, present, group);
-  bool all_finite;
-  const Survey survey = values.gather(group, &all_finite);
-  Result nothing;
-  const bool live = can_fit(survey, p.reg_covar, &nothing);
-  if (!live) {
-    values.clear();
-    if (writes) store_result(p, b, nothing);
-  }
-  if (!group.any(live)) return;
-
-  const Frame frame = frame_of(survey.low, survey.high, square_root(p.reg_covar), p.normalize);
-  const double low = frame.enter(survey.low), high = frame.enter(survey.high);
-  double total[2];
-  values.enter({frame, survey.low, survey.high, survey.largest_weight}, total, group);
-  const Regularisation reg = regularisation(frame, survey.low, survey.high, p.reg_covar, p.normalize, total[0] / survey.kept);
-  const bool exact = survey.kept < kExactBelow;
-
-  Mixture mixture{};
-  const bool fresh = live && !start_from(p, b, frame, reg, &mixture);
-  if (group.any(fresh)) {
-    bool cancelled;
-    const Split split = split_in_two(values, fresh, low, high, total, group);
-    const Mixture hard = maximise(hard_moments(values, fresh, split, group), split.centre, reg, &cancelled);
-    if (fresh) mixture = hard;
-  }
+// The EM iterations from a mixture on. done(mixture, progress) once for each problem that is live.
+template <class Group, bool kWeighted, typename Done>
+FASTKD_DEVICE void iterate(const DeviceFitParams& p, const Values<Group, kWeighted>& values, bool live, bool exact, double weight,
+                           const Regularisation& reg, Mixture mixture, Group& group, const Done& done) {
   Progress progress;
   bool active = live;
   while (group.any(active)) {
@@ -191,17 +164,59 @@ FASTKD_DEVICE void fit_problem(const DeviceFitParams& p, int64_t b, bool present
       if (cancelled) mixture = better;
     }
     if (!active) continue;
-    progress.advance(p, log_likelihood / total[0]);
+    progress.advance(p, log_likelihood / weight);
     active = progress.active(p);
-    if (active || !writes) continue;
-    const Scalars scalars = values.scalars();
-    store_result(p, b, result_of(mixture, progress, scalars.frame, scalars.low, scalars.high, all_finite));
+    if (!active) done(mixture, progress);
   }
+}
+
+// One problem, or none: threads of the warp that have none come along. Its group's first thread writes the parameters.
+template <class Group, bool kWeighted>
+FASTKD_DEVICE void fit_problem(const DeviceFitParams& p, int64_t b, bool present, Group& group) {
+  Values<Group, kWeighted> values(p, b, present, group);
+  const auto finish = [&](const Result& result) {
+    if (p.posterior != nullptr) {
+      values.finish(result);
+    } else if (present && group.index() == 0) {
+      store_result(p, b, result);
+    }
+  };
+  bool all_finite;
+  const Survey survey = values.gather(group, &all_finite);
+  Result nothing;
+  const bool live = can_fit(survey, p.reg_covar, &nothing);
+  if (!live) {
+    values.clear();
+    finish(nothing);
+  }
+  if (group.any(live)) {
+    const Frame frame = live ? frame_of(survey.low, survey.high, square_root(p.reg_covar), p.normalize) : Frame{1, 0, 1};
+    const double low = frame.enter(survey.low), high = frame.enter(survey.high);
+    double total[2];
+    values.enter(live, {frame, survey.low, survey.high, survey.largest_weight}, total, group);
+    const Regularisation reg = regularisation(frame, survey.low, survey.high, p.reg_covar, p.normalize, total[0] / survey.kept);
+    Mixture mixture{};
+    const bool fresh = live && !start_from(p, b, frame, reg, &mixture);
+    if (group.any(fresh)) {
+      bool cancelled;
+      const Split split = split_in_two(values, fresh, low, high, total, group);
+      const Mixture hard = maximise(hard_moments(values, fresh, split, group), split.centre, reg, &cancelled);
+      if (fresh) mixture = hard;
+    }
+    iterate(p, values, live, survey.kept < kExactBelow, total[0], reg, mixture, group,
+            [&](const Mixture& fitted, const Progress& progress) {
+              const Scalars scalars = values.scalars();
+              finish(result_of(fitted, progress, scalars.frame, scalars.low, scalars.high, all_finite));
+            });
+  }
+  if (p.posterior != nullptr) values.select();
 }
 
 // inspect: anywhere fit_problems<*> loads=32
 template <class Group, bool kWeighted>
-FASTKD_KERNEL(::fastkd::gmm::fit_threads(Group::kWholeCluster), Group::kWholeCluster ? 1 : kWeighted ? 3 : 4)
+FASTKD_KERNEL(::fastkd::gmm::fit_threads(Group::kWholeCluster), Group::kWholeCluster ? 1
+                                                                : kWeighted          ? 3
+                                                                                     : 4)
 fit_problems(const DeviceFitParams p) {
   each_row<Group>(p.layout.problems, [&](int64_t index, Group& group) {
     const bool present = index < p.layout.problems;

@@ -1,9 +1,39 @@
-// The posterior of the low component on the GPU.
+// Where a problem lies, and the posterior of its low component, on the GPU.
 #pragma once
 
-#include "gmm/cuda_values.cuh"
+#include <cstring>
+
+#include "common/device.cuh"
+#include "gmm/cuda.h"
+#include "gmm/fit.h"
 
 namespace fastkd::FASTKD_ISA::gmm {
+
+using namespace device;
+using namespace gmm_math;
+using ::fastkd::gmm::Layout;
+
+// Where a problem lies; nothing, and not valid, where offsets or lengths are not what the CPU would take.
+struct Extent {
+  int64_t begin = 0;         // in the values
+  int64_t packed_begin = 0;  // in packed tensors
+  int64_t size = 0;
+  bool valid = false;
+};
+
+FASTKD_DEVICE Extent extent_of(const Layout& layout, int64_t b) {
+  if (layout.offsets == nullptr) {
+    const int64_t size = layout.lengths != nullptr ? layout.lengths[b] : layout.columns;
+    if (size < 0 || size > layout.columns) return {};
+    return {b * layout.stride, b * layout.columns, size, true};
+  }
+  const int64_t begin = layout.offsets[b], end = layout.offsets[b + 1];
+  if (begin < 0 || begin > end || end > layout.elements) return {};
+  if ((b == 0 && begin != 0) || (b == layout.problems - 1 && end != layout.elements)) return {};
+  return {begin, begin, end - begin, true};
+}
+
+FASTKD_DEVICE bool is_finite(double x) { return x - x == 0.0; }
 
 constexpr double kLog2E = 1.4426950408889634;
 

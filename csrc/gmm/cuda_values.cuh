@@ -5,41 +5,13 @@
 // of weight 0) is squeezed out. Values for which there is no room are read again, and tested again, in every sweep.
 #pragma once
 
-#include <cstring>
-
 #include "common/device.cuh"
 #include "common/reduce.cuh"
-#include "gmm/cuda.h"
-#include "gmm/fit.h"
+#include "gmm/cuda_posterior.cuh"
 
 namespace fastkd::FASTKD_ISA::gmm {
 
-using namespace device;
-using namespace gmm_math;
 using ::fastkd::gmm::DeviceFitParams;
-using ::fastkd::gmm::Layout;
-
-// Where a problem lies; nothing, and not valid, where offsets or lengths are not what the CPU would take.
-struct Extent {
-  int64_t begin = 0;         // in the values
-  int64_t packed_begin = 0;  // in packed tensors
-  int64_t size = 0;
-  bool valid = false;
-};
-
-FASTKD_DEVICE Extent extent_of(const Layout& layout, int64_t b) {
-  if (layout.offsets == nullptr) {
-    const int64_t size = layout.lengths != nullptr ? layout.lengths[b] : layout.columns;
-    if (size < 0 || size > layout.columns) return {};
-    return {b * layout.stride, b * layout.columns, size, true};
-  }
-  const int64_t begin = layout.offsets[b], end = layout.offsets[b + 1];
-  if (begin < 0 || begin > end || end > layout.elements) return {};
-  if ((b == 0 && begin != 0) || (b == layout.problems - 1 && end != layout.elements)) return {};
-  return {begin, begin, end - begin, true};
-}
-
-FASTKD_DEVICE bool is_finite(double x) { return x - x == 0.0; }
 
 // Elements `first`, `first + step`, ... before `end` of a tensor of any dtype; NaN beyond.
 template <typename T, int N>
@@ -137,11 +109,9 @@ class Values {
   }
 
   // Into the frame, weights to at most 1. total: the sum of weights and of w u.
-  FASTKD_DEVICE void enter(const Scalars& scalars, double (&total)[2], Group& group) {
+  FASTKD_DEVICE void enter(bool live, const Scalars& scalars, double (&total)[2], Group& group) {
     const Frame& frame = scalars.frame;
-    const double numbers[] = {frame.scale, frame.shift, frame.gain, scalars.low, scalars.high, scalars.largest_weight};
-#pragma unroll
-    for (unsigned i = 0; i < ::fastkd::gmm::kFitScalars; ++i) scalars_.store(i * kBlock + thread_index(), numbers[i]);
+    if (live) keep({frame.scale, frame.shift, frame.gain, scalars.low, scalars.high, scalars.largest_weight});
     total[0] = total[1] = 0;
     for (unsigned slot = thread_index(); slot < slots_; slot += kBlock) {
       const double u = frame.enter(u_.load(slot)), w = kWeighted ? w_.load(slot) / scalars.largest_weight : 1.0;
@@ -157,9 +127,34 @@ class Values {
     group.reduce(total, Sum{});
   }
 
-  FASTKD_DEVICE Scalars scalars() const {
-    const auto load = [&](unsigned i) { return scalars_.load(i * kBlock + thread_index()); };
-    return {{load(0), load(1), load(2)}, load(3), load(4), load(5)};
+  FASTKD_DEVICE Scalars scalars() const { return {{kept(0), kept(1), kept(2)}, kept(3), kept(4), kept(5)}; }
+
+  // The parameters take the place of the scalars once the fit is done.
+  FASTKD_DEVICE void finish(const Result& result) const {
+    keep({result.weight[0], result.weight[1], result.mean[0], result.mean[1], result.deviation[0], result.deviation[1]});
+  }
+
+  // The posterior of each value by those parameters, 0 where the row goes on beyond the problem.
+  FASTKD_DEVICE void select() const {
+    if (b_ < 0) return;
+    const Extent extent = this->extent();
+    const double weight[] = {kept(0), kept(1)}, mean[] = {kept(2), kept(3)}, deviation[] = {kept(4), kept(5)};
+    const PosteriorMixture mixture = posterior_mixture(weight, mean, deviation, p_.monotone);
+    const int64_t row = b_ * p_.layout.columns;
+    const auto store = [&](auto posterior, int64_t i) {
+      static_cast<decltype(posterior)*>(p_.posterior)[row + i] = posterior;
+      p_.mask[row + i] = posterior > static_cast<decltype(posterior)>(p_.threshold);
+    };
+#pragma unroll 1
+    for (int64_t i = index_; i < p_.layout.columns; i += step_) {
+      double x[1] = {__builtin_nan("")};
+      if (i < extent.size) read(p_.dtype, p_.values, extent.begin + i, 1, extent.begin + extent.size, x);
+      if (p_.dtype == Dtype::kFloat64) {
+        store(posterior_of<double>(mixture, x[0]), i);
+      } else {
+        store(posterior_of<float>(mixture, x[0]), i);
+      }
+    }
   }
 
   // body(u, w) for each value of this thread; for none where not wanted
@@ -176,6 +171,12 @@ class Values {
  private:
   static constexpr unsigned kBlock = ::fastkd::gmm::fit_threads(Group::kWholeCluster);
   static constexpr int64_t kNone = INT64_MAX;
+
+  FASTKD_DEVICE double kept(unsigned i) const { return scalars_.load(i * kBlock + thread_index()); }
+  FASTKD_DEVICE void keep(const double (&numbers)[::fastkd::gmm::kFitScalars]) const {
+#pragma unroll
+    for (unsigned i = 0; i < ::fastkd::gmm::kFitScalars; ++i) scalars_.store(i * kBlock + thread_index(), numbers[i]);
+  }
 
   FASTKD_DEVICE Extent extent() const { return b_ < 0 ? Extent{} : extent_of(p_.layout, b_); }
 

@@ -58,6 +58,20 @@ inline void check_scalar(const char* name, double value) {
                ", must be finite and not negative");
 }
 
+inline void check_threshold(double threshold) {
+  FASTKD_CHECK(threshold >= 0 && threshold <= 1, "threshold is ", threshold, ", must be in [0, 1]");
+}
+
+// Posterior and mask, in the shape of the values.
+template <typename Empty>
+std::tuple<Tensor, Tensor> posterior_and_mask(const Tensor& values, const Layout& layout, const Empty& empty) {
+  const ScalarType type = values.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const auto like_values = [&](ScalarType dtype) {
+    return layout.offsets != nullptr ? empty({layout.elements}, dtype) : empty({layout.problems, layout.columns}, dtype);
+  };
+  return {like_values(type), like_values(ScalarType::Bool)};
+}
+
 // The arguments of gmm_fit, and its outputs; empty(shape, dtype) makes one.
 struct Fit {
   Tensor values;
@@ -135,7 +149,7 @@ struct Posterior {
     weights = parameter("weights", weights, problems, values);
     means = parameter("means", means, problems, values);
     deviations = parameter("deviations", deviations, problems, values);
-    FASTKD_CHECK(threshold >= 0 && threshold <= 1, "threshold is ", threshold, ", must be in [0, 1]");
+    check_threshold(threshold);
     params.dtype = kernel_dtype(values);
     params.values = values.const_data_ptr();
     params.weights = static_cast<const double*>(weights.const_data_ptr());
@@ -147,13 +161,7 @@ struct Posterior {
 
   template <typename Empty>
   void make_outputs(const Empty& empty) {
-    const Layout& layout = params.layout;
-    const ScalarType type = values.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    const auto like_values = [&](ScalarType dtype) {
-      return layout.offsets != nullptr ? empty({layout.elements}, dtype) : empty({layout.problems, layout.columns}, dtype);
-    };
-    posterior = like_values(type);
-    mask = like_values(ScalarType::Bool);
+    std::tie(posterior, mask) = posterior_and_mask(values, params.layout, empty);
     params.posterior = posterior.mutable_data_ptr();
     params.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
   }

@@ -15,4 +15,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   m.def(
       "gmm_posterior(Tensor values, Tensor? offsets, Tensor? lengths, Tensor weights, Tensor means, Tensor deviations, "
       "bool monotone, float threshold) -> (Tensor posterior, Tensor mask)");
+
+  // Both at once for the values of a fit: where they stay on the chip, they are read once.
+  m.def(
+      "gmm_select(Tensor values, Tensor? offsets, Tensor? lengths, Tensor? sample_weight, bool normalize, int max_iter, "
+      "float tol, float reg_covar, bool monotone, float threshold) -> (Tensor posterior, Tensor mask)");
 }

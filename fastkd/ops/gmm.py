@@ -1,4 +1,4 @@
-"""Batched mixtures of two 1-D Gaussians: ``torch.ops.fastkd.gmm_fit`` and ``gmm_posterior``.
+"""Batched mixtures of two 1-D Gaussians: ``torch.ops.fastkd.gmm_fit``, ``gmm_posterior`` and ``gmm_select``.
 
 The semantics are those of scikit-learn's ``GaussianMixture(2)`` on one column: the same E-step, M-step (with
 ``reg_covar`` and its 10 eps), mean log-likelihood and stopping rule. The start is deterministic: Lloyd's algorithm to
@@ -19,6 +19,7 @@ from fastkd.ops._fake import register_fake
 
 _gmm_fit = torch.ops.fastkd.gmm_fit.default
 _gmm_posterior = torch.ops.fastkd.gmm_posterior.default
+_gmm_select = torch.ops.fastkd.gmm_select.default
 
 
 class Mixtures(NamedTuple):
@@ -60,18 +61,8 @@ def gmm_fit(
         reg_covar: added to each variance.
     """
     check_options(max_iter, tol, reg_covar)
-    if sample_weight is not None:
-        if sample_weight.shape != values.shape:
-            raise ValueError(
-                f"fastkd: sample_weight has shape {tuple(sample_weight.shape)}, must be that of values, "
-                f"{tuple(values.shape)}"
-            )
-        if not sample_weight.is_floating_point():
-            sample_weight = sample_weight.double()
-        sample_weight = sample_weight.detach()
     rows, lengths, offsets = _problems(values, lengths, offsets)
-    if sample_weight is not None and rows.dim() != sample_weight.dim():
-        sample_weight = sample_weight.unsqueeze(0)
+    sample_weight = _sample_weight(sample_weight, values, rows)
     weights, means, deviations = None, None, None
     if init is not None:
         problems = rows.shape[0] if offsets is None else offsets.shape[0] - 1
@@ -104,8 +95,7 @@ def gmm_posterior(
         posterior: the shape of values, float32 (float64 for float64 values); 0 for values that are not finite or beyond
         their problem's length; mask: bool, the same shape.
     """
-    if not 0.0 <= threshold <= 1.0:
-        raise ValueError(f"fastkd: threshold is {threshold}, must be in [0, 1]")
+    _check_threshold(threshold)
     rows, lengths, offsets = _problems(values, lengths, offsets)
     problems = rows.shape[0] if offsets is None else offsets.shape[0] - 1
     if mixtures.weights.shape[0] != problems:
@@ -114,6 +104,49 @@ def gmm_posterior(
         )
     posterior, mask = _gmm_posterior(rows, offsets, lengths, *mixtures[:3], monotone, threshold)
     return (posterior, mask) if rows.dim() == values.dim() else (posterior.squeeze(0), mask.squeeze(0))
+
+
+def gmm_select(
+    values: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    lengths: Tensor | None = None,
+    offsets: Tensor | None = None,
+    normalize: bool = False,
+    max_iter: int = 10,
+    tol: float = 1e-2,
+    reg_covar: float = 5e-4,
+    monotone: bool = False,
+    threshold: float = 0.5,
+) -> tuple[Tensor, Tensor]:
+    """:func:`gmm_posterior` of the values by their own :func:`gmm_fit`; on a GPU rows take one launch."""
+    check_options(max_iter, tol, reg_covar)
+    _check_threshold(threshold)
+    rows, lengths, offsets = _problems(values, lengths, offsets)
+    sample_weight = _sample_weight(sample_weight, values, rows)
+    posterior, mask = _gmm_select(
+        rows, offsets, lengths, sample_weight, normalize, max_iter, tol, reg_covar, monotone, threshold
+    )
+    return (posterior, mask) if rows.dim() == values.dim() else (posterior.squeeze(0), mask.squeeze(0))
+
+
+def _check_threshold(threshold: float) -> None:
+    if not 0.0 <= threshold <= 1.0:
+        raise ValueError(f"fastkd: threshold is {threshold}, must be in [0, 1]")
+
+
+def _sample_weight(sample_weight: Tensor | None, values: Tensor, rows: Tensor) -> Tensor | None:
+    """Weights of a float dtype, in the shape of rows, which is how the operators take the values."""
+    if sample_weight is None:
+        return None
+    if sample_weight.shape != values.shape:
+        raise ValueError(
+            f"fastkd: sample_weight has shape {tuple(sample_weight.shape)}, must be that of values, "
+            f"{tuple(values.shape)}"
+        )
+    if not sample_weight.is_floating_point():
+        sample_weight = sample_weight.double()
+    return sample_weight.detach().reshape(rows.shape)
 
 
 _INIT = ("init_weights", "init_means", "init_deviations")
@@ -200,6 +233,27 @@ def _gmm_posterior_fake(
     monotone: bool,
     threshold: float,
 ) -> tuple[Tensor, Tensor]:
+    return _like(values)
+
+
+def _like(values: Tensor) -> tuple[Tensor, Tensor]:
+    """A posterior and a mask."""
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     shape = list(values.shape)
     return values.new_empty(shape, dtype=dtype), values.new_empty(shape, dtype=torch.bool)
+
+
+@register_fake("gmm_select")
+def _gmm_select_fake(
+    values: Tensor,
+    offsets: Tensor | None,
+    lengths: Tensor | None,
+    sample_weight: Tensor | None,
+    normalize: bool,
+    max_iter: int,
+    tol: float,
+    reg_covar: float,
+    monotone: bool,
+    threshold: float,
+) -> tuple[Tensor, Tensor]:
+    return _like(values)
