@@ -94,7 +94,7 @@ def sklearn_steps() -> tuple[Tensor, Tensor, list[np.ndarray], np.ndarray]:
 
 def test_every_em_step_is_that_of_sklearn(device: torch.device, few: bool, allowed: Callable[[float], float]) -> None:
     values, lengths, states, bounds = sklearn_steps()
-    part = 40 if few else len(values)
+    part = 24 if few else len(values)
     values, lengths = on(device, values[:part], lengths[:part])
     states, bounds = [s[:, :part] for s in states], bounds[:, :part]
     tolerance = {"rtol": allowed(1e-7), "atol": allowed(1e-9)}

@@ -62,7 +62,7 @@ struct Place {
 // An element takes some 40 instructions, a mixture some 300, once for each thread that meets it.
 // inspect: streaming posterior_packs<*> loads=128 stores=128
 template <typename T>
-FASTKD_KERNEL(kThreads, 3)
+FASTKD_KERNEL(kThreads, 2)
 posterior_packs(const DevicePosteriorParams p) {
   using Out = Compute<T>;
   constexpr int kOuts = kPack<Out>;

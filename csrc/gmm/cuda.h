@@ -39,7 +39,7 @@ constexpr int64_t kMaxLanesValues = 1024;  // of a problem that belongs to lanes
 
 constexpr unsigned kFitScalars = 6;  // 8 bytes each, of a thread
 
-constexpr unsigned fit_threads(bool cluster) { return cluster ? kThreads : kLaneThreads; }
+constexpr unsigned fit_threads(bool cluster) { return cluster ? kThreads : kLaneThreads; }  // of a block at most
 
 // values: of all problems together. What is not known here is how they are spread: sizes are in device memory.
 inline FitPlan plan_fit(int64_t problems, int64_t values, bool weighted, DeviceLimits limits) {
@@ -61,22 +61,23 @@ inline FitPlan plan_fit(int64_t problems, int64_t values, bool weighted, DeviceL
     const unsigned blocks = grid_size(problems, 1, 1u << 16, kLaneThreads / lanes);
     return {team, kept, 0, {blocks, kLaneThreads, 1, scalars(kLaneThreads) + std::size_t{kept} * kLaneThreads * value_bytes}};
   }
-  // more blocks for a problem while they would have nothing to do otherwise, or where it does not fit
+  // four values a thread for a small one; more blocks while they would have nothing to do otherwise, or where it does not fit
+  const unsigned threads = each >= 4 * kThreads ? kThreads : each > 0 ? static_cast<unsigned>((each + 127) / 128 * 32) : 32;
   const auto before = [&](unsigned cluster) {
-    return cluster_shared_bytes(kThreads, cluster, 2 * kFitNumbers) + scalars(kThreads);
+    return cluster_shared_bytes(threads, cluster, 2 * kFitNumbers) + scalars(threads);
   };
-  const auto share = [&](unsigned cluster) { return (each + int64_t{kThreads} * cluster - 1) / (int64_t{kThreads} * cluster); };
+  const auto share = [&](unsigned cluster) { return (each + int64_t{threads} * cluster - 1) / (int64_t{threads} * cluster); };
   unsigned cluster = 1;
   while (2 * cluster <= limits.max_cluster && share(cluster) > 8 &&
-         (problems * 2 * cluster <= multiprocessors || capacity(share(cluster), kThreads, before(cluster)) < share(cluster))) {
+         (problems * 2 * cluster <= multiprocessors || capacity(share(cluster), threads, before(cluster)) < share(cluster))) {
     cluster *= 2;
   }
-  const unsigned kept = capacity(share(cluster), kThreads, before(cluster));
+  const unsigned kept = capacity(share(cluster), threads, before(cluster));
   return {FitTeam::kCluster,
           kept,
-          static_cast<unsigned>(before(cluster) - scalars(kThreads)),
-          {one_cluster_each("problems", problems, cluster), kThreads, cluster,
-           before(cluster) + std::size_t{kept} * kThreads * value_bytes}};
+          static_cast<unsigned>(before(cluster) - scalars(threads)),
+          {one_cluster_each("problems", problems, cluster), threads, cluster,
+           before(cluster) + std::size_t{kept} * threads * value_bytes}};
 }
 
 struct DevicePosteriorParams : PosteriorParams {

@@ -53,15 +53,15 @@ class Values {
         b_(present ? b : -1),
         index_(group.index()),
         step_(group.size()),
-        scalars_(params.scalars_offset, ::fastkd::gmm::kFitScalars * kBlock),
-        u_(params.scalars_offset + ::fastkd::gmm::kFitScalars * kBlock * 8, params.capacity * kBlock),
-        w_(params.scalars_offset + (::fastkd::gmm::kFitScalars + params.capacity) * kBlock * 8, params.capacity * kBlock) {}
+        scalars_(params.scalars_offset, ::fastkd::gmm::kFitScalars * block()),
+        u_(params.scalars_offset + ::fastkd::gmm::kFitScalars * block() * 8, params.capacity * block()),
+        w_(params.scalars_offset + (::fastkd::gmm::kFitScalars + params.capacity) * block() * 8, params.capacity * block()) {}
 
   // Keeps what takes part, and looks at it all.
   FASTKD_DEVICE Survey gather(Group& group, bool* all_finite) {
     constexpr int kAhead = 4;
     const Extent extent = this->extent();
-    const unsigned capacity = p_.capacity * kBlock + thread_index();
+    const unsigned capacity = p_.capacity * block() + thread_index();
     Survey survey;
     int64_t finite = 0, heavy = 0;
     double bad = 0;
@@ -85,7 +85,7 @@ class Values {
         if (slot < capacity) {
           u_.store(slot, x[k]);
           if constexpr (kWeighted) w_.store(slot, w[k]);
-          slot += kBlock;
+          slot += block();
         } else if (i < rest_) {
           rest_ = i;
         }
@@ -113,7 +113,7 @@ class Values {
     const Frame& frame = scalars.frame;
     if (live) keep({frame.scale, frame.shift, frame.gain, scalars.low, scalars.high, scalars.largest_weight});
     total[0] = total[1] = 0;
-    for (unsigned slot = thread_index(); slot < slots_; slot += kBlock) {
+    for (unsigned slot = thread_index(); slot < slots_; slot += block()) {
       const double u = frame.enter(u_.load(slot)), w = kWeighted ? w_.load(slot) / scalars.largest_weight : 1.0;
       u_.store(slot, u);
       if constexpr (kWeighted) w_.store(slot, w);
@@ -162,20 +162,20 @@ class Values {
   FASTKD_DEVICE void each(bool wanted, const Body& body) const {
     if (!wanted) return;
 #pragma unroll 2
-    for (unsigned slot = thread_index(); slot < slots_; slot += kBlock) {
+    for (unsigned slot = thread_index(); slot < slots_; slot += block()) {
       body(u_.load(slot), kWeighted ? w_.load(slot) : 1.0);
     }
     each_again(body);
   }
 
  private:
-  static constexpr unsigned kBlock = ::fastkd::gmm::fit_threads(Group::kWholeCluster);
+  static FASTKD_DEVICE unsigned block() { return Group::kWholeCluster ? thread_count() : ::fastkd::gmm::kLaneThreads; }
   static constexpr int64_t kNone = INT64_MAX;
 
-  FASTKD_DEVICE double kept(unsigned i) const { return scalars_.load(i * kBlock + thread_index()); }
+  FASTKD_DEVICE double kept(unsigned i) const { return scalars_.load(i * block() + thread_index()); }
   FASTKD_DEVICE void keep(const double (&numbers)[::fastkd::gmm::kFitScalars]) const {
 #pragma unroll
-    for (unsigned i = 0; i < ::fastkd::gmm::kFitScalars; ++i) scalars_.store(i * kBlock + thread_index(), numbers[i]);
+    for (unsigned i = 0; i < ::fastkd::gmm::kFitScalars; ++i) scalars_.store(i * block() + thread_index(), numbers[i]);
   }
 
   FASTKD_DEVICE Extent extent() const { return b_ < 0 ? Extent{} : extent_of(p_.layout, b_); }
