@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastkd
 from benchmarks import floors
-from benchmarks.gpu import Contenders, LazyCase, Settings, relative_error, short_name
+from benchmarks.gpu import Contenders, LazyCase, Settings, graph_replay, relative_error, short_name
 from benchmarks.harness import Case
 from fastkd.reference import divergence as reference
 
@@ -244,26 +244,6 @@ def _small(settings: Settings) -> Iterator[LazyCase]:
         return found.case(replayed, settings, rounds=51, scale=dict.fromkeys(("fastkd", "torch eager"), 1 / replays))
 
     yield LazyCase(replayed, build)
-
-
-def graph_replay(run: Callable[[], Tensor], replays: int) -> Callable[[], Tensor]:
-    """``run`` captured as a CUDA graph; each call replays it ``replays`` times in a row and returns the last result."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-
-    def replay() -> Tensor:
-        for _ in range(replays):
-            graph.replay()
-        return result
-
-    return replay
 
 
 def _logits(settings: Settings, rows: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

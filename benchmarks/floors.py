@@ -13,6 +13,7 @@ OFFSET_BYTES = 16  # (y, x), int64
 FLIP_BYTES = 1
 DRAW_BYTES = 8
 SECTOR_BYTES = 32  # the smallest read of device memory
+MIXTURE_BYTES = 9 * 8  # weights, means, deviations; iterations, log-likelihood, status
 STATISTICS_BYTES = 4 * 4 + 8  # max, mean, logsumexp and entropy in float32, argmax in int64
 
 
@@ -99,6 +100,16 @@ def draw_batch(draws: int, covered: int, channels: int, size: tuple[int, int], o
     read and its index written."""
     written = draws * channels * size[0] * size[1] * out_bytes
     return covered * channels + written + draws * (DRAW_BYTES + SECTOR_BYTES)
+
+
+def gmm_fit(problems: int, n: int, element_bytes: int) -> int:
+    """The values read; nine numbers of 8 bytes of each problem written. A fit is bound by arithmetic: see README.md."""
+    return problems * (n * element_bytes + MIXTURE_BYTES)
+
+
+def gmm_select(problems: int, n: int, element_bytes: int) -> int:
+    """The values read; posterior in float32 and mask written."""
+    return problems * n * (element_bytes + 4 + 1)
 
 
 def alias_sample(draws: int, *, top_in_cache: bool = True) -> int:

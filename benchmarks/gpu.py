@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.harness import Case, EventClock, Run, clock_for, machine, measure
 from benchmarks.results_file import ResultsFile
 
-PRIMITIVES = ("batch", "crop", "divergence")  # those with `gpu_cases`; the quick ones first
+PRIMITIVES = ("alias", "batch", "crop", "gmm", "divergence")  # those with `gpu_cases`; the quick ones first
 RESERVE = 20.0  # seconds: what a case may take, its compilation by torch included
 SMALLEST = 1 << 30  # bytes of logits or images on each side: far more than any cache holds
 
@@ -112,6 +112,26 @@ def short_name(dtype: torch.dtype) -> str:
     """``bf16`` and the like."""
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "uint8"}
     return names[dtype]
+
+
+def graph_replay(run: Callable[[], Tensor], replays: int) -> Callable[[], Tensor]:
+    """``run`` captured as a CUDA graph; each call replays it ``replays`` times in a row and returns the last result."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+
+    def replay() -> Tensor:
+        for _ in range(replays):
+            graph.replay()
+        return result
+
+    return replay
 
 
 def gpu_machine(device: torch.device) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from fastkd import functional as F  # noqa: N812
 from fastkd.ops import batch as batch_ops
 from fastkd.ops import crop as crop_ops
 from fastkd.ops import divergence as divergence_ops
+from fastkd.ops import gmm as gmm_ops
 from fastkd.ops.alias import Table
 
 needs_cuda = [
@@ -142,6 +143,37 @@ def _draw_batch(*tensors: Tensor, generator: torch.Generator | None = None) -> t
     return fastkd.draw_batch(_table(images.device), images, 70, mean=0.5, std=0.25, generator=generator)
 
 
+def _losses(problems: int, n: int, dtype: torch.dtype) -> Callable[[torch.device, int], tuple[Tensor, ...]]:
+    """Values of two components, some of them NaN, and weights."""
+
+    def make(device: torch.device, seed: int) -> tuple[Tensor, ...]:
+        values, far = (_normal(2 * seed + i, problems, n) for i in (0, 1))
+        values = values.abs() + (far > 0.5) * 3
+        values[problems // 2, n // 2] = torch.nan
+        return values.to(dtype).to(device), far.abs().to(device)
+
+    return make
+
+
+def _mixture(values: Tensor, weight: Tensor, *, weighted: bool) -> tuple[Tensor, ...]:
+    mixtures = gmm_ops.gmm_fit(values, sample_weight=weight if weighted else None, max_iter=5, tol=0.0)
+    return (*mixtures, *gmm_ops.gmm_posterior(values, mixtures))
+
+
+def _select(values: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    return fastkd.select_clean(values)
+
+
+# from problems that lanes share to one that a cluster of blocks shares
+_MIXTURES = (
+    (4300, 40, torch.float32),
+    (4300, 101, torch.bfloat16),
+    (600, 1000, torch.float32),
+    (3, 1271, torch.float64),
+    (1, 50_000, torch.float32),
+)
+
+
 # from rows that fit a warp to rows that fill several blocks, most of them not aligned; rows of one element
 _SHAPES = (
     (256, 100, torch.float32),
@@ -171,6 +203,9 @@ DETERMINED = [
         for shape in _SHAPES
     ),
     *(Case(_name("logit_stats", shape), _logits(*shape), _stats) for shape in _SHAPES),
+    *(Case(_name("gmm_fit", shape), _losses(*shape), _mixture, {"weighted": False}) for shape in _MIXTURES),
+    *(Case(_name("gmm_fit weighted", shape), _losses(*shape), _mixture, {"weighted": True}) for shape in _MIXTURES),
+    *(Case(_name("select_clean", shape), _losses(*shape), _select) for shape in _MIXTURES),
     Case("crop_patches", _images(7, 16, torch.float32), _crop, {"size": 5}),
     Case("crop_patches bfloat16", _images(7, 33, torch.bfloat16), _crop, {"size": 8}),
     Case("crop_patches channels_last", _images(7, 16, torch.float32, torch.channels_last), _crop, {"size": 5}),

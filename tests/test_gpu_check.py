@@ -17,7 +17,17 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # benchmarks/ is of the source tree, not of the package
 
-from benchmarks import bench_batch, bench_crop, bench_divergence, floors, gpu, gpu_check, harness  # noqa: E402
+from benchmarks import (  # noqa: E402
+    bench_alias,
+    bench_batch,
+    bench_crop,
+    bench_divergence,
+    bench_gmm,
+    floors,
+    gpu,
+    gpu_check,
+    harness,
+)
 from benchmarks.gpu_check import Outcome, Stage  # noqa: E402
 from benchmarks.results_file import ResultsFile, slug  # noqa: E402
 
@@ -175,6 +185,8 @@ def test_floors_of_divergence() -> None:
     assert floors.divergence(10, 5, 2, row_bytes=20) == 300 + 200
     assert floors.divergence_backward(10, 5, 2) == 200
     assert floors.logit_stats(10, 5, 2) == 100 + 240
+    assert floors.gmm_fit(10, 5, 4) == 200 + 720
+    assert floors.gmm_select(10, 5, 2) == 50 * 7
     assert floors.logit_stats_backward(10, 5, 2) == 200 + 10 * 32
 
 
@@ -208,7 +220,7 @@ def test_gpu_cases_on_the_cpu(
 ) -> None:
     """Inputs, peers, comparisons, rows and table of the GPU benchmarks, at sizes that say nothing about speed."""
     settings = gpu.Settings(torch.device("cpu"), nbytes=1 << 12, compile=False, most_rounds=2)
-    for module in (bench_batch, bench_crop, bench_divergence):
+    for module in (bench_alias, bench_batch, bench_crop, bench_gmm, bench_divergence):
         cases = few(list(module.gpu_cases(settings)))
         monkeypatch.setattr(module, "gpu_cases", lambda _, cases=cases: iter(cases))
     assert gpu.measure_all(settings, gpu.PRIMITIVES, results, 1e9, time.monotonic() + 600)
@@ -216,13 +228,14 @@ def test_gpu_cases_on_the_cpu(
     names = {row["case"].split("x")[0].rstrip("0123456789") for row in rows}
     assert names == {
         "KL ", "JSD ", "KL forward only ", "logit_stats ", "crop forward ", "crop backward ", "random_crop_flip ",
-        "draw_batch ",
+        "draw_batch ", "GMM fit ", "select_clean ", "alias build N=", "alias draw N=", "alias IQPR N=", "alias update N=",
     }  # fmt: skip
     for row in rows:
         assert "missing" in row or row["fastkd_ms"] > 0
         assert "missing" in row or row["fastkd_relative_error"] < 1e-2
     measured = {row["peer"] for row in rows if "missing" not in row}
     assert measured >= {"torch eager", "advanced-index gather", "grid_sample, nearest", "unfold and gather"}
+    assert measured >= {"scikit-learn", "torch EM"}
     named = {row["peer"] for row in rows}
     assert named >= {"Liger-Kernel", "kornia RandomCrop"}  # measured or missing, never silent
     printed = capsys.readouterr().out

@@ -5,7 +5,7 @@
 // The threads of a cluster decide by reduced numbers only, which are the same bits in all of them. No atomics: sums have a
 // fixed order, in which the problem alone counts.
 //
-// Bytes: values and weights once, 8 + 8 * 6 of results a problem. Everything else is arithmetic: a value and iteration take
+// Bytes: values and weights once, 72 of results a problem. Everything else is arithmetic: a value and iteration take
 //   the two log-densities in fp64, their difference d, and the larger of them               11 fp64
 //   e = 2^-|d|, its range reduced in fp64, a polynomial of the rest in fp32                   3 fp64, 6 fp32, 1 conversion
 //   the smaller responsibility s = e / (1 + e) in fp32, which keeps its relative accuracy,
