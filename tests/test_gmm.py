@@ -94,7 +94,7 @@ def sklearn_steps() -> tuple[Tensor, Tensor, list[np.ndarray], np.ndarray]:
 
 def test_every_em_step_is_that_of_sklearn(device: torch.device, few: bool, allowed: Callable[[float], float]) -> None:
     values, lengths, states, bounds = sklearn_steps()
-    part = 24 if few else len(values)
+    part = 16 if few else len(values)
     values, lengths = on(device, values[:part], lengths[:part])
     states, bounds = [s[:, :part] for s in states], bounds[:, :part]
     tolerance = {"rtol": allowed(1e-7), "atol": allowed(1e-9)}
@@ -375,7 +375,7 @@ def test_monotone_posterior_never_rises(device: torch.device) -> None:
     assert (mask.gather(-1, order).int().diff() <= 0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_select_is_posterior_of_fit(
     device: torch.device, fixed_order: bool, dtype: torch.dtype, weighted: bool
@@ -390,7 +390,7 @@ def test_select_is_posterior_of_fit(
     values, lengths = on(device, values, lengths)
     weight = None if weight is None else weight.to(device)
     offsets = torch.arange(0, 20 * 65 + 1, 65, device=device)
-    fit = {"normalize": True, "max_iter": 5}
+    fit = {"normalize": True, "max_iter": 3}
     for x, w, layout in (
         (values, weight, {"lengths": lengths}),
         (values[:3], None if weight is None else weight[:3], {}),

@@ -6,12 +6,12 @@
 // fixed order, in which the problem alone counts.
 //
 // Bytes: values and weights once, 72 of results a problem. Everything else is arithmetic: a value and iteration take
-//   the two log-densities in fp64, their difference d, and the larger of them               11 fp64
+//   the two log-densities in fp64, their difference d, and a sum of the larger                8 fp64
 //   e = 2^-|d|, its range reduced in fp64, a polynomial of the rest in fp32                   3 fp64, 6 fp32, 1 conversion
 //   the smaller responsibility s = e / (1 + e) in fp32, which keeps its relative accuracy,
-//   and the larger as 1 - s in fp64                                                          1 fp64, 1 special, 1 conversion
-//   the moments of both components in fp64                                                   6 fp64
-// and some 20 selects, integer and fp32 instructions: log(1 + e) is taken of the product of many, in fp32.
+//   and the larger as 1 - s in fp64                                                           1 fp64, 1 special, 1 conversion
+//   the moments of both components in fp64                                                    6 fp64
+// and some 27 selects and instructions for integers: 55 in all (sm_90). log(1 + e) is taken of the product of all.
 // An H200 issues 128 instructions a cycle and multiprocessor, 64 of them fp64, 16 special or conversions.
 // fp32 is good enough there: the errors of e and s are a few 2^-24 of the smaller responsibility, as often up as down, and
 // average out. Where there are so few values that they do not, while EM, leaving a saddle, makes them grow, the E-step is fp64.
@@ -41,53 +41,59 @@ FASTKD_DEVICE void add_moments(double r, double offset, double square, double* s
 template <class Group, bool kWeighted>
 FASTKD_DEVICE Moments hard_moments(const Values<Group, kWeighted>& values, bool wanted, const Split& split, Group& group) {
   double sums[6] = {};
-  values.each(wanted, [&](double u, double w) {
+  const auto add = [&](double u, double w) {
     const double t0 = u - split.centre[0], t1 = u - split.centre[1];
     const bool low = u <= split.threshold;
     add_moments(low ? w : 0.0, t0, t0 * t0, sums);
     add_moments(low ? 0.0 : w, t1, t1 * t1, sums + 3);
-  });
+  };
+  if (wanted) values.each(add);
   group.reduce(sums, Sum{});
   return moments_of(sums);
 }
 
-// The E-step and the sums of the M-step about `centre`; kAtMeans: which are the means of the mixture.
-template <bool kAtMeans, class Group, bool kWeighted>
-FASTKD_DEVICE Moments soft_moments(const Values<Group, kWeighted>& values, bool wanted, bool exact, const Densities& in,
-                                   const double (&centre)[2], Group& group, double* log_likelihood) {
+// e = 2^-|d| and s = e / (1 + e).
+struct Odds {
+  float one_more;  // 1 + e
+  double smaller;  // s
+};
+template <bool kExact>
+FASTKD_DEVICE Odds odds_of(double d) {
+  if constexpr (kExact) {
+    const double e = device::exp(-magnitude(d) * kLn2);
+    return {static_cast<float>(1.0 + e), e / (1.0 + e)};
+  } else {
+    const float e = power_of_minus(d), one_more = 1.0f + e;
+    return {one_more, static_cast<double>(e * reciprocal(one_more))};
+  }
+}
+
+// The E-step and the sums of the M-step about `centre`, of one thread; kAtMeans: which are the means of the mixture.
+template <bool kAtMeans, bool kExact, class Group, bool kWeighted>
+FASTKD_DEVICE void add_soft_moments(const Values<Group, kWeighted>& values, const Densities& in, const double (&centre)[2],
+                                    double (&sums)[7]) {
   const double m0 = in.mean[0], m1 = in.mean[1];  // log-densities to base 2
   const double c0 = in.constant[0] * kLog2E, c1 = in.constant[1] * kLog2E;
   const double h0 = in.half_precision[0] * kLog2E, h1 = in.half_precision[1] * kLog2E;
-  double sums[7] = {};
-  float product = 1;  // of the 1 + e not yet in the log-likelihood; without weights
-  values.each(wanted, [&](double u, double w) {
+  // without weights the product of the 1 + e: a float in [1, 2) times 2^exponent
+  float product = 1;
+  int exponent = 0;
+  values.each([&](double u, double w) {
     const double t0 = u - m0, t1 = u - m1, q0 = t0 * t0, q1 = t1 * t1;
     const double a0 = c0 - h0 * q0, a1 = c1 - h1 * q1, d = a0 - a1;
-    float one_more;  // 1 + e
-    double smaller;
-    if (exact) {
-      const double e = device::exp(-magnitude(d) * kLn2);
-      one_more = static_cast<float>(1.0 + e);
-      smaller = e / (1.0 + e);
-    } else {
-      const float e = power_of_minus(d);
-      one_more = 1.0f + e;
-      smaller = static_cast<double>(e * reciprocal(one_more));
-    }
-    const double larger_one = 1.0 - smaller;
-    double r0 = d > 0 ? larger_one : smaller, r1 = d > 0 ? smaller : larger_one;
-    const double top = d > 0 ? a0 : a1;
+    const bool low = bits_of(d) >> 63 == 0;  // the likelier one; where d is 0, both
+    const Odds odds = odds_of<kExact>(d);
+    const double larger_one = 1.0 - odds.smaller, top = low ? a0 : a1;
+    double r0 = low ? larger_one : odds.smaller, r1 = low ? odds.smaller : larger_one;
     if constexpr (kWeighted) {
       r0 *= w;
       r1 *= w;
-      sums[6] += w * (top + static_cast<double>(device::log(one_more)) * kLog2E);
+      sums[6] += w * (top + static_cast<double>(device::log(odds.one_more)) * kLog2E);
     } else {
       sums[6] += top;
-      product *= one_more;
-      if (product > 0x1p100f) {
-        sums[6] += static_cast<double>(device::log(product)) * kLog2E;
-        product = 1;
-      }
+      const unsigned bits = bits_of(product * odds.one_more);
+      exponent += static_cast<int>(bits >> 23) - 127;
+      product = float_of((bits & 0x7fffffu) | 0x3f800000u);
     }
     if constexpr (kAtMeans) {
       add_moments(r0, t0, q0, sums);
@@ -98,7 +104,18 @@ FASTKD_DEVICE Moments soft_moments(const Values<Group, kWeighted>& values, bool 
       add_moments(r1, o1, o1 * o1, sums + 3);
     }
   });
-  if constexpr (!kWeighted) sums[6] += static_cast<double>(device::log(product)) * kLog2E;
+  if constexpr (!kWeighted) sums[6] += exponent + static_cast<double>(device::log(product)) * kLog2E;
+}
+
+template <bool kAtMeans, class Group, bool kWeighted>
+FASTKD_DEVICE Moments soft_moments(const Values<Group, kWeighted>& values, bool wanted, bool exact, const Densities& in,
+                                   const double (&centre)[2], Group& group, double* log_likelihood) {
+  double sums[7] = {};
+  if (wanted && exact) {
+    add_soft_moments<kAtMeans, true>(values, in, centre, sums);
+  } else if (wanted) {
+    add_soft_moments<kAtMeans, false>(values, in, centre, sums);
+  }
   group.reduce(sums, Sum{});
   *log_likelihood = sums[6] * kLn2;
   return moments_of(sums);
@@ -113,7 +130,7 @@ FASTKD_DEVICE Split split_in_two(const Values<Group, kWeighted>& values, bool wa
   while (group.any(outer.active || inner.active)) {
     unsigned counts[2] = {};  // of one thread
     double sums[6] = {};      // number, weight, weighted sum of either
-    values.each(outer.active || inner.active, [&](double u, double w) {
+    const auto add = [&](double u, double w) {
       const double weighted = kWeighted ? w * u : u;
       if (u <= outer.threshold) {
         ++counts[0];
@@ -125,7 +142,8 @@ FASTKD_DEVICE Split split_in_two(const Values<Group, kWeighted>& values, bool wa
         if constexpr (kWeighted) sums[4] += w;
         sums[5] += weighted;
       }
-    });
+    };
+    if (outer.active || inner.active) values.each(add);
     sums[0] = counts[0];
     sums[3] = counts[1];
     if constexpr (kWeighted) {

@@ -157,10 +157,9 @@ class Values {
     }
   }
 
-  // body(u, w) for each value of this thread; for none where not wanted
+  // body(u, w) for each value of this thread
   template <typename Body>
-  FASTKD_DEVICE void each(bool wanted, const Body& body) const {
-    if (!wanted) return;
+  FASTKD_DEVICE void each(const Body& body) const {
 #pragma unroll 2
     for (unsigned slot = thread_index(); slot < slots_; slot += block()) {
       body(u_.load(slot), kWeighted ? w_.load(slot) : 1.0);
