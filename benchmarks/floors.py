@@ -6,12 +6,16 @@ than once. benchmarks/README.md has the same formulas as a table.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 OFFSET_BYTES = 16  # (y, x), int64
 FLIP_BYTES = 1
 DRAW_BYTES = 8
+BIN_BYTES = 8
+BLOCK_ITEMS = 4096
 SECTOR_BYTES = 32  # the smallest read of device memory
 MIXTURE_BYTES = 9 * 8  # weights, means, deviations; iterations, log-likelihood, status
 STATISTICS_BYTES = 4 * 4 + 8  # max, mean, logsumexp and entropy in float32, argmax in int64
@@ -110,6 +114,23 @@ def gmm_fit(problems: int, n: int, element_bytes: int) -> int:
 def gmm_select(problems: int, n: int, element_bytes: int) -> int:
     """The values read; posterior in float32 and mask written."""
     return problems * n * (element_bytes + 4 + 1)
+
+
+def alias_build(items: int, element_bytes: int, *, sweeps: int = 1) -> int:
+    """Scores read ``sweeps`` times (3 by the kernels: largest score, partition function, weights), a bin of each written."""
+    return items * (sweeps * element_bytes + BIN_BYTES)
+
+
+def alias_quartiles(items: int, element_bytes: int, *, sweeps: int = 1) -> int:
+    """Scores read ``sweeps`` times: by the kernels once for 11 bits of an element."""
+    return sweeps * items * element_bytes
+
+
+def alias_update(items: int, changes: int, element_bytes: int = 4) -> int:
+    """Index and score of each change read, the bins of the blocks that they touch (of random items) read and written."""
+    blocks = -(-items // BLOCK_ITEMS)
+    touched = blocks * -math.expm1(changes * math.log1p(-1 / blocks)) if blocks > 1 else 1
+    return changes * (8 + element_bytes) + int(touched * min(items, BLOCK_ITEMS)) * 2 * BIN_BYTES
 
 
 def alias_sample(draws: int, *, top_in_cache: bool = True) -> int:

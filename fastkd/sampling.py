@@ -34,7 +34,8 @@ class AliasTable:
     or on whether n draws come in one call or in many. A table takes ``8 N + 24 ceil(N / 4096) + 32`` bytes: 8,005,859,416
     for 1e9 items.
 
-    On a GPU nothing waits for the device: building, drawing and updating can be captured in a CUDA graph. What the CPU
+    On a GPU nothing waits for the device: building (with a seed; without, one is drawn on the host), drawing and updating
+    can be captured in a CUDA graph. What the CPU
     refuses by the values of scores or lambda (below) cannot raise there: every draw of such a table is -2^63, which is an
     error for whatever it indexes, ``probabilities()`` are NaN, and ``weights()`` 0 after a build.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import functional as F  # noqa: N812
+from fastkd.ops import alias as alias_ops
 from fastkd.ops import batch as batch_ops
 from fastkd.ops import crop as crop_ops
 from fastkd.ops import divergence as divergence_ops
@@ -143,6 +144,27 @@ def _draw_batch(*tensors: Tensor, generator: torch.Generator | None = None) -> t
     return fastkd.draw_batch(_table(images.device), images, 70, mean=0.5, std=0.25, generator=generator)
 
 
+def _scores(items: int, dtype: torch.dtype) -> Callable[[torch.device, int], tuple[Tensor, ...]]:
+    """Scores, changes of some of them (several of one item, too), and a stream."""
+
+    def make(device: torch.device, seed: int) -> tuple[Tensor, ...]:
+        scores, fresh = _normal(2 * seed, items, dtype=dtype), _normal(2 * seed + 1, items // 3 + 1, dtype=dtype)
+        indices = torch.randint(items, fresh.shape, generator=torch.Generator().manual_seed(seed))
+        stream = torch.tensor([seed, 2**40 + seed])
+        return tuple(t.to(device) for t in (scores, indices, fresh, stream))
+
+    return make
+
+
+def _alias(scores: Tensor, indices: Tensor, fresh: Tensor, stream: Tensor) -> tuple[Tensor, ...]:
+    """Everything but the floats, which are those of the CPU, too."""
+    slope = alias_ops.inverse_temperature(scores, 5.0)
+    table = alias_ops.build(scores, slope)
+    drawn, weights = alias_ops.sample(table, stream, 1000), alias_ops.weights(table)
+    alias_ops.update(table, indices, fresh)
+    return (slope, drawn, weights, *table, alias_ops.weights(table), alias_ops.sample(table, stream, 1000, 5, 3))
+
+
 def _losses(problems: int, n: int, dtype: torch.dtype) -> Callable[[torch.device, int], tuple[Tensor, ...]]:
     """Values of two components, some of them NaN, and weights."""
 
@@ -212,6 +234,17 @@ DETERMINED = [
     Case("crop_patches uint8", _images(7, 16, torch.uint8), _crop, {"size": 8}),
     *(Case(_name("draw_batch", (dtype,)), _collection, _draw_batch_of, {"dtype": dtype}) for dtype in _FLOATS),
 ]
+ALIAS = [
+    Case(f"alias {items} {short}", _scores(items, dtype), _alias)
+    for items, dtype, short in (
+        (1, torch.float32, "float32"),
+        (41, torch.bfloat16, "bfloat16"),
+        (4097, torch.float64, "float64"),
+        (300_001, torch.float32, "float32"),
+        (20_000, torch.float16, "float16"),
+    )
+]
+DETERMINED += ALIAS
 RANDOM = [
     Case("random_patches", _images(7, 16, torch.float32), _random_patches),
     Case("random_crop_flip", _images(7, 16, torch.float32), _random_crop_flip),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_cases import Case, assert_identical, needs_cuda, parametrized_determined
+from cuda_cases import ALIAS, Case, assert_identical, needs_cuda, parametrized_determined
 
 import fastkd
+from fastkd.ops import alias as alias_ops
 from fastkd.ops import crop as ops
 
 pytestmark = needs_cuda
@@ -82,6 +83,17 @@ def test_alias_draws(items: int) -> None:
             ours = on_gpu.sample_at(seed, start, 10_001, stride)
             assert_identical((ours,), (table.sample_at(seed, start, 10_001, stride),))
     assert_identical((on_gpu.sample(1000), on_gpu.sample(10)), (table.sample(1000), table.sample(10)))
+
+
+@pytest.mark.parametrize("case", ALIAS, ids=lambda case: case.name)
+def test_alias_tables(case: Case) -> None:
+    assert_identical(case(*case.inputs("cuda")), case(*case.inputs("cpu")))
+
+
+def test_alias_table_of_many_blocks() -> None:
+    scores = torch.randn(40_000_000, generator=torch.Generator().manual_seed(3))  # three tiles of the table over blocks
+    slope = torch.tensor(1.3, dtype=torch.float64)
+    assert_identical(alias_ops.build(scores.cuda(), slope.cuda()), alias_ops.build(scores, slope))
 
 
 @parametrized_determined
