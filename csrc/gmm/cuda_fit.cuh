@@ -230,11 +230,16 @@ FASTKD_DEVICE void fit_problem(const DeviceFitParams& p, int64_t b, bool present
   if (p.posterior != nullptr) values.select();
 }
 
+// On a multiprocessor at least: four blocks of lanes leave a thread 128 registers, which only a plain fit on sm_90 and newer
+// does with.
+template <class Group, bool kWeighted>
+constexpr unsigned kFitBlocks = Group::kWholeCluster         ? 1
+                                : kWeighted || !kHasClusters ? 3
+                                                             : 4;
+
 // inspect: anywhere fit_problems<*> loads=32
 template <class Group, bool kWeighted>
-FASTKD_KERNEL(::fastkd::gmm::fit_threads(Group::kWholeCluster), Group::kWholeCluster ? 1
-                                                                : kWeighted          ? 3
-                                                                                     : 4)
+FASTKD_KERNEL(::fastkd::gmm::fit_threads(Group::kWholeCluster), kFitBlocks<Group, kWeighted>)
 fit_problems(const DeviceFitParams p) {
   each_row<Group>(p.layout.problems, [&](int64_t index, Group& group) {
     const bool present = index < p.layout.problems;
