@@ -205,7 +205,13 @@ def disassemble(library: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architectures", nargs="+", default=["8.0", "9.0a", "10.0"], help="default: %(default)s")
+    built_for = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace("+PTX", "").replace(";", " ").split()
+    parser.add_argument(
+        "--architectures",
+        nargs="+",
+        default=built_for or ["8.0", "9.0a", "10.0"],
+        help="default: those of TORCH_CUDA_ARCH_LIST, or %(default)s",
+    )
     options = parser.parse_args(arguments)
     nvcc = shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "") + "/bin") or shutil.which("nvcc")
     if not nvcc or os.environ.get("FASTKD_CUDA") == "0":  # as setup.py decides

@@ -84,8 +84,13 @@ def _scores(settings: Settings, items: int) -> Tensor:
 def _iqpr(settings: Settings, items: int) -> LazyCase:
     def build() -> Case:
         scores = _scores(settings, items)
-        # of a normal distribution; torch.quantile refuses more than 16 M elements
-        truth = torch.tensor(math.log(5) / 1.3489795, dtype=torch.float64)
+        ordered = scores.sort().values  # torch.quantile refuses more than 16 M elements
+        position = torch.tensor([0.25, 0.75], dtype=torch.float64) * (items - 1)
+        below = position.long()
+        low, high = (ordered[(below + i).clamp(max=items - 1).to(scores.device)].double().cpu() for i in (0, 1))
+        truth = math.log(5) / (low + (position - below) * (high - low)).diff()[0]
+        del ordered
+
         contenders = Contenders(
             lambda: fastkd.ops.alias.inverse_temperature(scores, 5.0),
             {"torch.quantile": lambda: math.log(5) / torch.quantile(scores, scores.new_tensor([0.25, 0.75])).diff()[0]},
@@ -93,7 +98,9 @@ def _iqpr(settings: Settings, items: int) -> LazyCase:
             5 / math.sqrt(items),
             5 / math.sqrt(items),
         )
-        return contenders.case(f"alias IQPR N={items}", settings, rounds=15, floor_bytes=floors.alias_quartiles(items, 4))
+        return contenders.case(
+            f"alias IQPR N={items}", settings, rounds=15, floor_bytes=floors.alias_quartiles(items, 4)
+        )
 
     return LazyCase(f"alias IQPR N={items}", build)
 
@@ -118,7 +125,7 @@ def _build(settings: Settings, items: int) -> LazyCase:
 
 
 def _draw(settings: Settings, items: int) -> LazyCase:
-    draws = min(GPU_DRAWS, settings.nbytes)
+    draws = min(GPU_DRAWS, max(settings.nbytes, 2**18))
 
     def build() -> Case:
         scores = _scores(settings, items)
@@ -134,11 +141,16 @@ def _draw(settings: Settings, items: int) -> LazyCase:
             weights = scores.exp()
             peers["torch.multinomial"] = lambda: torch.multinomial(weights, draws, replacement=True)
 
-        def error(indices: Tensor) -> float:
-            """Of the mean score of the draws, which is 1 for normal scores and lambda 1."""
-            return abs(float(scores[indices].double().mean()) - 1)
+        p = table.probabilities()
+        mean = (p * scores).sum()
+        deviation = (p * (scores - mean).square()).sum().sqrt()
+        del p
 
-        tolerance = 6 / math.sqrt(draws) + 6 / math.sqrt(items)
+        def error(indices: Tensor) -> float:
+            """Of the mean score of the draws, in deviations."""
+            return float(((scores[indices].double().mean() - mean) / deviation).abs())
+
+        tolerance = 6 / math.sqrt(draws)
         floor = floors.alias_sample(draws, top_in_cache=top_in_cache)
         contenders = Contenders(lambda: table.sample(draws), peers, error, tolerance, tolerance)
         return contenders.case(f"alias draw N={items}", settings, rounds=15, floor_bytes=floor)

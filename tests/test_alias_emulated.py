@@ -62,10 +62,10 @@ def test_updates_are_the_cpus(rise: float, seed: int, generator: torch.Generator
     """One item, many of them, each of them several times; with the room that risen scores need."""
     for n in (1, 5, 4096, 12_300):
         scores = torch.randn(n, generator=generator, dtype=torch.float64)
-        for count in (1, n // 3 + 1, 2 * n + 1):
+        for count in (1, n // 3 + 1, 2 * n + 1, n):
             ours, expected = ops.build(scores, _lambda(1.0)), ops.build(scores, _lambda(1.0))
-            indices = torch.randint(n, (count,), generator=generator)
-            fresh = scores[indices] + rise
+            indices = torch.arange(n) if count == n else torch.randint(n, (count,), generator=generator)
+            fresh = scores[indices] + (max(rise, -3.0) if count == n else rise)  # something must be left
             fresh[: count // 2] = -math.inf
             ops.update(expected, indices, fresh)
             with emulated.emulated(seed):

@@ -172,8 +172,8 @@ def test_compile(dynamic: bool | None, generator: torch.Generator) -> None:
 
 def test_strides(device: torch.device, fixed_order: bool, generator: torch.Generator) -> None:
     """As contiguous copies."""
-    base = torch.randn(60, 1300, generator=generator).to(device)
-    for view in (base[:, 3:1290], base.t()[:1000], base[:1].expand(50, -1), base[:, :1].expand(-1, 50), base[::2]):
+    base = torch.randn(12, 1300, generator=generator).to(device)
+    for view in (base[:, 3:1290], base.t()[:200], base[:1].expand(5, -1), base[:, :1].expand(-1, 50), base[::2]):
         strided, packed = (run(fastkd.logit_stats, logits, 3.0) for logits in (view, view.contiguous()))
         for name, value in strided.items():
             assert_same(value, packed[name], torch.float32, fixed_order)

@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> build(Tensor scores, Tensor inverse_t
   const double lambda = checked_inverse_temperature(inverse_temperature);
   Scores view{kernel_dtype(scores), scores.const_data_ptr(), 0, lambda * kLog2E, 0, 0};
   FASTKD_CHECK(view.kappa <= std::numeric_limits<double>::max(), "inverse_temperature is ", lambda, ", too large");
-  view.reference = checked_maximum("scores", view.dtype, view.data, items);
+  view.reference = checked_maximum("scores", view.dtype, view.data, items) + 0.0;  // no -0
   FASTKD_CHECK(view.reference > -std::numeric_limits<double>::infinity(),
                "scores are all -inf, must hold at least one finite score");
 

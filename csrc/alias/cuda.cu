@@ -44,9 +44,13 @@ Tensor sample(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tenso
   const DeviceContext context(table);
   Tensor out = context.empty({count}, ScalarType::Long);
   if (count == 0) return out;
-  const SampleParams params{
-      t.view(), t.scale, state, count, static_cast<uint64_t>(offset), static_cast<uint64_t>(stride),
-      static_cast<int64_t*>(out.mutable_data_ptr())};
+  const SampleParams params{t.view(),
+                            t.scale,
+                            state,
+                            count,
+                            static_cast<uint64_t>(offset),
+                            static_cast<uint64_t>(stride),
+                            static_cast<int64_t*>(out.mutable_data_ptr())};
   context.launch("alias_sample", sample_kernel, {grid_size(count, 4), kThreads}, params);
   return out;
 }

@@ -46,7 +46,7 @@ FASTKD_KERNEL(kThreads) exponent_kernel(const BuildParams p) {
   if (thread_index() != 0) return;
   const double lambda = *p.inverse_temperature, kappa = lambda * kLog2E, nan = static_cast<double>(__builtin_nan(""));
   const bool valid = !extent.invalid && extent.maximum > -kInfinity<double> && lambda >= 0 && kappa < kInfinity<double>;
-  p.scale[0] = valid ? extent.maximum : nan;
+  p.scale[0] = valid ? extent.maximum + 0.0 : nan;  // no -0
   p.scale[1] = valid ? kappa : nan;
   p.scale[2] = valid ? static_cast<double>(exponent_of(partition.value())) : nan;
 }
@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> build(Tensor scores, Tensor inverse_t
                            t.block_weight};
   context.launch("alias partition", for_dtype(dtype, [](auto type) { return &partition_kernel<decltype(type)>; }), geometry, params);
   context.launch("alias exponent", exponent_kernel, {1, kThreads, 1, geometry.shared_bytes}, params);
-  const unsigned most = 3 * context.limits().multiprocessors;
+  const unsigned most = 2 * context.limits().multiprocessors;  // as many as fit at once
   const Geometry pack_geometry{grid_size(blocks, 1, most, 1), kPackThreads, 1, kPackBytes};
   context.launch("alias blocks", for_dtype(dtype, [](auto type) { return &blocks_kernel<decltype(type)>; }), pack_geometry, params);
   pack_top(context, t.block_weight, blocks, t.top, t.scale);

@@ -109,7 +109,7 @@ FASTKD_DEVICE void pack_block(const uint64_t (&weights)[kEach], unsigned n, uint
 }
 
 // The weights of a block from its bins: what each item keeps plus what others hand to it, over the number of items. Exact.
-// A table that somebody tampered with gives other weights, never an access outside the block. Uses the shared memory of
+// A table that somebody tampered with gives some weights, never an access outside the block. Uses the shared memory of
 // pack_block's bins: a barrier must stand between the two, as between two calls.
 FASTKD_DEVICE void unpack_block(const uint64_t* bins, unsigned n, uint64_t capacity, uint64_t (&weights)[kEach]) {
   const Shared<uint64_t> owned(kBinOffset, kBlockSize);

@@ -159,9 +159,10 @@ rebuild_kernel(const UpdateParams p) {
   const int shift = static_cast<int>(p.plan[0]), exponent = static_cast<int>(p.scale[2]);
   const int largest_t = static_cast<int>(p.plan[1]);
   const Shared<uint32_t> touched(kTouchedOffset, kPackThreads);
-  for (int64_t base = static_cast<int64_t>(block_index()) * p.width; base < p.blocks;
-       base += static_cast<int64_t>(block_count()) * p.width) {
-    const int64_t candidate = base + thread_index();
+  // every so manieth block of items is this block's, so that changes of neighbours are shared out, too
+  const int64_t step = block_count();
+  for (int64_t base = block_index(); base < p.blocks; base += p.width * step) {
+    const int64_t candidate = base + thread_index() * step;
     const bool own =
         thread_index() < p.width && candidate < p.blocks && (shift > 0 || p.starts[candidate] < p.starts[candidate + 1]);
     uint64_t place[1] = {own}, total[1];
@@ -169,7 +170,7 @@ rebuild_kernel(const UpdateParams p) {
     if (own) touched.store(static_cast<unsigned>(place[0]), thread_index());
     block_barrier();
     for (unsigned i = 0; i < static_cast<unsigned>(total[0]); ++i)
-      rebuild<T>(p, base + touched.load(i), shift, exponent, largest_t);
+      rebuild<T>(p, base + touched.load(i) * step, shift, exponent, largest_t);
     block_barrier();
   }
 }
@@ -188,7 +189,7 @@ void update_(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tensor
   Tensor sums = context.empty({kMostPartials, 2}, ScalarType::Long), plan = context.empty({3}, ScalarType::Long);
   Tensor lists = context.empty({2 * t.blocks + 1 + changes}, ScalarType::Int);
   uint32_t* const counts = static_cast<uint32_t*>(lists.mutable_data_ptr());
-  const unsigned rebuilders = grid_size(t.blocks, 1, 2 * multiprocessors, 1);
+  const unsigned rebuilders = grid_size(t.blocks, 1, multiprocessors, 1);  // one fits at a time, by its registers
   const int64_t share = (t.blocks + rebuilders - 1) / rebuilders;
   const UpdateParams params{scores.const_data_ptr(),
                             static_cast<const int64_t*>(indices.const_data_ptr()),

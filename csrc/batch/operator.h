@@ -18,8 +18,8 @@ struct DrawBatchCall {
 
 template <typename Context>
 DrawBatchCall make_draw_batch(const Context& context, const Tensor& table, const Tensor& block_weight, const Tensor& top,
-                              const Tensor& table_scale, Tensor stream, const Tensor& crop_seed, const Tensor& images, int64_t count,
-                              int64_t height, int64_t width, int64_t padding, double flip_probability,
+                              const Tensor& table_scale, Tensor stream, const Tensor& crop_seed, const Tensor& images,
+                              int64_t count, int64_t height, int64_t width, int64_t padding, double flip_probability,
                               const std::vector<double>& center, const std::vector<double>& scale, ScalarType dtype) {
   const alias::TableView view = alias::Table(table, block_weight, &top, &table_scale, "table_scale").view();
   alias::check_stream(table, stream);

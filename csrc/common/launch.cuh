@@ -57,7 +57,7 @@ class DeviceContext {
     }
     if (geometry.shared_bytes > kPortableSharedBytes) {
       check(name,
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(geometry.shared_bytes)));
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits().shared_bytes)));
     }
     check(name, cudaLaunchKernelEx(&config, kernel, params));
   }

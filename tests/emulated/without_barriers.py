@@ -1,7 +1,7 @@
-"""``python tests/emulated/without_barriers.py``: shows that no barrier of the CUDA kernels can be left out.
+"""``python tests/emulated/without_barriers.py [alias ...]``: shows that no barrier of the CUDA kernels can be left out.
 
 For each line of ``csrc`` that waits at a barrier, the kernels are compiled without it, and the op tests run on them until
-one fails. Prints a line for each barrier; exits with 1 if the tests pass without one. Takes some minutes a barrier.
+one fails. Prints a line for each barrier; exits with 1 if the tests pass without one. Takes a minute or two a barrier.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BARRIER = re.compile(r"^\s*((if \(.*\) )?(\w+\.)?(block_barrier|cluster_barrier|barrier|start)\(\);)", re.MULTILINE)
-TESTS = [
-    "tests/test_divergence_geometry.py",
-    "tests/test_divergence.py",
-    "tests/test_logit_stats.py",
-    "tests/test_crop.py",
-    "tests/test_batch.py",
-]
+TESTS = {
+    "alias": ["tests/test_alias.py", "tests/test_batch.py"],
+    "batch": ["tests/test_batch.py"],
+    "crop": ["tests/test_crop.py", "tests/test_batch.py"],
+    "divergence": ["tests/test_divergence_geometry.py", "tests/test_divergence.py", "tests/test_logit_stats.py"],
+    "gmm": ["tests/test_gmm_kernels.py", "tests/test_gmm.py"],
+}
 
 
 def barriers() -> list[tuple[Path, int, str]]:
@@ -35,34 +36,38 @@ def barriers() -> list[tuple[Path, int, str]]:
     return found
 
 
-def first_failure(path: Path, line: int) -> str | None:
-    """The first test that fails where that line is missing, and what it says."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "csrc"
-        shutil.copytree(ROOT / "csrc", copy)
-        target = copy / path.relative_to(ROOT / "csrc")
-        lines = target.read_text().split("\n")
-        lines[line - 1] = re.sub(r"[\w.]+\(\);", ";", lines[line - 1])
-        target.write_text("\n".join(lines))
-        environment = {**os.environ, "FASTKD_EMULATED_CSRC": str(copy)}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-k", "emulated-0", *TESTS]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            return None
-        test = next((text for text in done.stdout.split("\n") if text.startswith(("FAILED", "ERROR"))), "?")
-        cause = next((text for text in done.stdout.split("\n") if "Error" in text and "FAILED" not in text), "")
-        return f"{test.split(' ')[1] if ' ' in test else test}: {cause.split('Error: ')[-1][:150]}"
+def first_failure(copy: Path, path: Path, line: int) -> str | None:
+    """The first test that fails where that line is missing in a copy of ``csrc``, and what it says."""
+    target = copy / path.relative_to(ROOT / "csrc")
+    lines = path.read_text().split("\n")
+    lines[line - 1] = re.sub(r"[\w.]+\(\);", ";", lines[line - 1])
+    target.write_text("\n".join(lines))
+    files = TESTS.get(path.parent.name) or list(dict.fromkeys(file for files in TESTS.values() for file in files))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-k", "emulated-0", *files]
+    environment = {**os.environ, "FASTKD_EMULATED_CSRC": str(copy)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    target.write_text(path.read_text())
+    if done.returncode == 0:
+        return None
+    test = next((text for text in done.stdout.split("\n") if text.startswith(("FAILED", "ERROR"))), "?")
+    cause = next((text for text in done.stdout.split("\n") if "Error" in text and "FAILED" not in text), "")
+    return f"{test.split(' ')[1] if ' ' in test else test}: {cause.split('Error: ')[-1][:150]}"
 
 
-def main() -> int:
-    """Prints what each barrier's absence makes fail."""
+def main(folders: Sequence[str]) -> int:
+    """Prints what the absence of each barrier makes fail, of all folders of csrc or of those named."""
     needless = 0
-    for path, line, text in barriers():
-        failure = first_failure(path, line)
-        needless += failure is None
-        print(f"{path.relative_to(ROOT)}:{line} `{text}`: {failure or 'NOTHING FAILS'}", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / "csrc"  # compiled once: then what a line changes
+        shutil.copytree(ROOT / "csrc", copy)
+        for path, line, text in barriers():
+            if folders and path.parent.name not in folders:
+                continue
+            failure = first_failure(copy, path, line)
+            needless += failure is None
+            print(f"{path.relative_to(ROOT)}:{line} `{text}`: {failure or 'NOTHING FAILS'}", flush=True)
     return needless > 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
