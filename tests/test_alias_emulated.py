@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 
 import emulated
 import numpy as np
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastkd.ops import alias as ops
 from fastkd.reference import alias as reference
 
-SCHEDULES = range(5)
+SCHEDULES = range(int(os.environ.get("FASTKD_SCHEDULES", "5")))
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux; named from Python 3.13 on
 BLOCK = ops.BLOCK_SIZE
 
