@@ -23,6 +23,8 @@ FLAWS = [
     "misaligned",
     "early_remote_store",
     "no_cluster_barrier",
+    "atomic_then_load",
+    "load_then_atomic",
 ]
 SCHEDULES = range(5)
 
@@ -55,6 +57,8 @@ def test_right_kernels_run(threads: int, cluster: int, seed: int) -> None:
         ("early_exit", 1, "wait for others that never come: .* waits at a block barrier"),
         ("misaligned", 1, "not a multiple of 16"),
         ("early_remote_store", 2, "before a cluster barrier: it may not have started"),
+        ("atomic_then_load", 1, "a race: (shared memory is read|an atomic operation) without a barrier after another"),
+        ("load_then_atomic", 1, "a race: (shared memory is read|an atomic operation) without a barrier after another"),
         ("no_cluster_barrier", 2, "nobody has written|without a barrier after another thread's store"),
     ],
 )

@@ -22,6 +22,8 @@ enum class Flaw : int64_t {
   kMisaligned,        // 16 bytes from an address between
   kEarlyRemoteStore,  // before the other block is known to run
   kNoClusterBarrier,  // a load right after another block's stores
+  kAtomicThenLoad,    // a load right after the other threads' atomic operations
+  kLoadThenAtomic,    // an atomic operation right after the other threads' loads
 };
 
 struct Params {
@@ -39,7 +41,13 @@ FASTKD_KERNEL(64) reverse_kernel(const Params p) {
     if (p.flaw != Flaw::kUninitialised || i != 5) shared.store(i, own[i]);
     if (p.flaw != Flaw::kNoBarrier) block_barrier();
     own[i] = shared.load(threads - 1 - i + (p.flaw == Flaw::kSharedBounds));
-    if (p.flaw != Flaw::kNoBarrierBefore) block_barrier();
+    if (p.flaw != Flaw::kNoBarrierBefore && p.flaw != Flaw::kLoadThenAtomic) block_barrier();
+    if (p.flaw == Flaw::kNoBarrierBefore) continue;
+    const Shared<uint32_t> counter(0, threads);
+    counter.atomic_add(round, 1u);  // of all threads at once: fine
+    counter.atomic_max(round, 1u);
+    if (p.flaw == Flaw::kAtomicThenLoad) own[i] += static_cast<int32_t>(counter.load(round));
+    block_barrier();
   }
   if (p.flaw == Flaw::kGlobalBounds && i == 0) own[i] += p.data[p.count];
   if (p.flaw == Flaw::kMisaligned) own[0] = load_pack(own + 1).value[0];
