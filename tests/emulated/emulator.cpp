@@ -1,7 +1,8 @@
 #include "emulator.h"
 
+#include "context.h"
+
 #include <sys/mman.h>
-#include <ucontext.h>
 
 #include <exception>
 #include <memory>
@@ -36,7 +37,7 @@ struct Group {
 };
 
 struct Fiber {
-  ucontext_t context{};
+  Context context;
   char* stack = nullptr;
   void* fake_stack = nullptr;  // of AddressSanitizer
   Position position{};
@@ -173,12 +174,7 @@ void Machine::start(unsigned index, unsigned first_block) {
   fiber.shuffles = 0;
   fiber.index = index;
   fiber.fake_stack = nullptr;
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack;
-  fiber.context.uc_stack.ss_size = kStackBytes;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, &Machine::enter, 0);
-  fiber.context.uc_stack = {};  // else AddressSanitizer clears the shadow of the whole stack at each switch
+  prepare(fiber.context, fiber.stack, kStackBytes, &Machine::enter);
   ready_.push_back(&fiber);
 }
 
@@ -244,7 +240,7 @@ void Machine::switch_to(Fiber& next) {
     main_bottom = bottom;
   }
 #endif
-  swapcontext(&from.context, &next.context);
+  change(from.context, next.context);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
 #endif
