@@ -115,8 +115,7 @@ FASTKD_HOST_DEVICE bool is_scale(const double* scale) {
 }
 // t of the largest new score where it is positive, and its floor once it is rounded to fixed point: may be the next integer.
 FASTKD_HOST_DEVICE double largest_t_of(double maximum, double reference, double kappa) {
-  const double span = maximum - reference, difference = span < 1.7e308 ? span : 1.7e308;  // inf * 0 would be NaN
-  return maximum > reference ? difference * kappa : 0.0;
+  return maximum > reference ? (maximum - reference) * kappa : 0.0;
 }
 FASTKD_HOST_DEVICE int whole_t(double largest_t) { return static_cast<int>(largest_t + 1 / kFractionScale); }
 
