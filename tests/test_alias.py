@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from alias_cases import lambda_of, stream_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -18,15 +19,6 @@ from fastkd.ops import alias as ops
 from fastkd.reference import alias as reference
 
 INFINITY = math.inf
-NO_ITEM = -(2**63)
-
-
-def _lambda(value: float, device: torch.device | str = "cpu") -> Tensor:
-    return torch.tensor(value, dtype=torch.float64, device=device)
-
-
-def _stream(seed: int, start: int, device: torch.device | str = "cpu") -> Tensor:
-    return torch.tensor([seed, start], device=device)
 
 
 @pytest.fixture
@@ -57,7 +49,7 @@ def test_table_equals_the_integer_reference(
     device: torch.device, kind: str, n: int, generator: torch.Generator
 ) -> None:
     scores = _scores(kind, n, generator)
-    table = ops.build(scores.to(device), _lambda(1.3, device))
+    table = ops.build(scores.to(device), lambda_of(1.3, device))
     for ours, expected in zip(table[:3], reference.build(scores.numpy(), 1.3), strict=True):
         np.testing.assert_array_equal(ours.cpu().numpy(), expected)
     weights, exponent = reference.weights(scores.numpy(), 1.3)
@@ -73,16 +65,16 @@ def test_every_dtype_is_the_fp64_table_of_its_values(
 ) -> None:
     scores = torch.randn(5001, generator=generator).to(dtype).to(device)
     for part in (scores[:-1], scores[1:]):  # the second one does not begin at 16 bytes
-        ours, expected = ops.build(part, _lambda(2.0, device)), ops.build(part.double(), _lambda(2.0, device))
+        ours, expected = ops.build(part, lambda_of(2.0, device)), ops.build(part.double(), lambda_of(2.0, device))
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 @pytest.mark.cuda_kernels
 def test_draws_equal_the_reference(device: torch.device, generator: torch.Generator) -> None:
     scores = torch.randn(300, generator=generator)
-    table = ops.build(scores.to(device), _lambda(1.0, device))
+    table = ops.build(scores.to(device), lambda_of(1.0, device))
     seed, start = -(2**62) - 12345, 2**40
-    draws = ops.sample(table, _stream(seed, start, device), 40)
+    draws = ops.sample(table, stream_of(seed, start, device), 40)
     expected = [reference.sample(scores.numpy(), 1.0, seed % 2**64, start + i) for i in range(40)]
     assert draws.tolist() == expected
 
@@ -222,170 +214,6 @@ def test_equal_quartiles_are_uniform() -> None:
     assert table.weights().unique().numel() == 1
 
 
-# ---- updates ------------------------------------------------------------------------------------
-
-
-@pytest.mark.cuda_kernels
-@pytest.mark.parametrize("n", [1, 5, 4096, 10_000])
-def test_update_equals_a_fresh_build_on_the_same_scale(
-    device: torch.device, n: int, generator: torch.Generator
-) -> None:
-    scores = torch.randn(n, generator=generator)
-    scores[0] = 9.0  # the reference stays
-    table = ops.build(scores.to(device), _lambda(1.0, device))
-    indices = torch.randint(min(1, n - 1), n, (n // 3 + 1,), generator=generator)
-    fresh = torch.randn(len(indices), generator=generator)
-    if n == 1:
-        fresh[:] = 9.0
-    updated = scores.clone()
-    for i, u in zip(indices.tolist(), fresh.tolist(), strict=True):  # of equal indices the last wins
-        updated[i] = u
-    ops.update(table, indices.to(device), fresh.to(device))
-    expected = ops.build(updated.to(device), _lambda(1.0, device))
-    if expected.scale[2] == table.scale[2]:
-        for ours, other in zip(table, expected, strict=True):
-            assert torch.equal(ours, other)
-    p = ops.weights(table).cpu().double()
-    assert (p / p.sum() - torch.softmax(updated.double(), 0)).abs().sum() / 2 < 1e-8
-
-
-@pytest.mark.cuda_kernels
-@pytest.mark.parametrize("k", [1, 12, 25, 40])
-def test_update_just_below_a_power_of_two(device: torch.device, k: int) -> None:
-    # t rounds up to k in fixed point, while its floor in fp64 is k - 1
-    scores = torch.zeros(10, dtype=torch.float64, device=device)
-    kappa = ops.build(scores, _lambda(math.log(2), device)).scale[1].item()
-    score = k / kappa
-    for _ in range(4):
-        score = math.nextafter(score, 0)
-        table = ops.build(scores, _lambda(math.log(2), device))
-        ops.update(table, torch.tensor([3], device=device), torch.tensor([score], dtype=torch.float64, device=device))
-        weights = ops.weights(table)
-        assert weights.sum() < 2**52
-        assert weights[3] / weights[0] == pytest.approx(2**k, rel=1e-2 if k == 40 else 1e-6)
-
-
-@pytest.mark.cuda_kernels
-def test_update_touches_only_its_blocks(device: torch.device, generator: torch.Generator) -> None:
-    scores = torch.randn(5 * 4096, generator=generator).to(device)
-    table = ops.build(scores, _lambda(1.0, device))
-    before = table.bins.clone()
-    ops.update(table, torch.tensor([4096 * 2 + 5], device=device), torch.tensor([0.1], device=device))
-    changed = (table.bins != before).nonzero().flatten() // 4096
-    assert changed.unique().tolist() == [2]
-
-
-@pytest.mark.cuda_kernels
-@pytest.mark.parametrize("rise", [0.5, 3.0, 20.0, 43.0])
-def test_update_far_above_the_old_maximum(device: torch.device, rise: float, generator: torch.Generator) -> None:
-    scores = torch.randn(9000, generator=generator)
-    table = ops.build(scores.to(device), _lambda(1.0, device))
-    indices = torch.arange(0, 9000, 7)
-    updated = scores.clone()
-    updated[indices] += rise
-    ops.update(table, indices.to(device), updated[indices].to(device))
-    weights = ops.weights(table).cpu()
-    assert weights.sum() < 2**52
-    assert torch.equal(table.block_weight.sum().cpu(), weights.sum())
-    p = weights.double() / weights.sum()
-    assert (p - torch.softmax(updated.double(), 0)).abs().sum() / 2 < 1e-8
-
-
-@pytest.mark.cuda_kernels
-@pytest.mark.filterwarnings("ignore:fastkd. after this update")
-@pytest.mark.parametrize("gap", [0.0, 10.0, 20.0, 30.0])
-@pytest.mark.parametrize("rises", [False, True])
-def test_accuracy_after_the_heaviest_item_left_is_as_documented(
-    device: torch.device, gap: float, rises: bool, generator: torch.Generator
-) -> None:
-    low = torch.randn(1000, generator=generator, dtype=torch.float64)
-    high = low.clone()
-    high[0] = low.max() + gap
-    first, high, low = torch.zeros(1, dtype=torch.int64, device=device), high.to(device), low.to(device)
-    table = AliasTable(low if rises else high, 1.0, seed=0)
-    if rises:
-        table.update(first, high[:1])
-    table.update(first, low[:1])
-    error = (table.probabilities() - torch.softmax(low, 0)).abs().sum() / 2
-    assert error < 1000 / table.weights().sum() + 1e-9
-
-
-def test_failed_updates_leave_the_table_as_it_was() -> None:
-    scores = torch.tensor([0.0, 1.0, 2.0])
-    for indices, fresh in (([0, 1, 2], [-INFINITY] * 3), ([1], [math.nan]), ([1], [1e6]), ([3], [0.0]), ([-1], [0.0])):
-        table = ops.build(scores, _lambda(1.0))
-        before = [t.clone() for t in table]
-        with pytest.raises(RuntimeError, match=r"fastkd: (scores|indices)"):
-            ops.update(table, torch.tensor(indices), torch.tensor(fresh))
-        assert all(torch.equal(a, b) for a, b in zip(table, before, strict=True))
-
-
-@pytest.mark.cuda_kernels
-@pytest.mark.parametrize("indices", [[9000], [-1], [3, 2**40]])
-def test_a_gpu_draws_no_items_after_a_bad_index(device: torch.device, reads_values: bool, indices: list[int]) -> None:
-    table = ops.build(torch.zeros(9000, device=device), _lambda(1.0, device))
-    change = torch.tensor(indices, device=device), torch.ones(len(indices), device=device)
-    if reads_values:
-        with pytest.raises(RuntimeError, match="fastkd: indices"):
-            ops.update(table, *change)
-        return
-    ops.update(table, *change)
-    assert (ops.sample(table, _stream(1, 0, device), 20) == NO_ITEM).all()
-    ops.update(table, torch.tensor([3], device=device), torch.ones(1, device=device))  # and for good
-    assert (ops.sample(table, _stream(1, 0, device), 20) == NO_ITEM).all()
-
-
-@pytest.mark.cuda_kernels
-@pytest.mark.parametrize("bad", [math.nan, INFINITY, 1e6])
-def test_a_gpu_draws_no_items_after_a_bad_score(device: torch.device, reads_values: bool, bad: float) -> None:
-    table = ops.build(torch.zeros(9000, device=device), _lambda(1.0, device))
-    change = torch.tensor([5, 6], device=device), torch.tensor([0.0, bad], device=device)
-    if reads_values:
-        with pytest.raises(RuntimeError, match="fastkd: scores"):
-            ops.update(table, *change)
-        return
-    ops.update(table, *change)
-    assert (ops.sample(table, _stream(1, 0, device), 20) == NO_ITEM).all()
-
-
-@pytest.mark.cuda_kernels
-@pytest.mark.parametrize(
-    ("score", "inverse_temperature"),
-    [(math.nan, 1.0), (INFINITY, 1.0), (-INFINITY, 1.0), (0.0, -1.0), (0.0, math.nan), (0.0, INFINITY), (0.0, 1.7e308)],
-)
-def test_a_gpu_draws_no_items_from_a_table_that_the_cpu_refuses(
-    device: torch.device, reads_values: bool, score: float, inverse_temperature: float
-) -> None:
-    for n in (1, 9000):
-        scores = torch.full((n,), -INFINITY if score == -INFINITY else 0.0, device=device)
-        scores[n // 2] = score
-        if reads_values:
-            with pytest.raises(RuntimeError, match=r"fastkd: (scores|inverse_temperature)"):
-                ops.build(scores, _lambda(inverse_temperature))
-            continue
-        table = ops.build(scores, _lambda(inverse_temperature, device))
-        assert table.scale.isnan().all()
-        assert (ops.weights(table) == 0).all()
-        assert (ops.sample(table, _stream(1, 0, device), 20) == NO_ITEM).all()
-        if not math.isfinite(score):
-            assert ops.inverse_temperature(scores, 5.0).isnan()
-
-
-def test_update_warns_where_too_little_weight_is_left() -> None:
-    scores = torch.zeros(1000)
-    scores[0] = 30.0
-    with pytest.warns(UserWarning, match="weights sum to [0-9]+ for 1000 items, too few for exact probabilities"):
-        AliasTable(scores, 1.0).update(torch.tensor([0]), torch.tensor([0.0]))
-
-
-def test_items_can_leave_and_return() -> None:
-    table = AliasTable(torch.tensor([0.0, 0.0, 1.0]), 1.0, seed=0)
-    table.update(torch.tensor([2]), torch.tensor([-INFINITY]))
-    assert set(table.sample(1000).tolist()) == {0, 1}
-    table.update(torch.tensor([2]), torch.tensor([1.0]))
-    assert (table.sample(1000) == 2).any()
-
-
 # ---- the other contracts ------------------------------------------------------------------------
 
 
@@ -437,13 +265,13 @@ def test_a_table_made_in_inference_mode_is_drawn_from_outside(generator: torch.G
 @pytest.mark.cuda_kernels
 def test_opcheck(device: torch.device, generator: torch.Generator) -> None:
     scores = torch.randn(5000, generator=generator).to(device)
-    table = ops.build(scores, _lambda(1.0, device))
+    table = ops.build(scores, lambda_of(1.0, device))
     op = torch.ops.fastkd
     torch.library.opcheck(op.alias_inverse_temperature.default, (scores, 5.0))
-    torch.library.opcheck(op.alias_build.default, (scores, _lambda(1.0, device)))
+    torch.library.opcheck(op.alias_build.default, (scores, lambda_of(1.0, device)))
     changes = torch.tensor([1, 4999], device=device), torch.tensor([0.0, 1.0], device=device)
     torch.library.opcheck(op.alias_update_.default, (*table, *changes))
-    torch.library.opcheck(op.alias_sample.default, (*table, _stream(1, 0, device), 10, 0, 1))
+    torch.library.opcheck(op.alias_sample.default, (*table, stream_of(1, 0, device), 10, 0, 1))
     torch.library.opcheck(op.alias_weights.default, table[:2])
 
 
@@ -496,7 +324,7 @@ def test_compiles_into_one_graph(generator: torch.Generator) -> None:
         ),
         (
             lambda: torch.ops.fastkd.alias_update_(
-                *ops.build(torch.zeros(3), _lambda(1.0))[:3],
+                *ops.build(torch.zeros(3), lambda_of(1.0))[:3],
                 torch.zeros(1).double().expand(4),
                 torch.tensor([0]),
                 torch.zeros(1),
@@ -527,7 +355,7 @@ def test_any_scores_give_a_table_or_an_error(scores: list[float], inverse_temper
     u = torch.tensor(scores, dtype=torch.float32)
     valid = len(scores) > 0 and not (u.isnan() | (u == INFINITY)).any() and (u > -INFINITY).any()
     try:
-        table = ops.build(u, _lambda(inverse_temperature))
+        table = ops.build(u, lambda_of(inverse_temperature))
     except RuntimeError as error:
         assert "fastkd: " in str(error)  # noqa: PT017
         return

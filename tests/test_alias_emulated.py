@@ -10,6 +10,7 @@ import emulated
 import numpy as np
 import pytest
 import torch
+from alias_cases import lambda_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,10 +20,6 @@ from fastkd.reference import alias as reference
 SCHEDULES = range(int(os.environ.get("FASTKD_SCHEDULES", "5")))
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux; named from Python 3.13 on
 BLOCK = ops.BLOCK_SIZE
-
-
-def _lambda(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
 
 
 def _equal(a: ops.Table, b: ops.Table) -> bool:
@@ -48,10 +45,10 @@ def _kinds(n: int, generator: torch.Generator) -> dict[str, Tensor]:
 def test_tables_weights_and_draws_are_the_cpus(n: int, seed: int, generator: torch.Generator) -> None:
     stream = torch.tensor([7, 2**40])
     for scores in _kinds(n, generator).values():
-        table, slope = ops.build(scores, _lambda(1.3)), ops.inverse_temperature(scores, 5.0)
+        table, slope = ops.build(scores, lambda_of(1.3)), ops.inverse_temperature(scores, 5.0)
         draws, weights = ops.sample(table, stream, 100, 5, 3), ops.weights(table)
         with emulated.emulated(seed):
-            assert _equal(ops.build(scores, _lambda(1.3)), table)
+            assert _equal(ops.build(scores, lambda_of(1.3)), table)
             assert torch.equal(ops.weights(table), weights)
             assert torch.equal(ops.sample(table, stream, 100, 5, 3), draws)
             assert torch.equal(ops.inverse_temperature(scores, 5.0), slope)
@@ -64,7 +61,7 @@ def test_updates_are_the_cpus(rise: float, seed: int, generator: torch.Generator
     for n in (1, 5, 4096, 12_300):
         scores = torch.randn(n, generator=generator, dtype=torch.float64)
         for count in (1, n // 3 + 1, 2 * n + 1, n):
-            ours, expected = ops.build(scores, _lambda(1.0)), ops.build(scores, _lambda(1.0))
+            ours, expected = ops.build(scores, lambda_of(1.0)), ops.build(scores, lambda_of(1.0))
             indices = torch.arange(n) if count == n else torch.randint(n, (count,), generator=generator)
             fresh = scores[indices] + (max(rise, -3.0) if count == n else rise)  # something must be left
             fresh[: count // 2] = -math.inf

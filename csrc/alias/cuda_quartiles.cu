@@ -8,6 +8,7 @@
 #include "alias/cuda_scores.cuh"
 #include "alias/keys.h"
 #include "alias/operator.h"
+#include "common/bits.h"
 #include "common/scan.cuh"
 
 namespace fastkd::alias {
@@ -45,16 +46,12 @@ FASTKD_DEVICE auto raw_bits(T element) {
   if constexpr (sizeof(T) == 2) {
     return element.bits;
   } else {
-    std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t> bits;
-    memcpy(&bits, &element, sizeof bits);
-    return bits;
+    return bits_as<std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>>(element);
   }
 }
 template <typename T, typename Bits>
 FASTKD_DEVICE double value_of(Bits bits) {
-  T element;
-  memcpy(&element, &bits, sizeof element);
-  return static_cast<double>(to_compute(element));
+  return static_cast<double>(to_compute(bits_as<T>(bits)));
 }
 
 FASTKD_KERNEL(kThreads) clear_counts_kernel(const QuartileParams p) {

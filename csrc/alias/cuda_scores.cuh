@@ -18,7 +18,7 @@ constexpr int kAhead = 4;                 // loads of 16 bytes under way in each
 
 inline Geometry sweep_geometry(int64_t count, int element_size, unsigned numbers) {
   const unsigned blocks = grid_size(count, kAhead * 16 / element_size, kMostPartials);
-  return {blocks, kThreads, 1, kThreads / kWarp * numbers * 8};
+  return {blocks, kThreads, 1, cluster_shared_bytes(kThreads, 1, numbers)};
 }
 
 // body(element) for each score, and for -inf beyond ragged ends: all threads of a block come equally often.

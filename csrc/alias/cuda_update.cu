@@ -15,6 +15,7 @@ namespace {
 
 constexpr unsigned kPlanThreads = 1024;
 constexpr int kPlanTile = 4;
+constexpr unsigned kPlanBytes = cluster_shared_bytes(kPlanThreads, 1, 6);  // of the reductions of a plan
 
 struct UpdateParams {
   const void* scores;
@@ -91,7 +92,6 @@ FASTKD_KERNEL(kPlanThreads) plan_kernel(const UpdateParams p) {
     p.scale[2] = valid ? exponent - shift : nan;
   }
   // two places in turn, as in cuda_top.cu
-  const unsigned area = 6 * kPlanThreads / kWarp * 8;
   uint64_t carry = 0;
   unsigned tile = 0;
   for (int64_t base = 0; base < p.blocks; base += kPlanThreads * kPlanTile, ++tile) {
@@ -99,7 +99,7 @@ FASTKD_KERNEL(kPlanThreads) plan_kernel(const UpdateParams p) {
     uint64_t place[1] = {0}, total_of_tile[1];
 #pragma unroll
     for (int k = 0; k < kPlanTile; ++k) place[0] += first + k < p.blocks ? p.counts[first + k] : 0;
-    block_scan(place, total_of_tile, area + tile % 2 * scan_bytes(kPlanThreads, 1));
+    block_scan(place, total_of_tile, kPlanBytes + tile % 2 * scan_bytes(kPlanThreads, 1));
     uint64_t start = carry + place[0];
 #pragma unroll
     for (int k = 0; k < kPlanTile; ++k) {
@@ -159,7 +159,7 @@ rebuild_kernel(const UpdateParams p) {
   const int shift = static_cast<int>(p.plan[0]), exponent = static_cast<int>(p.scale[2]);
   const int largest_t = static_cast<int>(p.plan[1]);
   const Shared<uint32_t> touched(kTouchedOffset, kPackThreads);
-  // every so manieth block of items is this block's, so that changes of neighbours are shared out, too
+  // blocks of threads take blocks of items in turn, so that changes of neighbours are shared out, too
   const int64_t step = block_count();
   for (int64_t base = block_index(); base < p.blocks; base += p.width * step) {
     const int64_t candidate = base + thread_index() * step;
@@ -185,7 +185,7 @@ void update_(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tensor
   const Dtype dtype = kernel_dtype(scores);
   const ExtentSweep sweep(context, scores);
   const unsigned multiprocessors = context.limits().multiprocessors;
-  const Geometry each_change{grid_size(changes, 4, kMostPartials), kThreads, 1, kThreads / kWarp * 4 * 8};
+  const Geometry each_change{grid_size(changes, 4, kMostPartials), kThreads, 1, cluster_shared_bytes(kThreads, 1, 4)};
   Tensor sums = context.empty({kMostPartials, 2}, ScalarType::Long), plan = context.empty({3}, ScalarType::Long);
   Tensor lists = context.empty({2 * t.blocks + 1 + changes}, ScalarType::Int);
   uint32_t* const counts = static_cast<uint32_t*>(lists.mutable_data_ptr());
@@ -210,7 +210,7 @@ void update_(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tensor
   context.launch("alias update clear", clear_kernel, {grid_size(t.blocks, 4), kThreads}, params);
   context.launch("alias update count", for_dtype(dtype, [](auto type) { return &count_kernel<decltype(type)>; }), each_change,
                  params);
-  const unsigned plan_bytes = (6 * kPlanThreads / kWarp) * 8 + 2 * scan_bytes(kPlanThreads, 1);
+  const unsigned plan_bytes = kPlanBytes + 2 * scan_bytes(kPlanThreads, 1);
   context.launch("alias update plan", plan_kernel, {1, kPlanThreads, 1, plan_bytes}, params);
   context.launch("alias update list", list_kernel, each_change, params);
   context.launch("alias update blocks", for_dtype(dtype, [](auto type) { return &rebuild_kernel<decltype(type)>; }),

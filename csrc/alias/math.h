@@ -16,8 +16,7 @@
 
 #include <cstdint>
 
-#include <cstring>
-
+#include "common/bits.h"
 #include "common/divisor.h"
 #include "common/fixed_point.h"
 #include "common/host_device.h"
@@ -56,9 +55,7 @@ FASTKD_HOST_DEVICE Power power_of(double score, double reference, double kappa) 
   const double t = difference * kappa;
   const double below = t < kLargestT ? t : kLargestT, clamped = below > -64.0 ? below : -64.0;
   const double shifted = clamped * kFractionScale + kMagic;  // the product is exact: fused or not
-  uint64_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  const uint64_t fixed = bits - (kMagicBits - (uint64_t{kExponentBias} << kFractionBits));
+  const uint64_t fixed = bits_as<uint64_t>(shifted) - (kMagicBits - (uint64_t{kExponentBias} << kFractionBits));
   const uint32_t f = static_cast<uint32_t>(fixed >> (kFractionBits - 32));
   uint32_t r = exp2_coefficient(6);
 #if defined(__CUDACC__)

@@ -81,7 +81,7 @@ FASTKD_DEVICE void add_soft_moments(const Values<Group, kWeighted>& values, cons
   values.each([&](double u, double w) {
     const double t0 = u - m0, t1 = u - m1, q0 = t0 * t0, q1 = t1 * t1;
     const double a0 = c0 - h0 * q0, a1 = c1 - h1 * q1, d = a0 - a1;
-    const bool low = bits_of(d) >> 63 == 0;  // the likelier one; where d is 0, both
+    const bool low = bits_as<uint64_t>(d) >> 63 == 0;  // the likelier one; where d is 0, both
     const Odds odds = odds_of<kExact>(d);
     const double larger_one = 1.0 - odds.smaller, top = low ? a0 : a1;
     double r0 = low ? larger_one : odds.smaller, r1 = low ? odds.smaller : larger_one;
@@ -91,9 +91,9 @@ FASTKD_DEVICE void add_soft_moments(const Values<Group, kWeighted>& values, cons
       sums[6] += w * (top + static_cast<double>(device::log(odds.one_more)) * kLog2E);
     } else {
       sums[6] += top;
-      const unsigned bits = bits_of(product * odds.one_more);
+      const unsigned bits = bits_as<unsigned>(product * odds.one_more);
       exponent += static_cast<int>(bits >> 23) - 127;
-      product = float_of((bits & 0x7fffffu) | 0x3f800000u);
+      product = bits_as<float>((bits & 0x7fffffu) | 0x3f800000u);
     }
     if constexpr (kAtMeans) {
       add_moments(r0, t0, q0, sums);

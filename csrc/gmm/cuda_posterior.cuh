@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "common/bits.h"
 #include "common/device.cuh"
 #include "gmm/cuda.h"
 #include "gmm/fit.h"
@@ -47,36 +48,15 @@ FASTKD_DEVICE float exp2_near_0(float x) {
   return p;
 }
 
-FASTKD_DEVICE uint64_t bits_of(double x) {
-  uint64_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-FASTKD_DEVICE double double_of(uint64_t bits) {
-  double x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-FASTKD_DEVICE unsigned bits_of(float x) {
-  unsigned bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-FASTKD_DEVICE float float_of(unsigned bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 // 2^-|x|, relative error 2^-23; 0 where |x| >= 126. Comparisons are of the higher words: fp64 has enough to do.
 FASTKD_DEVICE float power_of_minus(double x) {
   constexpr double kRound = 0x1.8p52;              // added, it leaves the nearest integer in the lowest bits
   constexpr unsigned kHighestOf126 = 0x405f8000u;  // of the bits of 126.0
-  const uint64_t bits = bits_of(x);
+  const uint64_t bits = bits_as<uint64_t>(x);
   const unsigned high = static_cast<unsigned>(bits >> 32) & 0x7fffffffu, near = high < kHighestOf126 ? high : kHighestOf126;
-  const double exponent = double_of(static_cast<uint64_t>(near | 0x80000000u) << 32 | static_cast<unsigned>(bits));
+  const double exponent = bits_as<double>(static_cast<uint64_t>(near | 0x80000000u) << 32 | static_cast<unsigned>(bits));
   const double shifted = exponent + kRound, rest = exponent - (shifted - kRound);
-  const float scale = float_of((static_cast<unsigned>(bits_of(shifted)) + 127u) << 23);
+  const float scale = bits_as<float>((static_cast<unsigned>(bits_as<uint64_t>(shifted)) + 127u) << 23);
   const float power = exp2_near_0(static_cast<float>(rest)) * scale;
   return high < kHighestOf126 ? power : 0.0f;
 }

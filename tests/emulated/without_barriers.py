@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BARRIER = re.compile(r"^\s*((if \(.*\) )?(\w+\.)?(block_barrier|cluster_barrier|barrier|start)\(\);)", re.MULTILINE)
 TESTS = {
-    "alias": ["tests/test_alias.py", "tests/test_batch.py"],
+    "alias": ["tests/test_alias.py", "tests/test_alias_update.py", "tests/test_batch.py"],
     "batch": ["tests/test_batch.py"],
     "crop": ["tests/test_crop.py", "tests/test_batch.py"],
     "divergence": ["tests/test_divergence_geometry.py", "tests/test_divergence.py", "tests/test_logit_stats.py"],
