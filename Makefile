@@ -13,7 +13,7 @@ SANITIZED := build/sanitized
 PARALLEL := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu-check sanitize inspect lint format wheel build clean
+.PHONY: help demo test bench bench-full gpu-check sanitize inspect lint format wheel build clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,9 +59,15 @@ sanitize: $(VENV)/.built  ## the op tests under AddressSanitizer and UndefinedBe
 inspect: $(VENV)/.dev  ## the CUDA kernels as nvcc built them: registers, spills, wide loads and stores
 	$(BIN)/python .ci/inspect_cuda.py
 
-bench: $(VENV)/.built  ## ratios against peers on this machine, as a table and as JSON under benchmarks/results/
+$(VENV)/.bench: $(VENV)/.built
 	$(PIP) --no-build-isolation --editable ".[bench]"
-	$(BIN)/python -m benchmarks
+	touch $@
+
+bench: $(VENV)/.bench  ## fastkd and its peers on this machine: table, JSON and figures in benchmarks/results/; 5 minutes
+	$(BIN)/fastkd bench
+
+bench-full: $(VENV)/.bench  ## the same over sweeps of sizes and threads; half an hour
+	$(BIN)/fastkd bench --full
 
 gpu-check:  ## on a machine with a GPU: build, test, sanitize, measure, with $(PYTHON) as it is, in 8 minutes
 	$(PYTHON) -m benchmarks.gpu_check

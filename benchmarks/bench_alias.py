@@ -1,10 +1,11 @@
-"""The alias table against scipy, numpy and torch: building from scores, and drawing."""
+"""Alias tables against scipy, numpy and torch: lambda from the IQPR, building from scores, drawing, updating."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,156 +13,157 @@ from torch import Tensor
 
 import fastkd
 from benchmarks import floors
-from benchmarks.gpu import Contenders, LazyCase, Settings, relative_error
-from benchmarks.harness import Case
+from benchmarks.case import Case, Contest, Run, Settings, Work, on_threads, relative_error, short_count, thread_counts
 
-DRAWS = 1_000_000
-
-
-def cases() -> Iterator[Case]:
-    """N = 1e7 for scipy and numpy, 2^24 for torch.multinomial, which refuses more."""
-    from scipy.stats.sampling import DiscreteAliasUrn
-
-    warnings.filterwarnings("ignore", message=".*squared histogram")  # scipy's, about its own rounding
-
-    n = 10_000_000
-    scores = torch.randn(n)
-    table = fastkd.AliasTable(scores, 1.0, seed=0)
-    probabilities = table.probabilities().numpy()
-    urn = DiscreteAliasUrn(probabilities, random_state=np.random.default_rng(0))
-    # scipy is given ready probabilities; fastkd pays for the exponentials too
-    yield Case(
-        "alias build N=1e7",
-        lambda: fastkd.AliasTable(scores, 1.0, seed=0),
-        {"scipy DiscreteAliasUrn": lambda: DiscreteAliasUrn(probabilities)},
-        {"scipy DiscreteAliasUrn": 2.0},
-        5,
-    )
-    generator = np.random.default_rng(0)
-    share = 10  # numpy draws a tenth of them
-    yield Case(
-        f"alias draw {DRAWS:.0e} of N=1e7",
-        lambda: table.sample(DRAWS),
-        {
-            "scipy DiscreteAliasUrn": lambda: urn.rvs(DRAWS),
-            "numpy choice": lambda: generator.choice(n, DRAWS // share, p=probabilities),
-        },
-        {"scipy DiscreteAliasUrn": 5.0, "numpy choice": 100.0},
-        9,
-        {"numpy choice": share},
-    )
-    n = 2**24
-    weights = torch.rand(n)
-    table = fastkd.AliasTable.from_weights(weights, seed=0)
-    yield Case(
-        f"alias draw {DRAWS:.0e} of N=2^24",
-        lambda: table.sample(DRAWS),
-        {"torch.multinomial": lambda: torch.multinomial(weights, DRAWS, replacement=True)},
-        {"torch.multinomial": 40.0},
-        5,
-    )
-
-
-GPU_ITEMS = (10**6, 10**7, 10**8, 10**9)
-GPU_DRAWS = 2**24
-GPU_CHANGES = 10**5
-MULTINOMIAL_ITEMS = 2**24  # it refuses more
+QUICK = (10**7,)
+FULL = (10**4, 10**5, 10**6, 10**8)
+GPU = (10**6, 10**7, 10**8, 10**9)
+DRAWS, GPU_DRAWS = 10**6, 2**24
+CHANGES, GPU_CHANGES = 256, 10**5  # the losses of a training batch; of an epoch
+MULTINOMIAL_ITEMS = 2**24  # torch.multinomial and torch.quantile refuse more
 CDF_ITEMS = 10**8  # of a sum in fp64 and what it takes to make it
+DRAW_TARGETS = {"scipy DiscreteAliasUrn": 5.0, "numpy choice": 100.0}  # of 1e7, on a CPU
+BUILD_TARGETS = {"scipy DiscreteAliasUrn": 2.0}
+MULTINOMIAL_TARGETS = {"torch.multinomial": 40.0}
+OF_SINGLE_SUMS = (
+    0.2  # deviations that the mean of torch.multinomial's draws may be off: it sums up to 2^24 weights in fp32
+)
+BYTES_OF_AN_ITEM = 60  # scores, tables, and those of peers in fp64
 
 
-def gpu_cases(settings: Settings) -> Iterator[LazyCase]:
-    """Lambda from the IQPR, the table, draws and updates, of 1e6 to 1e9 items as far as memory allows."""
-    sizes = sorted({min(items, settings.nbytes) for items in GPU_ITEMS})
-    for items in sizes:
+def cases(settings: Settings) -> Iterator[Case]:
+    """All four for collections of growing size."""
+    for items in settings.pick(QUICK, FULL, sorted({min(n, settings.nbytes) for n in GPU})):
         for make in (_iqpr, _build, _draw, _update):
             yield make(settings, items)
+    if settings.sizes != "gpu":
+        yield _draw(settings, MULTINOMIAL_ITEMS)
+    if settings.sizes == "full":
+        yield from on_threads(_build(settings, 10**7), thread_counts())
+        yield from on_threads(_draw(settings, 10**7), thread_counts())
 
 
 def _scores(settings: Settings, items: int) -> Tensor:
     return torch.randn(items, device=settings.device, generator=torch.Generator(settings.device).manual_seed(0))
 
 
-def _iqpr(settings: Settings, items: int) -> LazyCase:
-    def build() -> Case:
+def _on_cpu(settings: Settings) -> bool:
+    return settings.device.type == "cpu"
+
+
+def _iqpr(settings: Settings, items: int) -> Case:
+    def build() -> Work:
         scores = _scores(settings, items)
-        ordered = scores.sort().values  # torch.quantile refuses more than 16 M elements
+        ordered = scores.sort().values
         position = torch.tensor([0.25, 0.75], dtype=torch.float64) * (items - 1)
         below = position.long()
         low, high = (ordered[(below + i).clamp(max=items - 1).to(scores.device)].double().cpu() for i in (0, 1))
         truth = math.log(5) / (low + (position - below) * (high - low)).diff()[0]
         del ordered
-
-        contenders = Contenders(
+        quartiles = (0.25, 0.75)
+        peers: dict[str, Run] = {
+            "torch.quantile": lambda: math.log(5) / torch.quantile(scores, scores.new_tensor(quartiles)).diff()[0]
+        }
+        if _on_cpu(settings):
+            array = scores.numpy()
+            peers["numpy quantile"] = lambda: torch.tensor(math.log(5) / np.diff(np.quantile(array, quartiles))[0])
+        work = Work(
             lambda: fastkd.ops.alias.inverse_temperature(scores, 5.0),
-            {"torch.quantile": lambda: math.log(5) / torch.quantile(scores, scores.new_tensor([0.25, 0.75])).diff()[0]},
+            peers,
             lambda value: relative_error(value.cpu(), truth),
-            5 / math.sqrt(items),
-            5 / math.sqrt(items),
+            1e-5,
+            1e-3,
+            floor_bytes=floors.alias_quartiles(items, 4),
         )
-        return contenders.case(
-            f"alias IQPR N={items}", settings, rounds=15, floor_bytes=floors.alias_quartiles(items, 4)
-        )
+        if items > MULTINOMIAL_ITEMS:
+            work.leave_out("torch.quantile", "refuses more than 2^24 values")
+        return work
 
-    return LazyCase(f"alias IQPR N={items}", build)
+    return Case(f"alias IQPR N={short_count(items)}", build, 16 * items)
 
 
-def _build(settings: Settings, items: int) -> LazyCase:
-    def build() -> Case:
+def _build(settings: Settings, items: int) -> Case:
+    def build() -> Work:
         scores = _scores(settings, items)
-        truth = scores[: 1 << 20].double().exp()  # relative to one another
+        some = slice(0, 1 << 20)
+        truth = scores[some].double().exp()  # relative to one another
 
-        def error(result: fastkd.AliasTable | Tensor) -> float:
-            if isinstance(result, Tensor):
-                share = result[: 1 << 20].diff(prepend=result.new_zeros(1))
-            else:
-                share = result.weights()[: 1 << 20].double()
+        def error(result: Any) -> float:
+            if isinstance(result, fastkd.AliasTable):
+                share = result.weights()[some].double()
+            elif isinstance(result, Tensor):
+                share = result[some].diff(prepend=result.new_zeros(1))
+            else:  # scipy's urn says nothing of its table
+                return drawn_error(torch.from_numpy(result.rvs(DRAWS // 10)))
             return relative_error(share / share.sum(), truth / truth.sum())
 
-        peers = {"softmax and cumsum, fp64": lambda: scores.double().softmax(0).cumsum(0)} if items <= CDF_ITEMS else {}
-        contenders = Contenders(lambda: fastkd.AliasTable(scores, 1.0, seed=0), peers, error, 1e-6, 1e-6)
-        return contenders.case(f"alias build N={items}", settings, rounds=15, floor_bytes=floors.alias_build(items, 4))
+        peers: dict[str, Run] = {}
+        if items <= CDF_ITEMS:
+            peers["softmax and cumsum, fp64"] = lambda: scores.double().softmax(0).cumsum(0)
+        if _on_cpu(settings):  # scipy is given ready probabilities; fastkd pays for the exponentials too
+            probabilities = scores.double().softmax(0).numpy()
+            drawn_error = _error_of_draws(scores, torch.from_numpy(probabilities), DRAWS // 10)
+            peers["scipy DiscreteAliasUrn"] = lambda: _urn(probabilities)
+        return Work(
+            lambda: fastkd.AliasTable(scores, 1.0, seed=0),
+            peers,
+            error,
+            1e-6,
+            1e-6,
+            floor_bytes=floors.alias_build(items, 4),
+            targets=BUILD_TARGETS if _on_cpu(settings) and items == 10**7 else {},
+        )
 
-    return LazyCase(f"alias build N={items}", build)
+    return Case(f"alias build N={short_count(items)}", build, BYTES_OF_AN_ITEM * items)
 
 
-def _draw(settings: Settings, items: int) -> LazyCase:
-    draws = min(GPU_DRAWS, max(settings.nbytes, 2**18))
+def _draw(settings: Settings, items: int) -> Case:
+    draws = DRAWS if settings.sizes != "gpu" else min(GPU_DRAWS, max(settings.nbytes, 2**18))
 
-    def build() -> Case:
+    def build() -> Work:
         scores = _scores(settings, items)
         table = fastkd.AliasTable(scores, 1.0, seed=0)
-        top_in_cache = items <= 10**9
-        peers = {}
+        p = table.probabilities()
+        error = _error_of_draws(scores, p, draws)
+        peers: dict[str, Run] = {}
         if items <= CDF_ITEMS:
             cdf = scores.double().softmax(0).cumsum(0)
             peers["searchsorted of an fp64 sum"] = lambda: torch.searchsorted(
                 cdf, torch.rand(draws, device=cdf.device, dtype=torch.float64)
             ).clamp_(max=items - 1)
-        if items <= MULTINOMIAL_ITEMS:
-            weights = scores.exp()
-            peers["torch.multinomial"] = lambda: torch.multinomial(weights, draws, replacement=True)
+        if _on_cpu(settings):
+            probabilities = p.numpy()
+            urn, random = _urn(probabilities), np.random.default_rng(0)
+            peers["scipy DiscreteAliasUrn"] = lambda: torch.from_numpy(urn.rvs(draws))
+            peers["numpy choice"] = lambda: torch.from_numpy(random.choice(items, draws, p=probabilities))
+        weights = scores.exp()
+        peers["torch.multinomial"] = lambda: torch.multinomial(weights, draws, replacement=True)
+        if _on_cpu(settings) and items <= MULTINOMIAL_ITEMS:
+            sampler = torch.utils.data.WeightedRandomSampler(weights.double(), draws)
+            peers["WeightedRandomSampler"] = lambda: torch.tensor(list(sampler))
+        targets = {}
+        if _on_cpu(settings):
+            targets = {10**7: DRAW_TARGETS, MULTINOMIAL_ITEMS: MULTINOMIAL_TARGETS}.get(items, {})
+        work = Work(
+            lambda: table.sample(draws),
+            peers,
+            error,
+            0.0,
+            OF_SINGLE_SUMS,
+            floor_bytes=floors.alias_sample(draws),
+            targets=targets,
+        )
+        if items > MULTINOMIAL_ITEMS:
+            work.leave_out("torch.multinomial", "refuses more than 2^24 items")
+        return work
 
-        p = table.probabilities()
-        mean = (p * scores).sum()
-        deviation = (p * (scores - mean).square()).sum().sqrt()
-        del p
-
-        def error(indices: Tensor) -> float:
-            """Of the mean score of the draws, in deviations."""
-            return float(((scores[indices].double().mean() - mean) / deviation).abs())
-
-        tolerance = 6 / math.sqrt(draws)
-        floor = floors.alias_sample(draws, top_in_cache=top_in_cache)
-        contenders = Contenders(lambda: table.sample(draws), peers, error, tolerance, tolerance)
-        return contenders.case(f"alias draw N={items}", settings, rounds=15, floor_bytes=floor)
-
-    return LazyCase(f"alias draw N={items}", build)
+    return Case(f"alias draw {short_count(draws)} of N={short_count(items)}", build, BYTES_OF_AN_ITEM * items)
 
 
-def _update(settings: Settings, items: int) -> LazyCase:
-    changes = min(GPU_CHANGES, items // 10)
+def _update(settings: Settings, items: int) -> Case:
+    changes = min(GPU_CHANGES if settings.sizes == "gpu" else CHANGES, items // 10)
 
-    def build() -> Case:
+    def build() -> Work:
         scores = _scores(settings, items)
         table = fastkd.AliasTable(scores, 1.0, seed=0)
         indices = torch.randint(items, (changes,), device=settings.device)
@@ -181,8 +183,38 @@ def _update(settings: Settings, items: int) -> LazyCase:
         def error(result: fastkd.AliasTable) -> float:
             return relative_error(result.weights()[indices].double() / result.weights().sum(), truth)
 
-        contenders = Contenders(ours, {"a table built anew": built_anew}, error, 1e-5, 1e-5)
-        floor = floors.alias_update(items, changes)
-        return contenders.case(f"alias update N={items}", settings, rounds=15, floor_bytes=floor)
+        return Work(
+            ours,
+            {"a table built anew": built_anew},
+            error,
+            1e-5,
+            1e-5,
+            floor_bytes=floors.alias_update(items, changes),
+        )
 
-    return LazyCase(f"alias update N={items}", build)
+    return Case(f"alias update {short_count(changes)} of N={short_count(items)}", build, BYTES_OF_AN_ITEM * items)
+
+
+def _urn(probabilities: np.ndarray) -> Any:
+    from scipy.stats.sampling import DiscreteAliasUrn
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*squared histogram")  # about its own rounding
+        return DiscreteAliasUrn(probabilities, random_state=np.random.default_rng(0))
+
+
+def _error_of_draws(scores: Tensor, probabilities: Tensor, draws: int) -> Callable[[Tensor], float]:
+    """0 where the mean score of the draws lies within 6 deviations of what the probabilities say."""
+    mean = (probabilities * scores).sum()
+    deviation = (probabilities * (scores - mean).square()).sum().sqrt()
+
+    def error(indices: Tensor) -> float:
+        off = float(((scores[indices].double().mean() - mean) / deviation).abs())
+        return 0.0 if off <= 6 / math.sqrt(min(draws, len(indices))) else off
+
+    return error
+
+
+def test_alias(case: Case, contest: Contest) -> None:
+    """Each case."""
+    contest(case)

@@ -1,4 +1,4 @@
-"""Random patches, forward and backward, against the ways to write them in torch; GPU augmentation of uint8 images."""
+"""Patches against advanced indexing, grid_sample, unfold, torchvision and kornia, their gradient included."""
 
 from __future__ import annotations
 
@@ -10,11 +10,23 @@ from torch import Tensor
 
 import fastkd
 from benchmarks import floors
-from benchmarks.gpu import Contenders, LazyCase, Settings, first_line, relative_error, short_name
-from benchmarks.harness import Case
+from benchmarks.case import (
+    BEST_PEER,
+    Case,
+    Contest,
+    Run,
+    Settings,
+    Work,
+    on_threads,
+    peers_that_fit,
+    relative_error,
+    short_name,
+    thread_counts,
+)
 from fastkd.ops import crop as ops
 
 Crop = Callable[[Tensor, Tensor, int], Tensor]
+Shape = tuple[int, int, int, int]  # images, their side, patches of each, the side of a patch
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)  # of CIFAR-10
 
@@ -47,6 +59,14 @@ def unfold_gather(images: Tensor, offsets: Tensor, size: int) -> Tensor:
     return every[batch, :, offsets[..., 0], offsets[..., 1]].flatten(0, 1)
 
 
+def torchvision_crop(images: Tensor, offsets: Tensor, size: int) -> Tensor:
+    """One call for each patch, as its RandomCrop has one place for a whole batch."""
+    from torchvision.transforms.functional import crop
+
+    places = offsets.tolist()
+    return torch.stack([crop(image, y, x, size, size) for image, at in zip(images, places, strict=True) for y, x in at])
+
+
 def kornia_crop(images: Tensor, offsets: Tensor, size: int) -> Tensor:
     """kornia's random crop of k copies of each image; it draws offsets of its own."""
     from kornia.augmentation import RandomCrop
@@ -54,97 +74,112 @@ def kornia_crop(images: Tensor, offsets: Tensor, size: int) -> Tensor:
     return RandomCrop((size, size))(images.repeat_interleave(offsets.shape[1], 0))
 
 
-def cases() -> Iterator[Case]:
-    """256 images of 3x32x32, 8 patches of 8x8 each, on the CPU."""
-    images = torch.randn(256, 3, 32, 32, requires_grad=True)
-    offsets = torch.randint(0, 25, (256, 8, 2))
-    upstream = torch.randn(2048, 3, 8, 8)
-
-    def step(crop):
-        crop(images, offsets, 8).backward(upstream)
-        gradient, images.grad = images.grad, None  # freed by the harness, outside the clock
-        return gradient
-
-    for peer in (gather, grid_sample):
-        torch.testing.assert_close(step(peer), step(fastkd.crop_patches), rtol=1e-4, atol=1e-5)
-    peers = {"advanced-index gather": gather, "grid_sample, nearest": grid_sample}
-    try:
-        step(kornia_crop)
-        peers["kornia RandomCrop"] = kornia_crop
-    except ImportError:
-        print("kornia is not installed: left out")
-    yield Case(
-        "crop 256x3x32x32 k=8 L=8",
-        lambda: step(fastkd.crop_patches),
-        {name: lambda peer=peer: step(peer) for name, peer in peers.items()},
-        dict.fromkeys(peers, 8.0),
-        101,
-    )
-
-
-GPU_PEERS: dict[str, Crop] = {
+PEERS: dict[str, Crop] = {
     "advanced-index gather": gather,
     "grid_sample, nearest": grid_sample,
     "unfold and gather": unfold_gather,
+    "torchvision crop, one by one": torchvision_crop,
     "kornia RandomCrop": kornia_crop,
 }
-SHAPES = ((4096, 32, 8, 8), (256, 224, 8, 64))  # images, their side, patches of each, the side of a patch
+
+TARGET_SHAPE = (256, 32, 8, 8)
+FULL = (
+    *((256, 32, k, size) for k in (1, 8, 32) for size in (8, 16, 28) if (k, size) != (8, 8)),
+    (16, 224, 8, 64),
+    (128, 224, 8, 64),
+)
+GPU = ((4096, 32, 8, 8), (256, 224, 8, 64))  # and both as batches so large that only bytes count
+PEER_COPIES = 12  # tensors of the size of the patches that a peer holds at its peak
 
 
-def gpu_cases(settings: Settings) -> Iterator[LazyCase]:
-    """The shapes of the vision papers, then batches so large that only bytes count."""
+def cases(settings: Settings) -> Iterator[Case]:
+    """Steps forward and backward; on a GPU each by itself. The augmentation of a batch."""
     yield _augmentation(settings)
-    large = tuple((settings.rows(3 * side * side, torch.float32), side, k, size) for _, side, k, size in SHAPES)
-    fixed = tuple(
-        (min(batch, rows), side, k, size) for (batch, side, k, size), (rows, *_) in zip(SHAPES, large, strict=True)
-    )
-    for batch, side, k, size in dict.fromkeys(fixed + large):
+    if settings.sizes != "gpu":
+        for shape in settings.pick([TARGET_SHAPE], FULL):
+            yield _patches(settings, shape, torch.float32, "step")
+        if settings.sizes == "full":
+            yield _patches(settings, TARGET_SHAPE, torch.bfloat16, "step")
+            yield from on_threads(_patches(settings, FULL[-1], torch.float32, "step"), thread_counts())
+        return
+    large = [(settings.rows(3 * side * side, torch.float32), side, k, size) for _, side, k, size in GPU]
+    fixed = [(min(batch, most), *rest) for (batch, *rest), (most, *_) in zip(GPU, large, strict=True)]
+    for shape in dict.fromkeys((*fixed, *large)):
         for dtype in (torch.float32, torch.bfloat16):
-            yield _patches(settings, (batch, side, k, size), dtype, backward=False)
-            yield _patches(settings, (batch, side, k, size), dtype, backward=True)
+            for direction in ("forward", "backward"):
+                yield _patches(settings, shape, dtype, direction)
 
 
-def _patches(settings: Settings, shape: tuple[int, int, int, int], dtype: torch.dtype, *, backward: bool) -> LazyCase:
+def _patches(settings: Settings, shape: Shape, dtype: torch.dtype, direction: str) -> Case:
     batch, side, k, size = shape
-    direction = "backward" if backward else "forward"
-    name = f"crop {direction} {batch}x3x{side}x{side} k={k} L={size} {short_name(dtype)}"
+    heading = "" if direction == "step" else f"{direction} "
+    name = f"crop {heading}{batch}x3x{side}x{side} k={k} L={size} {short_name(dtype)}"
+    window, extent = (size, size), (side, side)
 
-    def build() -> Case:
+    def build() -> Work:
         images = torch.randn(batch, 3, side, side, device=settings.device, dtype=dtype)
         offsets = torch.randint(0, side - size + 1, (batch, k, 2), device=settings.device)
-        window, extent = (size, size), (side, side)
-        if backward:
+        covered = floors.covered_pixels(offsets, window, extent)
+        forward = floors.crop(covered, 3, batch * k, window, dtype.itemsize, dtype.itemsize)
+        backward = floors.crop_backward(batch, 3, extent, batch * k, window, dtype.itemsize)
+        if direction == "forward":
+            run, truth = _forward(images, offsets, size), gather(images, offsets, size)
+        else:
             images.requires_grad_()
             upstream = torch.randn(batch * k, 3, size, size, device=settings.device, dtype=dtype)
-            run = _backward(images, offsets, size, upstream)
-            floor = floors.crop_backward(batch, 3, extent, batch * k, window, dtype.itemsize)
-        else:
-
-            def run(crop: Crop) -> Callable[[], Tensor]:
-                return lambda: crop(images, offsets, size)
-
-            covered = floors.covered_pixels(offsets, window, extent)
-            floor = floors.crop(covered, 3, batch * k, window, dtype.itemsize, dtype.itemsize)
-        if backward:
+            make = _step if direction == "step" else _backward
+            run = make(images, offsets, size, upstream)
             wide = images.detach().float().requires_grad_()
-            truth = _backward(wide, offsets, size, upstream.float())(gather)()
-        else:
-            truth = run(gather)()
+            truth = _step(wide, offsets, size, upstream.float())(gather)()
         # backward: sums of up to k patches, rounded to bf16 once by us and after each patch by some peers
-        tolerance = 0.0 if not backward else 1e-2 if dtype == torch.bfloat16 else 1e-6
-        peers = {peer: _deferred(run, crop) for peer, crop in GPU_PEERS.items()}
-        kornia = peers.pop("kornia RandomCrop")
-        contenders = Contenders(
-            run(fastkd.crop_patches), peers, lambda result: relative_error(result, truth), tolerance, 3e-2
+        tolerance = 0.0 if direction == "forward" else 1e-2 if dtype == torch.bfloat16 else 1e-6
+        work = Work(
+            run(fastkd.crop_patches),
+            {peer: _deferred(run, crop) for peer, crop in PEERS.items()},
+            lambda result: relative_error(result, truth),
+            tolerance,
+            3e-2,
+            floor_bytes={"forward": forward, "backward": backward, "step": forward + backward}[direction],
+            targets={BEST_PEER: 8.0} if direction == "step" and shape == TARGET_SHAPE else {},
+            target_percent=85.0 if settings.device.type == "cuda" and images.nbytes >= 1 << 30 else None,
+            incomparable=("kornia RandomCrop",),
         )
-        return _with_kornia(contenders.case(name, settings, rounds=9, floor_bytes=floor), kornia)
+        # the gradient of unfold is one of every patch that there is
+        every = 0 if direction == "forward" else 2 * batch * 3 * (side - size + 1) ** 2 * size**2 * dtype.itemsize
+        return peers_that_fit(work, every, settings, ["unfold and gather"])
 
-    return LazyCase(name, build)
+    nbytes = 3 * (batch * side * side + batch * k * size * size) * dtype.itemsize
+    return Case(name, build, PEER_COPIES * nbytes)
 
 
-def _deferred(run: Callable[[Crop], Callable[[], Tensor]], crop: Crop) -> Callable[[], Tensor]:
+def _forward(images: Tensor, offsets: Tensor, size: int) -> Callable[[Crop], Run]:
+    return lambda crop: lambda: crop(images, offsets, size)
+
+
+def _step(images: Tensor, offsets: Tensor, size: int, upstream: Tensor) -> Callable[[Crop], Run]:
+    def run(crop: Crop) -> Run:
+        def step() -> Tensor:
+            crop(images, offsets, size).backward(upstream)
+            gradient, images.grad = images.grad, None
+            assert gradient is not None
+            return gradient
+
+        return step
+
+    return run
+
+
+def _backward(images: Tensor, offsets: Tensor, size: int, upstream: Tensor) -> Callable[[Crop], Run]:
+    def run(crop: Crop) -> Run:
+        patches = crop(images, offsets, size)
+        return lambda: torch.autograd.grad(patches, images, upstream, retain_graph=True)[0]
+
+    return run
+
+
+def _deferred(run: Callable[[Crop], Run], crop: Crop) -> Run:
     """A backward needs its forward first, which a peer may fail at: not before it is called."""
-    prepared: list[Callable[[], Tensor]] = []
+    prepared: list[Run] = []
 
     def call() -> Tensor:
         if not prepared:
@@ -152,24 +187,6 @@ def _deferred(run: Callable[[Crop], Callable[[], Tensor]], crop: Crop) -> Callab
         return prepared[0]()
 
     return call
-
-
-def _with_kornia(case: Case, run: Callable[[], Tensor]) -> Case:
-    """kornia draws its own places: its result can be compared in shape only."""
-    try:
-        run()
-        case.peers["kornia RandomCrop"] = run
-    except Exception as problem:
-        case.missing["kornia RandomCrop"] = first_line(problem)
-    return case
-
-
-def _backward(images: Tensor, offsets: Tensor, size: int, upstream: Tensor) -> Callable[[Crop], Callable[[], Tensor]]:
-    def run(crop: Crop) -> Callable[[], Tensor]:
-        patches = crop(images, offsets, size)
-        return lambda: torch.autograd.grad(patches, images, upstream, retain_graph=True)[0]
-
-    return run
 
 
 def eager_augmentation(images: Tensor, offsets: Tensor, flip: Tensor, padding: int, dtype: torch.dtype) -> Tensor:
@@ -181,15 +198,29 @@ def eager_augmentation(images: Tensor, offsets: Tensor, flip: Tensor, padding: i
     return ((crops.float() / 255 - mean) / std).to(dtype)
 
 
-def _augmentation(settings: Settings) -> LazyCase:
+def torchvision_augmentation(images: Tensor, padding: int) -> Tensor:
+    """The same by torchvision's transforms, image by image, as a DataLoader's workers do."""
+    from torchvision.transforms import v2
+
+    transform = v2.Compose(
+        [
+            v2.RandomCrop(images.shape[-1], padding=padding),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+    return torch.stack([transform(image) for image in images])
+
+
+def _augmentation(settings: Settings) -> Case:
     batch, side, padding = min(512, settings.rows(3 * 32 * 32, torch.uint8)), 32, 4
-    name = f"random_crop_flip {batch}x3x{side}x{side} uint8 to fp32"
 
     def places(device: torch.device) -> tuple[Tensor, Tensor]:
         offsets = torch.randint(-padding, padding + 1, (batch, 2), device=device)
         return offsets, torch.rand(batch, device=device) < 0.5
 
-    def build() -> Case:
+    def build() -> Work:
         images = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8, device=settings.device)
         # random places differ from call to call: that both do the same to the same places is checked apart
         offsets, flip = places(settings.device)
@@ -198,19 +229,24 @@ def _augmentation(settings: Settings) -> LazyCase:
             images, offsets[:, None], (side, side), flip[:, None], center=center, scale=scale, dtype=torch.float32
         )
         error = relative_error(given, eager_augmentation(images, offsets, flip, padding, torch.float32))
-        contenders = Contenders(
+        covered = floors.covered_pixels(offsets[:, None], (side, side), (side, side))
+        return Work(
             lambda: fastkd.random_crop_flip(images, padding, mean=MEAN, std=STD),
             {
                 "pad, gather, flip, normalise": lambda: eager_augmentation(
                     images, *places(settings.device), padding, torch.float32
-                )
+                ),
+                "torchvision v2, one by one": lambda: torchvision_augmentation(images, padding),
             },
-            lambda result: error if result.isfinite().all() else float("nan"),
+            lambda result: error if result.isfinite().all() and result.shape == images.shape else float("nan"),
             1e-6,
             1e-6,
+            floor_bytes=floors.crop(covered, 3, batch, (side, side), 1, 4),
         )
-        covered = floors.covered_pixels(offsets[:, None], (side, side), (side, side))
-        floor = floors.crop(covered, 3, batch, (side, side), 1, 4)
-        return contenders.case(name, settings, rounds=51, floor_bytes=floor)
 
-    return LazyCase(name, build)
+    return Case(f"random_crop_flip {batch}x3x{side}x{side} uint8 to fp32", build)
+
+
+def test_crop(case: Case, contest: Contest) -> None:
+    """Each case."""
+    contest(case)

@@ -1,8 +1,8 @@
-"""Losses against torch eager, torch.compile and Liger-Kernel: raw logits in, loss and student gradient out."""
+"""Losses against what one would use instead: raw logits in, loss and student gradient out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -11,29 +11,54 @@ from torch import Tensor
 
 import fastkd
 from benchmarks import floors
-from benchmarks.gpu import Contenders, LazyCase, Settings, graph_replay, relative_error, short_name
-from benchmarks.harness import Case
+from benchmarks.case import (
+    Case,
+    Contest,
+    Settings,
+    Work,
+    on_threads,
+    peers_that_fit,
+    relative_error,
+    short_name,
+    thread_counts,
+)
+from benchmarks.clock import graph_replay
 from fastkd.reference import divergence as reference
 
-TEMPERATURE = 4.0
+Loss = Callable[..., Tensor]  # (student_logits, teacher_logits, temperature) -> scalar
+
+CPU_TEMPERATURE = 4.0
 # of distillation of language models, and the one at which Liger-Kernel, which has no temperature, needs the fewest passes
-LM_TEMPERATURE = 1.0
-CLASSES = (1000, 10000, 32000, 50257, 128256, 152064, 262144)
-COMPILED = (1000, 32000, 128256)  # a compilation takes seconds
-ROW_SAMPLE = 64
-
-Loss = Callable[[Tensor, Tensor], Tensor]
+GPU_TEMPERATURE = 1.0
+ROW_SAMPLE = 64  # rows whose gradient is compared with float64
+PEER_TENSORS = 9  # of the size of the logits that an eager loss holds at its peak
 
 
-def eager_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+def eager_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Forward KL as most distillation loops write it."""
     log_q = F.log_softmax(_heated(student_logits, temperature), -1)
     p = F.softmax(_heated(teacher_logits, temperature), -1)
     return F.kl_div(log_q, p, reduction="batchmean") * temperature**2
 
 
-def eager_js(student_logits: Tensor, teacher_logits: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    """Jensen-Shannon from log-probabilities (TRL's formula at beta = 0.5)."""
+def mdistiller_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """As mdistiller's KD: unreduced, summed over classes, mean over rows."""
+    log_q = F.log_softmax(_heated(student_logits, temperature), 1)
+    p = F.softmax(_heated(teacher_logits, temperature), 1)
+    return F.kl_div(log_q, p, reduction="none").sum(1).mean() * temperature**2
+
+
+def eager_js(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Jensen-Shannon from probabilities; wrong where one of them underflows."""
+    q = F.softmax(_heated(student_logits, temperature), -1)
+    p = F.softmax(_heated(teacher_logits, temperature), -1)
+    log_m = ((p + q) / 2).log()
+    kl_q, kl_p = (F.kl_div(log_m, x, reduction="batchmean") for x in (q, p))
+    return (kl_q + kl_p) / 2 * temperature**2
+
+
+def trl_js(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Jensen-Shannon from log-probabilities, as TRL's generalised loss at beta = 0.5."""
     log_q = F.log_softmax(_heated(student_logits, temperature), -1)
     log_p = F.log_softmax(_heated(teacher_logits, temperature), -1)
     log_m = torch.logsumexp(torch.stack([log_q, log_p]), 0) - torch.tensor(2.0).log()
@@ -42,7 +67,14 @@ def eager_js(student_logits: Tensor, teacher_logits: Tensor, temperature: float 
     return (kl_q + kl_p) / 2 * temperature**2
 
 
-def liger_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+def trl_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Forward KL as TRL's generalised loss at beta = 0: both sides as log-probabilities."""
+    log_q = F.log_softmax(_heated(student_logits, temperature), -1)
+    log_p = F.log_softmax(_heated(teacher_logits, temperature), -1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature**2
+
+
+def liger_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Liger's fused KL, with the softmaxes that it leaves to the caller."""
     from liger_kernel.transformers import LigerKLDIVLoss
 
@@ -51,7 +83,7 @@ def liger_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float 
     return loss if temperature == 1.0 else loss * temperature**2
 
 
-def liger_js(student_logits: Tensor, teacher_logits: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+def liger_js(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Liger's fused Jensen-Shannon, with the softmaxes that it leaves to the caller."""
     from liger_kernel.transformers import LigerJSD
 
@@ -64,188 +96,228 @@ def _heated(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1.0 else logits / temperature
 
 
-def cases() -> Iterator[Case]:
-    """Shapes of the design's targets, on the CPU."""
-    kl, js = fastkd.KLDivLoss(TEMPERATURE), fastkd.JSDivLoss(TEMPERATURE)
-    compiled = torch.compile(eager_kl)
-    shapes = (
-        (512, 32000, {"torch eager": 15.0, "torch.compile": 4.0}, 9),
-        (1024, 1000, {"torch eager": 8.0, "torch.compile": 4.0}, 41),
-        (128, 10, {"torch eager": 1.3}, 401),
-    )
-    for rows, classes, targets, rounds in shapes:
-        student, teacher = torch.randn(rows, classes, requires_grad=True), torch.randn(rows, classes)
+OURS: dict[str, Callable[[float], Loss]] = {"KL": fastkd.KLDivLoss, "JSD": fastkd.JSDivLoss}
+PEERS: dict[str, dict[str, Loss]] = {
+    "KL": {
+        "torch eager": eager_kl,
+        "mdistiller-style": mdistiller_kl,
+        "TRL-style": trl_kl,
+        "torch.compile": eager_kl,
+        "Liger-Kernel": liger_kl,
+    },
+    "JSD": {"torch eager": eager_js, "TRL-style": trl_js, "torch.compile": trl_js, "Liger-Kernel": liger_js},
+}
+COMPILED = ("torch.compile",)
+FAST = ("torch eager", "Liger-Kernel")  # peers of a GPU that are quick to prepare
 
-        def step(loss, student=student, teacher=teacher):
-            return gradient_step(loss, student, teacher)
+QUICK = (("KL", 128, 10), ("KL", 1024, 1000), ("KL", 512, 32000), ("JSD", 512, 32000))
+FULL = (
+    *(("KL", rows, classes) for rows, classes in ((16, 10), (1024, 10), (128, 100), (4096, 100), (128, 1000))),
+    *(("KL", rows, classes) for rows, classes in ((8192, 1000), (64, 32000), (4096, 32000), (512, 128256))),
+    *(("KL", rows, classes) for rows, classes in ((2048, 128256), (8192, 128256))),
+    *(("JSD", rows, classes) for rows, classes in ((128, 10), (1024, 1000), (512, 128256), (4096, 128256))),
+)
+# on a CPU
+TARGETS = {
+    ("KL", 512, 32000): {"torch eager": 15.0, "torch.compile": 4.0},
+    ("KL", 1024, 1000): {"torch eager": 8.0, "torch.compile": 4.0},
+    ("KL", 128, 10): {"torch eager": 1.3},
+    ("JSD", 512, 32000): {"TRL-style": 15.0},
+}
+GPU_TARGETS = {"torch.compile": 2.0, "Liger-Kernel": 3.0}
+GPU_CLASSES = (1000, 10000, 32000, 50257, 128256, 152064, 262144)
+GPU_COMPILED = (1000, 32000, 128256)  # a compilation takes seconds
 
-        torch.testing.assert_close(step(kl), step(eager_kl), rtol=1e-3, atol=1e-7)
-        yield Case(
-            f"KL {rows}x{classes}",
-            lambda step=step: step(kl),
-            {"torch eager": lambda step=step: step(eager_kl), "torch.compile": lambda step=step: step(compiled)},
-            targets,
-            rounds,
+
+def cases(settings: Settings) -> Iterator[Case]:
+    """Losses of growing size, the statistics of rows; on a GPU at first what is quick to prepare."""
+    if settings.sizes == "gpu":
+        yield from _gpu_cases(settings)
+        return
+    for kind, rows, classes in settings.pick(QUICK, FULL):
+        yield _loss(settings, kind, rows, classes, torch.float32)
+    yield _statistics(settings, 512, 32000, torch.float32)
+    if settings.sizes == "full":
+        for rows, classes in ((1024, 1000), (512, 32000)):
+            yield _loss(settings, "KL", rows, classes, torch.bfloat16)
+        yield _forward_only(settings, 512, 32000, torch.float32)
+        yield _loss(settings, "KL", 512, 32000, torch.float32, temperature=1.0)
+        yield _loss(settings, "KL", 512, 32000, torch.float32, cold=True)
+        yield from on_threads(_loss(settings, "KL", 512, 32000, torch.float32, ("torch eager",)), thread_counts())
+
+
+def _gpu_cases(settings: Settings) -> Iterator[Case]:
+    yield _small(settings, graph=False)
+    if settings.device.type == "cuda":
+        yield _small(settings, graph=True)
+    dtypes = (torch.bfloat16, torch.float32)
+    for classes in GPU_CLASSES:
+        for dtype in dtypes:
+            for kind in PEERS:
+                yield _loss(settings, kind, settings.rows(classes, dtype), classes, dtype, FAST)
+    for classes in (32000, 128256):
+        for dtype in dtypes:
+            yield _forward_only(settings, settings.rows(classes, dtype), classes, dtype)
+            yield _statistics(settings, settings.rows(classes, dtype), classes, dtype)
+    if settings.compile:
+        for kind, all_classes in (("KL", GPU_COMPILED), ("JSD", GPU_COMPILED[1:])):
+            for classes in all_classes:
+                for dtype in dtypes[: 2 if kind == "KL" else 1]:
+                    yield _loss(settings, kind, settings.rows(classes, dtype), classes, dtype, COMPILED)
+
+
+def _loss(
+    settings: Settings,
+    kind: str,
+    rows: int,
+    classes: int,
+    dtype: torch.dtype,
+    peers: Sequence[str] | None = None,
+    *,
+    temperature: float | None = None,
+    cold: bool = False,
+) -> Case:
+    usual = GPU_TEMPERATURE if settings.sizes == "gpu" else CPU_TEMPERATURE
+    name = f"{kind} {rows}x{classes} {short_name(dtype)}"
+    name += f", T={temperature:g}" if temperature is not None else ""
+    name += ", caches cold" if cold else ""
+    name += f" ({', '.join(peers)})" if peers == COMPILED else ""
+    t = usual if temperature is None else temperature
+    nbytes = rows * classes * dtype.itemsize
+
+    def build() -> Work:
+        student, teacher = _logits(settings, rows, classes, dtype)
+        losses = {peer: loss for peer, loss in PEERS[kind].items() if peers is None or peer in peers}
+        compiled = losses.pop("torch.compile", None)
+        if compiled is not None and settings.compile:
+            torch._dynamo.reset()  # each shape by itself: a recompilation would be for any shape, and slower
+            losses["torch.compile"] = torch.compile(compiled, dynamic=False)
+        sample = torch.linspace(0, rows - 1, min(rows, ROW_SAMPLE), device=settings.device).long()
+        truth = _gradient_truth(kind, student[sample], teacher[sample], t) / rows
+        work = Work(
+            partial(gradient_step, OURS[kind](t), student, teacher),
+            {
+                peer: partial(gradient_step, partial(loss, temperature=t), student, teacher)
+                for peer, loss in losses.items()
+            },
+            lambda gradient: relative_error(gradient[sample], truth),
+            # 16-bit log-probabilities near -11 are wrong in the second digit, and so are the gradients made of them
+            *((1e-2, 0.15) if dtype == torch.bfloat16 else (1e-4, 1e-2)),
+            floor_bytes=floors.divergence(rows, classes, dtype.itemsize),
+            targets=GPU_TARGETS if settings.sizes == "gpu" else _cpu_targets(kind, rows, classes, dtype),
+            target_percent=90.0 if settings.device.type == "cuda" and nbytes >= 1 << 30 else None,
+            cold=cold,
         )
-        if classes == 32000:
-            torch.testing.assert_close(step(js), step(eager_js), rtol=1e-2, atol=1e-7)
-            peers = {"torch eager": lambda step=step: step(eager_js)}
-            yield Case(f"JSD {rows}x{classes}", lambda step=step: step(js), peers, {"torch eager": 15.0}, 7)
+        if settings.device.type == "cpu" and "Liger-Kernel" in losses:
+            work.leave_out("Liger-Kernel", "runs on GPUs only")
+        return peers_that_fit(work, PEER_TENSORS * nbytes, settings)
+
+    return Case(name, build, 3 * nbytes)
+
+
+def _cpu_targets(kind: str, rows: int, classes: int, dtype: torch.dtype) -> dict[str, float]:
+    return TARGETS.get((kind, rows, classes), {}) if dtype == torch.float32 else {}
 
 
 def gradient_step(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
-    """The student's gradient; it is freed by the harness, outside the clock."""
+    """The student's gradient; it is freed outside the clock."""
     loss(student, teacher).backward()
     gradient, student.grad = student.grad, None
     assert gradient is not None
     return gradient
 
 
-FAST_PEERS: dict[str, dict[str, Callable[..., Tensor]]] = {
-    "KL": {"torch eager": eager_kl, "Liger-Kernel": liger_kl},
-    "JSD": {"torch eager": eager_js, "Liger-Kernel": liger_js},
-}
-_TARGETS = {"torch.compile": 2.0, "Liger-Kernel": 3.0}
-
-
-def gpu_cases(settings: Settings) -> Iterator[LazyCase]:
-    """Everything that is quick to prepare first; then what torch has to compile."""
-    yield from _small(settings)
-    for classes in CLASSES:
-        for dtype in (torch.bfloat16, torch.float32):
-            for kind in FAST_PEERS:
-                yield _with_gradient(settings, kind, classes, dtype)
-    for classes in (32000, 128256):
-        for dtype in (torch.bfloat16, torch.float32):
-            yield _forward_only(settings, classes, dtype)
-            yield _statistics(settings, classes, dtype)
-    if settings.compile:
-        for kind, all_classes in (("KL", COMPILED), ("JSD", COMPILED[1:])):
-            for classes in all_classes:
-                for dtype in (torch.bfloat16, torch.float32)[: 2 if kind == "KL" else 1]:
-                    yield _with_gradient(settings, kind, classes, dtype, compiled=True)
-
-
-def _with_gradient(
-    settings: Settings, kind: str, classes: int, dtype: torch.dtype, *, compiled: bool = False
-) -> LazyCase:
-    rows = settings.rows(classes, dtype)
-    name = f"{kind} {rows}x{classes} {short_name(dtype)}"
-
-    def build() -> Case:
-        student, teacher = _logits(settings, rows, classes, dtype)
-        ours = fastkd.KLDivLoss(LM_TEMPERATURE) if kind == "KL" else fastkd.JSDivLoss(LM_TEMPERATURE)
-        losses = FAST_PEERS[kind]
-        if compiled:
-            torch._dynamo.reset()  # each shape by itself: a recompilation would be for any shape, and slower
-            losses = {"torch.compile": torch.compile(losses["torch eager"], dynamic=False)}
-        sample = _sample(rows, settings)
-        truth = _truth(kind, student[sample], teacher[sample]) / rows
-        contenders = Contenders(
-            partial(gradient_step, ours, student, teacher),
-            {
-                peer: partial(gradient_step, partial(loss, temperature=LM_TEMPERATURE), student, teacher)
-                for peer, loss in losses.items()
-            },
-            lambda gradient: relative_error(gradient[sample], truth),
-            # 16-bit log-probabilities near -11 are wrong in the second digit, and so are the gradients made of them
-            *((1e-2, 0.15) if dtype == torch.bfloat16 else (1e-4, 1e-2)),
-        )
-        floor = floors.divergence(rows, classes, dtype.itemsize)
-        return contenders.case(name, settings, targets=_TARGETS, rounds=9, floor_bytes=floor)
-
-    return LazyCase(name, build)
-
-
-def _sample(rows: int, settings: Settings) -> Tensor:
-    return torch.linspace(0, rows - 1, min(rows, ROW_SAMPLE), device=settings.device).long()
-
-
-def _truth(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
+def _gradient_truth(kind: str, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """The gradient of the sum over these rows, in float64."""
     student = student.detach().double().requires_grad_()
     kinds = {"KL": "forward", "JSD": "jensen_shannon"}
-    rows = reference.divergence_rows(student, teacher.double(), kind=kinds[kind], temperature=LM_TEMPERATURE)
+    rows = reference.divergence_rows(student, teacher.double(), kind=kinds[kind], temperature=temperature)
     return torch.autograd.grad(rows.sum(), student)[0]
 
 
-def _forward_only(settings: Settings, classes: int, dtype: torch.dtype) -> LazyCase:
-    rows = settings.rows(classes, dtype)
-    name = f"KL forward only {rows}x{classes} {short_name(dtype)}"
+def _forward_only(settings: Settings, rows: int, classes: int, dtype: torch.dtype) -> Case:
+    nbytes = rows * classes * dtype.itemsize
 
-    def build() -> Case:
+    def build() -> Work:
         student, teacher = (x.detach() for x in _logits(settings, rows, classes, dtype))
         parts = zip(student.split(ROW_SAMPLE), teacher.split(ROW_SAMPLE), strict=True)
         truth = torch.stack([reference.divergence_rows(s.double(), t.double()).sum() for s, t in parts]).sum() / rows
-        ours = fastkd.KLDivLoss(LM_TEMPERATURE)
-        contenders = Contenders(
+        ours = fastkd.KLDivLoss(1.0)
+        work = Work(
             lambda: ours(student, teacher),
-            {"torch eager": lambda: eager_kl(student, teacher, LM_TEMPERATURE)},
+            {"torch eager": lambda: eager_kl(student, teacher)},
             lambda loss: relative_error(loss, truth),
             1e-4,
             0.1,
+            floor_bytes=floors.divergence(rows, classes, dtype.itemsize, student_gradient=False),
         )
-        floor = floors.divergence(rows, classes, dtype.itemsize, student_gradient=False)
-        return contenders.case(name, settings, rounds=9, floor_bytes=floor)
+        return peers_that_fit(work, PEER_TENSORS * nbytes, settings)
 
-    return LazyCase(name, build)
+    return Case(f"KL forward only {rows}x{classes} {short_name(dtype)}", build, 2 * nbytes)
 
 
-def _statistics(settings: Settings, classes: int, dtype: torch.dtype) -> LazyCase:
-    rows = settings.rows(classes, dtype)
-    name = f"logit_stats {rows}x{classes} {short_name(dtype)}"
-
-    def build() -> Case:
+def _statistics(settings: Settings, rows: int, classes: int, dtype: torch.dtype) -> Case:
+    def build() -> Work:
         logits = _logits(settings, rows, classes, dtype)[0].detach()
-        sample = _sample(rows, settings)
+        sample = torch.linspace(0, rows - 1, min(rows, ROW_SAMPLE), device=settings.device).long()
         truth = torch.stack(_floats(reference.logit_stats(logits[sample].double())))
-        contenders = Contenders(
+        return Work(
             lambda: fastkd.logit_stats(logits),
             {"torch eager": lambda: reference.logit_stats(logits)},
             lambda stats: relative_error(torch.stack([s[sample].double() for s in _floats(stats)]), truth),
             1e-5,
             0.05,
+            floor_bytes=floors.logit_stats(rows, classes, dtype.itemsize),
         )
-        floor = floors.logit_stats(rows, classes, dtype.itemsize)
-        return contenders.case(name, settings, rounds=9, floor_bytes=floor)
 
-    return LazyCase(name, build)
+    name = f"logit_stats {rows}x{classes} {short_name(dtype)}"
+    return Case(name, build, PEER_TENSORS * rows * classes * dtype.itemsize)
 
 
 def _floats(stats: tuple[Tensor, ...]) -> list[Tensor]:
     return [s for s in stats if s.is_floating_point()]
 
 
-def _small(settings: Settings) -> Iterator[LazyCase]:
-    """Launch-bound: 256 x 100 in an eager loop, and as a replayed CUDA graph."""
-    rows, classes, replays = 256, 100, 20
+def _small(settings: Settings, *, graph: bool) -> Case:
+    """Launch-bound: 256 x 100 in an eager loop, or as a replayed CUDA graph."""
+    rows, classes, replays, t = 256, 100, 20, 4.0
 
-    def contenders(wrap: Callable[[Callable[[], Tensor]], Callable[[], Tensor]], losses: dict[str, Loss]) -> Contenders:
+    def build() -> Work:
         student, teacher = _logits(settings, rows, classes, torch.float32)
-        wide = student.detach().double().requires_grad_()
-        truth = gradient_step(eager_kl, wide, teacher.double())
+        truth = _gradient_truth("KL", student, teacher, t) / rows
+        losses = {"torch eager": eager_kl, "Liger-Kernel": liger_kl}
         steps = {
-            name: wrap(partial(gradient_step, loss, student, teacher))
-            for name, loss in {"fastkd": fastkd.KLDivLoss(TEMPERATURE), **losses}.items()
+            name: partial(gradient_step, loss, student, teacher)
+            for name, loss in {
+                "fastkd": fastkd.KLDivLoss(t),
+                **{peer: partial(loss, temperature=t) for peer, loss in losses.items()},
+            }.items()
         }
-        return Contenders(steps.pop("fastkd"), steps, lambda gradient: relative_error(gradient, truth), 1e-4, 1e-2)
+        missing = {}
+        if graph:
+            del steps["Liger-Kernel"]
+            missing["Liger-Kernel"] = "its backward reads a value on the host, which no graph can hold"
+            steps = {name: graph_replay(step, replays) for name, step in steps.items()}
+        return Work(
+            steps.pop("fastkd"),
+            dict(steps),
+            lambda gradient: relative_error(gradient, truth),
+            1e-4,
+            1e-2,
+            target_ms=0.006 if graph else None,
+            scale=dict.fromkeys(("fastkd", *steps), 1 / replays) if graph else {},
+            missing=missing,
+            latency=not graph,
+        )
 
-    eager = f"KL {rows}x{classes} fp32, eager loop"
-    yield LazyCase(
-        eager, lambda: contenders(lambda run: run, FAST_PEERS["KL"]).case(eager, settings, rounds=51, latency=True)
-    )
-    if settings.device.type != "cuda":
-        return
-    replayed = f"KL {rows}x{classes} fp32, CUDA graph replay"
-
-    def build() -> Case:
-        found = contenders(partial(graph_replay, replays=replays), {"torch eager": eager_kl})
-        found.missing["Liger-Kernel"] = "its backward reads a value on the host, which no graph can hold"
-        return found.case(replayed, settings, rounds=51, scale=dict.fromkeys(("fastkd", "torch eager"), 1 / replays))
-
-    yield LazyCase(replayed, build)
+    return Case(f"KL {rows}x{classes} fp32, {'CUDA graph replay' if graph else 'eager loop'}", build)
 
 
 def _logits(settings: Settings, rows: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     student, teacher = (torch.randn(rows, classes, dtype=dtype, device=settings.device) for _ in range(2))
     return student.requires_grad_(), teacher
+
+
+def test_divergence(case: Case, contest: Contest) -> None:
+    """Each case."""
+    contest(case)

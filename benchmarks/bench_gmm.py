@@ -1,19 +1,29 @@
-"""Two-component mixtures against scikit-learn's GaussianMixture, one problem and a batch."""
+"""Two-component mixtures against scikit-learn's GaussianMixture and a batched EM in plain torch."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import fastkd
 from benchmarks import floors
-from benchmarks.gpu import Contenders, LazyCase, Settings, graph_replay, relative_error
-from benchmarks.harness import Case
+from benchmarks.case import Case, Contest, Settings, Work, on_threads, relative_error, thread_counts
+from benchmarks.clock import graph_replay
+from fastkd.reference import gmm as reference
 
 SETTINGS = {"max_iter": 10, "tol": 1e-2, "reg_covar": 5e-4}
+REFERENCE_ROWS = 5  # compared with the numpy reference
+SKLEARN_ROWS = 50  # of a large batch: it fits a part, its time is scaled
+
+QUICK = ((1, 1024), (1, 50_000), (1000, 1024))
+FULL = ((1, 64), (1, 1_000_000), (100, 1024), (10_000, 64), (100_000, 64), (100, 50_000))
+GPU = ((1, 1024), (1, 50_000), (1000, 1024), (100_000, 64))
+TARGETS = {(1, 1024): 30.0, (1000, 1024): 60.0}  # against scikit-learn, on a CPU
+GPU_TARGETS_MS = {(1, 1024): 0.03, (1, 50_000): 0.15, (100_000, 64): 0.15}
 
 
 def losses(problems: int, n: int) -> torch.Tensor:
@@ -54,76 +64,69 @@ def torch_means(x: Tensor, lloyd_steps: int = 10) -> Tensor:
     return means
 
 
-def cases() -> Iterator[Case]:
-    """1 x 1024, 1 x 50,000 and 1,000 x 1024."""
-    ours = fastkd.TwoGaussianMixture(**SETTINGS)
-    for problems, n, target, rounds in ((1, 1024, 30.0, 101), (1, 50_000, None, 15), (1000, 1024, 60.0, 5)):
-        x = losses(problems, n)
-        part = min(problems, 50)  # scikit-learn fits a part of a large batch
-        yield Case(
-            f"GMM {problems}x{n}",
-            lambda x=x: ours.fit(x),
-            {"scikit-learn": lambda x=x[:part]: sklearn_means(x)},
-            {} if target is None else {"scikit-learn": target},
-            rounds,
-            {"scikit-learn": problems / part},
-        )
+PEERS: dict[str, Callable[[Tensor], Tensor]] = {"scikit-learn": sklearn_means, "torch EM, batched": torch_means}
 
 
-GPU_SHAPES = ((1, 1024), (1, 50_000), (1000, 1024), (100_000, 64))
-SKLEARN_ROWS = 20  # of a large batch: scikit-learn fits a part
-
-
-def gpu_cases(settings: Settings) -> Iterator[LazyCase]:
-    """One fit, small and large, and batches; then a selection, as a step of a training loop and as a CUDA graph."""
-    for problems, n in GPU_SHAPES:
+def cases(settings: Settings) -> Iterator[Case]:
+    """Fits of one and of many problems, then selections."""
+    for problems, n in settings.pick(QUICK, FULL, GPU):
         yield _fit(settings, problems, n)
     yield _selection(settings, 1, 1024, graph=False)
     if settings.device.type == "cuda":
         yield _selection(settings, 1, 1024, graph=True)
         yield _selection(settings, 100_000, 64, graph=True)
+    if settings.sizes == "full":
+        yield from on_threads(_fit(settings, 1000, 1024), thread_counts())
 
 
-def _fit(settings: Settings, problems: int, n: int) -> LazyCase:
-    name = f"GMM fit {problems}x{n} fp32"
-
-    def build() -> Case:
+def _fit(settings: Settings, problems: int, n: int) -> Case:
+    def build() -> Work:
         x = losses(problems, n)
-        truth = fastkd.TwoGaussianMixture(**SETTINGS).fit(x).means_
+        few = x[:REFERENCE_ROWS].double().numpy()
+        truth = torch.tensor(np.stack([reference.fit(row, **SETTINGS).mixture.in_order().means for row in few]))
         x = x.to(settings.device)
         part = min(problems, SKLEARN_ROWS)
-
-        def error(means: Tensor) -> float:
-            return relative_error(means.cpu(), truth[: len(means)])
-
-        contenders = Contenders(
+        inputs = {peer: x[:part] if peer == "scikit-learn" else x for peer in PEERS}
+        on_gpu = settings.device.type == "cuda"
+        return Work(
             lambda: fastkd.TwoGaussianMixture(**SETTINGS).fit(x).means_,
-            {"scikit-learn": lambda: sklearn_means(x[:part]), "torch EM": lambda: torch_means(x)},
-            error,
+            {peer: lambda peer=peer, fit=fit: fit(inputs[peer]) for peer, fit in PEERS.items()},
+            lambda means: relative_error(means[: len(truth)].cpu(), truth),
             1e-5,
             0.3,  # other starts, another number of iterations
+            floor_bytes=floors.gmm_fit(problems, n, 4),
+            targets={"scikit-learn": TARGETS[problems, n]} if (problems, n) in TARGETS and not on_gpu else {},
+            target_ms=GPU_TARGETS_MS.get((problems, n)) if on_gpu else None,
+            scale={"scikit-learn": problems / part},
         )
-        scale = {"scikit-learn": problems / part}
-        return contenders.case(name, settings, rounds=15, scale=scale, floor_bytes=floors.gmm_fit(problems, n, 4))
 
-    return LazyCase(name, build)
+    return Case(f"GMM fit {problems}x{n} fp32", build, 40 * problems * n)
 
 
-def _selection(settings: Settings, problems: int, n: int, *, graph: bool) -> LazyCase:
+def _selection(settings: Settings, problems: int, n: int, *, graph: bool) -> Case:
     replays = 20
-    name = f"select_clean {problems}x{n} fp32, {'CUDA graph replay' if graph else 'eager loop'}"
 
-    def build() -> Case:
+    def build() -> Work:
         x = losses(problems, n).to(settings.device)
         truth = fastkd.select_clean(x.cpu())[1]
 
         def select() -> Tensor:
             return fastkd.select_clean(x)[1]
 
-        ours: Callable[[], Tensor] = graph_replay(select, replays) if graph else select
-        contenders = Contenders(ours, {}, lambda posterior: relative_error(posterior.cpu(), truth), 1e-5, 0.0)
-        scale = {"fastkd": 1 / replays} if graph else {}
-        floor = floors.gmm_select(problems, n, 4)
-        return contenders.case(name, settings, rounds=51, scale=scale, floor_bytes=floor, latency=not graph)
+        return Work(
+            graph_replay(select, replays) if graph else select,
+            {},
+            lambda posterior: relative_error(posterior.cpu(), truth),
+            1e-5,
+            0.0,
+            floor_bytes=floors.gmm_select(problems, n, 4),
+            scale={"fastkd": 1 / replays} if graph else {},
+            latency=not graph,
+        )
 
-    return LazyCase(name, build)
+    return Case(f"select_clean {problems}x{n} fp32, {'CUDA graph replay' if graph else 'eager loop'}", build)
+
+
+def test_gmm(case: Case, contest: Contest) -> None:
+    """Each case."""
+    contest(case)

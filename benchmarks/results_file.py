@@ -16,6 +16,11 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def name_of(machine: dict[str, Any]) -> str:
+    """The name, without ending, of the files of a machine."""
+    return slug(machine["gpu"]) if "gpu" in machine else f"{slug(machine['cpu'])}-{machine['threads']}-threads"
+
+
 class ResultsFile:
     """JSON under ``path``; keys of other writers (the stages of a check, the rows of a benchmark) are kept."""
 

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from fastkd._library import build_info
 from fastkd.cli._errors import UsageError
+from fastkd.cli.bench import Bench
 from fastkd.cli.demo import Demo
 from fastkd.cli.info import Info
 
@@ -23,14 +24,13 @@ def run(arguments: list[str]) -> int:
         print(f"fastkd {build_info()['version']}")
         return 0
     command = tyro.cli(
-        Demo | Info,
+        Demo | Bench | Info,
         prog="fastkd",
         description=DESCRIPTION,
         args=arguments or ["--help"],
     )
     try:
-        command(Console())
+        return command(Console()) or 0
     except UsageError as error:
         print(f"fastkd {type(command).__name__.lower()}: {error}", file=sys.stderr)
         return 2
-    return 0

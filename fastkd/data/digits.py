@@ -43,7 +43,7 @@ class Collection(NamedTuple):
 
 def split(generator: torch.Generator) -> tuple[Labelled, Labelled, Labelled]:
     """The digits in three parts of 599: training, unlabeled (its targets are for curiosity only) and test."""
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
 
     pixels, classes = load_digits(return_X_y=True)
     images = torch.from_numpy(pixels).float().reshape(-1, 1, SIZE, SIZE) / 16.0

@@ -1,0 +1,111 @@
+"""``fastkd bench``: its options, what it refuses, what it shows. The suite itself is ``benchmarks/`` of the source tree."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+
+import fastkd
+from fastkd.cli._errors import UsageError
+
+ROOT = Path(fastkd.__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure fastkd against what you would use instead, on this machine.
+
+    All contenders of a case get the same inputs, are checked, and take turns. Prints one table; writes all numbers
+    as JSON and figures beside it. Ends with status 1 where a case failed or, with --compare, something became slower.
+    """
+
+    primitives: tyro.conf.Positional[tuple[str, ...]] = ()
+    """What to measure, as divergence or crop; all by default."""
+    full: bool = False
+    """Sweeps of sizes and threads (about an hour on 2 cores) instead of the quick selection (below 5 minutes)."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:<n>."""
+    match: Annotated[str, tyro.conf.arg(aliases=["-k"])] = ""
+    """Only cases whose name matches, as pytest's -k: "KL and not 128x10"."""
+    seconds: float = 0.0
+    """For everything: cases that do not begin in this time are only named. 0: no limit."""
+    case_seconds: float = 0.0
+    """For the rounds of one contender. 0: 1 on a CPU, 0.2 on a GPU."""
+    output: Path | None = None
+    """The results file, *.json; figures stand beside it. By default benchmarks/results/<machine>.json."""
+    compare: Path | None = None
+    """An older results file: say what became slower since."""
+    tolerance: float = 0.25
+    """With --compare: so much slower, after the drift of the machine, is called slower."""
+    show: Path | None = None
+    """A results file to show, to draw and to compare, instead of measuring."""
+
+    def __call__(self, console: Console) -> int:
+        if not (ROOT / "benchmarks" / "conftest.py").is_file():
+            raise UsageError(
+                "the suite is in the source tree, not in the package: clone the repository, then `make bench`"
+            )
+        sys.path.insert(0, str(ROOT))
+        try:
+            from benchmarks import compare, suite
+        except ModuleNotFoundError as error:
+            raise UsageError(f'the suite needs {error.name}: pip install "fastkd[bench]"') from None
+        self._check(suite.primitives())
+        # read before it may be overwritten
+        old = None if self.compare is None else _read(suite, self.compare, "--compare")
+        if self.show is None:
+            path, complete = suite.run(
+                self._arguments(), suite.output_for(self.device, self.full, self.output), console
+            )
+        else:
+            path, complete = self.show, True
+        document = _read(suite, path, "--show")
+        suite.show(document, path, console)
+        slower = old is not None and compare.report(old, document, self.tolerance, console)
+        return int(slower or not complete)
+
+    def _check(self, known: list[str]) -> None:
+        for name in self.primitives:
+            if name not in known:
+                raise UsageError(f"nothing is measured for {name!r}; choose from {', '.join(known)}")
+        for option, good, allowed in (
+            ("seconds", self.seconds >= 0, "0 or more"),
+            ("case_seconds", self.case_seconds >= 0, "0 or more"),
+            ("tolerance", self.tolerance > 0, "above 0"),
+        ):
+            if not good:
+                raise UsageError(f"--{option.replace('_', '-')} is {getattr(self, option)}, must be {allowed}")
+        if self.output is not None and self.output.suffix != ".json":
+            raise UsageError(f"--output is {self.output}, must be a name that ends in .json")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            device = None
+        if device is None or device.type not in ("cpu", "cuda"):
+            raise UsageError(f"--device is {self.device!r}, must be cpu, cuda or cuda:<n>")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UsageError(f"--device {self.device} cannot be used: torch finds no CUDA device")
+
+    def _arguments(self) -> list[str]:
+        """Of pytest."""
+        files = [f"bench_{name}.py" for name in self.primitives]
+        arguments = [str(ROOT / "benchmarks" / file) for file in files] or [str(ROOT / "benchmarks")]
+        arguments += ["--device", self.device]
+        arguments += ["--sizes", "full"] if self.full else []
+        arguments += ["-k", self.match] if self.match else []
+        arguments += ["--seconds", str(self.seconds)] if self.seconds else []
+        arguments += ["--case-seconds", str(self.case_seconds)] if self.case_seconds else []
+        return arguments
+
+
+def _read(suite: object, path: Path, option: str) -> dict[str, object]:
+    try:
+        return suite.read(path)  # type: ignore[attr-defined,no-any-return]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{option} {path} cannot be used: {error}") from None
