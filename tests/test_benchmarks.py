@@ -26,6 +26,7 @@ from benchmarks import clock, compare, machine, measure, table  # noqa: E402
 from benchmarks.case import BEST_PEER, Case, Settings, Work, on_threads, peers_that_fit, short_count  # noqa: E402
 
 CPU = torch.device("cpu")
+forks = pytest.mark.forks
 
 
 class Times:
@@ -227,6 +228,7 @@ def kind(row: dict[str, Any]) -> str:
 SMALL_CASES = "not 224 and not training and not 10000 and not 50257 and not 152064 and not 262144"
 
 
+@forks
 def test_cases_of_a_gpu_on_the_cpu(tmp_path: Path) -> None:
     """Inputs, peers, comparisons and rows of the GPU's cases, at sizes that say nothing about speed."""
     rows = pytest_suite(
@@ -259,12 +261,14 @@ def test_cases_of_a_gpu_on_the_cpu(tmp_path: Path) -> None:
     }  # measured or missing, never silent
 
 
+@forks
 def test_out_of_time_is_said(tmp_path: Path) -> None:
     rows = pytest_suite(tmp_path, "--seconds", "0", "-k", "gmm")
     assert {row.get("not_measured") for row in rows} == {"out of time"}
     assert len(rows) > 2
 
 
+@forks
 def test_a_case_that_fails_is_a_row_and_the_exit_code(tmp_path: Path) -> None:
     (tmp_path / "bench_broken.py").write_text(
         "from benchmarks.case import Case\n"
@@ -296,6 +300,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return path, run.stdout
 
 
+@forks
 def test_bench_prints_a_table_and_writes_numbers_and_figures(measured: tuple[Path, str]) -> None:
     path, printed = measured
     document = json.loads(path.read_text())
@@ -313,6 +318,7 @@ def test_bench_prints_a_table_and_writes_numbers_and_figures(measured: tuple[Pat
         assert len(set(map(tuple, picture.reshape(-1, picture.shape[2]).tolist()))) > 20
 
 
+@forks
 def test_a_slowed_kernel_is_caught(measured: tuple[Path, str], tmp_path: Path) -> None:
     """5 ms on top of some 20 us, by a plugin of the test."""
     path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
@@ -322,6 +328,7 @@ def test_a_slowed_kernel_is_caught(measured: tuple[Path, str], tmp_path: Path) -
     assert "slower or failed: GMM fit 1x1024 fp32" in run.stdout
 
 
+@forks
 def test_a_file_is_shown_and_compared_without_measuring(
     measured: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
