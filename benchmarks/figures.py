@@ -11,10 +11,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.measure import OURS
-from benchmarks.table import best_peer
+from benchmarks.table import best_peer, three_digits
 
-COLOURS = ("#0b6fb8", "#e07b1a", "#2a9d6f", "#a2417e", "#7a6a2f", "#5b5fc7", "#c2453d")
-INK, GREY = "#22303c", "#8a949e"
+COLOURS = ("#0b6fb8", "#e07b1a", "#2a9d6f", "#a2417e", "#7a6a2f", "#5b5fc7")
+INK, GREY, SLOWER = "#22303c", "#8a949e", "#d62728"
 MOST_BARS = 70  # more would not be read: then the best peer of each case alone
 THREADS = re.compile(r"^(.*), (\d+) threads?$")
 Rows = list[dict[str, Any]]
@@ -67,12 +67,14 @@ def _speedups(rows: Rows, colours: dict[str, str]) -> Figure:
     for row in peers:
         place += 1.0 if row["case"] == before else 1.6
         before = row["case"]
-        axes.barh(place, row["ratio"] - 1, left=1, height=0.8, color=colours[row["primitive"]])
-        axes.annotate(f"{row['ratio']:.2g}", (max(row["ratio"], 1), place), (3, 0), textcoords="offset points", va="center",
-                      fontsize=7, color=INK)  # fmt: skip
+        colour = colours[row["primitive"]] if row["ratio"] >= 1 else SLOWER
+        axes.barh(place, row["ratio"] - 1, left=1, height=0.8, color=colour)
+        end, gap = (max(row["ratio"], 1), place), (3, 0)
+        axes.annotate(three_digits(row["ratio"]), end, gap, textcoords="offset points", va="center", fontsize=7)
         ticks.append(place)
         labels.append(f"{row['case']}   {row['contender']}")
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.axvline(1, color=INK, linewidth=0.8)
     axes.set_yticks(ticks, labels, fontsize=7)
     axes.set_ylim(place + 1, 0.4)
@@ -104,6 +106,7 @@ def _ceiling(rows: Rows, colours: dict[str, str]) -> Figure:
     axes.axhline(100, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("bytes that the work must move", fontsize=8, color=INK)
     axes.set_ylabel("% of the copy bandwidth of the same run", fontsize=8, color=INK)
     axes.legend(frameon=False, fontsize=8, title="full: fastkd, hollow: best peer", title_fontsize=8)
