@@ -3,6 +3,9 @@
 Each is there twice: as it is, and as "data and loss only", where what networks return is given. The difference is the
 networks' time, the same for all contenders; where it dominates, the ratio of the whole step is near 1.
 
+Images and networks are channels-last, in which convolutions are faster and in which plain indexing returns images
+anyway; fastkd's functions keep the format that they are given. With other images, a peer's networks would win by it.
+
 Every contender trains its own copy of the same model. Before it is timed, its first step from the first weights is
 taken with crops and draws that all share, and the gradient compared with the same step's in plain torch.
 """
@@ -76,10 +79,10 @@ class Done(NamedTuple):
 
 
 class Trainer:
-    """Trains a copy of a model: a round of steps at each call."""
+    """Trains a copy of a model, channels-last: a round of steps at each call."""
 
     def __init__(self, first: nn.Module, losses: Losses, device: torch.device) -> None:
-        self.first, self.losses, self.device = first, losses, device
+        self.first, self.losses, self.device = first.to(memory_format=torch.channels_last), losses, device
         self.model = copy.deepcopy(first)
         # given outputs are no network: what an optimiser takes for them would hide data and loss
         self.optimiser = None if isinstance(first, Given) else _optimiser(self.model)
@@ -160,7 +163,7 @@ def _at_most(settings: Settings, n: int) -> int:
 
 
 def _bytes(settings: Settings, shape: tuple[int, ...]) -> Tensor:
-    return torch.randint(256, shape, dtype=torch.uint8, device=settings.device)
+    return torch.randint(256, shape, dtype=torch.uint8, device=settings.device).to(memory_format=torch.channels_last)
 
 
 def _student(depth: int | None, images: Sequence[int]) -> nn.Module:
@@ -231,7 +234,7 @@ def _distillation(settings: Settings, depth: int, teacher_depth: int, most: int,
         images, target = _bytes(settings, (batch, 3, SIDE, SIDE)), _labels(batch, settings)
         if networks:
             student, teacher = (resnet(d, seed=d).to(settings.device) for d in (depth, teacher_depth))
-            _settle(teacher, plain_crop_flip(images, None))
+            _settle(teacher.to(memory_format=torch.channels_last), plain_crop_flip(images, None))
         else:
             student, teacher = (Given(_logits(batch, settings)) for _ in range(2))
         teacher.eval().requires_grad_(False)
@@ -280,14 +283,15 @@ def images_from(width: int) -> nn.Module:
 
 def discriminator(width: int) -> nn.Module:
     """MosaicKD's discriminator of patches; its width is 128. It is not trained in the step of the generator."""
-    return nn.Sequential(
+    layers = nn.Sequential(
         nn.Conv2d(3, width, 4, 2, 1),
         nn.LeakyReLU(0.2),
         nn.Conv2d(width, 2 * width, 4, 2, 1, bias=False),
         nn.BatchNorm2d(2 * width),
         nn.LeakyReLU(0.2),
         nn.Conv2d(2 * width, 1, 1),
-    ).requires_grad_(False)
+    )
+    return layers.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def realness(patches: Tensor) -> Tensor:
