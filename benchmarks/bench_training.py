@@ -49,7 +49,7 @@ NOT_QUICK = ("unfold and gather", "multinomial, index, augment", "DataLoader, by
 BYTES_OF_AN_IMAGE = 8 << 20  # activations of a ResNet-20 in training, and as much again
 
 # depths of student and teacher, batch
-DISTILLATION_QUICK = ((20, 26, 32),)
+DISTILLATION_QUICK = ((20, 26, 128),)
 DISTILLATION_FULL = ((20, 56, 128),)
 DISTILLATION_GPU = ((20, 56, 128), (20, 56, 1024))
 # images, patches of each, their side; widths of generator and discriminator
