@@ -245,7 +245,9 @@ void sample(const TableView& view, uint64_t seed, uint64_t first, uint64_t strid
     for (int i = 0; i < batch; ++i) {
       const uint64_t bin = view.table[entry[i]], block = entry[i] >> kBlockBits;
       const bool own = multiply_high(block_random[i], view.block_weight[block]) < threshold_of(bin);
-      out[done + i] = static_cast<int64_t>(own ? entry[i] : block << kBlockBits | alias_of(bin));
+      // a mask: of a branch on a coin toss, every other one is mispredicted
+      const uint64_t other = block << kBlockBits | alias_of(bin), mask = uint64_t{0} - own;
+      out[done + i] = static_cast<int64_t>(other ^ ((other ^ entry[i]) & mask));
     }
   }
 }
