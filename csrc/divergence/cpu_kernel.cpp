@@ -4,6 +4,7 @@
 // into the cache: (0) maxima, (1) exponentials and sums, kept in per-thread scratch, (2) for Jensen-Shannon
 // the log-ratios, (last) gradients. Sums are fp32 lanes folded into fp64 every 64 registers, so that the
 // error does not grow with the number of classes, and the order is fixed: the same bits on every run.
+// Sweep (1) is bound by arithmetic, the others by memory: in (1) the caches already fetch what the others will touch.
 // Bytes that must move: rows * classes * (student + teacher + gradients); the scratch stays in L2.
 #include "divergence/kernel.h"
 
@@ -45,6 +46,8 @@ struct Row {
   const T* t;
   T* gs;
   T* gt;
+  // what the processor fetches meanwhile: the next row and where the gradient goes; s where there is nothing to fetch
+  const T* ahead[3];
   int64_t target;  // class of the cross-entropy, or -1
   double temperature;
   double weight;
@@ -56,9 +59,18 @@ struct Row {
   struct Inputs {
     const T* const s;
     const T* const t;
+    const T* const ahead[3];
     const V inverse_temperature, max_s, max_t;
     FASTKD_INLINE explicit Inputs(const Row& row)
-        : s(row.s), t(row.t), inverse_temperature(row.inverse_temperature), max_s(row.max_s), max_t(row.max_t) {}
+        : s(row.s),
+          t(row.t),
+          ahead{row.ahead[0], row.ahead[1], row.ahead[2]},
+          inverse_temperature(row.inverse_temperature),
+          max_s(row.max_s),
+          max_t(row.max_t) {}
+    FASTKD_INLINE void fetch_ahead(int64_t i) const {
+      for (const T* row : ahead) __builtin_prefetch(row + i, 0, 2);
+    }
     FASTKD_INLINE V below_max(int64_t i, int lanes) const { return load_up_to(s + i, lanes, S(kLowest)) - max_s; }
     FASTKD_INLINE V a(int64_t i, int lanes) const { return below_max(i, lanes) * inverse_temperature; }
     FASTKD_INLINE V b(int64_t i, int lanes) const { return (load_up_to(t + i, lanes, S(kLowest)) - max_t) * inverse_temperature; }
@@ -117,6 +129,7 @@ struct Row {
     S* const e_t = buffer[1];
     const auto sums =
         sweep_sum<V, OwnTask ? 4 : 3>(params.classes, [&](int64_t i, int lanes, V* sum) __attribute__((always_inline)) {
+          in.fetch_ahead(i);
           const V below = in.below_max(i, lanes);
           const V ai = below * in.inverse_temperature, bi = in.b(i, lanes);
           const V es = exp(ai), et = exp(bi);
@@ -188,6 +201,7 @@ struct Row {
     S* const e_s = buffer[0];
     S* const e_t = buffer[1];
     const auto z = sweep_sum<V, 3>(params.classes, [&](int64_t i, int lanes, V* sum) __attribute__((always_inline)) {
+      in.fetch_ahead(i);
       const V below = in.below_max(i, lanes);
       const V es = exp(below * in.inverse_temperature), et = exp(in.b(i, lanes));
       sum[0] += es;
@@ -251,6 +265,8 @@ struct Row {
   }
 };
 
+constexpr int64_t kAheadBytes = 64 << 10;  // rows up to this leave room in an L2 cache for the next one
+
 template <typename T>
 void rows_of(const RowParams& params, int64_t begin, int64_t end, void* scratch) {
   using S = Scalar<T>;
@@ -268,11 +284,15 @@ void rows_of(const RowParams& params, int64_t begin, int64_t end, void* scratch)
       continue;
     }
     S* const buffer = static_cast<S*>(scratch);
+    const T* const s = static_cast<const T*>(params.student) + r * params.student_stride;
+    const T* const t = static_cast<const T*>(params.teacher) + r * params.teacher_stride;
+    const bool near = params.classes * static_cast<int64_t>(sizeof(T)) <= kAheadBytes, next = near && r + 1 < end;
     Row<T> row{params,
-               static_cast<const T*>(params.student) + r * params.student_stride,
-               static_cast<const T*>(params.teacher) + r * params.teacher_stride,
+               s,
+               t,
                gs,
                gt,
+               {next ? s + params.student_stride : s, next ? t + params.teacher_stride : s, near && gs != nullptr ? gs : s},
                params.target != nullptr ? params.target[r] : -1,
                params.temperature != nullptr ? params.temperature[r] : params.temperature_all,
                weight,
