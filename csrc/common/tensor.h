@@ -108,15 +108,6 @@ inline Tensor empty_on(int32_t device_type, int32_t device, std::initializer_lis
   return Tensor(handle);
 }
 
-// The same on the CPU; large ones ask the kernel for huge pages before the first touch, which spares a page fault for
-// every 4 KiB of a gradient.
-inline Tensor empty_cpu(std::initializer_list<int64_t> shape, ScalarType type, std::initializer_list<int64_t> strides = {}) {
-  Tensor result = empty_on(aoti_torch_device_type_cpu(), 0, shape, type, strides);
-  const size_t bytes = static_cast<size_t>(result.numel()) * result.element_size();
-  if (bytes >= kHugePageBytes) advise_huge_pages(result.mutable_data_ptr(), bytes);
-  return result;
-}
-
 template <typename T>
 const T* data_or_null(const std::optional<Tensor>& t) {
   return t.has_value() ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
@@ -133,6 +124,24 @@ void parallel(int64_t count, int64_t grain, const Body& body) {
     torch::stable::parallel_for(0, count, grain, body);
   }
 }
+
+// ---- outputs on the CPU ------------------------------------------------------------------------
+
+// empty_on the CPU, for a result that is written at once: its pages are made present by all threads before that.
+inline Tensor empty_cpu(std::initializer_list<int64_t> shape, ScalarType type, std::initializer_list<int64_t> strides = {}) {
+  Tensor result = empty_on(aoti_torch_device_type_cpu(), 0, shape, type, strides);
+  const size_t bytes = static_cast<size_t>(result.numel()) * result.element_size();
+  if (bytes < kFreshBytes) return result;
+  char* const data = static_cast<char*>(result.mutable_data_ptr());
+  if (bytes >= kHugePageBytes) advise_huge_pages(data, bytes);
+  if (is_fresh(data, bytes)) {
+    constexpr int64_t kGrain = 4 << 20;  // bytes worth a thread: two threads make 4 KiB pages hardly faster than one
+    parallel(static_cast<int64_t>(bytes), kGrain, [&](int64_t begin, int64_t end) { populate(data + begin, end - begin); });
+  }
+  return result;
+}
+
+// ---- scratch -----------------------------------------------------------------------------------
 
 // Memory of this thread for `count` elements of T, 64-byte aligned, kept from call to call.
 template <typename T>
