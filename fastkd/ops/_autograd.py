@@ -73,6 +73,14 @@ def register_autograd(
     _library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
+def call_in_backward(op: Any, *args: Any) -> Any:
+    """``op(*args)`` in a formula. Where no graph is made of it, that spares the way through ``kernel``: 6 us."""
+    if torch.is_grad_enabled():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 def _apply(node: Any, *args: Any) -> Any:
     """``node.apply``; within a transform of torch.func this kernel stands at one of its levels."""
     if torch._C._are_functorch_transforms_active():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkd import _library as _library  # registers the operators
-from fastkd.ops._autograd import register_autograd
+from fastkd.ops._autograd import call_in_backward, register_autograd
 from fastkd.ops._fake import register_fake
 
 _crop = torch.ops.fastkd.crop.default
@@ -126,7 +126,7 @@ def _crop_setup_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None
 
 def _crop_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     offsets, flip = ctx.saved_tensors
-    return _crop_backward(grad, offsets, flip, *ctx.size, ctx.scale), *(None,) * 7
+    return call_in_backward(_crop_backward, grad, offsets, flip, *ctx.size, ctx.scale), *(None,) * 7
 
 
 register_autograd("crop", _crop_gradient, setup_context=_crop_setup_context)
@@ -140,7 +140,7 @@ def _crop_backward_setup_context(ctx: Any, inputs: Sequence[Any], output: Tensor
 
 def _crop_backward_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     offsets, flip = ctx.saved_tensors
-    return _crop(grad, offsets, flip, *ctx.size, [], ctx.scale, grad.dtype), *(None,) * 5
+    return call_in_backward(_crop, grad, offsets, flip, *ctx.size, [], ctx.scale, grad.dtype), *(None,) * 5
 
 
 register_autograd("crop_backward", _crop_backward_gradient, setup_context=_crop_backward_setup_context)

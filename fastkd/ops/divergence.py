@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastkd import _library as _library  # registers the operators
-from fastkd.ops._autograd import register_autograd, save_tensors, saved_tensors
+from fastkd.ops._autograd import call_in_backward, register_autograd, save_tensors, saved_tensors
 from fastkd.ops._fake import register_fake
 
 KINDS = {"forward": 0, "reverse": 1, "jensen_shannon": 2, "soft_cross_entropy": 3}
@@ -300,9 +300,9 @@ def _logit_stats_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[
 def _logit_stats_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
     logits, argmax, logsumexp, entropy = ctx.saved_tensors
     grad_max, _, grad_mean, grad_logsumexp, grad_entropy = grads
-    gradient = torch.ops.fastkd.logit_stats_backward.default(
-        logits, ctx.temperature, argmax, logsumexp, entropy, grad_max, grad_mean, grad_logsumexp, grad_entropy
-    )
+    op = torch.ops.fastkd.logit_stats_backward.default
+    grads = grad_max, grad_mean, grad_logsumexp, grad_entropy
+    gradient = call_in_backward(op, logits, ctx.temperature, argmax, logsumexp, entropy, *grads)
     return gradient, None
 
 
