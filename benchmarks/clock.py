@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from benchmarks.case import Run
 
-SHORT = 0.1  # seconds
+SHORT = 1.0  # seconds
+IN_A_ROW = 2e-3  # seconds of runs of which the median is the time of a round
+MOST_IN_A_ROW = 99
 AHEAD = 2_000_000  # cycles, about a millisecond: the GPU waits so long while Python queues what is timed
 EVICTED = 512 << 20  # bytes, more than the caches of a CPU hold
 
@@ -25,19 +28,23 @@ class Clock(Protocol):
 
 
 class WallClock:
-    """The host's clock. Work shorter than ``SHORT`` is timed at its second run in a row, whose caches are its own."""
+    """The host's clock. Work shorter than ``SHORT`` is timed at its second run in a row, so that nobody pays for the caches
+    and the heap that another one left; much shorter work at more of them, as ``timeit`` does.
+    """
 
     def __init__(self, *, cold: bool = False) -> None:
         self._evict = torch.zeros(EVICTED, dtype=torch.uint8) if cold else None
 
     def seconds(self, run: Run) -> float:
-        """One timed call, or the second of two; after the caches were overwritten, if ``cold``."""
+        """One timed call, or the median of those after it; after the caches were overwritten, if ``cold``."""
+        elapsed = self._once(run)
         if self._evict is not None:
-            self._once(run)
             self._evict.add_(1)
             return self._once(run)
-        elapsed = self._once(run)
-        return elapsed if elapsed >= SHORT else self._once(run)
+        if elapsed >= SHORT:
+            return elapsed
+        more = max(1, min(MOST_IN_A_ROW, round(IN_A_ROW / elapsed)))
+        return statistics.median(self._once(run) for _ in range(more))
 
     @staticmethod
     def _once(run: Run) -> float:

@@ -131,12 +131,12 @@ def measure(
         for row in rows:
             row["floor_bytes"] = work.floor_bytes
             row["percent_of_ceiling"] = 100 * work.floor_bytes / (row["ms"] * 1e-3) / ceiling
-    _compare_with_peers(rows, work)
+    _compare_with_peers(rows, work, ceiling)
     return rows + [{"case": case.name, "contender": peer, "missing": why} for peer, why in work.missing.items()]
 
 
-def _compare_with_peers(rows: list[dict[str, Any]], work: Work) -> None:
-    """Ratios of all rows to fastkd's, the first; there the best peer, and what became of the targets."""
+def _compare_with_peers(rows: list[dict[str, Any]], work: Work, ceiling: float) -> None:
+    """Ratios of all rows to fastkd's, the first; there the best peer, what became of the targets, and why."""
     ours, *peers = rows
     for row in peers:
         row["ratio"] = row["ms"] / ours["ms"]
@@ -152,8 +152,24 @@ def _compare_with_peers(rows: list[dict[str, Any]], work: Work) -> None:
         targets.append(_target("ms", ours["ms"], work.target_ms, at_most=True))
     if targets:
         ours["targets"] = targets
-    if work.reason and not all(target["met"] for target in targets):
-        ours["reason"] = work.reason
+    reasons = [_limit(target, rows, work.floor_bytes, ceiling) for target in targets if not target["met"]]
+    if reasons:
+        ours["reason"] = " ".join(filter(None, [*reasons, work.reason]))
+
+
+def _limit(target: dict[str, Any], rows: list[dict[str, Any]], floor_bytes: int | None, ceiling: float) -> str:
+    """That the bytes alone take too long, where they do."""
+    peer = rows[0].get("best_peer") if target["of"] == BEST_PEER else target["of"]
+    peer_ms = next((row["ms"] for row in rows if row["contender"] == peer), None)
+    if floor_bytes is None or peer_ms is None:
+        return ""
+    floor_ms = floor_bytes / ceiling * 1e3
+    if peer_ms / floor_ms >= target["wanted"]:
+        return ""
+    return (
+        f"The {floor_bytes / 1e6:.3g} MB that must move take {floor_ms:.2g} ms at the rate of a copy in this run: with memory "
+        f"that fast no more than {peer_ms / floor_ms:.2g} times as fast as {peer} is possible."
+    )
 
 
 def _target(of: str, measured: float, wanted: float, *, at_most: bool = False) -> dict[str, Any]:

@@ -127,25 +127,34 @@ def test_rounds_fit_the_budget(seconds: float, rounds: int) -> None:
     assert measure.Budget(1.0).rounds(seconds) == rounds
 
 
-def test_short_work_is_timed_at_its_second_run() -> None:
-    runs: list[int] = []
-    clock.WallClock().seconds(lambda: runs.append(1))
-    assert len(runs) == 2
+@pytest.mark.parametrize(
+    ("seconds", "runs", "time"), [(2.0, 1, 2.0), (0.5, 2, 0.4), (1e-3, 3, 0.9e-3), (1e-9, 100, 0.9e-9)]
+)
+def test_short_work_is_timed_at_later_runs(
+    seconds: float, runs: int, time: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run takes so long, those after it less."""
+    times = iter([seconds, 0.4 if seconds == 0.5 else 0.9 * seconds, *[0.9 * seconds] * 98])
+    monkeypatch.setattr(clock.WallClock, "_once", lambda *_: next(times))
+    assert clock.WallClock().seconds(lambda: None) == pytest.approx(time)
+    assert len(list(times)) == 100 - runs
 
 
 def test_targets_and_the_best_peer() -> None:
-    rows = [{"ms": 1.0, "percent_of_ceiling": 80.0}, {"contender": "a", "ms": 9.0}, {"contender": "b", "ms": 5.0}]
+    ours = {"contender": "fastkd", "ms": 1.0, "percent_of_ceiling": 80.0}
+    rows: list[dict[str, Any]] = [ours, {"contender": "a", "ms": 9.0}, {"contender": "b", "ms": 5.0}]
     work = work_of(1.0)
     work.targets, work.target_percent, work.target_ms = {"a": 8.0, BEST_PEER: 8.0, "absent": 2.0}, 85.0, 2.0
-    work.reason = "the reason"
-    measure._compare_with_peers(rows, work)
+    work.reason, work.floor_bytes = "The reason.", 1_000_000
+    measure._compare_with_peers(rows, work, 1e9)
     assert (rows[0]["best_peer"], rows[0]["ratio"], rows[1]["ratio"]) == ("b", 5.0, 9.0)
     met = {target["of"]: target["met"] for target in rows[0]["targets"]}  # type: ignore[attr-defined]
     assert met == {"a": True, BEST_PEER: False, "% of ceiling": False, "ms": True}
-    assert rows[0]["reason"] == "the reason"
+    assert rows[0]["reason"].startswith("The 1 MB that must move take 1 ms at the rate of a copy in this run")
+    assert rows[0]["reason"].endswith("no more than 5 times as fast as b is possible. The reason.")
     work.targets, work.target_percent = {"a": 8.0}, None
-    rows = [{"ms": 1.0}, {"contender": "a", "ms": 9.0}]
-    measure._compare_with_peers(rows, work)
+    rows = [{"contender": "fastkd", "ms": 1.0}, {"contender": "a", "ms": 9.0}]
+    measure._compare_with_peers(rows, work, 1e9)
     assert "reason" not in rows[0]  # nothing is missed
 
 

@@ -32,16 +32,16 @@ struct RowInputs {
 };
 
 struct RowParams : RowInputs {
-  Dtype dtype;
-  const double* weight;       // [rows], or null for 1
-  const double* temperature;  // [rows], or null for temperature_all
-  double kd_scale;            // of T^2 * divergence in the gradients, the reduction's denominator included
-  double task_scale;          // of the cross-entropy
-  double* kd_loss;            // [rows]: weight * T^2 * divergence
-  double* task_loss;          // [rows]: weight * cross-entropy
-  void* student_gradient;     // [rows, classes] packed, or null
-  void* teacher_gradient;
-  bool stream;  // gradients exceed the caches: write around them
+  Dtype dtype{};
+  const double* weight = nullptr;       // [rows], or null for 1
+  const double* temperature = nullptr;  // [rows], or null for temperature_all
+  double kd_scale = 0;                  // of T^2 * divergence in the gradients, the reduction's denominator included
+  double task_scale = 0;                // of the cross-entropy
+  double* kd_loss = nullptr;            // [rows]: weight * T^2 * divergence
+  double* task_loss = nullptr;          // [rows]: weight * cross-entropy
+  void* student_gradient = nullptr;     // [rows, classes] packed, or null
+  void* teacher_gradient = nullptr;
+  bool stream = false;  // gradients exceed the caches: write around them
 };
 
 // Per-row statistics of z = logits / T.
