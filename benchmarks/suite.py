@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from benchmarks import figures
 from benchmarks.machine import machine
 from benchmarks.results_file import RESULTS, ResultsFile, name_of
-from benchmarks.table import table
+from benchmarks.table import markdown, table
 
 HERE = Path(__file__).parent
 PIPE_WIDTH = 120  # columns where the output goes to a file
@@ -60,8 +60,11 @@ def run(arguments: list[str], output: Path, console: Console) -> tuple[Path, boo
     return output, status == pytest.ExitCode.OK
 
 
-def show(document: dict[str, Any], path: Path, console: Console) -> None:
-    """The table on the console, the figures beside the file."""
+def show(document: dict[str, Any], path: Path, console: Console, *, as_markdown: bool = False) -> None:
+    """The table on the console, the figures beside the file; or the table as markdown alone."""
+    if as_markdown:
+        console.out(markdown(document), highlight=False)
+        return
     wide = console if console.is_terminal else Console(width=PIPE_WIDTH)
     wide.print(table(document))
     console.print(f"\nnumbers  {path}", highlight=False, soft_wrap=True)

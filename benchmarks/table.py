@@ -129,3 +129,18 @@ def best_peer(document: dict[str, Any], case: str | None) -> str | None:
 def footnotes(document: dict[str, Any]) -> list[str]:
     """Why targets are missed."""
     return [f"{row['case']}: {row['reason']}" for row in document["rows"] if "reason" in row]
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """A row for each case, for documents: fastkd's time, how many times as fast as each peer it is, ceiling, memory."""
+    lines = ["| work | time | times as fast as | ceiling | memory |", "|---|---|---|---|---|"]
+    for row in document["rows"]:
+        if row["contender"] != OURS or "ms" not in row:
+            continue
+        peers = (
+            peer for peer in document["rows"] if peer["case"] == row["case"] and "ratio" in peer and peer is not row
+        )
+        ratios = "; ".join(f"{peer['contender']} {three_digits(peer['ratio'])}x" for peer in peers)
+        time, _, _, share, memory = cells(row)
+        lines.append(f"| {row['case']} | {time} | {ratios} | {share} | {memory} |")
+    return "\n".join([*lines, *(f"\n{note}" for note in footnotes(document))])

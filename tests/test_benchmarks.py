@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -365,6 +366,16 @@ def test_what_bench_refuses(arguments: list[str], message: str, capsys: pytest.C
     assert error.count("\n") == 1
 
 
+@forks
+def test_layers_of_a_small_call(tmp_path: Path) -> None:
+    output = tmp_path / "layers.json"
+    run = in_a_process("benchmarks.layers", "--seconds", "0.001", "--output", str(output))
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["layer"] for row in rows if row["layer"]][1:3] == ["kernel", "autograd's node"]
+    assert all(row["us"] > 0 and row["call"] in run.stdout for row in rows)
+
+
 def document(**cases: dict[str, float | tuple[float, float]]) -> dict[str, Any]:
     """Medians, or medians and half the spread between the quartiles, of contenders of cases."""
     rows = []
@@ -402,3 +413,17 @@ def test_compare_names_what_differs_besides() -> None:
     console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     assert compare.report(old, new, 0.25, console) is False
     assert "torch was 2.12, is 2.13" in console.export_text()
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    """The table between the marks is what the command above it prints, of the file that it names."""
+    text = (ROOT / "README.md").read_text()
+    name, shown = re.search(
+        r"<!-- fastkd bench --show (\S+) --markdown -->\n(.*?)\n<!-- end -->", text, re.DOTALL
+    ).groups()  # type: ignore[union-attr]
+    document = json.loads((ROOT / name).read_text())
+    assert shown == table.markdown(document)
+    assert document["machine"]["date"] in text
+    for figure in re.findall(r"\((benchmarks/results/\S+\.png)\)", text):
+        assert (ROOT / figure).is_file()
+        assert figure.startswith(name.removesuffix(".json"))

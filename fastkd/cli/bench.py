@@ -46,6 +46,9 @@ class Bench:
     show: Path | None = None
     """A results file to show, to draw and to compare, instead of measuring."""
 
+    markdown: bool = False
+    """Print the table as markdown, as in the README, and draw nothing."""
+
     def __call__(self, console: Console) -> int:
         if not (ROOT / "benchmarks" / "conftest.py").is_file():
             raise UsageError(
@@ -66,7 +69,7 @@ class Bench:
         else:
             path, complete = self.show, True
         document = _read(suite, path, "--show")
-        suite.show(document, path, console)
+        suite.show(document, path, console, as_markdown=self.markdown)
         slower = old is not None and compare.report(old, document, self.tolerance, console)
         return int(slower or not complete)
 
