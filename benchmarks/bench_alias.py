@@ -112,6 +112,7 @@ def _build(settings: Settings, items: int) -> Case:
             1e-6,
             floor_bytes=floors.alias_build(items, 4),
             targets=BUILD_TARGETS if _on_cpu(settings) and items == 10**7 else {},
+            target_percent=50.0 if not _on_cpu(settings) and items == 10**8 else None,
         )
 
     return Case(f"alias build N={short_count(items)}", build, BYTES_OF_AN_ITEM * items)
@@ -140,10 +141,14 @@ def _draw(settings: Settings, items: int) -> Case:
         peers["torch.multinomial"] = lambda: torch.multinomial(weights, draws, replacement=True)
         if _on_cpu(settings) and items <= MULTINOMIAL_ITEMS:
             sampler = torch.utils.data.WeightedRandomSampler(weights.double(), draws)
-            peers["WeightedRandomSampler"] = lambda: torch.tensor(list(sampler))
-        targets = {}
+            peers["WeightedRandomSampler"] = lambda: list(sampler)
+        rate = None  # wanted, of draws in a second
         if _on_cpu(settings):
             targets = {10**7: DRAW_TARGETS, MULTINOMIAL_ITEMS: MULTINOMIAL_TARGETS}.get(items, {})
+        else:
+            targets = {"torch.multinomial": 100.0} if items <= MULTINOMIAL_ITEMS else {}
+            cache = torch.cuda.get_device_properties(settings.device).L2_cache_size
+            rate = 20e9 if 8 * items <= cache else 8e9 if items <= 10**9 else None
         work = Work(
             lambda: table.sample(draws),
             peers,
@@ -152,6 +157,7 @@ def _draw(settings: Settings, items: int) -> Case:
             OF_SINGLE_SUMS,
             floor_bytes=floors.alias_sample(draws),
             targets=targets,
+            target_ms=None if rate is None else draws / rate * 1e3,
         )
         if items > MULTINOMIAL_ITEMS:
             work.leave_out("torch.multinomial", "refuses more than 2^24 items")
@@ -190,6 +196,7 @@ def _update(settings: Settings, items: int) -> Case:
             1e-5,
             1e-5,
             floor_bytes=floors.alias_update(items, changes),
+            own=("a table built anew",),
         )
 
     return Case(f"alias update {short_count(changes)} of N={short_count(items)}", build, BYTES_OF_AN_ITEM * items)
@@ -203,12 +210,13 @@ def _urn(probabilities: np.ndarray) -> Any:
         return DiscreteAliasUrn(probabilities, random_state=np.random.default_rng(0))
 
 
-def _error_of_draws(scores: Tensor, probabilities: Tensor, draws: int) -> Callable[[Tensor], float]:
+def _error_of_draws(scores: Tensor, probabilities: Tensor, draws: int) -> Callable[[Tensor | list[int]], float]:
     """0 where the mean score of the draws lies within 6 deviations of what the probabilities say."""
     mean = (probabilities * scores).sum()
     deviation = (probabilities * (scores - mean).square()).sum().sqrt()
 
-    def error(indices: Tensor) -> float:
+    def error(indices: Tensor | list[int]) -> float:
+        indices = torch.as_tensor(indices)
         off = float(((scores[indices].double().mean() - mean) / deviation).abs())
         return 0.0 if off <= 6 / math.sqrt(min(draws, len(indices))) else off
 

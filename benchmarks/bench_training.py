@@ -44,8 +44,8 @@ LATENT = 100  # of the generator of images
 NOISY = 0.3  # share of labels that are wrong
 SELECTION_BATCH = 1024
 LEARNING_RATE = 1e-3  # weights stay near the first ones over all rounds
-# on a CPU, other peers are about as fast as these or faster
-NOT_QUICK = ("unfold and gather", "multinomial, index, augment", "DataLoader, by item")
+# slower than the others of their row
+NOT_QUICK = ("unfold and gather", "DataLoader, by item")
 BYTES_OF_AN_IMAGE = 8 << 20  # activations of a ResNet-20 in training, and as much again
 
 # depths of student and teacher, batch
@@ -319,7 +319,10 @@ def cut_by(crop: bench_crop.Crop, images: Tensor, size: int, k: int, source: Sou
 
 PATCHES: dict[str, Cut] = {
     OURS: random_patches,
-    **{name: partial(cut_by, bench_crop.PEERS[name]) for name in ("advanced-index gather", "unfold and gather")},
+    **{
+        name: partial(cut_by, bench_crop.PEERS[name])
+        for name in ("advanced-index gather", "grid_sample, nearest", "unfold and gather")
+    },
 }
 
 

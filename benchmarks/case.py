@@ -59,6 +59,8 @@ class Work:
     """Contender: by how much its time is multiplied, where a run of it does only a part of the work, or the work many times."""
     incomparable: tuple[str, ...] = ()
     """Peers that do the same work to random places of their own: only that they can is checked."""
+    own: tuple[str, ...] = ()
+    """Peers that are made of fastkd, too: they say nothing of how fast the machine is."""
     missing: dict[str, str] = field(default_factory=dict)
     """Peer: why it is not measured."""
     latency: bool = False

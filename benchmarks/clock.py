@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from benchmarks.case import Run
 
@@ -90,7 +88,7 @@ def clock_for(device: torch.device, *, latency: bool = False, cold: bool = False
     return EventClock(device, latency=latency) if device.type == "cuda" else WallClock(cold=cold)
 
 
-def graph_replay(run: Callable[[], Tensor], replays: int) -> Callable[[], Tensor]:
+def graph_replay(run: Run, replays: int) -> Run:
     """``run`` captured as a CUDA graph; each call replays it ``replays`` times in a row and returns the last result."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -102,7 +100,7 @@ def graph_replay(run: Callable[[], Tensor], replays: int) -> Callable[[], Tensor
     with torch.cuda.graph(graph):
         result = run()
 
-    def replay() -> Tensor:
+    def replay() -> Any:
         for _ in range(replays):
             graph.replay()
         return result

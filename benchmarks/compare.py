@@ -1,8 +1,9 @@
 """What became slower between two results files.
 
 A machine is faster on one day than on another; the peers, which did not change, say by how much. So fastkd's time is taken
-over the drift of its case, the median of what its peers' times were multiplied by; of a case without peers over that of all
-peers. Slower means: by more than the tolerance after that, and the middle halves of the rounds do not overlap either.
+over the drift of its case: the median of what the times of its peers were multiplied by and of what those of all peers
+were, in the median. Peers that are made of fastkd do not count. Slower means: by more than the tolerance after that, and the
+middle halves of the rounds do not overlap either.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ VERSIONS = ("torch", "numpy", "scipy", "scikit-learn", "kornia", "torchvision", 
 
 @dataclass(frozen=True)
 class Change:
-    """One case. ``verdict``: slower, faster, same, gone, new, failed; ``factor``: its time over the old one's and the drift."""
+    """One case. ``verdict``: slower, faster, same; failed, not measured (now), gone, new; ``factor``: its time over the old
+    one's and the drift.
+    """
 
     case: str
     verdict: str
@@ -36,18 +39,18 @@ def changes(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> list[
     """All cases of both documents, in the order of the new one."""
     before, after = _by_case(old), _by_case(new)
     drifts = {case: _drifts(before[case], after[case]) for case in before.keys() & after.keys()}
-    everywhere = [drift for found in drifts.values() for drift in found]
+    overall = statistics.median([drift for found in drifts.values() for drift in found] or [1.0])
     found = []
     for case, rows in after.items():
         ours, theirs = rows.get(OURS, {}), before.get(case, {}).get(OURS, {})
         if "error" in ours:
             found.append(Change(case, "failed", theirs.get("ms")))
-        elif "ms" not in theirs:
-            found.append(Change(case, "new", after_ms=ours.get("ms")))
         elif "ms" not in ours:
-            found.append(Change(case, "gone", theirs["ms"]))
+            found.append(Change(case, "not measured", theirs.get("ms")))
+        elif "ms" not in theirs:
+            found.append(Change(case, "new", after_ms=ours["ms"]))
         else:
-            drift = statistics.median(drifts[case] or everywhere or [1.0])
+            drift = statistics.median([*drifts[case], overall])
             found.append(_judge(case, theirs, ours, drift, tolerance))
     return found + [Change(case, "gone", before[case].get(OURS, {}).get("ms")) for case in before if case not in after]
 
@@ -71,12 +74,12 @@ def _by_case(document: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _drifts(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> list[float]:
-    both = (name for name in old.keys() & new.keys() if name != OURS)
+    both = (name for name in old.keys() & new.keys() if name != OURS and "own" not in new[name])
     return [new[name]["ms"] / old[name]["ms"] for name in both if "ms" in old[name] and "ms" in new[name]]
 
 
 def report(old: dict[str, Any], new: dict[str, Any], tolerance: float, console: Console) -> bool:
-    """Prints what changed; whether something became slower, or fails now."""
+    """Prints what changed; whether something became slower or fails now, or nothing could be compared."""
     for key in SAME_MACHINE + VERSIONS:
         was, now = (document["machine"].get(key) for document in (old, new))
         if was != now:
@@ -96,7 +99,11 @@ def report(old: dict[str, Any], new: dict[str, Any], tolerance: float, console: 
         table.add_row(change.case, *times, drift, factor, f"[{colour}]{change.verdict}[/]")
     console.print(table)
     bad = [change.case for change in found if change.verdict in ("slower", "failed")]
-    console.print(
-        f"slower or failed: {', '.join(bad)}" if bad else "nothing became slower", style="red" if bad else "green"
-    )
-    return bool(bad)
+    compared = any(change.factor is not None for change in found)
+    if bad:
+        console.print(f"slower or failed: {', '.join(bad)}", style="red")
+    elif compared:
+        console.print("nothing became slower", style="green")
+    else:
+        console.print("nothing was compared: no case was measured in both", style="red")
+    return bool(bad) or not compared

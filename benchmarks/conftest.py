@@ -24,7 +24,7 @@ from benchmarks.table import row_lines
 
 SESSION = pytest.StashKey["Session"]()
 SPARE = 0.7  # of the free memory may be taken
-RESERVE = 20.0  # seconds before --seconds are over in which no case begins: it could not end
+RESERVE = 20.0  # seconds before --seconds are over, or a tenth of them, in which no case begins: it could not end
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,7 +59,7 @@ class Session:
             SPARE * free_memory(device) if memory is None else memory * 1e9,
         )
         self.budget = Budget(option("case_seconds") or (0.2 if on_gpu else 1.0), option("least_rounds"))
-        self.deadline = time.monotonic() + option("seconds") - RESERVE
+        self.deadline = time.monotonic() + max(option("seconds") - RESERVE, 0.9 * option("seconds"))
         self.config = config
         self.rows: list[dict[str, Any]] = []
         self._results: ResultsFile | None = None
@@ -70,16 +70,16 @@ class Session:
         if self._results is None:
             found = machine(self.settings.device)
             suffix = "-full" if self.settings.sizes == "full" else ""
-            output = self.config.getoption("output") or RESULTS / f"{name_of(found)}{suffix}.json"
-            self._results = ResultsFile(output)
+            results = ResultsFile(self.config.getoption("output") or RESULTS / f"{name_of(found)}{suffix}.json")
             self._ceiling = copy_ceiling(self.settings.device, min(self.settings.nbytes, COPIED))
-            self._results.update(
+            results.update(
                 machine=found,
                 command=f"pytest {' '.join(self.config.invocation_params.args)}",
                 sizes=self.settings.sizes,
                 ceiling_gb_per_s=round(self._ceiling / 1e9, 2),
                 rows=[],
             )
+            self._results = results
         return self._ceiling
 
     def add(self, primitive: str, rows: list[dict[str, Any]]) -> None:

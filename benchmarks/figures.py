@@ -116,10 +116,12 @@ def _ceiling(rows: Rows, colours: dict[str, str]) -> Figure:
 def _threads(rows: Rows, colours: dict[str, str]) -> Figure:
     """Time of one thread over the time of n."""
     series: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
+    peers: dict[str, str | None] = {}  # the best one with the fewest threads, for all counts
     for row in rows:
         match = THREADS.match(row["case"])
         assert match is not None
-        if row["contender"] == OURS or row["contender"] == best_peer({"rows": rows}, row["case"]):
+        peer = peers.setdefault(match[1], best_peer({"rows": rows}, row["case"]))
+        if row["contender"] in (OURS, peer):
             series.setdefault((match[1], row["contender"], row["primitive"]), []).append((int(match[2]), row["ms"]))
     figure = _figure(7.5, 4.8)
     axes = figure.add_subplot()
@@ -127,6 +129,8 @@ def _threads(rows: Rows, colours: dict[str, str]) -> Figure:
     most = 1
     for (work, contender, primitive), points in series.items():
         counts, times = zip(*sorted(points), strict=True)
+        if counts[0] != 1:
+            continue  # there is nothing to be faster than
         most = max(most, *counts)
         style = "-o" if contender == OURS else ":o"
         axes.plot(counts, [times[0] / t for t in times], style, color=colours[primitive], markersize=4,

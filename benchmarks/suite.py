@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from benchmarks import figures
 from benchmarks.machine import machine
-from benchmarks.results_file import RESULTS, ResultsFile, name_of
+from benchmarks.results_file import RESULTS, name_of
 from benchmarks.table import markdown, table
 
 HERE = Path(__file__).parent
@@ -25,9 +25,10 @@ def primitives() -> list[str]:
     return sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
 
 
-def output_for(device: str, full: bool, output: Path | None) -> Path:
-    """The results file: the one asked for, or that of this machine."""
-    return (output or RESULTS / f"{name_of(machine(torch.device(device)))}{'-full' if full else ''}.json").resolve()
+def output_for(device: str, *, full: bool, complete: bool) -> Path:
+    """The results file of this machine; that of a selection must not take the place of a complete one."""
+    folder = RESULTS if complete else HERE.parent / "build" / "bench"
+    return folder / f"{name_of(machine(torch.device(device)))}{'-full' if full else ''}.json"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -39,6 +40,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         document: dict[str, Any] = json.loads(path.read_text())
         known = all("contender" in row and "case" in row for row in document["rows"])
+        known = known and "cpu" in document["machine"] and document["ceiling_gb_per_s"] >= 0
     except (ValueError, KeyError, TypeError):
         known = False
     if not known:
@@ -47,16 +49,17 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def run(arguments: list[str], output: Path, console: Console) -> tuple[Path, bool]:
-    """Measures; the results file, and whether every case could be measured. ``arguments`` of pytest."""
-    ResultsFile(output).clear()
+    """Measures; the results file, and whether every case could be measured. ``arguments`` of pytest.
+
+    Raises:
+        ValueError: no case was chosen.
+    """
     screen = _Screen(console)
     # without pytest's own screen, and so without options of pyproject.toml that are about it
     quiet = ["-p", "no:terminal", "-o", "addopts=", "-p", "no:cacheprovider", "--rootdir", str(HERE.parent)]
     status = pytest.main([*arguments, *quiet, "--output", str(output)], plugins=[screen])
-    if not output.exists():
-        raise SystemExit(
-            f"fastkd bench: nothing was measured ({pytest.ExitCode(status).name.lower().replace('_', ' ')})"
-        )
+    if screen.finished == 0:
+        raise ValueError(f"nothing was measured: {pytest.ExitCode(status).name.lower().replace('_', ' ')}")
     return output, status == pytest.ExitCode.OK
 
 
@@ -84,6 +87,7 @@ class _Screen:
         )
         self._bar = Progress(*columns, console=console)
         self._task = TaskID(0)
+        self.finished = 0
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self._task = self._bar.add_task("copy bandwidth", total=len(session.items))
@@ -98,6 +102,7 @@ class _Screen:
 
     def pytest_runtest_logfinish(self) -> None:
         self._bar.advance(self._task)
+        self.finished += 1
 
     def pytest_sessionfinish(self) -> None:
         self._bar.stop()

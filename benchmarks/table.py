@@ -67,7 +67,9 @@ def row_lines(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
             continue
         time, spread, ratio, share, memory = cells(row)
         missed = "".join(
-            f"  MISSED {target_text(t)} {t['of']}: {t['measured']:.3g}" for t in row.get("targets", ()) if not t["met"]
+            f"  MISSED {target_text(t)} {t['of']}: {t['measured']:.3g}"
+            for t in row.get("targets", ())
+            if t["met"] is False
         )
         yield f"{head} {time:>9} {spread:>6} {ratio:>9} {share:>6} {memory:>9}{missed}"
 
@@ -88,7 +90,9 @@ def table(document: dict[str, Any]) -> Table:
         pad_edge=False,
     )
     for column in ("", "time", "±", "ratio", "ceiling", "memory", "target"):
-        result.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
+        result.add_column(
+            column, justify="right" if column else "left", no_wrap=bool(column), min_width=None if column else 30
+        )
     before, targets = None, {}
     for row in document["rows"]:
         if row["case"] != before:
@@ -101,7 +105,8 @@ def table(document: dict[str, Any]) -> Table:
         if why is not None:
             name.append(f"  {why}")
             name.stylize("red" if "error" in row else "dim")
-            result.add_row(name)
+            wanted = [targets[row["contender"]]] if row["contender"] in targets else []
+            result.add_row(name, *[""] * 5, Text(" ".join(map(target_text, wanted)), style="yellow"))
             continue
         time, spread, ratio, share, memory = cells(row)
         own = [t for of, t in targets.items() if of == row["contender"] or (ours and of in ("ms", "% of ceiling"))]

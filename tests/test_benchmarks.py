@@ -115,12 +115,13 @@ def test_a_peer_with_places_of_its_own_must_only_be_able() -> None:
     ]
 
 
-def test_contenders_take_turns() -> None:
+def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     paced, order = Paced(), []
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: sum(paced.turns))
     runs = {"quick": lambda: 0.1, "slow": lambda: 0.3}
     measure.take_turns(runs, paced, measure.Budget(0.61, least=2), lambda name, _: order.append(name))
     assert order == ["quick", "quick", "quick", "slow", "quick", "quick", "quick", "slow"]
-    assert paced.turns[:2] == [0.1, 0.3]  # how long each takes is asked first
+    assert paced.turns[:2] == [0.1, 0.3]  # how long a turn takes is asked first
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(1e-9, 501), (0.01, 100), (0.5, 5), (1.5, 3)])
@@ -146,13 +147,13 @@ def test_targets_and_the_best_peer() -> None:
     rows: list[dict[str, Any]] = [ours, {"contender": "a", "ms": 9.0}, {"contender": "b", "ms": 5.0}]
     work = work_of(1.0)
     work.targets, work.target_percent, work.target_ms = {"a": 8.0, BEST_PEER: 8.0, "absent": 2.0}, 85.0, 2.0
-    work.reason, work.floor_bytes = "The reason.", 1_000_000
+    work.reason, work.floor_bytes = "The reason.", 900_000
     measure._compare_with_peers(rows, work, 1e9)
     assert (rows[0]["best_peer"], rows[0]["ratio"], rows[1]["ratio"]) == ("b", 5.0, 9.0)
     met = {target["of"]: target["met"] for target in rows[0]["targets"]}  # type: ignore[attr-defined]
-    assert met == {"a": True, BEST_PEER: False, "% of ceiling": False, "ms": True}
-    assert rows[0]["reason"].startswith("The 1 MB that must move take 1 ms at the rate of a copy in this run")
-    assert rows[0]["reason"].endswith("no more than 5 times as fast as b is possible. The reason.")
+    assert met == {"a": True, BEST_PEER: False, "absent": None, "% of ceiling": False, "ms": True}
+    assert rows[0]["reason"].startswith("The 0.9 MB that must move take 0.9 ms at the rate of a copy in this run")
+    assert rows[0]["reason"].endswith("no more than 5.6 times as fast as b is possible. The reason.")
     work.targets, work.target_percent = {"a": 8.0}, None
     rows = [{"contender": "fastkd", "ms": 1.0}, {"contender": "a", "ms": 9.0}]
     measure._compare_with_peers(rows, work, 1e9)
@@ -357,6 +358,9 @@ def test_a_file_is_shown_and_compared_without_measuring(
         (["--tolerance", "0"], "--tolerance is 0.0, must be above 0"),
         (["--compare", "no/such.json"], "--compare no/such.json cannot be used"),
         (["--show", __file__], "it is not a results file of this suite"),
+        (["--show", __file__, "gmm"], "--show shows all of a file: leave out the primitives, --match and --output"),
+        (["--output", "/dev/null/x.json"], "--output /dev/null/x.json cannot be written"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used: torch finds"),
     ],
 )
 def test_what_bench_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -376,6 +380,20 @@ def test_layers_of_a_small_call(tmp_path: Path) -> None:
     assert all(row["us"] > 0 and row["call"] in run.stdout for row in rows)
 
 
+@forks
+def test_an_empty_selection_is_said_and_takes_nothing_away(measured: tuple[Path, str]) -> None:
+    begun = measured[0].read_text()
+    run = in_a_process("fastkd", "bench", "gmm", "-k", "nosuchcase", "--output", str(measured[0]))
+    assert run.returncode == 2
+    assert "fastkd bench: nothing was measured: no tests collected" in run.stderr
+    assert measured[0].read_text() == begun
+
+
+def test_the_baseline_is_not_replaced(measured: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--output", str(measured[0]), "--compare", str(measured[0])]) == 2
+    assert "which this run would replace" in capsys.readouterr().err
+
+
 def document(**cases: dict[str, float | tuple[float, float]]) -> dict[str, Any]:
     """Medians, or medians and half the spread between the quartiles, of contenders of cases."""
     rows = []
@@ -391,6 +409,7 @@ def verdicts(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
 
 
 def test_what_compare_calls_slower() -> None:
+    """The drift of a case is that of its peers and of all peers, in the median."""
     old = document(
         a={"fastkd": 1.0, "peer": 10.0}, b={"fastkd": 1.0}, c={"fastkd": (1.0, 0.5), "peer": 5.0}, d={"fastkd": 1.0}
     )
@@ -405,6 +424,23 @@ def test_what_compare_calls_slower() -> None:
     assert verdicts(old, new) == {"a": "slower", "b": "slower", "c": "slower", "d": "faster"}
     new["rows"][0] = {"case": "a", "contender": "fastkd", "error": "ArithmeticError: wrong"}
     assert verdicts(old, new)["a"] == "failed"
+
+
+def test_peers_made_of_fastkd_are_no_drift() -> None:
+    old, new = document(a={"fastkd": 1.0, "own": 10.0}), document(a={"fastkd": 2.0, "own": 20.0})
+    assert verdicts(old, new) == {"a": "same"}
+    new["rows"][1]["own"] = True
+    assert verdicts(old, new) == {"a": "slower"}
+
+
+def test_nothing_compared_is_no_success() -> None:
+    old, new = document(a={"fastkd": 1.0}), document(b={"fastkd": 1.0})
+    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    assert compare.report(old, new, 0.25, console) is True
+    assert "nothing was compared" in console.export_text()
+    new["rows"] = [{"case": "a", "contender": "fastkd", "not_measured": "out of time"}]
+    assert verdicts(old, new) == {"a": "not measured"}
+    assert compare.report(old, new, 0.25, console) is True
 
 
 def test_compare_names_what_differs_besides() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch.utils import _pytree as pytree
 
 import fastkd
@@ -82,3 +83,23 @@ def test_random_places_compile() -> None:
         batch, indices = draw_batch(BYTES)
         assert torch.equal(indices, table.sample_at(1, start, 20))
         torch.testing.assert_close(batch, BYTES[indices].float() / 255)
+
+
+@pytest.mark.parametrize("name", ["kl_div", "crop", "logit_stats"])
+def test_compiled_autograd(name: str) -> None:
+    """The backward graph of an eager forward, compiled when it runs."""
+
+    def gradient() -> Tensor:
+        x = (IMAGES if name == "crop" else STUDENT).clone().requires_grad_()
+        if name == "kl_div":
+            y: Tensor = F.kl_div(x, TEACHER)
+        else:
+            y = fastkd.crop_patches(x, OFFSETS, 8) if name == "crop" else fastkd.logit_stats(x).entropy
+        y.square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    expected = gradient()
+    torch._dynamo.reset()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        torch.testing.assert_close(gradient(), expected)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 import fastkd
 from fastkd import _C
@@ -197,6 +198,15 @@ def test_gradcheck(device: torch.device, generator: torch.Generator, memory_form
     for function in (lambda x: fastkd.crop_patches(x, offsets, (3, 3), flip), normalised):
         assert torch.autograd.gradcheck(function, images)
         assert torch.autograd.gradgradcheck(function, images)
+
+
+def test_a_tangent_in_the_backward_is_refused(device: torch.device, generator: torch.Generator) -> None:
+    images = torch.randn(1, 1, 5, 5, generator=generator).to(device).requires_grad_()
+    patches = fastkd.crop_patches(images, torch.zeros(1, 1, 2, dtype=torch.int64, device=device), 4)
+    with forward_ad.dual_level():
+        upstream = forward_ad.make_dual(torch.ones_like(patches), torch.ones_like(patches))
+        with pytest.raises(RuntimeError, match="crop_backward has no forward-mode derivative"):
+            torch.autograd.grad(patches, images, upstream)
 
 
 def test_opcheck(device: torch.device, generator: torch.Generator) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from types import ModuleType
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -13,6 +14,7 @@ from rich.console import Console
 
 import fastkd
 from fastkd.cli._errors import UsageError
+from fastkd.cli._output import check_writable
 
 ROOT = Path(fastkd.__file__).resolve().parents[1]
 
@@ -28,17 +30,18 @@ class Bench:
     primitives: tyro.conf.Positional[tuple[str, ...]] = ()
     """What to measure, as divergence or crop; all by default."""
     full: bool = False
-    """Sweeps of sizes and threads (about an hour on 2 cores) instead of the quick selection (below 5 minutes)."""
+    """Sweeps of sizes and threads (half an hour on 2 cores) instead of the quick selection (below 5 minutes)."""
     device: str = "cpu"
     """cpu, cuda or cuda:<n>."""
     match: Annotated[str, tyro.conf.arg(aliases=["-k"])] = ""
     """Only cases whose name matches, as pytest's -k: "KL and not 128x10"."""
     seconds: float = 0.0
-    """For everything: cases that do not begin in this time are only named. 0: no limit."""
+    """For everything: a case that does not begin 20 s, or a tenth of the time, before the end is only named. 0: no limit."""
     case_seconds: float = 0.0
     """For the rounds of one contender. 0: 1 on a CPU, 0.2 on a GPU."""
     output: Path | None = None
-    """The results file, *.json; figures stand beside it. By default benchmarks/results/<machine>.json."""
+    """The results file, *.json; figures stand beside it. By default benchmarks/results/<machine>.json, and build/bench/
+    for a selection of primitives or cases."""
     compare: Path | None = None
     """An older results file: say what became slower since."""
     tolerance: float = 0.25
@@ -60,18 +63,27 @@ class Bench:
         except ModuleNotFoundError as error:
             raise UsageError(f'the suite needs {error.name}: pip install "fastkd[bench]"') from None
         self._check(suite.primitives())
-        # read before it may be overwritten
+        screen = Console(stderr=True) if self.markdown else console  # what is not the markdown
         old = None if self.compare is None else _read(suite, self.compare, "--compare")
-        if self.show is None:
-            path, complete = suite.run(
-                self._arguments(), suite.output_for(self.device, self.full, self.output), console
-            )
-        else:
-            path, complete = self.show, True
+        path, complete = (self.show, True) if self.show is not None else self._measure(suite, screen)
         document = _read(suite, path, "--show")
+        if not self.markdown:
+            check_writable("figures beside", path, path)
         suite.show(document, path, console, as_markdown=self.markdown)
-        slower = old is not None and compare.report(old, document, self.tolerance, console)
+        slower = old is not None and compare.report(old, document, self.tolerance, screen)
         return int(slower or not complete)
+
+    def _measure(self, suite: ModuleType, screen: Console) -> tuple[Path, bool]:
+        everything = not (self.primitives or self.match)
+        path = self.output or suite.output_for(self.device, full=self.full, complete=everything)
+        if self.compare is not None and path.resolve() == self.compare.resolve():
+            raise UsageError(f"--compare is {self.compare}, which this run would replace: choose another --output")
+        check_writable("--output", path, path)
+        try:
+            finished: tuple[Path, bool] = suite.run(self._arguments(), path.resolve(), screen)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        return finished
 
     def _check(self, known: list[str]) -> None:
         for name in self.primitives:
@@ -92,8 +104,14 @@ class Bench:
             device = None
         if device is None or device.type not in ("cpu", "cuda"):
             raise UsageError(f"--device is {self.device!r}, must be cpu, cuda or cuda:<n>")
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise UsageError(f"--device {self.device} cannot be used: torch finds no CUDA device")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise UsageError(
+                f"--device {self.device} cannot be used: torch finds {torch.cuda.device_count()} CUDA devices"
+            )
+        if device.type == "cuda" and self.full:
+            raise UsageError("--full is of CPUs: the cases of a GPU are one list")
+        if self.show is not None and (self.primitives or self.match or self.output):
+            raise UsageError("--show shows all of a file: leave out the primitives, --match and --output")
 
     def _arguments(self) -> list[str]:
         """Of pytest."""
@@ -107,8 +125,9 @@ class Bench:
         return arguments
 
 
-def _read(suite: object, path: Path, option: str) -> dict[str, object]:
+def _read(suite: ModuleType, path: Path, option: str) -> dict[str, Any]:
     try:
-        return suite.read(path)  # type: ignore[attr-defined,no-any-return]
+        document: dict[str, Any] = suite.read(path)
+        return document
     except (OSError, ValueError) as error:
         raise UsageError(f"{option} {path} cannot be used: {error}") from None

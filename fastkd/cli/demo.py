@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Literal
 
 import torch
@@ -17,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastkd._library import CUDA_OPERATORS, build_info
 from fastkd.cli._errors import UsageError
+from fastkd.cli._output import check_writable
 from fastkd.demo import experiment
 
 FILE_NAME = "fastkd-demo.png"
@@ -120,16 +120,7 @@ def _prepare_output(output: Path) -> Path:
     if output.suffix.lower() in (".jpg", ".jpeg", ".pdf", ".svg", ".json"):
         raise UsageError(f"--output is {output}, must be a name that ends in .png, or a folder")
     path = output if output.suffix.lower() == ".png" else output / FILE_NAME
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=path.parent):
-            pass
-        for file in (path, path.with_suffix(".json")):
-            if file.exists():
-                with file.open("a"):
-                    pass
-    except OSError as error:
-        raise UsageError(f"--output {output} cannot be written: {error.strerror}") from None
+    check_writable("--output", output, path, path.with_suffix(".json"))
     return path
 
 

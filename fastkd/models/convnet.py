@@ -33,7 +33,7 @@ class ConvNet(nn.Module):
                 "must be two stages or more and a multiple of 4"
             )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs, too
             layers: list[nn.Module] = []
             for i, (before, width) in enumerate(zip([in_channels, *widths], widths, strict=False), start=1):
                 layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]

@@ -58,7 +58,7 @@ class ResNet(nn.Module):
         if blocks < 1:
             raise ValueError(f"fastkd: blocks is {blocks}, must be at least 1")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs, too
             self.conv1 = nn.Conv2d(in_channels, WIDTHS[0], 3, padding=1, bias=False)
             self.bn1 = nn.BatchNorm2d(WIDTHS[0])
             self.relu = nn.ReLU(inplace=True)
