@@ -54,7 +54,7 @@ format: $(VENV)/.dev  ## put every file into shape
 sanitize: $(VENV)/.built  ## the op tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	FASTKD_SANITIZE=1 FASTKD_CUDA=0 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$$(echo $(SANITIZED)/lib*)" FASTKD_SCHEDULES=1 $(BIN)/pytest $(PARALLEL) -m "not compiles and not forks"
+	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$$(echo $(SANITIZED)/lib*)" FASTKD_SCHEDULES=1 $(BIN)/pytest $(PARALLEL) -m "not compiles and not forks and not no_kernels"
 
 inspect: $(VENV)/.dev  ## the CUDA kernels as nvcc built them: registers, spills, wide loads and stores
 	$(BIN)/python .ci/inspect_cuda.py

@@ -26,8 +26,9 @@ pytest.importorskip("pytest_benchmark")
 from benchmarks import clock, compare, machine, measure, table  # noqa: E402
 from benchmarks.case import BEST_PEER, Case, Settings, Work, on_threads, peers_that_fit, short_count  # noqa: E402
 
+pytestmark = pytest.mark.no_kernels
+
 CPU = torch.device("cpu")
-forks = pytest.mark.forks
 
 
 class Times:
@@ -240,7 +241,6 @@ def kind(row: dict[str, Any]) -> str:
 SMALL_CASES = "not 224 and not ResNet and not 10000 and not 50257 and not 152064 and not 262144"
 
 
-@forks
 def test_cases_of_a_gpu_on_the_cpu(tmp_path: Path) -> None:
     """Inputs, peers, comparisons and rows of the GPU's cases, at sizes that say nothing about speed."""
     rows = pytest_suite(tmp_path, "--sizes", "gpu", "--large", "4096", "--memory", "0.02", "-k", SMALL_CASES)
@@ -272,14 +272,12 @@ def test_cases_of_a_gpu_on_the_cpu(tmp_path: Path) -> None:
     }  # measured or missing, never silent
 
 
-@forks
 def test_out_of_time_is_said(tmp_path: Path) -> None:
     rows = pytest_suite(tmp_path, "--seconds", "0", "-k", "gmm")
     assert {row.get("not_measured") for row in rows} == {"out of time"}
     assert len(rows) > 2
 
 
-@forks
 def test_a_case_that_fails_is_a_row_and_the_exit_code(tmp_path: Path) -> None:
     (tmp_path / "bench_broken.py").write_text(
         "from benchmarks.case import Case\n"
@@ -311,7 +309,6 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return path, run.stdout
 
 
-@forks
 def test_bench_prints_a_table_and_writes_numbers_and_figures(measured: tuple[Path, str]) -> None:
     path, printed = measured
     document = json.loads(path.read_text())
@@ -329,7 +326,6 @@ def test_bench_prints_a_table_and_writes_numbers_and_figures(measured: tuple[Pat
         assert len(set(map(tuple, picture.reshape(-1, picture.shape[2]).tolist()))) > 20
 
 
-@forks
 def test_a_slowed_kernel_is_caught(measured: tuple[Path, str], tmp_path: Path) -> None:
     """5 ms on top of some 20 us, by a plugin of the test."""
     path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
@@ -339,7 +335,6 @@ def test_a_slowed_kernel_is_caught(measured: tuple[Path, str], tmp_path: Path) -
     assert "slower or failed: GMM fit 1x1024 fp32" in run.stdout
 
 
-@forks
 def test_a_file_is_shown_and_compared_without_measuring(
     measured: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -370,7 +365,6 @@ def test_what_bench_refuses(arguments: list[str], message: str, capsys: pytest.C
     assert error.count("\n") == 1
 
 
-@forks
 def test_layers_of_a_small_call(tmp_path: Path) -> None:
     output = tmp_path / "layers.json"
     run = in_a_process("benchmarks.layers", "--seconds", "0.001", "--output", str(output))
@@ -380,7 +374,6 @@ def test_layers_of_a_small_call(tmp_path: Path) -> None:
     assert all(row["us"] > 0 and row["call"] in run.stdout for row in rows)
 
 
-@forks
 def test_an_empty_selection_is_said_and_takes_nothing_away(measured: tuple[Path, str]) -> None:
     begun = measured[0].read_text()
     run = in_a_process("fastkd", "bench", "gmm", "-k", "nosuchcase", "--output", str(measured[0]))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is of the source tree, not of the package
 
 from benchmarks import floors
+
+pytestmark = pytest.mark.no_kernels
 
 
 def test_floors_of_divergence() -> None:

@@ -21,6 +21,8 @@ from benchmarks import gpu_check  # noqa: E402
 from benchmarks.gpu_check import Outcome, Stage  # noqa: E402
 from benchmarks.results_file import ResultsFile, slug  # noqa: E402
 
+pytestmark = pytest.mark.no_kernels
+
 
 def stage(name: str, code: str, seconds: float = 10.0, **more: Any) -> Stage:
     return Stage(name, [sys.executable, "-c", code], seconds, **more)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.no_kernels
+
 _SPEC = importlib.util.spec_from_file_location("inspect_cuda", Path(__file__).parent.parent / ".ci/inspect_cuda.py")
 assert _SPEC
 assert _SPEC.loader

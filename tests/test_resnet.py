@@ -8,6 +8,8 @@ import torch
 from fastkd.models.convnet import count_parameters
 from fastkd.models.resnet import ResNet, resnet
 
+pytestmark = pytest.mark.no_kernels
+
 # He et al. (2016), table 6, in millions
 PUBLISHED = {20: 0.27, 32: 0.46, 44: 0.66, 56: 0.85, 110: 1.7}
 
