@@ -28,6 +28,10 @@ MULTINOMIAL_TARGETS = {"torch.multinomial": 40.0}
 OF_SINGLE_SUMS = (
     0.2  # deviations that the mean of torch.multinomial's draws may be off: it sums up to 2^24 weights in fp32
 )
+WHY_NOT_FASTER = (
+    "A draw has its price where the table is in the caches already (N=1e4 in the full results): random words, two products of "
+    "128 bits, the index written; what it takes beyond that is the wait for a cache line at a random place of the table."
+)
 BYTES_OF_AN_ITEM = 60  # scores, tables, and those of peers in fp64
 
 
@@ -158,6 +162,7 @@ def _draw(settings: Settings, items: int) -> Case:
             floor_bytes=floors.alias_sample(draws),
             targets=targets,
             target_ms=None if rate is None else draws / rate * 1e3,
+            reason=WHY_NOT_FASTER if _on_cpu(settings) else "",
         )
         if items > MULTINOMIAL_ITEMS:
             work.leave_out("torch.multinomial", "refuses more than 2^24 items")

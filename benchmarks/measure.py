@@ -162,7 +162,7 @@ def _compare_with_peers(rows: list[dict[str, Any]], work: Work, ceiling: float) 
         ours["targets"] = targets
     missed = [target for target in targets if target["met"] is False]
     reasons = [_limit(target, rows, work.floor_bytes, ceiling) for target in missed]
-    if missed:
+    if missed and any([*reasons, work.reason]):
         ours["reason"] = " ".join(filter(None, [*reasons, work.reason]))
 
 

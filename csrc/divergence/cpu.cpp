@@ -1,10 +1,12 @@
 // Divergence on the CPU: checks, outputs, threads, and the reduction over rows in a fixed order.
+#include "common/cache.h"
 #include "divergence/operator.h"
 
 namespace fastkd::divergence {
 namespace {
 
-constexpr int64_t kGrainElements = 16384;          // work worth a thread
+constexpr int64_t kGrainElements = 16384;  // work worth a thread
+constexpr size_t kRowsInCache = 16;        // two rows of both sides, their exponentials, a gradient, and as much left to others
 constexpr size_t kStreamBytes = size_t{24} << 20;  // gradients beyond this leave the caches before anyone reads them
 
 // A [rows] tensor of any float dtype as doubles.
@@ -77,6 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
   params.teacher_gradient = teacher_gradient ? teacher_out.mutable_data_ptr() : nullptr;
   const size_t gradient_bytes = static_cast<size_t>(rows) * classes * student.element_size();
   params.stream = gradient_bytes >= kStreamBytes;
+  params.ahead = static_cast<size_t>(classes) * student.element_size() * kRowsInCache <= l2_cache_bytes();
   const Kernels& k = kernels();
   const int64_t grain = std::max<int64_t>(1, kGrainElements / classes);
   const int64_t bytes = scratch_bytes(classes, params.dtype);

@@ -265,8 +265,6 @@ struct Row {
   }
 };
 
-constexpr int64_t kAheadBytes = 64 << 10;  // rows up to this leave room in an L2 cache for the next one
-
 template <typename T>
 void rows_of(const RowParams& params, int64_t begin, int64_t end, void* scratch) {
   using S = Scalar<T>;
@@ -286,14 +284,14 @@ void rows_of(const RowParams& params, int64_t begin, int64_t end, void* scratch)
     S* const buffer = static_cast<S*>(scratch);
     const T* const s = static_cast<const T*>(params.student) + r * params.student_stride;
     const T* const t = static_cast<const T*>(params.teacher) + r * params.teacher_stride;
-    const bool near = params.classes * static_cast<int64_t>(sizeof(T)) <= kAheadBytes, next = near && r + 1 < end;
+    const bool next = params.ahead && r + 1 < end;
     Row<T> row{params,
                s,
                t,
                gs,
                gt,
                {next ? s + params.student_stride : s, next ? t + params.teacher_stride : s,
-                near && gs != nullptr && !params.stream ? gs : s},
+                params.ahead && !params.stream && gs != nullptr ? gs : s},
                params.target != nullptr ? params.target[r] : -1,
                params.temperature != nullptr ? params.temperature[r] : params.temperature_all,
                weight,

@@ -42,6 +42,7 @@ struct RowParams : RowInputs {
   void* student_gradient = nullptr;     // [rows, classes] packed, or null
   void* teacher_gradient = nullptr;
   bool stream = false;  // gradients exceed the caches: write around them
+  bool ahead = false;   // rows leave room in L2 for the next one: fetch it during this one
 };
 
 // Per-row statistics of z = logits / T.
