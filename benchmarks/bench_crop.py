@@ -95,10 +95,7 @@ FULL = (
     (128, 224, 8, 64),
 )
 GPU = ((4096, 32, 8, 8), (256, 224, 8, 64))  # and both as batches so large that only bytes count
-WHY_NOT_FASTER = (
-    "Of 0.35 ms a step took where both outputs were in the heap already, 0.23 were the two operators and 0.12 torch's "
-    "dispatcher and autograd; fresh pages, of which grid_sample leaves many behind, cost 0.5 us each."
-)
+WHY_NOT_FASTER = "Besides, a call with a gradient pays for Python and autograd's engine (python -m benchmarks.layers)."
 PEER_COPIES = 12  # tensors of the size of the patches that a peer holds at its peak
 
 

@@ -46,6 +46,7 @@ SELECTION_BATCH = 1024
 LEARNING_RATE = 1e-3  # weights stay near the first ones over all rounds
 # slower than the others of their row
 NOT_QUICK = ("unfold and gather", "DataLoader, by item")
+ROUNDS = 11  # networks vary by more than what is gained in a step
 BYTES_OF_AN_IMAGE = 8 << 20  # activations of a ResNet-20 in training, and as much again
 
 # depths of student and teacher, batch
@@ -134,7 +135,15 @@ def work(
         for name, losses in contenders.items()
         if settings.sizes != "quick" or name not in NOT_QUICK
     }
-    return Work(trainers.pop(OURS), dict(trainers), error, tolerance, max(tolerance, peer_tolerance), latency=True)
+    return Work(
+        trainers.pop(OURS),
+        dict(trainers),
+        error,
+        tolerance,
+        max(tolerance, peer_tolerance),
+        least_rounds=ROUNDS if settings.sizes == "quick" else 0,
+        latency=True,
+    )
 
 
 def cases(settings: Settings) -> Iterator[Case]:

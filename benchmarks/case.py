@@ -63,6 +63,8 @@ class Work:
     """Peers that are made of fastkd, too: they say nothing of how fast the machine is."""
     missing: dict[str, str] = field(default_factory=dict)
     """Peer: why it is not measured."""
+    least_rounds: int = 0
+    """Where the usual number is too small to see what is to be seen."""
     latency: bool = False
     """On a GPU: time the call in an eager loop, not the GPU's work alone."""
     cold: bool = False

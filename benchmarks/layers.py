@@ -81,8 +81,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="for each call (default %(default)g)")
     parser.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/<machine>-layers.json")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     found = machine(torch.device("cpu"))
+    torch.set_num_threads(1)
     every = calls()
     times: dict[str, list[float]] = {name: [] for name in every}
     runs = {name: run for name, (run, _) in every.items()}

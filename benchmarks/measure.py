@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -117,7 +117,9 @@ def measure(
         clock = clock_for(settings.device, latency=work.latency, cold=work.cold)
         statistics = {name: statistics_of(name) for name in contenders}
         scale = {name: work.scale.get(name, 1.0) for name in contenders}
-        take_turns(contenders, clock, budget, lambda name, t: statistics[name].update(t * scale[name]))
+        least = max(budget.least, min(work.least_rounds, budget.most))
+        enough = replace(budget, least=least, least_slow=max(budget.least_slow, least if work.least_rounds else 0))
+        take_turns(contenders, clock, enough, lambda name, t: statistics[name].update(t * scale[name]))
         rows: list[dict[str, Any]] = [
             {
                 "case": case.name,

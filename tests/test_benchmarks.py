@@ -456,3 +456,10 @@ def test_the_readme_shows_the_committed_results() -> None:
     for figure in re.findall(r"\((benchmarks/results/\S+\.png)\)", text):
         assert (ROOT / figure).is_file()
         assert figure.startswith(name.removesuffix(".json"))
+
+
+def test_the_layers_in_the_documents_are_the_committed_ones() -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    name = re.search(r"\((results/\S+-layers\.json)\)", text).group(1)  # type: ignore[union-attr]
+    for row in json.loads((ROOT / "benchmarks" / name).read_text())["rows"]:
+        assert f"| {row['call']} | {row['us']} | {row['layer_us'] if row['layer'] else ''} | {row['layer']} |" in text
