@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from benchmarks.measure import OURS, Budget, Statistics, check, failure, measure
 from benchmarks.results_file import RESULTS, ResultsFile, name_of
 from benchmarks.table import row_lines
 
+ROOT = Path(__file__).parents[1]
 SESSION = pytest.StashKey["Session"]()
 SPARE = 0.7  # of the free memory may be taken
 RESERVE = 20.0  # seconds before --seconds are over, or a tenth of them, in which no case begins: it could not end
@@ -74,7 +75,7 @@ class Session:
             self._ceiling = copy_ceiling(self.settings.device, min(self.settings.nbytes, COPIED))
             results.update(
                 machine=found,
-                command=f"pytest {' '.join(self.config.invocation_params.args)}",
+                command=_without_folders(self.config.invocation_params.args),
                 sizes=self.settings.sizes,
                 ceiling_gb_per_s=round(self._ceiling / 1e9, 2),
                 rows=[],
@@ -94,6 +95,11 @@ class Session:
                 screen.ensure_newline()
                 for line in row_lines(rows):
                     screen.write_line(line)
+
+
+def _without_folders(arguments: Iterable[object]) -> str:
+    """The command that ran, wherever the source tree is."""
+    return " ".join(["pytest", *(str(a).replace(f"{ROOT}/", "").replace(str(ROOT), ".") for a in arguments)])
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -314,6 +314,8 @@ def test_bench_prints_a_table_and_writes_numbers_and_figures(measured: tuple[Pat
     document = json.loads(path.read_text())
     assert document["ceiling_gb_per_s"] > 0
     assert document["machine"]["torch"] == torch.__version__
+    assert document["command"].startswith("pytest benchmarks/bench_gmm.py --device cpu")
+    assert str(ROOT) not in document["command"]
     assert [row["contender"] for row in document["rows"]] == ["fastkd", "scikit-learn", "torch EM, batched"]
     ours = document["rows"][0]
     assert (ours["rounds"], ours["primitive"]) == (501, "gmm") or ours["rounds"] > 5
