@@ -189,7 +189,8 @@ def test_peak_memory_counts_what_is_freed_again() -> None:
     peak = machine.peak_memory(run, CPU)
     if peak is None:
         pytest.skip("resetting the peak is not allowed here")
-    assert 2 << 26 <= peak < 3 << 26
+    slack = 1 << 20  # the kernel counts pages of a thread in lots
+    assert (2 << 26) - slack <= peak < 3 << 26
 
 
 def test_copy_ceiling_counts_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
