@@ -29,6 +29,7 @@ from benchmarks.bench_crop import MEAN, STD, eager_augmentation
 from benchmarks.bench_divergence import eager_kl
 from benchmarks.case import Case, Contest, Settings, Work, relative_error, short_count
 from benchmarks.measure import OURS
+from benchmarks.trainer import Done, Given, Losses, Source, Trainer
 from fastkd.models.convnet import ConvNet
 from fastkd.models.resnet import resnet
 from fastkd.ops import crop as ops
@@ -43,7 +44,6 @@ SMALL = (8, 16)  # widths of the demo's student
 LATENT = 100  # of the generator of images
 NOISY = 0.3  # share of labels that are wrong
 SELECTION_BATCH = 1024
-LEARNING_RATE = 1e-3  # weights stay near the first ones over all rounds
 # slower than the others of their row
 NOT_QUICK = ("unfold and gather", "DataLoader, by item")
 ROUNDS = 11  # networks vary by more than what is gained in a step
@@ -65,58 +65,6 @@ SELECTION_GPU = ((1024, 20), (50_000, 20))
 COLLECTION_QUICK = ((50_000, 1000, 250, None),)
 COLLECTION_FULL = ((486_463, 5000, 250, None),)  # collection and pseudo-epoch of the paper
 COLLECTION_GPU = ((50_000, 5000, 250, 8), (486_463, 5000, 250, 20))
-
-# Where a generator is given (to compare contenders), it says which crops and draws, by fastkd's functions.
-Source = torch.Generator | None
-Losses = Callable[[nn.Module, Source], Iterator[Tensor]]  # of the steps of a round, each made when the last was taken
-
-
-class Done(NamedTuple):
-    """What a round returns."""
-
-    loss: Tensor
-    """Of its last step."""
-    first_gradient: Callable[[], Tensor]
-    """Of the first step from the first weights, with the crops and draws that all contenders share."""
-
-
-class Trainer:
-    """Trains a copy of a model, channels-last: a round of steps at each call."""
-
-    def __init__(self, first: nn.Module, losses: Losses, device: torch.device) -> None:
-        self.first, self.losses, self.device = first.to(memory_format=torch.channels_last), losses, device
-        self.model = copy.deepcopy(first)
-        # given outputs are no network: what an optimiser takes for them would hide data and loss
-        self.optimiser = None if isinstance(first, Given) else _optimiser(self.model)
-
-    def __call__(self) -> Done:
-        for loss in self.losses(self.model, None):
-            self.model.zero_grad()
-            loss.backward()
-            if self.optimiser is not None:
-                self.optimiser.step()
-        return Done(loss.detach(), self.first_gradient)
-
-    def first_gradient(self) -> Tensor:
-        """As :attr:`Done.first_gradient`, ``[parameters]``."""
-        model = copy.deepcopy(self.first)
-        next(self.losses(model, torch.Generator(self.device).manual_seed(1))).backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-def _optimiser(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
-
-
-class Given(nn.Module):
-    """Stands for a network: returns the same values whatever it is given."""
-
-    def __init__(self, values: Tensor) -> None:
-        super().__init__()
-        self.values = nn.Parameter(values)
-
-    def forward(self, _images: Tensor) -> Tensor:
-        return self.values
 
 
 def work(

@@ -19,7 +19,7 @@ import torch
 from benchmarks.case import Case, Settings
 from benchmarks.machine import COPIED, copy_ceiling, free_memory, machine
 from benchmarks.measure import OURS, Budget, Statistics, check, failure, measure
-from benchmarks.results_file import RESULTS, ResultsFile, name_of
+from benchmarks.results_file import ResultsFile, path_of
 from benchmarks.table import row_lines
 
 ROOT = Path(__file__).parents[1]
@@ -70,8 +70,8 @@ class Session:
         """Copy bandwidth of this run, measured before the first case; the results file begins with it."""
         if self._results is None:
             found = machine(self.settings.device)
-            suffix = "-full" if self.settings.sizes == "full" else ""
-            results = ResultsFile(self.config.getoption("output") or RESULTS / f"{name_of(found)}{suffix}.json")
+            usual = path_of(found, full=self.settings.sizes == "full")
+            results = ResultsFile(self.config.getoption("output") or usual)
             self._ceiling = copy_ceiling(self.settings.device, min(self.settings.nbytes, COPIED))
             results.update(
                 machine=found,

@@ -21,6 +21,11 @@ def name_of(machine: dict[str, Any]) -> str:
     return slug(machine["gpu"]) if "gpu" in machine else f"{slug(machine['cpu'])}-{machine['threads']}-threads"
 
 
+def path_of(machine: dict[str, Any], folder: Path = RESULTS, *, full: bool = False) -> Path:
+    """Where the results of a machine are, those of the sweeps by themselves."""
+    return folder / f"{name_of(machine)}{'-full' if full else ''}.json"
+
+
 class ResultsFile:
     """JSON under ``path``; keys of other writers (the stages of a check, the rows of a benchmark) are kept."""
 

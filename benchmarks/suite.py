@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from benchmarks import figures
 from benchmarks.machine import machine
-from benchmarks.results_file import RESULTS, name_of
+from benchmarks.results_file import RESULTS, path_of
 from benchmarks.table import markdown, table
 
 HERE = Path(__file__).parent
@@ -28,7 +28,7 @@ def primitives() -> list[str]:
 def output_for(device: str, *, full: bool, complete: bool) -> Path:
     """The results file of this machine; that of a selection must not take the place of a complete one."""
     folder = RESULTS if complete else HERE.parent / "build" / "bench"
-    return folder / f"{name_of(machine(torch.device(device)))}{'-full' if full else ''}.json"
+    return path_of(machine(torch.device(device)), folder, full=full)
 
 
 def read(path: Path) -> dict[str, Any]:
