@@ -1,1 +1,36 @@
-"""The distillation methods: one file a family."""
+"""The distillation methods: one file a family.
+
+The zoo of Sarfraz et al., "Knowledge Distillation Beyond Model Compression" (ICPR 2020): Hinton and BSS (:mod:`.response`),
+FitNet, FSP and AT (:mod:`.representation`), RKD and SP (:mod:`.relational`), ONE and DML (:mod:`.online`). Distillation from
+unlabeled collections: :mod:`.collections`.
+"""
+
+from fastkd.methods.features import FeatureTap, Outputs
+from fastkd.methods.method import Loss, Method, WeightedMethod
+from fastkd.methods.objective import Objective
+from fastkd.methods.online import DML, ONE, Cohort, MultiBranch
+from fastkd.methods.relational import RKD, SP
+from fastkd.methods.representation import AT, FSP, FitNet
+from fastkd.methods.response import BSS, Attacked, Baseline, Hinton
+
+__all__ = [
+    "AT",
+    "BSS",
+    "DML",
+    "FSP",
+    "ONE",
+    "RKD",
+    "SP",
+    "Attacked",
+    "Baseline",
+    "Cohort",
+    "FeatureTap",
+    "FitNet",
+    "Hinton",
+    "Loss",
+    "Method",
+    "MultiBranch",
+    "Objective",
+    "Outputs",
+    "WeightedMethod",
+]

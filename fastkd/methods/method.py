@@ -1,0 +1,233 @@
+"""What all methods have in common: outputs of networks and labels in, a loss with named terms out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from fastkd import functional
+from fastkd.methods.features import FeatureTap, Outputs
+
+__all__ = [
+    "Loss",
+    "Method",
+    "WeightedMethod",
+    "check_number",
+    "cross_entropy",
+    "features_of",
+    "main_logits",
+    "response",
+]
+
+
+class Loss(NamedTuple):
+    """The loss of a batch."""
+
+    total: Tensor
+    """Scalar, to call ``backward`` on."""
+    terms: dict[str, Tensor]
+    """Its terms by name, with their weights, detached, for logging; their sum is the total."""
+
+    def plus(self, name: str, term: Tensor) -> Loss:
+        """With one term more."""
+        return Loss(self.total + term, {**self.terms, name: term.detach()})
+
+
+class Method(nn.Module):
+    """A distillation method. In a loop of your own, either give it what your networks put out,
+
+    >>> loss = method(student(images), teacher(images), target)   # networks in FeatureTap(..., method.layers)
+    >>> loss.total.backward()
+
+    or let it run the networks (BSS needs that), ``loss, logits = method.step(student, teacher, images, target)``. Where it
+    has parameters of its own (FitNet's regressor), give ``method.parameters()`` to the optimiser, too.
+    """
+
+    needs_teacher: ClassVar[bool] = True
+    layers: tuple[str, ...] = ()
+    """The student's features that it reads: those to tap."""
+    teacher_layers: tuple[str, ...] = ()
+    """The teacher's, in the same order."""
+
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: float = 0.0) -> Loss:
+        """The loss.
+
+        Args:
+            student: logits ``[B, K]`` and the features named by ``layers``.
+            teacher: logits ``[B, K]`` and the features named by ``teacher_layers``; None where there is no teacher. Taken
+                as given: wrap the teacher in ``torch.no_grad()``.
+            target: int64 ``[B]``, classes.
+            progress: share of the training that is done, in [0, 1]; for methods that change over time.
+        """
+        raise NotImplementedError
+
+    def step(
+        self,
+        student: FeatureTap,
+        teacher: FeatureTap | None,
+        images: Tensor,
+        target: Tensor,
+        progress: float = 0.0,
+    ) -> tuple[Loss, Tensor]:
+        """Runs the networks on a batch: the loss, and the student's logits ``[B, K]``."""
+        student_outputs = student(images)
+        loss = self(student_outputs, self.ask(teacher, images), target, progress)
+        return loss, main_logits(student_outputs.logits)
+
+    def ask(self, teacher: FeatureTap | None, images: Tensor) -> Outputs | None:
+        """The teacher's outputs, without a graph."""
+        if not self.needs_teacher:
+            return None
+        if teacher is None:
+            raise ValueError(f"fastkd: teacher is None, must be a network for {type(self).__name__}")
+        with torch.no_grad():
+            outputs: Outputs = teacher(images)
+        return outputs
+
+    def student_from(self, make: Callable[[int], nn.Module]) -> nn.Module:
+        """What is trained, of networks that ``make(seed)`` makes: one of them, but for online methods."""
+        return make(0)
+
+    def deployed(self, student: nn.Module) -> nn.Module:
+        """The network, images to logits, that the training of ``student`` was for."""
+        return student
+
+
+class WeightedMethod(Method):
+    """``r CE + a T^2 KL + b X``: labels, the teacher's response, and a distance X of features.
+
+    Args:
+        task_weight: r >= 0, of the cross-entropy with the labels.
+        kd_weight: a >= 0, of ``T^2 KL(teacher || student)``.
+        feature_weight: b >= 0.
+        temperature: T > 0.
+        layers: the student's features.
+        teacher_layers: the teacher's; the same names if None.
+    """
+
+    term: ClassVar[str] = "feature_loss"
+
+    def __init__(
+        self,
+        task_weight: float,
+        kd_weight: float,
+        feature_weight: float,
+        temperature: float,
+        layers: Sequence[str] = (),
+        teacher_layers: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.task_weight = check_number("task_weight", task_weight)
+        self.kd_weight = check_number("kd_weight", kd_weight)
+        self.feature_weight = check_number("feature_weight", feature_weight)
+        self.temperature = check_number("temperature", temperature, above=True)
+        self.layers = tuple(layers)
+        self.teacher_layers = self.layers if teacher_layers is None else tuple(teacher_layers)
+        if len(self.layers) != len(self.teacher_layers):
+            raise ValueError(
+                f"fastkd: teacher_layers is {self.teacher_layers}, must be as many as layers, {self.layers}: "
+                "they are compared in pairs"
+            )
+
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: float = 0.0) -> Loss:
+        if teacher is None and self.needs_teacher:
+            raise ValueError(f"fastkd: teacher is None, must be its outputs for {type(self).__name__}")
+        teacher_logits = None if teacher is None else teacher.logits
+        loss = response(student.logits, teacher_logits, target, self.task_weight, self.kd_weight, self.temperature)
+        if not self.layers or teacher is None:
+            return loss
+        distance = self.distance(
+            features_of("student", student, self.layers), features_of("teacher", teacher, self.teacher_layers)
+        )
+        return loss.plus(self.term, self.feature_weight * distance)
+
+    def distance(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+        """X >= 0, a scalar, of the features of ``layers`` and ``teacher_layers``."""
+        raise NotImplementedError
+
+    def check_layers(self, least: int, most: int | None = None) -> None:
+        """Whether there are so many."""
+        if len(self.layers) < least or (most is not None and len(self.layers) > most):
+            allowed = "one name" if most == 1 else f"{least} names or more"
+            raise ValueError(f"fastkd: layers is {self.layers}, must be {allowed}")
+
+    def maps(self, i: int, student: list[Tensor], teacher: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The features of the i-th pair of layers, both ``[B, C, H, W]`` with the same B."""
+        pair = student[i], teacher[i]
+        if any(f.dim() != 4 for f in pair) or pair[0].shape[0] != pair[1].shape[0]:
+            raise ValueError(
+                f"fastkd: {self.described(i, student, teacher)}: both must be maps [B, C, H, W] of the same batch"
+            )
+        return pair
+
+    def described(self, i: int, student: list[Tensor], teacher: list[Tensor]) -> str:
+        """The i-th pair of layers, for the message of an error."""
+        return (
+            f"the student's layer {self.layers[i]!r} is {tuple(student[i].shape)}, "
+            f"the teacher's layer {self.teacher_layers[i]!r} {tuple(teacher[i].shape)}"
+        )
+
+    def extra_repr(self) -> str:
+        weights = f"task_weight={self.task_weight}, kd_weight={self.kd_weight}, temperature={self.temperature}"
+        return f"{weights}, feature_weight={self.feature_weight}, layers={self.layers}" if self.layers else weights
+
+
+def response(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    target: Tensor,
+    task_weight: float,
+    kd_weight: float,
+    temperature: float,
+) -> Loss:
+    """``r CE + a T^2 KL``, both in one pass over the logits."""
+    if kd_weight == 0.0 or teacher_logits is None:
+        loss = task_weight * cross_entropy(student_logits, target)
+        return Loss(loss, {"task_loss": loss.detach()})
+    whole = task_weight + kd_weight
+    alpha = kd_weight / whole
+    loss, terms = functional.kd_loss(student_logits, teacher_logits, target, temperature, alpha, return_terms=True)
+    task = {"task_loss": task_weight * terms["task_loss"]} if task_weight else {}
+    return Loss(loss if whole == 1.0 else whole * loss, {**task, "kd_loss": kd_weight * terms["kd_loss"]})
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """``torch.nn.functional.cross_entropy``, with a clear error for classes out of range where that costs no waiting."""
+    if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
+        low, high = (int(t) for t in target.aminmax())
+        if low < 0 or high >= logits.shape[-1]:
+            raise ValueError(
+                f"fastkd: target holds {low if low < 0 else high}, must be classes from 0 to {logits.shape[-1] - 1}"
+            )
+    return F.cross_entropy(logits, target)
+
+
+def main_logits(logits: Tensor) -> Tensor:
+    """``[B, K]`` of the network that is kept, where several learn together."""
+    return logits if logits.dim() == 2 else logits[0]
+
+
+def features_of(whose: str, outputs: Outputs, layers: Sequence[str]) -> list[Tensor]:
+    """Those features, in this order."""
+    missing = [name for name in layers if name not in outputs.features]
+    if missing:
+        raise ValueError(
+            f"fastkd: the {whose}'s features lack {', '.join(map(repr, missing))}; "
+            f"there are {', '.join(outputs.features) or 'none'}: FeatureTap(model, {list(layers)}) takes them"
+        )
+    return [outputs.features[name] for name in layers]
+
+
+def check_number(name: str, value: float, *, above: bool = False) -> float:
+    """The value, at least 0, or above it, and finite."""
+    if not isinstance(value, Real) or not math.isfinite(value) or value < 0.0 or (above and value == 0.0):
+        raise ValueError(
+            f"fastkd: {name} is {value!r}, must be a finite number {'above' if above else 'of at least'} 0"
+        )
+    return float(value)

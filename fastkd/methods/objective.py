@@ -1,0 +1,43 @@
+"""A method together with its networks, as one module: what an optimiser trains, and DDP wraps."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastkd.methods.features import FeatureTap
+from fastkd.methods.method import Loss, Method
+
+__all__ = ["Objective"]
+
+
+class Objective(nn.Module):
+    """Images and labels in, the loss and the student's logits out; its parameters are the student's and the method's.
+
+    >>> objective = Objective(method, student, teacher)
+    >>> optimiser = torch.optim.SGD(objective.parameters(), 0.1)
+    >>> loss, logits = objective(images, target, progress=epoch / epochs)
+    >>> loss.total.backward()
+
+    As all that needs a gradient is in one forward pass, ``DistributedDataParallel(objective)`` works for every method, also
+    where the student runs twice (BSS) or the method has weights of its own (FitNet).
+
+    Args:
+        method: any.
+        student: what ``method.student_from`` made.
+        teacher: images to logits; it is put into evaluation mode, is never trained, and is no part of this module's state.
+    """
+
+    def __init__(self, method: Method, student: nn.Module, teacher: nn.Module | None = None) -> None:
+        super().__init__()
+        self.method = method
+        self.student = FeatureTap(student, method.layers)
+        tap = None
+        if method.needs_teacher:
+            if teacher is None:
+                raise ValueError(f"fastkd: teacher is None, must be a network for {type(method).__name__}")
+            tap = FeatureTap(teacher.eval().requires_grad_(False), method.teacher_layers)
+        self._teacher = (tap,)  # in a tuple, nn.Module does not see it
+
+    def forward(self, images: Tensor, target: Tensor, progress: float = 0.0) -> tuple[Loss, Tensor]:
+        """``Loss`` and logits ``[B, K]`` of a batch."""
+        return self.method.step(self.student, self._teacher[0], images, target, progress)

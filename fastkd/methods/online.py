@@ -1,0 +1,231 @@
+"""Online distillation: networks that learn together and teach each other, without a teacher before: branches of one
+network, taught by their gated ensemble (ONE), or a cohort of networks (DML)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import functional
+from fastkd.methods.features import Outputs, logits_of
+from fastkd.methods.method import Loss, Method, check_number, cross_entropy
+
+__all__ = ["DML", "ONE", "Cohort", "MultiBranch"]
+
+
+class ONE(Method):
+    """``sum CE(branches and ensemble) + w sum_branches T^2 KL(ensemble || branch)``, the ensemble taken as given.
+
+    Lan et al., "Knowledge Distillation by On-the-Fly Native Ensemble" (NeurIPS 2018), Eq. 4 to 8, and the authors' ramp:
+    ``w = exp(-5 (1 - r)^2)`` with r from 0 to 1 over the first ``ramp_share`` of the training (80 of 300 epochs there).
+
+    Its student is a :class:`MultiBranch`; what is kept in the end is its first branch.
+
+    Args:
+        temperature: T > 0.
+        branches: of the student that ``student_from`` makes, 2 or more.
+        branch_at: the child module of the student at which the branches begin.
+        ramp_share: in [0, 1].
+    """
+
+    needs_teacher: ClassVar[bool] = False
+
+    def __init__(
+        self, temperature: float = 3.0, *, branches: int = 3, branch_at: str = "layer3", ramp_share: float = 80 / 300
+    ) -> None:
+        super().__init__()
+        _check_several("branches", branches)
+        self.temperature = check_number("temperature", temperature, above=True)
+        self.ramp_share = check_number("ramp_share", ramp_share)
+        self.branches, self.branch_at = branches, branch_at
+
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: float = 0.0) -> Loss:
+        logits = _logits_of_several(student.logits)
+        *branches, ensemble = logits.unbind()
+        task = torch.stack([cross_entropy(one, target) for one in (*branches, ensemble)]).sum()
+        given = ensemble.detach()
+        kd = torch.stack([functional.kl_div(one, given, self.temperature) for one in branches]).sum()
+        return Loss(task, {"task_loss": task.detach()}).plus("kd_loss", self.ramp(progress) * kd)
+
+    def ramp(self, progress: float) -> float:
+        """w."""
+        left = 1.0 - progress / self.ramp_share if progress < self.ramp_share else 0.0
+        return math.exp(-5.0 * left**2)
+
+    def student_from(self, make: Callable[[int], nn.Module]) -> MultiBranch:
+        return MultiBranch.split([make(seed) for seed in range(self.branches)], self.branch_at)
+
+    def deployed(self, student: nn.Module) -> nn.Module:
+        if not isinstance(student, MultiBranch):
+            raise TypeError(f"fastkd: student is {type(student).__name__}, must be a MultiBranch for ONE")
+        return student.branch(0)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, branches={self.branches}, branch_at={self.branch_at!r}"
+
+
+class DML(Method):
+    """``sum_i [CE_i + mean_{j != i} KL(p_j || p_i)]`` over the networks of a cohort, the other's p_j taken as given.
+
+    Zhang et al., "Deep Mutual Learning" (CVPR 2018), Eq. 5 to 7 and 9, T = 1. All networks take a step on the same batch from
+    the same predictions. Its student is a :class:`Cohort`; what is kept in the end is the first network.
+
+    Args:
+        networks: of the cohort that ``student_from`` makes, 2 or more.
+        temperature: T > 0.
+    """
+
+    needs_teacher: ClassVar[bool] = False
+
+    def __init__(self, networks: int = 2, *, temperature: float = 1.0) -> None:
+        super().__init__()
+        _check_several("networks", networks)
+        self.temperature = check_number("temperature", temperature, above=True)
+        self.networks = networks
+
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: float = 0.0) -> Loss:
+        cohort = _logits_of_several(student.logits).unbind()
+        given = [logits.detach() for logits in cohort]
+        task = torch.stack([cross_entropy(logits, target) for logits in cohort]).sum()
+        pairs = [
+            functional.kl_div(ours, theirs, self.temperature)
+            for i, ours in enumerate(cohort)
+            for j, theirs in enumerate(given)
+            if i != j
+        ]
+        mutual = torch.stack(pairs).sum() / (len(cohort) - 1)
+        return Loss(task, {"task_loss": task.detach()}).plus("mutual_loss", mutual)
+
+    def student_from(self, make: Callable[[int], nn.Module]) -> Cohort:
+        return Cohort([make(seed) for seed in range(self.networks)])
+
+    def deployed(self, student: nn.Module) -> nn.Module:
+        if not isinstance(student, Cohort):
+            raise TypeError(f"fastkd: student is {type(student).__name__}, must be a Cohort for DML")
+        return student.networks[0]
+
+    def extra_repr(self) -> str:
+        return f"networks={self.networks}, temperature={self.temperature}"
+
+
+class MultiBranch(nn.Module):
+    """One trunk, several branches, and a gate that weighs their logits for each image.
+
+    Args:
+        trunk: images to maps ``[B, C, H, W]``.
+        branches: modules of their own, maps to logits ``[B, K]``.
+        channels: C.
+
+    Shape: images ``[B, ...]`` -> logits ``[branches + 1, B, K]``, the last being the ensemble's: ``sum_i g_i z_i`` with
+    ``g = softmax(ReLU(BN(Linear(mean_hw map))))``.
+    """
+
+    def __init__(self, trunk: nn.Module, branches: Sequence[nn.Module], channels: int) -> None:
+        super().__init__()
+        _check_several("branches", len(branches))
+        self.trunk = trunk
+        self.branches = nn.ModuleList(branches)
+        self.gate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(channels, len(branches)),
+            nn.BatchNorm1d(len(branches)),
+            nn.ReLU(),
+            nn.Softmax(1),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.trunk(images)
+        logits = torch.stack([branch(maps) for branch in self.branches])
+        ensemble = torch.einsum("bm,mbk->bk", self.gate(maps).to(logits.dtype), logits)
+        return torch.cat([logits, ensemble[None]])
+
+    def branch(self, i: int) -> nn.Module:
+        """One network, images to logits; it shares the weights."""
+        return nn.Sequential(self.trunk, self.branches[i])
+
+    @staticmethod
+    def split(networks: Sequence[nn.Module], at: str) -> MultiBranch:
+        """The trunk of the first of these like networks, and of each what begins with its child module ``at``.
+
+        For networks that run their children in the order of ``named_children()`` (with a flatten before the first linear
+        layer) and take images of 32 x 32 pixels, as fastkd's and torchvision's residual networks do.
+
+        Raises:
+            ValueError: no such child, none before it, or a network that works otherwise, which is tried.
+        """
+        parts = [_split(network, at) for network in networks]
+        trunk = parts[0][0]
+        channels = next((module.in_channels for module in trunk.modules() if isinstance(module, nn.Conv2d)), 1)
+        example = torch.linspace(-1, 1, 2 * channels * 32 * 32).reshape(2, channels, 32, 32)
+        example = example.to(next(networks[0].parameters()))
+        whole, in_parts = (_in_evaluation(network, example) for network in (networks[0], nn.Sequential(*parts[0])))
+        if whole is None or in_parts is None or not torch.equal(whole, in_parts):
+            raise ValueError(
+                f"fastkd: {type(networks[0]).__name__} does not run its children in order, so it cannot be split at {at!r}: "
+                "make trunk and branches by hand, MultiBranch(trunk, branches, channels)"
+            )
+        maps = _in_evaluation(trunk, example)
+        return MultiBranch(trunk, [branch for _, branch in parts], 0 if maps is None else maps.shape[1])
+
+
+class Cohort(nn.Module):
+    """Networks side by side on the same images. Shape: images ``[B, ...]`` -> logits ``[networks, B, K]``."""
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        _check_several("networks", len(networks))
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([logits_of(network(images)) for network in self.networks])
+
+
+def _split(network: nn.Module, at: str) -> tuple[nn.Module, nn.Module]:
+    children = dict(network.named_children())
+    names = list(children)
+    if at not in names[1:]:
+        raise ValueError(
+            f"fastkd: branch_at is {at!r}, must be a child of {type(network).__name__}: {', '.join(names[1:])}"
+        )
+    tail: list[nn.Module] = []
+    flat = False
+    for name in names[names.index(at) :]:
+        if isinstance(children[name], nn.Linear) and not flat:
+            tail.append(nn.Flatten())
+            flat = True
+        tail.append(children[name])
+    return nn.Sequential(*(children[name] for name in names[: names.index(at)])), nn.Sequential(*tail)
+
+
+@torch.no_grad()
+def _in_evaluation(network: nn.Module, images: Tensor) -> Tensor | None:
+    """What it returns, or None where it cannot take these."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        result: Tensor = network(images)
+    except RuntimeError:
+        return None
+    finally:
+        for module, training in modes:
+            module.training = training
+    return result
+
+
+def _logits_of_several(logits: Tensor) -> Tensor:
+    if logits.dim() != 3 or len(logits) < 2:
+        raise ValueError(
+            f"fastkd: student.logits has shape {tuple(logits.shape)}, must be [networks, B, K]: "
+            "the student is what student_from makes"
+        )
+    return logits
+
+
+def _check_several(name: str, count: int) -> None:
+    if count < 2:
+        raise ValueError(f"fastkd: {name} is {count}, must be at least 2")

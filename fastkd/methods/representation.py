@@ -1,0 +1,164 @@
+"""Distillation of representations: the student's feature maps become like the teacher's, in themselves (FitNet), in how
+one layer turns into the next (FSP), or in where they are active (AT)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from fastkd.methods.method import WeightedMethod
+
+__all__ = ["AT", "FSP", "FitNet"]
+
+
+class FitNet(WeightedMethod):
+    """``b MSE(ReLU(BN(Conv1x1(f_s))), f_t)`` of one layer, beside Hinton's loss.
+
+    Romero et al., "FitNets: Hints for Thin Deep Nets" (ICLR 2015), Eq. 3. There the hint is a first stage and Hinton's loss
+    the second; here, as in later comparisons, both are minimised at once. ``kd_weight=0, task_weight=1`` is the hint with
+    labels alone.
+
+    Args:
+        student_channels, teacher_channels: of the two layers.
+        layers, teacher_layers: one of each, maps ``[B, C, H, W]``; of two sizes the larger is averaged down.
+    """
+
+    term: ClassVar[str] = "hint_loss"
+
+    def __init__(
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        layers: Sequence[str] = ("layer2",),
+        teacher_layers: Sequence[str] | None = None,
+        *,
+        task_weight: float = 0.1,
+        kd_weight: float = 0.9,
+        feature_weight: float = 100.0,
+        temperature: float = 4.0,
+    ) -> None:
+        super().__init__(task_weight, kd_weight, feature_weight, temperature, layers, teacher_layers)
+        self.check_layers(1, 1)
+        self.student_channels, self.teacher_channels = student_channels, teacher_channels
+        self.regressor = nn.Sequential(
+            nn.Conv2d(student_channels, teacher_channels, 1, bias=False), nn.BatchNorm2d(teacher_channels), nn.ReLU()
+        )
+
+    def distance(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+        maps = self.maps(0, student, teacher)
+        given = tuple(f.shape[1] for f in maps)
+        if given != (self.student_channels, self.teacher_channels):
+            raise ValueError(
+                f"fastkd: {self.described(0, student, teacher)}: channels must be student_channels, "
+                f"{self.student_channels}, and teacher_channels, {self.teacher_channels}"
+            )
+        student_map, teacher_map = _same_size(*maps)
+        return F.mse_loss(self.regressor(student_map), teacher_map)
+
+
+class FSP(WeightedMethod):
+    """``b sum_i mean (G_s - G_t)^2`` over consecutive layers, ``G = mean_hw F_i (x) F_{i+1}``, ``[B, C_i, C_{i+1}]``.
+
+    Yim et al., "A Gift from Knowledge Distillation" (CVPR 2017), Eq. 1 and 2. There it initialises the student; here it is
+    minimised beside Hinton's loss. One matrix product a pair: the ``B x C_i x C_{i+1} x H x W`` products are never there.
+
+    Args:
+        layers, teacher_layers: two or more of each, maps ``[B, C, H, W]``, student and teacher of equal channels; of two
+            consecutive layers the larger map is averaged down to the smaller.
+    """
+
+    term: ClassVar[str] = "flow_loss"
+
+    def __init__(
+        self,
+        layers: Sequence[str] = ("relu", "layer1", "layer2", "layer3"),
+        teacher_layers: Sequence[str] | None = None,
+        *,
+        task_weight: float = 0.1,
+        kd_weight: float = 0.9,
+        feature_weight: float = 50.0,
+        temperature: float = 4.0,
+    ) -> None:
+        super().__init__(task_weight, kd_weight, feature_weight, temperature, layers, teacher_layers)
+        self.check_layers(2)
+
+    def distance(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+        for i in range(len(self.layers)):
+            student_map, teacher_map = self.maps(i, student, teacher)
+            if student_map.shape[1] != teacher_map.shape[1]:
+                raise ValueError(f"fastkd: {self.described(i, student, teacher)}: FSP needs equal numbers of channels")
+        flows = zip(_flows(student), _flows(teacher), strict=True)
+        return torch.stack([F.mse_loss(ours, theirs) for ours, theirs in flows]).sum()
+
+
+class AT(WeightedMethod):
+    """``b sum_i mean (A_s - A_t)^2`` with ``A = L2norm(vec(mean_c F^2))``, ``[B, H W]``: where a layer is active.
+
+    Zagoruyko & Komodakis, "Paying More Attention to Attention" (ICLR 2017), Eq. 2, activation-based, p = 2.
+
+    Args:
+        layers, teacher_layers: maps ``[B, C, H, W]``, compared in pairs; of two sizes the larger is averaged down.
+    """
+
+    term: ClassVar[str] = "attention_loss"
+
+    def __init__(
+        self,
+        layers: Sequence[str] = ("layer1", "layer2", "layer3"),
+        teacher_layers: Sequence[str] | None = None,
+        *,
+        task_weight: float = 1.0,
+        kd_weight: float = 0.0,
+        feature_weight: float = 1000.0,
+        temperature: float = 4.0,
+    ) -> None:
+        super().__init__(task_weight, kd_weight, feature_weight, temperature, layers, teacher_layers)
+        self.check_layers(1)
+
+    def distance(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+        pairs = (_same_size(*self.maps(i, student, teacher)) for i in range(len(self.layers)))
+        return torch.stack([F.mse_loss(attention(ours), attention(theirs)) for ours, theirs in pairs]).sum()
+
+
+def attention(feature_map: Tensor) -> Tensor:
+    """``[B, C, H, W]`` -> ``[B, H W]``: the energy of each place, of norm 1 over the image."""
+    energy: Tensor = _Energy.apply(feature_map)  # type: ignore[no-untyped-call]
+    return F.normalize(energy.flatten(1))
+
+
+class _Energy(torch.autograd.Function):
+    """``mean_c F^2``, whose gradient is one pass over F (of ``F * F`` it is three)."""
+
+    @staticmethod
+    def forward(feature_map: Tensor) -> Tensor:
+        return (feature_map * feature_map).mean(1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (feature_map,) = ctx.saved_tensors
+        return feature_map * (grad * (2.0 / feature_map.shape[1]))[:, None]  # type: ignore[no-any-return]
+
+
+def _flows(maps: list[Tensor]) -> list[Tensor]:
+    flows = []
+    for before, after in pairwise(maps):
+        before, after = _same_size(before, after)
+        places = before.shape[2] * before.shape[3]
+        flows.append(before.flatten(2) @ after.flatten(2).transpose(1, 2) / places)
+    return flows
+
+
+def _same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both maps at the smaller height and the smaller width."""
+    size = (min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3]))
+    a, b = (f if f.shape[2:] == size else F.adaptive_avg_pool2d(f, size) for f in (a, b))
+    return a, b

@@ -1,0 +1,177 @@
+"""Distillation of responses: the student's logits become like the teacher's, on the images (Hinton), and where the
+teacher's decision boundary runs (BSS). And the baseline, which has labels alone."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd import functional
+from fastkd.methods.features import FeatureTap, Outputs
+from fastkd.methods.method import Loss, Method, WeightedMethod, check_number, cross_entropy, main_logits
+
+__all__ = ["BSS", "Attacked", "Baseline", "Hinton"]
+
+
+class Baseline(WeightedMethod):
+    """Cross-entropy with the labels: training without a teacher."""
+
+    needs_teacher: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        super().__init__(1.0, 0.0, 0.0, 1.0)
+
+
+class Hinton(WeightedMethod):
+    """``r CE + a T^2 KL(softmax(t / T) || softmax(s / T))``.
+
+    Hinton et al., "Distilling the Knowledge in a Neural Network" (2015, arXiv:1503.02531), section 2.
+    """
+
+    def __init__(self, temperature: float = 4.0, *, task_weight: float = 0.1, kd_weight: float = 0.9) -> None:
+        super().__init__(task_weight, kd_weight, 0.0, temperature)
+
+
+class Attacked(NamedTuple):
+    """Samples moved towards another class, until the teacher takes them for it."""
+
+    images: Tensor
+    """``[n, C, H, W]``."""
+    weight: Tensor
+    """float32 ``[n]``: 1, or 0 for a sample that should not have been attacked and counts nowhere."""
+
+
+class BSS(Method):
+    """``CE + rho softCE + rho_a softCE on boundary supporting samples``, with soft cross-entropies at temperature T.
+
+    Heo et al., "Knowledge Distillation with Adversarial Samples Supporting Decision Boundary" (AAAI 2019), Eq. 8 and the
+    authors' schedule: with e the share of the training that is done, ``rho = 3 (1 - e) + 1`` and
+    ``rho_a = max(2 (1 - 4/3 e), 0)``. As there, soft cross-entropies are not multiplied by T^2.
+
+    Base samples are those that teacher and student both get right, at most ``attack_size`` of them, where their
+    probabilities of the other classes differ most. Each is moved in ``attack_steps`` steps towards a class drawn by the
+    teacher's probabilities, until the teacher's answer changes. All is done on the device, without waiting for it and without
+    a loop over samples: the number of attacked samples is fixed, and those that do not qualify weigh nothing.
+
+    ``step`` does all of this. In a loop of your own: ``attacked = method.attack(...)``, both networks on
+    ``attacked.images``, ``method.loss(...)``.
+
+    Args:
+        temperature: T > 0.
+        attack_size: samples of a batch that are attacked, at most.
+        attack_steps: steps of the attack.
+        step_size: length of a step, over the difference of the two logits.
+        bounds: of the normalised pixels, which the attack does not leave.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 3.0,
+        *,
+        attack_size: int = 64,
+        attack_steps: int = 10,
+        step_size: float = 0.3,
+        bounds: tuple[float, float] = (-2.5, 2.5),
+    ) -> None:
+        super().__init__()
+        self.temperature = check_number("temperature", temperature, above=True)
+        self.step_size = check_number("step_size", step_size, above=True)
+        for name, count in (("attack_size", attack_size), ("attack_steps", attack_steps)):
+            if count < 1:
+                raise ValueError(f"fastkd: {name} is {count}, must be at least 1")
+        if not bounds[0] < bounds[1]:
+            raise ValueError(f"fastkd: bounds is {bounds}, must be a lower and a higher number")
+        self.attack_size, self.attack_steps, self.bounds = attack_size, attack_steps, bounds
+
+    def step(
+        self,
+        student: FeatureTap,
+        teacher: FeatureTap | None,
+        images: Tensor,
+        target: Tensor,
+        progress: float = 0.0,
+    ) -> tuple[Loss, Tensor]:
+        teacher_outputs = self.ask(teacher, images)
+        student_outputs = student(images)
+        loss = self(student_outputs, teacher_outputs, target, progress)
+        if teacher is not None and teacher_outputs is not None and self.attack_weight(progress) > 0.0:
+            attacked = self.attack(teacher, images, student_outputs.logits, teacher_outputs.logits, target)
+            with torch.no_grad():
+                teacher_logits = teacher(attacked.images).logits
+            term = self.boundary_loss(student(attacked.images).logits, teacher_logits, attacked.weight)
+            loss = loss.plus("boundary_loss", self.attack_weight(progress) * term)
+        return loss, main_logits(student_outputs.logits)
+
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: float = 0.0) -> Loss:
+        """The loss without the boundary supporting samples: ``CE + rho softCE``."""
+        if teacher is None:
+            raise ValueError("fastkd: teacher is None, must be its outputs for BSS")
+        task = cross_entropy(student.logits, target)
+        kd = self._soft_cross_entropy(student.logits, teacher.logits)
+        return Loss(task, {"task_loss": task.detach()}).plus("kd_loss", (3.0 * (1.0 - progress) + 1.0) * kd)
+
+    def attack_weight(self, progress: float) -> float:
+        """``rho_a``; from 0 on there is nothing to attack for."""
+        return max(2.0 * (1.0 - 4.0 / 3.0 * progress), 0.0)
+
+    def boundary_loss(self, student_logits: Tensor, teacher_logits: Tensor, weight: Tensor) -> Tensor:
+        """Soft cross-entropy on attacked samples: its mean over those that count, 0 where none does."""
+        rows = self._soft_cross_entropy(student_logits, teacher_logits, weight)
+        return rows * (len(weight) / weight.sum().clamp(min=1.0))
+
+    def attack(
+        self,
+        teacher: FeatureTap,
+        images: Tensor,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor,
+    ) -> Attacked:
+        """Boundary supporting samples of a batch (Heo et al., section 3.1 and 3.2).
+
+        Args:
+            images: ``[B, C, H, W]``, normalised.
+            student_logits, teacher_logits: ``[B, K]``, on the images.
+            target: int64 ``[B]``.
+        """
+        with torch.no_grad():
+            p, q = teacher_logits.softmax(1), student_logits.softmax(1)
+            right = (teacher_logits.argmax(1) == target) & (student_logits.argmax(1) == target)
+            others = torch.ones_like(p).scatter_(1, target[:, None], 0.0)
+            score = ((p - q).square() * others).sum(1).masked_fill(~right, -1.0)
+            score, base = score.topk(min(self.attack_size, len(images)))
+            # the smallest float keeps the draw defined where the teacher is so sure that all others are 0
+            odds = ((p + torch.finfo(p.dtype).tiny) * others)[base]
+            towards = torch.multinomial(odds, 1)
+            away = target[base, None]
+            moved = images[base]
+        was_training = teacher.training
+        teacher.eval()  # batch statistics would couple the samples, and the attack must not move them
+        for _ in range(self.attack_steps):
+            moved = self._move(teacher, moved, away, towards)
+        teacher.train(was_training)
+        return Attacked(moved, (score >= 0.0).float())
+
+    def _move(self, teacher: FeatureTap, images: Tensor, away: Tensor, towards: Tensor) -> Tensor:
+        with torch.enable_grad():
+            images = images.detach().requires_grad_()
+            logits = teacher(images).logits
+            gap = logits.gather(1, away) - logits.gather(1, towards)  # [n, 1]
+            (gradient,) = torch.autograd.grad(gap.sum(), images)
+        with torch.no_grad():
+            still = logits.argmax(1, keepdim=True) == away
+            length = gradient.flatten(1).norm(dim=1, keepdim=True)
+            by = self.step_size * still * (gap + 1e-4) / length.clamp(min=torch.finfo(length.dtype).tiny)
+            moved: Tensor = images - by[:, :, None, None] * gradient
+            return moved.clamp(*self.bounds)
+
+    def _soft_cross_entropy(
+        self, student_logits: Tensor, teacher_logits: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
+        loss = functional.soft_cross_entropy(student_logits, teacher_logits, self.temperature, weight=weight)
+        return loss / self.temperature**2
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, attack_size={self.attack_size}, attack_steps={self.attack_steps}"
