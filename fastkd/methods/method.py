@@ -142,9 +142,9 @@ class WeightedMethod(Method):
         loss = response(student.logits, teacher_logits, target, self.task_weight, self.kd_weight, self.temperature)
         if not self.layers or teacher is None:
             return loss
-        distance = self.distance(
-            features_of("student", student, self.layers), features_of("teacher", teacher, self.teacher_layers)
-        )
+        pair = (features_of("student", student, self.layers), features_of("teacher", teacher, self.teacher_layers))
+        with torch.autocast(student.logits.device.type, enabled=False):  # whose products would be rounded to 16 bits
+            distance = self.distance(*pair)
         return loss.plus(self.term, self.feature_weight * distance)
 
     def distance(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
@@ -214,14 +214,15 @@ def main_logits(logits: Tensor) -> Tensor:
 
 
 def features_of(whose: str, outputs: Outputs, layers: Sequence[str]) -> list[Tensor]:
-    """Those features, in this order."""
+    """Those features, in this order, in float32 or float64."""
     missing = [name for name in layers if name not in outputs.features]
     if missing:
         raise ValueError(
             f"fastkd: the {whose}'s features lack {', '.join(map(repr, missing))}; "
             f"there are {', '.join(outputs.features) or 'none'}: FeatureTap(model, {list(layers)}) takes them"
         )
-    return [outputs.features[name] for name in layers]
+    chosen = [outputs.features[name] for name in layers]
+    return [f.float() if f.dtype in (torch.bfloat16, torch.float16) else f for f in chosen]
 
 
 def check_number(name: str, value: float, *, above: bool = False) -> float:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from fastkd import functional
@@ -162,9 +163,8 @@ class BSS(Method):
             (gradient,) = torch.autograd.grad(gap.sum(), images)
         with torch.no_grad():
             still = logits.argmax(1, keepdim=True) == away
-            length = gradient.flatten(1).norm(dim=1, keepdim=True)
-            by = self.step_size * still * (gap + 1e-4) / length.clamp(min=torch.finfo(length.dtype).tiny)
-            moved: Tensor = images - by[:, :, None, None] * gradient
+            length = self.step_size * still * (gap + 1e-4)  # [n, 1]
+            moved: Tensor = images - (length * F.normalize(gradient.flatten(1))).view_as(images)
             return moved.clamp(*self.bounds)
 
     def _soft_cross_entropy(

@@ -1,0 +1,117 @@
+"""FeatureTap: features of any network by name."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastkd.methods import FeatureTap
+from fastkd.models.resnet import resnet
+
+pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
+
+
+class Twice(nn.Module):
+    """Runs one module twice, one never, and one that returns no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.idle, self.pair = nn.Linear(3, 3), nn.Linear(3, 3), Pair()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared(self.pair(self.shared(x))[0])
+
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+def test_features_are_what_the_modules_return() -> None:
+    model = resnet(8, in_channels=1).eval()
+    images = torch.randn(2, 1, 28, 28)
+    logits, features = FeatureTap(model, ["layer3", "relu", "layer1.0.conv1", "avgpool"])(images)
+    stem = model.relu(model.bn1(model.conv1(images)))
+    assert list(features) == ["layer3", "relu", "layer1.0.conv1", "avgpool"]
+    assert torch.equal(features["relu"], stem)
+    assert torch.equal(features["layer1.0.conv1"], model.layer1[0].conv1(stem))
+    last = model.layer3(model.layer2(model.layer1(stem)))
+    assert torch.equal(features["layer3"], last)
+    assert torch.equal(features["avgpool"].flatten(1), last.mean((2, 3)))
+    assert torch.equal(logits, model(images))
+
+
+def test_gradients_flow_through_features() -> None:
+    model = resnet(8, in_channels=1)
+    FeatureTap(model, ["layer1"])(torch.randn(2, 1, 8, 8)).features["layer1"].sum().backward()
+    assert model.conv1.weight.grad is not None
+    assert model.layer2[0].conv1.weight.grad is None
+
+
+def test_the_model_stays_as_it_is() -> None:
+    model = resnet(8, in_channels=1)
+    names, state = [name for name, _ in model.named_modules()], list(model.state_dict())
+    tap = FeatureTap(model, ["layer1"])
+    assert [name for name, _ in model.named_modules()] == names
+    assert list(model.state_dict()) == state
+    assert [name.removeprefix("model.") for name in tap.state_dict()] == state
+    model(torch.randn(1, 1, 8, 8))  # nothing is kept outside of the tap
+    assert all(t.outputs is None for t in tap._taps)
+
+
+def test_several_taps_of_one_model_and_copies_do_not_meet() -> None:
+    model = resnet(8, in_channels=1).eval()
+    first, second = FeatureTap(model, ["layer1"]), FeatureTap(model, ["layer1", "layer2"])
+    other = copy.deepcopy(second)
+    with torch.no_grad():
+        other.model.conv1.weight.mul_(2.0)
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(first(images).features["layer1"], second(images).features["layer1"])
+    assert not torch.equal(other(images).features["layer1"], second(images).features["layer1"])
+
+
+def test_logits_are_found_in_objects() -> None:
+    class Wrapped(nn.Linear):
+        def forward(self, x: Tensor) -> SimpleNamespace:  # as transformers' models do
+            return SimpleNamespace(logits=super().forward(x))
+
+    assert FeatureTap(Wrapped(3, 2))(torch.ones(1, 3)).logits.shape == (1, 2)
+    with pytest.raises(TypeError, match=r"the model returned tuple, must be logits or have them as \.logits"):
+        FeatureTap(Pair())(torch.ones(1))
+
+
+def test_an_unknown_layer_lists_those_that_exist() -> None:
+    with pytest.raises(
+        ValueError, match=r"no layer 'layer_2'; near it: layer2, .*; it has conv1, bn1, relu, layer1, layer1.0"
+    ):
+        FeatureTap(resnet(8), ["layer1", "layer_2"])
+    with pytest.raises(TypeError, match=r"layers is the string 'layer1', must be a sequence of names: \['layer1'\]"):
+        FeatureTap(resnet(8), "layer1")
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("shared", "layer 'shared' ran 2 times in this forward pass, must run once"),
+        ("idle", "layer 'idle' did not run"),
+        ("pair", "layer 'pair' returned tuple, must be a tensor"),
+    ],
+)
+def test_layers_that_cannot_be_tapped(layer: str, message: str) -> None:
+    tap = FeatureTap(Twice(), [layer])
+    for _ in range(2):  # a failed call leaves nothing behind
+        with pytest.raises(RuntimeError, match=message):
+            tap(torch.ones(1, 3))
+
+
+@pytest.mark.compiles
+def test_a_tapped_model_compiles() -> None:
+    tap = FeatureTap(resnet(8, in_channels=1).eval(), ["layer1", "avgpool"])
+    images = torch.randn(2, 1, 8, 8)
+    logits, features = torch.compile(tap, backend="aot_eager")(images)
+    torch.testing.assert_close(logits, tap(images).logits)
+    torch.testing.assert_close(features["layer1"], tap(images).features["layer1"])

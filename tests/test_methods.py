@@ -1,0 +1,223 @@
+"""The methods of the zoo against independent formulas, value and gradients, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import method_formulas as plain
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from fastkd.methods import AT, FSP, RKD, SP, Baseline, FeatureTap, FitNet, Hinton, Method, Outputs
+from fastkd.models.resnet import resnet
+
+pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
+
+BATCH, CLASSES = 6, 10
+
+
+def features(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(BATCH, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def outputs(seed: int, layers: tuple[str, ...], *shapes: tuple[int, ...]) -> Outputs:
+    """Random logits and features, of which the gradient is asked."""
+    logits, *maps = (x.requires_grad_() for x in features(seed, (CLASSES,), *shapes))
+    return Outputs(logits, dict(zip(layers, maps, strict=True)))
+
+
+TARGET = torch.tensor([0, 3, 9, 3, 1, 7])
+
+STUDENT = {"hint": (4, 8, 8), "a": (3, 8, 8), "b": (5, 8, 8), "c": (7, 4, 4), "embedding": (12, 1, 1)}
+TEACHER = {"hint": (6, 4, 4), "a": (3, 16, 16), "b": (5, 8, 8), "c": (7, 4, 4), "embedding": (20, 1, 1)}
+
+# a method, and its X in plain torch of (method, student's features, teacher's features)
+X = Callable[[Method, list[Tensor], list[Tensor]], Tensor]
+
+
+def _fitnet(method: Method, s: list[Tensor], t: list[Tensor]) -> Tensor:
+    convolution, norm, _ = method.regressor
+    return plain.fitnet(plain.pooled(s[0], t[0]), t[0], convolution.weight[:, :, 0, 0], norm.weight, norm.bias)
+
+
+METHODS: dict[str, tuple[Callable[[], Method], float, X]] = {
+    "fitnet": (lambda: FitNet(4, 6, ["hint"]), 100.0, _fitnet),
+    "fsp": (lambda: FSP(["a", "b", "c"]), 50.0, lambda _, s, t: plain.fsp(s, t)),
+    "at": (lambda: AT(["a", "b", "c"]), 1000.0, lambda _, s, t: plain.attention(s, t)),
+    "sp": (lambda: SP(["c"]), 3000.0, lambda _, s, t: plain.similarity(s[0], t[0])),
+    "sp, other sizes": (lambda: SP(["hint"]), 3000.0, lambda _, s, t: plain.similarity(s[0], t[0])),
+    "rkd-d": (lambda: RKD(25, 0, ["embedding"]), 25.0, lambda _, s, t: plain.distances(s[0], t[0])),
+    "rkd-a": (lambda: RKD(0, 50, ["embedding"]), 50.0, lambda _, s, t: plain.angles(s[0], t[0])),
+    "rkd-da": (
+        lambda: RKD(25, 50, ["embedding"]),
+        1.0,
+        lambda _, s, t: 25 * plain.distances(s[0], t[0]) + 50 * plain.angles(s[0], t[0]),
+    ),
+}
+
+
+def pair_of(method: Method) -> tuple[Outputs, Outputs]:
+    student = outputs(1, method.layers, *(STUDENT[name] for name in method.layers))
+    teacher = outputs(2, method.layers, *(TEACHER[name] for name in method.teacher_layers))
+    return student, Outputs(teacher.logits.detach(), {name: f.detach() for name, f in teacher.features.items()})
+
+
+def gradients(loss: Tensor, of: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, of, materialize_grads=True))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("response", [(1.0, 0.0), (0.1, 0.9), (0.5, 2.0), (0.0, 0.0)])
+def test_value_and_gradients(name: str, response: tuple[float, float]) -> None:
+    make, weight, distance = METHODS[name]
+    method = make().double()
+    method.task_weight, method.kd_weight = response
+    student, teacher = pair_of(method)
+    of = [student.logits, *student.features.values(), *method.parameters()]
+    loss = method(student, teacher, TARGET)
+    r, a = response
+    x = distance(method, list(student.features.values()), list(teacher.features.values()))
+    kd = plain.hinton(student.logits, teacher.logits, 4.0)
+    expected = r * F.cross_entropy(student.logits, TARGET) + a * kd + weight * x
+    torch.testing.assert_close(loss.total, expected, rtol=1e-6, atol=1e-9)
+    for ours, theirs in zip(gradients(loss.total, of), gradients(expected, of), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(sum(loss.terms.values()), loss.total.detach())
+    torch.testing.assert_close(loss.terms[method.term], weight * x.detach(), rtol=1e-6, atol=1e-9)
+    assert not any(term.requires_grad for term in loss.terms.values())
+
+
+@pytest.mark.parametrize(
+    ("task_weight", "kd_weight", "temperature"), [(0.1, 0.9, 4.0), (1.0, 1.0, 2.0), (0.0, 1.0, 1.0)]
+)
+def test_hinton(task_weight: float, kd_weight: float, temperature: float) -> None:
+    student, teacher = outputs(1, ()), Outputs(outputs(2, ()).logits.detach())
+    loss = Hinton(temperature, task_weight=task_weight, kd_weight=kd_weight)(student, teacher, TARGET)
+    kd = plain.hinton(student.logits, teacher.logits, temperature)
+    expected = task_weight * F.cross_entropy(student.logits, TARGET) + kd_weight * kd
+    torch.testing.assert_close(loss.total, expected)
+    (ours,), (theirs,) = gradients(loss.total, [student.logits]), gradients(expected, [student.logits])
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(sum(loss.terms.values()), expected.detach())
+
+
+def test_baseline_needs_no_teacher() -> None:
+    student = outputs(1, ())
+    loss = Baseline()(student, None, TARGET)
+    torch.testing.assert_close(loss.total, F.cross_entropy(student.logits, TARGET))
+    assert list(loss.terms) == ["task_loss"]
+
+
+def test_in_a_loop_of_ones_own() -> None:
+    """As the docstring of Method has it: FeatureTap around the networks, the method's weights to the optimiser."""
+    student, teacher = resnet(8, in_channels=1, seed=1), resnet(14, in_channels=1, seed=2).eval()
+    method = FitNet(32, 32)
+    tapped, asked = FeatureTap(student, method.layers), FeatureTap(teacher, method.teacher_layers)
+    optimiser = torch.optim.SGD([*student.parameters(), *method.parameters()], 0.01)
+    images, target = torch.randn(16, 1, 12, 12), torch.arange(16) % CLASSES
+    losses = []
+    for _ in range(12):
+        with torch.no_grad():
+            given = asked(images)
+        loss = method(tapped(images), given, target)
+        optimiser.zero_grad()
+        loss.total.backward()
+        optimiser.step()
+        losses.append(loss.terms["hint_loss"].item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_dead_maps_have_gradients() -> None:
+    """A student whose ReLU gives 0 everywhere: norms of 0 are divided by."""
+    zero = Outputs(torch.zeros(BATCH, CLASSES), {"c": torch.zeros(BATCH, 7, 4, 4, requires_grad=True)})
+    alive = Outputs(torch.zeros(BATCH, CLASSES), {"c": torch.rand(BATCH, 7, 4, 4)})
+    for method in (AT(["c"]), SP(["c"]), RKD(25, 50, ["c"])):
+        loss = method(zero, alive, TARGET).total
+        (gradient,) = torch.autograd.grad(loss, zero.features["c"])
+        assert loss.isfinite()
+        assert gradient.isfinite().all()
+
+
+def test_half_precision_features() -> None:
+    """What networks under autocast put out."""
+    for make, _, _ in METHODS.values():
+        method = make()
+        student, teacher = (
+            Outputs(o.logits.detach().bfloat16(), {k: f.detach().bfloat16() for k, f in o.features.items()})
+            for o in pair_of(method)
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            assert method(student, teacher, TARGET).total.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("method", "student", "teacher", "message"),
+    [
+        (SP(["c"]), [], None, r"teacher is None, must be its outputs for SP"),
+        (
+            SP(["c"]),
+            [],
+            [("c", (7, 4, 4))],
+            r"the student's features lack 'c'; there are none: FeatureTap\(model, \['c'\]\)",
+        ),
+        (SP(["c"], ["d"]), [("c", (7, 4, 4))], [("c", (7, 4, 4))], r"the teacher's features lack 'd'; there are c"),
+        (
+            FSP(["a", "b"], ["x", "y"]),
+            [("a", (3, 8, 8)), ("b", (5, 8, 8))],
+            [("x", (3, 8, 8)), ("y", (6, 8, 8))],
+            r"student's layer 'b' is \(6, 5, 8, 8\), the teacher's layer 'y' \(6, 6, 8, 8\): FSP needs equal",
+        ),
+        (
+            FitNet(4, 6, ["hint"]),
+            [("hint", (4, 8, 8))],
+            [("hint", (5, 8, 8))],
+            r"layer 'hint' is \(6, 4, 8, 8\), .*\(6, 5, 8, 8\): channels must be student_channels, 4, and teacher_channels, 6",
+        ),
+        (
+            AT(["a"]),
+            [("a", (3,))],
+            [("a", (3, 8, 8))],
+            r"student's layer 'a' is \(6, 3\), the teacher's layer 'a' \(6, 3, 8, 8\): both must be maps \[B, C, H, W\]",
+        ),
+    ],
+)
+def test_outputs_that_do_not_fit(
+    method: Method,
+    student: list[tuple[str, tuple[int, ...]]],
+    teacher: list[tuple[str, tuple[int, ...]]] | None,
+    message: str,
+) -> None:
+    def made(layers: list[tuple[str, tuple[int, ...]]]) -> Outputs:
+        return Outputs(torch.zeros(BATCH, CLASSES), {name: torch.zeros(BATCH, *shape) for name, shape in layers})
+
+    with pytest.raises(ValueError, match=message):
+        method(made(student), None if teacher is None else made(teacher), TARGET)
+
+
+@pytest.mark.parametrize("wrong", [10, -1])
+@pytest.mark.parametrize("method", [Baseline(), Hinton()])
+def test_labels_out_of_range(method: nn.Module, wrong: int) -> None:
+    target = TARGET.clone()
+    target[2] = wrong
+    with pytest.raises((ValueError, RuntimeError), match=f"target.* {wrong}"):
+        method(outputs(1, ()), Outputs(torch.zeros(BATCH, CLASSES, dtype=torch.float64)), target)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Hinton(0.0), "temperature is 0.0, must be a finite number above 0"),
+        (lambda: Hinton(task_weight=-1), "task_weight is -1, must be a finite number of at least 0"),
+        (lambda: AT(feature_weight=float("nan")), "feature_weight is nan"),
+        (lambda: RKD(angle_weight=-2.0), "angle_weight is -2.0"),
+        (lambda: FSP(["layer1"]), r"layers is \('layer1',\), must be 2 names or more"),
+        (lambda: SP(["layer1", "layer2"]), r"layers is .*, must be one name"),
+        (lambda: AT(["layer1", "layer2"], ["layer1"]), r"teacher_layers is \('layer1',\), must be as many as layers"),
+    ],
+)
+def test_settings_out_of_range(make: Callable[[], Method], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,123 @@
+"""ONE and DML: losses against independent formulas, and the networks that they train."""
+
+from __future__ import annotations
+
+import math
+
+import method_formulas as plain
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastkd.methods import DML, ONE, Cohort, FeatureTap, Method, MultiBranch, Outputs
+from fastkd.models.convnet import ConvNet
+from fastkd.models.resnet import resnet
+
+pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
+
+TARGET = torch.tensor([0, 3, 9, 3, 1, 7])
+
+
+def logits(networks: int) -> Tensor:
+    generator = torch.Generator().manual_seed(networks)
+    return torch.randn(networks, 6, 10, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def check(method: Method, given: Tensor, expected: Tensor, progress: float = 0.0) -> None:
+    loss = method(Outputs(given), None, TARGET, progress)
+    torch.testing.assert_close(loss.total, expected)
+    for ours, theirs in zip(torch.autograd.grad(loss.total, given), torch.autograd.grad(expected, given), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(sum(loss.terms.values()), expected.detach())
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.1, 80 / 300, 0.9])
+def test_one(progress: float) -> None:
+    epoch = 300 * progress
+    weight = math.exp(-5 * (1 - min(epoch, 80) / 80) ** 2)
+    given = logits(4)
+    check(ONE(), given, plain.one(given, TARGET, weight, 3.0), progress)
+
+
+def test_one_without_a_ramp() -> None:
+    given = logits(3)
+    check(ONE(2.0, ramp_share=0.0), given, plain.one(given, TARGET, 1.0, 2.0))
+
+
+@pytest.mark.parametrize("networks", [2, 3])
+def test_dml(networks: int) -> None:
+    given = logits(networks)
+    check(DML(networks), given, plain.mutual(given, TARGET))
+
+
+def test_a_network_is_split_into_branches() -> None:
+    makes = [resnet(8, in_channels=1, seed=seed) for seed in range(3)]
+    student = MultiBranch.split(makes, "layer3").eval()
+    images = torch.randn(4, 1, 28, 28)
+    every = student(images)
+    assert every.shape == (4, 4, 10)
+    assert torch.equal(every[0], makes[0].eval()(images))
+    trunk = makes[0].layer2(makes[0].layer1(makes[0].relu(makes[0].bn1(makes[0].conv1(images)))))
+    second = makes[1].eval()
+    torch.testing.assert_close(every[1], second.fc(second.layer3(trunk).mean((2, 3))))
+    linear, norm = student.gate[2], student.gate[3]
+    gate = norm(linear(trunk.mean((2, 3)))).clamp(min=0).softmax(1)
+    torch.testing.assert_close(every[3], sum(gate[:, i, None] * every[i] for i in range(3)))
+    assert torch.equal(ONE().deployed(student).eval()(images), every[0])
+    assert {id(p) for p in student.branch(0).parameters()} == {id(p) for p in student.trunk.parameters()} | {
+        id(p) for p in student.branches[0].parameters()
+    }
+
+
+def test_a_student_of_each_method() -> None:
+    def make(seed: int) -> nn.Module:
+        return resnet(8, in_channels=1, seed=seed)
+
+    images = torch.randn(4, 1, 12, 12)
+    for method in (ONE(), DML(3)):
+        student = method.student_from(make)
+        loss, main = method.step(FeatureTap(student), None, images, torch.arange(4))
+        assert main.shape == (4, 10)
+        loss.total.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+        kept = method.deployed(student)
+        assert kept.eval()(images).shape == (4, 10)
+        assert sum(p.numel() for p in kept.parameters()) == sum(p.numel() for p in make(0).parameters())
+    a, b = DML().student_from(make).networks
+    assert not torch.equal(a.conv1.weight, b.conv1.weight)
+
+
+class OutOfOrder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return -self.head(self.stem(images)).mean((2, 3))
+
+
+def test_networks_that_cannot_be_split() -> None:
+    nets = [OutOfOrder(), OutOfOrder()]
+    with pytest.raises(
+        ValueError, match="OutOfOrder does not run its children in order, so it cannot be split at 'head'"
+    ):
+        MultiBranch.split(nets, "head")
+    with pytest.raises(ValueError, match="ConvNet does not run its children in order"):
+        MultiBranch.split([ConvNet((4, 8)), ConvNet((4, 8))], "classifier")  # made for images of 8 x 8 pixels
+    for at in ("layer9", "stem"):
+        with pytest.raises(ValueError, match=f"branch_at is '{at}', must be a child of OutOfOrder: head"):
+            MultiBranch.split(nets, at)
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match="branches is 1, must be at least 2"):
+        ONE(branches=1)
+    with pytest.raises(ValueError, match="networks is 1, must be at least 2"):
+        DML(1)
+    with pytest.raises(ValueError, match="networks is 0, must be at least 2"):
+        Cohort([])
+    for method in (ONE(), DML()):
+        with pytest.raises(ValueError, match=r"student.logits has shape \(6, 10\), must be \[networks, B, K\]"):
+            method(Outputs(torch.zeros(6, 10)), None, TARGET)
+        with pytest.raises(TypeError, match="student is ResNet, must be a"):
+            method.deployed(resnet(8))
