@@ -1,0 +1,14 @@
+"""The answer to a name that does not exist."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def unknown_name(argument: str, name: str, allowed: Iterable[str], hint: str = "") -> ValueError:
+    """A ValueError that offers the names like it, or all of them where none is like it; ``hint`` ends its message."""
+    allowed = list(allowed)
+    near = difflib.get_close_matches(str(name).lower(), allowed, n=3, cutoff=0.5)
+    right = f"did you mean {' or '.join(near)}?" if near else f"must be one of {', '.join(allowed)}"
+    return ValueError(f"fastkd: {argument} {name!r} is unknown, {right}" + (f" ({hint})" if hint else ""))
