@@ -130,6 +130,34 @@ def random_crop_flip(
         mean or std of another length than C, std not positive, dtypes and shapes other than these, a generator of
         another device.
     """
+    return _crop_flip(images, padding, size, flip_probability, mean, std, dtype, generator, None)
+
+
+def seeded_crop_flip(
+    images: Tensor,
+    seed: int,
+    padding: int,
+    flip_probability: float,
+    mean: float | Sequence[float] | None,
+    std: float | Sequence[float] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """:func:`random_crop_flip` of a seed in [-2^63, 2^63): every device crops the same places, as no generator does."""
+    at_device = torch.full((1,), seed, dtype=torch.int64, device=images.device)
+    return _crop_flip(images, padding, None, flip_probability, mean, std, dtype, None, at_device)
+
+
+def _crop_flip(
+    images: Tensor,
+    padding: int,
+    size: Size | None,
+    flip_probability: float,
+    mean: float | Sequence[float] | None,
+    std: float | Sequence[float] | None,
+    dtype: torch.dtype | None,
+    generator: torch.Generator | None,
+    seed: Tensor | None,
+) -> Tensor:
     check_images(images, (*_FLOATS, torch.uint8))
     channels = images.shape[1]
     height, width = (images.shape[2], images.shape[3]) if size is None else pair_of(size)
@@ -137,7 +165,7 @@ def random_crop_flip(
     dtype = dtype if dtype is not None else torch.float32 if byte else images.dtype
     check_augmentation(flip_probability, dtype)
     center, scale = normalisation(mean, std, channels, byte=byte)
-    offsets, flip = _draw(images, height, width, 1, padding, flip_probability, generator)
+    offsets, flip = _draw(images, height, width, 1, padding, flip_probability, generator, seed)
     out = _ops.crop(
         images, offsets, (height, width), flip, center=center, scale=scale, dtype=dtype if byte else images.dtype
     )
@@ -171,10 +199,11 @@ def _draw(
     padding: int,
     flip_probability: float,
     generator: torch.Generator | None,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     check_window(images, height, width, padding, generator)
     return _ops.crop_offsets(
-        crop_seed(images.device, generator),
+        crop_seed(images.device, generator) if seed is None else seed,
         images.shape[0],
         patches,
         (-padding, images.shape[2] + 2 * padding - height + 1),

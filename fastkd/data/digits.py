@@ -8,6 +8,8 @@ The collection mixes relevant images, the unlabeled third rotated, scaled, shift
 ones: 8x8 patches of two photographs (``load_sample_images``, a Chinese temple and a dahlia), in grey, at four scales
 from plain texture to a good part of the scene. So only 599 different digits are behind the relevant ones and two scenes
 behind the others: enough to show the method at work, far smaller and easier than the collections of the paper.
+
+:func:`image_sets` has the same digits as a data set like any other: labelled, to train and to test on.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-__all__ = ["Collection", "Labelled", "collection", "photo_patches", "split", "vary"]
+from fastkd.data.images import ImageSet, channel_statistics
+from fastkd.data.splits import stratified_split
+
+__all__ = ["Collection", "Labelled", "collection", "image_sets", "photo_patches", "split", "vary"]
 
 SIZE = 8  # pixels on a side
 
@@ -43,15 +48,24 @@ class Collection(NamedTuple):
 
 def split(generator: torch.Generator) -> tuple[Labelled, Labelled, Labelled]:
     """The digits in three parts of 599: training, unlabeled (its targets are for curiosity only) and test."""
-    from sklearn.datasets import load_digits
-
-    pixels, classes = load_digits(return_X_y=True)
-    images = torch.from_numpy(pixels).float().reshape(-1, 1, SIZE, SIZE) / 16.0
-    target = torch.from_numpy(classes).long()
+    images, target = _load()
     shuffled = torch.randperm(len(target), generator=generator)
     by_class = shuffled[torch.sort(target[shuffled], stable=True).indices]
     first, second, third = (Labelled(images[part], target[part]) for part in (by_class[i::3] for i in range(3)))
     return first, second, third
+
+
+def image_sets(*, test_share: float = 0.2, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+    """The digits to train and to test on, uint8 ``[N, 1, 8, 8]``: ``test_share`` of each class is in the test set.
+
+    The split depends on the seed alone. Crops reach one pixel outside, an eighth of the side as for CIFAR.
+    """
+    pixels, target = _load()
+    images = (pixels * 255).round().to(torch.uint8)
+    train, test = stratified_split(target, test_share, seed)
+    mean, std = channel_statistics(images[train])
+    whole = ImageSet(images, target, tuple("0123456789"), mean, std, flip=False, padding=1)
+    return whole.subset(train), whole.subset(test)
 
 
 def vary(digits: Labelled, count: int, generator: torch.Generator) -> Labelled:
@@ -91,6 +105,15 @@ def collection(unlabeled: Labelled, size: int, relevant_share: float, generator:
     relevant = round(size * relevant_share)
     images = torch.cat([vary(unlabeled, relevant, generator).images, photo_patches(size - relevant, generator)])
     return Collection(images, torch.arange(size) < relevant)
+
+
+def _load() -> tuple[Tensor, Tensor]:
+    """Images float32 ``[1797, 1, 8, 8]`` in [0, 1], in steps of 1/16, and their classes, int64."""
+    from sklearn.datasets import load_digits
+
+    pixels, classes = load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels).float().reshape(-1, 1, SIZE, SIZE) / 16.0
+    return images, torch.from_numpy(classes).long()
 
 
 def _within(limit: float, *shape: int, generator: torch.Generator) -> Tensor:

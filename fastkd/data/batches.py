@@ -1,0 +1,116 @@
+"""Epochs of training batches from a set that is on one device: shuffled, cropped, mirrored and normalised there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastkd.data.images import ImageSet
+from fastkd.data.seeds import mixed_generator, mixed_seed
+from fastkd.patches import check_augmentation, seeded_crop_flip
+
+__all__ = ["Batches"]
+
+
+class Batches:
+    """Batches whose every bit follows from the seed, the epoch, the number of the batch and the rank.
+
+    The order of an epoch is a permutation of (seed, epoch), which the ranks share out; the crops of a batch follow from
+    (seed, epoch, batch, rank). So a run that stopped goes on with ``epoch(e, start=k)`` as if it had not, on any device.
+
+    Args:
+        image_set: on the device where the batches are to be.
+        batch_size: images of a batch, on each rank.
+        seed: any int.
+        padding: pixels of zeros that crops may reach into; ``image_set.padding`` if None. 0 leaves the images where they are.
+        flip: whether half of the images are mirrored; ``image_set.flip`` if None.
+        rank, world_size: which of how many processes this is: batch k is the rank-th part of ``world_size * batch_size``
+            successive images of the permutation.
+        drop_last: leaves out the images that fill no batch (of all ranks); else the last batch is smaller, on one rank.
+        dtype: of the views: float32, float64, bfloat16 or float16.
+        channels_last: memory format of the views; the set is copied to it once.
+
+    Raises:
+        TypeError, ValueError: a batch_size below 1, or more than the images with drop_last; a negative padding; a rank
+        outside [0, world_size); several ranks without drop_last, as their last batches would differ; another dtype.
+    """
+
+    def __init__(
+        self,
+        image_set: ImageSet,
+        batch_size: int,
+        *,
+        seed: int,
+        padding: int | None = None,
+        flip: bool | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"fastkd: batch_size is {batch_size}, must be at least 1")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"fastkd: rank is {rank}, must be in [0, world_size), world_size is {world_size}")
+        if world_size > 1 and not drop_last:
+            raise ValueError(f"fastkd: drop_last is False, must be True with world_size {world_size}")
+        if drop_last and batch_size * world_size > len(image_set):
+            ranks = f" on each of {world_size} ranks" if world_size > 1 else ""
+            raise ValueError(
+                f"fastkd: batch_size is {batch_size}{ranks}, must be at most the {len(image_set)} images "
+                "of image_set in all, or drop_last=False"
+            )
+        if padding is not None and padding < 0:
+            raise ValueError(f"fastkd: padding is {padding}, must be at least 0")
+        check_augmentation(0.0, dtype)
+        self.image_set = image_set
+        self.batch_size = batch_size
+        self.seed = seed
+        self.padding = image_set.padding if padding is None else padding
+        self.flip = image_set.flip if flip is None else flip
+        self.rank = rank
+        self.world_size = world_size
+        self.drop_last = drop_last
+        self.dtype = dtype
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self._images = image_set.images.contiguous(memory_format=layout)
+
+    def __len__(self) -> int:
+        """Batches of an epoch, the same on every rank."""
+        whole, rest = divmod(len(self.image_set), self.batch_size * self.world_size)
+        return whole if self.drop_last else whole + bool(rest)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The batches of an epoch from number ``start`` on.
+
+        Yields:
+            views: ``[B, C, H, W]`` of dtype, normalised.
+            target: int64 ``[B]``.
+            indices: int64 ``[B]``, which images of the set these are.
+
+        Raises:
+            ValueError: at once, a start outside [0, len(self)].
+        """
+        if not 0 <= start <= len(self):
+            raise ValueError(f"fastkd: start is {start}, must be in [0, {len(self)}], the batches of an epoch")
+        return self._iterate(epoch, start)
+
+    def _iterate(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        data = self.image_set
+        order = torch.randperm(len(data), generator=mixed_generator("order", self.seed, epoch)).to(data.device)
+        for number in range(start, len(self)):
+            first = (number * self.world_size + self.rank) * self.batch_size
+            indices = order[first : first + self.batch_size]
+            views = seeded_crop_flip(
+                self._images[indices],
+                mixed_seed("crops", self.seed, epoch, number, self.rank),
+                self.padding,
+                0.5 if self.flip else 0.0,
+                data.mean,
+                data.std,
+                self.dtype,
+            )
+            yield views, data.target[indices], indices

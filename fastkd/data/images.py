@@ -1,0 +1,166 @@
+"""A labelled set of small images that is in memory as a whole, on one device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.data.stacking import stacked
+from fastkd.patches import random_crop_flip
+
+__all__ = ["ImageSet", "channel_statistics"]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images and classes, what they are called, and how they are normalised and augmented.
+
+    Attributes:
+        images: uint8 ``[N, C, H, W]``, N >= 1, NCHW or channels-last.
+        target: int64 ``[N]``, in [0, num_classes), on the device of the images.
+        class_names: one a class; their number is ``num_classes``.
+        mean, std: of each channel, in units of x / 255: those of the training images, for a test set, too.
+        flip: whether a mirrored image is still one of its class: not so for digits and letters.
+        padding: pixels of zeros that random crops may reach into; 4 is usual for sides of 28 and 32.
+
+    Raises:
+        TypeError, ValueError: other dtypes, shapes and devices, no images, a label that is no class. To look at the
+        labels waits for their device, at construction only.
+    """
+
+    images: Tensor
+    target: Tensor
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool = False
+    padding: int = 4
+
+    def __post_init__(self) -> None:
+        for name, value, dtype in (("images", self.images, torch.uint8), ("target", self.target, torch.int64)):
+            if not isinstance(value, Tensor) or value.dtype != dtype:
+                given = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"fastkd: {name} is {given}, must be a tensor of {dtype}")
+        if self.images.dim() != 4 or 0 in self.images.shape:
+            raise ValueError(
+                f"fastkd: images has shape {tuple(self.images.shape)}, must be [N, C, H, W] with at least one image"
+            )
+        if self.target.shape != self.images.shape[:1]:
+            raise ValueError(
+                f"fastkd: target has shape {tuple(self.target.shape)}, must be ({len(self.images)},), one label an image"
+            )
+        if self.target.device != self.images.device:
+            raise ValueError(f"fastkd: target is on {self.target.device}, must be with images on {self.images.device}")
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            allowed = [math.isfinite(number) and (name == "mean" or number > 0) for number in numbers]
+            if len(allowed) != self.images.shape[1] or not all(allowed):
+                raise ValueError(
+                    f"fastkd: {name} is {tuple(numbers)}, must have {self.images.shape[1]} "
+                    f"{'' if name == 'mean' else 'positive '}numbers, one a channel"
+                )
+        if self.padding < 0:
+            raise ValueError(f"fastkd: padding is {self.padding}, must be at least 0")
+        check_labels(self.target, self.num_classes)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """The set on another device."""
+        return replace(self, images=self.images.to(device), target=self.target.to(device))
+
+    def subset(self, indices: Tensor | Sequence[int]) -> ImageSet:
+        """Some of the images, in this order: int64 ``[n]`` or a list of indices, or a bool mask ``[N]``."""
+        chosen = torch.as_tensor(indices, device=self.device)
+        return replace(self, images=self.images[chosen], target=self.target[chosen])
+
+    def with_target(self, target: Tensor) -> ImageSet:
+        """The same images with other labels, as :mod:`fastkd.data.labels` makes them."""
+        return replace(self, target=target.to(self.device))
+
+    def normalised(self, part: slice | Tensor = slice(None), dtype: torch.dtype = torch.float32) -> Tensor:
+        """``(x / 255 - mean) / std`` of all images, or of a slice or an index tensor of them: to evaluate on.
+
+        Returns:
+            ``[n, C, H, W]`` of dtype, as :func:`fastkd.random_crop_flip` rounds it: what :class:`fastkd.data.batches.Batches`
+            gives without crop and flip.
+        """
+        return random_crop_flip(self.images[part], 0, None, 0.0, self.mean, self.std, dtype)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Any,
+        class_names: Sequence[str] | None = None,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        flip: bool = False,
+        padding: int = 4,
+    ) -> ImageSet:
+        """Any torch Dataset of (image, label) pairs, torchvision's without transforms for instance, read once.
+
+        Args:
+            dataset: pairs of a uint8 image (PIL, an array ``[H, W(, C)]`` or a tensor ``[(C, )H, W]``) and an int.
+            class_names: those of ``dataset.classes`` if None, else the numbers up to the largest label.
+            mean, std: give those of the training set for a test set; of these images if None.
+            flip, padding: as in the attributes.
+
+        Raises:
+            TypeError, ValueError: as in :func:`fastkd.data.stacking.stacked`, and as at construction.
+        """
+        images, target = stacked(dataset)
+        if class_names is None:
+            class_names = getattr(dataset, "classes", None) or [str(i) for i in range(int(target.max()) + 1)]
+        own_mean, own_std = channel_statistics(images)
+        return cls(
+            images,
+            target,
+            tuple(class_names),
+            own_mean if mean is None else tuple(mean),
+            own_std if std is None else tuple(std),
+            flip,
+            padding,
+        )
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of uint8 images ``[N, C, H, W]``, in units of x / 255.
+
+    Exact, from counts of the 256 values, then rounded to 4 digits as they are published. A channel of one value has the
+    standard deviation 1, so that it can be divided by.
+    """
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    mean, std = [], []
+    for channel in range(images.shape[1]):
+        counts = torch.bincount(images[:, channel].reshape(-1), minlength=256).cpu().double()
+        share = counts / counts.sum()
+        center = (share * levels).sum()
+        mean.append(round(float(center), 4))
+        std.append(round(float((share * (levels - center).square()).sum().sqrt()), 4) or 1.0)
+    return tuple(mean), tuple(std)
+
+
+def check_labels(target: Tensor, num_classes: int, source: str = "") -> None:
+    """Raises a ValueError that names the first label outside [0, num_classes), its index, and the source."""
+    outside = (target < 0) | (target >= num_classes)
+    if bool(outside.any()):
+        first = int(outside.to(torch.uint8).argmax())  # the first of equal ones
+        where = f" of {source}" if source else ""
+        raise ValueError(
+            f"fastkd: target[{first}]{where} is {int(target[first])}, must be in [0, {num_classes}): "
+            f"there are {num_classes} classes"
+        )

@@ -1,0 +1,153 @@
+"""Wrong labels and unequal classes, made on purpose: what a method does with them is an experiment of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastkd.data.images import check_labels
+from fastkd.data.seeds import mixed_generator
+
+__all__ = ["CIFAR10_CONFUSIONS", "asymmetric_noise", "imbalanced", "power_law_counts", "symmetric_noise"]
+
+# truck -> automobile, bird -> airplane, deer -> horse, cat <-> dog: Patrini et al., "Making Deep Neural Networks Robust
+# to Label Noise" (CVPR 2017), section 5
+CIFAR10_CONFUSIONS: Mapping[int, int] = {9: 1, 2: 0, 4: 7, 3: 5, 5: 3}
+
+
+def symmetric_noise(target: Tensor, rate: float, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Labels of which ``round(rate N)`` are replaced by one of the other classes, each as likely.
+
+    Some papers draw the new label from all classes, so that a tenth of the replaced ones of CIFAR-10 stay right: their
+    rate r is ours at ``r (K - 1) / K``.
+
+    Args:
+        target: int64 ``[N]``, in [0, num_classes).
+        rate: share of the labels to change, in [0, 1].
+        num_classes: K >= 2.
+        seed: of the choice.
+
+    Returns:
+        noisy: int64 ``[N]``.
+        changed: bool ``[N]``, where noisy and target differ.
+    """
+    _check(target, rate, num_classes)
+    generator = mixed_generator("symmetric noise", seed)
+    changed = torch.zeros(len(target), dtype=torch.bool)
+    changed[torch.randperm(len(target), generator=generator)[: round(rate * len(target))]] = True
+    step = torch.randint(1, num_classes, (len(target),), generator=generator)
+    return _changed(target, changed, (target.cpu() + step) % num_classes)
+
+
+def asymmetric_noise(
+    target: Tensor, rate: float, num_classes: int, seed: int, mapping: Mapping[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Labels confused with one other class each: ``round(rate n_c)`` of the n_c labels of each class c of the mapping.
+
+    With :data:`CIFAR10_CONFUSIONS` half of the classes are never changed, so that half of the rate is wrong in all.
+
+    Args:
+        target: int64 ``[N]``, in [0, num_classes).
+        rate: share of the labels of a class to change, in [0, 1].
+        num_classes: K >= 2.
+        seed: of the choice.
+        mapping: from a class to the one it is taken for; classes that are not in it keep their labels. The next class for
+            each, and the first for the last, if None, as is done for CIFAR-100.
+
+    Returns:
+        noisy: int64 ``[N]``.
+        changed: bool ``[N]``, where noisy and target differ.
+    """
+    _check(target, rate, num_classes)
+    if mapping is None:
+        mapping = {label: (label + 1) % num_classes for label in range(num_classes)}
+    for source, other in mapping.items():
+        if not (0 <= source < num_classes and 0 <= other < num_classes) or source == other:
+            raise ValueError(
+                f"fastkd: mapping has {source}: {other}, must have two different classes in [0, {num_classes})"
+            )
+    generator = mixed_generator("asymmetric noise", seed)
+    labels = target.cpu()
+    changed = torch.zeros(len(labels), dtype=torch.bool)
+    confused = labels.clone()
+    for source, other in sorted(mapping.items()):
+        members = (labels == source).nonzero().flatten()
+        shuffled = members[torch.randperm(len(members), generator=generator)]
+        changed[shuffled[: round(rate * len(members))]] = True
+        confused[members] = other
+    return _changed(target, changed, confused)
+
+
+def power_law_counts(num_classes: int, gamma: float, largest: int, smallest: int) -> list[int]:
+    """Sizes of unequal classes, ascending: ``n_c = a / (b + c^-gamma)``, c = 1 ... C, rounded.
+
+    a and b are such that the first class has ``smallest`` samples and the last one ``largest``. The smaller gamma, the
+    fewer samples those between them have. The study of Sarfraz et al., "Knowledge Distillation Beyond Model Compression",
+    takes CIFAR-10 at gamma .2, .6, 1 and 2 and gives gamma only; the law is that of Hendrycks et al., "Using Pre-Training
+    Can Improve Model Robustness and Uncertainty" (ICML 2019), and ``largest=5000, smallest=250`` our reading.
+
+    Args:
+        num_classes: C >= 2, or 1 where largest and smallest are equal.
+        gamma: > 0.
+        largest, smallest: 1 <= smallest <= largest.
+    """
+    if not 0.0 < gamma < float("inf"):
+        raise ValueError(f"fastkd: gamma is {gamma}, must be positive and finite")
+    if not 1 <= smallest <= largest:
+        raise ValueError(f"fastkd: smallest is {smallest}, must be in [1, {largest}], at most largest")
+    if num_classes < 1 or (num_classes == 1 and smallest != largest):
+        raise ValueError(
+            f"fastkd: num_classes is {num_classes}, must be at least {1 if smallest == largest else 2} "
+            f"for sizes from {smallest} to {largest}"
+        )
+    if smallest == largest:
+        return [smallest] * num_classes
+    last = num_classes**-gamma
+    b = (smallest - largest * last) / (largest - smallest)
+    a = smallest * (b + 1.0)
+    between = [round(a / (b + c**-gamma)) for c in range(2, num_classes)]
+    return [smallest, *between, largest]
+
+
+def imbalanced(target: Tensor, counts: Sequence[int], seed: int) -> Tensor:
+    """Indices of ``counts[c]`` samples of each class c: int64, ascending, on the device of target.
+
+    Args:
+        target: int64 ``[N]``, in [0, len(counts)).
+        counts: of each class, for instance :func:`power_law_counts`.
+        seed: of the choice.
+
+    Raises:
+        ValueError: a class of fewer samples than asked for, a negative count.
+    """
+    _check(target, 0.0, max(2, len(counts)))
+    check_labels(target, len(counts))
+    generator = mixed_generator("imbalanced", seed)
+    labels = target.cpu()
+    kept = torch.zeros(len(labels), dtype=torch.bool)
+    for label, count in enumerate(counts):
+        members = (labels == label).nonzero().flatten()
+        if not 0 <= count <= len(members):
+            raise ValueError(
+                f"fastkd: counts[{label}] is {count}, must be in [0, {len(members)}]: the samples of class {label}"
+            )
+        kept[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return kept.nonzero().flatten().to(target.device)
+
+
+def _check(target: Tensor, rate: float, num_classes: int) -> None:
+    if target.dtype != torch.int64:
+        raise TypeError(f"fastkd: target is {target.dtype}, must be int64")
+    if target.dim() != 1:
+        raise ValueError(f"fastkd: target has shape {tuple(target.shape)}, must be [N]")
+    if not 0.0 <= rate <= 1.0:
+        raise ValueError(f"fastkd: rate is {rate}, must be in [0, 1]")
+    if num_classes < 2:
+        raise ValueError(f"fastkd: num_classes is {num_classes}, must be at least 2")
+    check_labels(target, num_classes)
+
+
+def _changed(target: Tensor, changed: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.where(changed, new, target.cpu()).to(target.device), changed.to(target.device)
