@@ -1,0 +1,136 @@
+"""Methods by name, with the weights of the study, for two given networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd._names import unknown_name
+from fastkd.methods.features import FeatureTap
+from fastkd.methods.method import Method, WeightedMethod
+from fastkd.methods.online import DML, ONE
+from fastkd.methods.relational import RKD, SP
+from fastkd.methods.representation import AT, FSP, FitNet
+from fastkd.methods.response import BSS, Baseline, Hinton
+from fastkd.models.layers import FeatureLayers, feature_layers
+
+__all__ = ["NAMES", "create"]
+
+
+def create(
+    name: str,
+    student: nn.Module | None = None,
+    teacher: nn.Module | None = None,
+    images: Tensor | None = None,
+    **settings: Any,
+) -> Method:
+    """The method of this name, reading the layers that the networks have for it.
+
+    Args:
+        name: one of ``NAMES``: baseline, hinton, bss, fitnet, fsp, at, sp, rkd-d, rkd-a, rkd-da, one, dml.
+        student, teacher: whose layers are taken (:func:`fastkd.models.layers.feature_layers`); not needed for methods without
+            features.
+        images: a batch ``[B, C, H, W]``, for fitnet, which must know the channels of its layers, on the networks' device. They
+            run once, in evaluation mode.
+        settings: of the method's class, in the place of the study's: ``temperature``, ``feature_weight``, ``layers``, ...
+
+    Raises:
+        ValueError: an unknown name; the message has the nearest right ones.
+    """
+    if name not in _MAKERS:
+        raise unknown_name("method", name, NAMES)
+    return _MAKERS[name](student, teacher, images, settings)
+
+
+Settings = dict[str, Any]
+Maker = Callable[[nn.Module | None, nn.Module | None, Tensor | None, Settings], Method]
+
+
+def _without_features(kind: Callable[..., Method]) -> Maker:
+    return lambda student, teacher, images, settings: kind(**settings)
+
+
+def _with_features(
+    kind: Callable[..., WeightedMethod], layers: Callable[[FeatureLayers], tuple[str, ...]], **ours: Any
+) -> Maker:
+    """Of a class that reads these layers of both networks."""
+
+    def make(student: nn.Module | None, teacher: nn.Module | None, _: Tensor | None, settings: Settings) -> Method:
+        return kind(**{**ours, **_layers(layers, student, teacher, settings), **settings})
+
+    return make
+
+
+def _fitnet(student: nn.Module | None, teacher: nn.Module | None, images: Tensor | None, settings: Settings) -> Method:
+    chosen = {**_layers(_middle, student, teacher, settings), **settings}
+    if "student_channels" not in chosen or "teacher_channels" not in chosen:
+        if student is None or teacher is None or images is None:
+            raise ValueError(
+                "fastkd: fitnet needs student, teacher and images, or student_channels and teacher_channels"
+            )
+        teacher_layers = chosen.get("teacher_layers") or chosen["layers"]
+        chosen["student_channels"] = _channels(student, chosen["layers"], images)
+        chosen["teacher_channels"] = _channels(teacher, teacher_layers, images)
+    return FitNet(**chosen)
+
+
+def _layers(
+    pick: Callable[[FeatureLayers], tuple[str, ...]],
+    student: nn.Module | None,
+    teacher: nn.Module | None,
+    settings: Settings,
+) -> Settings:
+    """``layers`` and ``teacher_layers`` of these networks, where the settings do not say and there are networks."""
+    if "layers" in settings or student is None or teacher is None:
+        return {}
+    return {"layers": pick(feature_layers(student)), "teacher_layers": pick(feature_layers(teacher))}
+
+
+def _middle(layers: FeatureLayers) -> tuple[str, ...]:
+    return (layers.stages[len(layers.stages) // 2],)
+
+
+def _stages(layers: FeatureLayers) -> tuple[str, ...]:
+    return layers.stages
+
+
+def _stem_and_stages(layers: FeatureLayers) -> tuple[str, ...]:
+    return (layers.stem, *layers.stages)
+
+
+def _last(layers: FeatureLayers) -> tuple[str, ...]:
+    return layers.stages[-1:]
+
+
+def _embedding(layers: FeatureLayers) -> tuple[str, ...]:
+    return (layers.embedding,)
+
+
+@torch.no_grad()
+def _channels(network: nn.Module, layers: tuple[str, ...], images: Tensor) -> int:
+    was_training = network.training
+    network.eval()
+    features = FeatureTap(network, layers)(images).features
+    network.train(was_training)
+    channels: int = next(iter(features.values())).shape[1]
+    return channels
+
+
+_MAKERS: dict[str, Maker] = {
+    "baseline": _without_features(Baseline),
+    "hinton": _without_features(Hinton),
+    "bss": _without_features(BSS),
+    "fitnet": _fitnet,
+    "fsp": _with_features(FSP, _stem_and_stages),
+    "at": _with_features(AT, _stages),
+    "sp": _with_features(SP, _last),
+    "rkd-d": _with_features(RKD, _embedding, angle_weight=0.0),
+    "rkd-a": _with_features(RKD, _embedding, distance_weight=0.0),
+    "rkd-da": _with_features(RKD, _embedding),
+    "one": _without_features(ONE),
+    "dml": _without_features(DML),
+}
+NAMES = tuple(_MAKERS)

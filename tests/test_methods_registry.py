@@ -1,0 +1,98 @@
+"""Methods by name, for two networks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastkd.methods import AT, BSS, DML, FSP, ONE, RKD, SP, Baseline, FitNet, Hinton, Objective
+from fastkd.methods.registry import NAMES, create
+from fastkd.models.resnet import resnet
+from fastkd.models.wide_resnet import wide_resnet
+
+pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
+
+KINDS = {
+    "baseline": Baseline,
+    "hinton": Hinton,
+    "bss": BSS,
+    "fitnet": FitNet,
+    "fsp": FSP,
+    "at": AT,
+    "sp": SP,
+    "rkd-d": RKD,
+    "rkd-a": RKD,
+    "rkd-da": RKD,
+    "one": ONE,
+    "dml": DML,
+}
+IMAGES = torch.randn(8, 1, 12, 12)
+TARGET = torch.arange(8)
+
+
+def networks(family: str) -> tuple[nn.Module, nn.Module]:
+    if family == "resnet":
+        return resnet(8, in_channels=1, seed=1), resnet(14, in_channels=1, seed=2)
+    return wide_resnet(10, 1, in_channels=1, seed=1), wide_resnet(16, 1, in_channels=1, seed=2)
+
+
+def test_names() -> None:
+    assert tuple(KINDS) == NAMES
+
+
+@pytest.mark.parametrize("family", ["resnet", "wide"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_trains(name: str, family: str) -> None:
+    student, teacher = networks(family)
+    method = create(name, student, teacher, IMAGES)
+    assert type(method) is KINDS[name]
+    made = method.student_from(lambda seed: student if seed == 0 else networks(family)[0])
+    objective = Objective(method, made, teacher)
+    optimiser = torch.optim.SGD(objective.parameters(), 0.02)
+    losses = []
+    for _ in range(8):
+        torch.manual_seed(0)
+        loss, logits = objective(IMAGES, TARGET, 0.3)
+        assert logits.shape == (8, 10)
+        optimiser.zero_grad()
+        loss.total.backward()
+        assert all(p.grad is not None for p in objective.parameters())
+        optimiser.step()
+        losses.append(loss.total.item())
+    assert min(losses[1:]) < losses[0]
+    assert all(p.grad is None for p in teacher.parameters())
+    assert not any(name.startswith("_teacher") for name in objective.state_dict())
+
+
+def test_layers_are_those_of_each_network() -> None:
+    method = create("fsp", networks("resnet")[0], wide_resnet(10, 1, in_channels=1))
+    assert method.layers == ("relu", "layer1", "layer2", "layer3")
+    assert method.teacher_layers == ("conv1", "layer1", "layer2", "relu")
+    assert create("rkd-d", *networks("resnet")).angle_weight == 0.0
+    assert create("rkd-a", *networks("resnet")).distance_weight == 0.0
+    hint = create("fitnet", resnet(8, in_channels=1), wide_resnet(10, 2, in_channels=1), IMAGES)
+    assert (hint.layers, hint.student_channels, hint.teacher_channels) == (("layer2",), 32, 64)
+
+
+def test_settings_take_the_place_of_the_studys() -> None:
+    method = create("sp", *networks("resnet"), feature_weight=7.0, layers=["layer1"], teacher_layers=["layer2"])
+    assert (method.feature_weight, method.layers, method.teacher_layers) == (7.0, ("layer1",), ("layer2",))
+    assert create("hinton", temperature=2.0).temperature == 2.0
+
+
+def test_dry_run_leaves_the_networks_alone() -> None:
+    student, teacher = networks("resnet")
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    create("fitnet", student.train(), teacher, IMAGES)
+    assert student.training
+    assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"method 'rkd-dd' is unknown, did you mean rkd-d or"):
+        create("rkd-dd")
+    with pytest.raises(ValueError, match="fitnet needs student, teacher and images, or student_channels"):
+        create("fitnet")
+    with pytest.raises(ValueError, match="teacher is None, must be a network for Hinton"):
+        Objective(create("hinton"), resnet(8))
