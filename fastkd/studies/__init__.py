@@ -1,0 +1,1 @@
+"""Experiments of the papers, each of them run by one command."""
