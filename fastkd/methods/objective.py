@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from fastkd.methods.features import FeatureTap
@@ -24,7 +26,8 @@ class Objective(nn.Module):
     Args:
         method: any.
         student: what ``method.student_from`` made.
-        teacher: images to logits; it is put into evaluation mode, is never trained, and is no part of this module's state.
+        teacher: images to logits; it is put into evaluation mode, is never trained, and is no part of this module's state, but
+            moves with it (``to``).
     """
 
     def __init__(self, method: Method, student: nn.Module, teacher: nn.Module | None = None) -> None:
@@ -41,3 +44,11 @@ class Objective(nn.Module):
     def forward(self, images: Tensor, target: Tensor, progress: float = 0.0) -> tuple[Loss, Tensor]:
         """``Loss`` and logits ``[B, K]`` of a batch."""
         return self.method.step(self.student, self._teacher[0], images, target, progress)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Objective:
+        """``to``, ``cuda``, ``double`` and their like move the teacher, too."""
+        for module in self._teacher:
+            if module is not None:
+                module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
