@@ -1,0 +1,102 @@
+"""A checkpoint's file: whole or not there, and what it says when it does not fit.
+
+It holds tensors and plain Python types only, so that reading one runs no code of whoever wrote it:
+``torch.load(path, weights_only=True)["student"]`` are the student's weights.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["CHECKPOINT", "check_same", "read", "write"]
+
+CHECKPOINT = "checkpoint.pt"
+_FORMAT, _VERSION = "fastkd training", 1
+
+
+def write(path: Path, state: dict[str, Any]) -> None:
+    """Writes a state of tensors and plain types."""
+    write_atomically(path, {"format": _FORMAT, "version": _VERSION, **state})
+
+
+def write_atomically(path: Path, value: Any) -> None:
+    """As ``torch.save``, but into a file beside it, which takes its place when all of it is on the disk: a process that is
+    killed, or a machine that stops, leaves the old file or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    if os.name == "posix":  # the new name, too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What :func:`write` wrote, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, of something else, or of another version.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"fastkd: there is no checkpoint {path} to resume from")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself does not look at the checksums
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever zipfile, pickle and torch make of it
+        raise ValueError(
+            f"fastkd: the checkpoint {path} is damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__}): "
+            "begin again with overwrite=True, or put an older copy there"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise ValueError(f"fastkd: {path} is no checkpoint of a training with fastkd")
+    if state["version"] != _VERSION:
+        raise ValueError(
+            f"fastkd: the checkpoint {path} is of format version {state['version']}, this fastkd reads version {_VERSION}"
+        )
+    return state
+
+
+def check_same(path: Path, state: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Whether a training goes on with this state: each ``ours[key]``, numbers, strings, mappings of them, or of tensors
+    (whose shapes and dtypes count), is as in the state.
+
+    Raises:
+        ValueError: what differs.
+    """
+    different = [line for key, value in ours.items() for line in _differences(key, state.get(key), value)]
+    if different:
+        more = f"; and {len(different) - 5} more" if len(different) > 5 else ""
+        raise ValueError(
+            f"fastkd: the checkpoint {path} is of another training: {'; '.join(different[:5])}{more}. "
+            "Train as there, or begin again with overwrite=True"
+        )
+
+
+def _differences(name: str, there: Any, here: Any) -> list[str]:
+    if isinstance(here, dict) and isinstance(there, dict):
+        keys = [*here, *(key for key in there if key not in here)]
+        parts = (_differences(f"{name}.{key}", there.get(key), here.get(key)) for key in keys)
+        return [line for part in parts for line in part]
+    there, here = _described(there), _described(here)
+    return [] if there == here else [f"{name} is {there} there, {here} here"]
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return "missing" if value is None else repr(value)

@@ -1,0 +1,125 @@
+"""Several processes, one for each device, started by ``torchrun``; without it, one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["Process", "process_group"]
+
+T = TypeVar("T")
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+class Process(NamedTuple):
+    """This process among all."""
+
+    rank: int
+    """From 0 on; 0 writes and shows."""
+    world_size: int
+    """How many there are."""
+    device: torch.device
+    """That of this process."""
+
+
+@contextmanager
+def process_group(device: torch.device | str | None = None) -> Iterator[Process]:
+    """Inside the ``with`` block the processes that ``torchrun`` started are one group; without torchrun there is only this.
+
+    >>> with process_group() as process:
+    ...     objective.to(process.device)
+    ...     Trainer(objective, batches_of(process.rank, process.world_size), settings).fit()
+
+    Args:
+        device: ``cpu`` or ``cuda``; by default CUDA where there is a GPU. On CUDA each process takes the device of its local
+            rank and they speak NCCL, on a CPU gloo. A group that is there already is taken as it is, and left.
+
+    Raises:
+        ValueError: some of RANK, WORLD_SIZE and LOCAL_RANK are in the environment and others are not.
+    """
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    found = [name for name in _VARIABLES if name in os.environ]
+    if dist.is_initialized() or not found:
+        yield Process(rank(), world_size(), kind)
+        return
+    if len(found) < len(_VARIABLES):
+        missing = ", ".join(name for name in _VARIABLES if name not in found)
+        raise ValueError(f"fastkd: the environment has {', '.join(found)} but no {missing}: torchrun sets all of them")
+    if kind.type == "cuda":
+        kind = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(kind)
+        dist.init_process_group("nccl", device_id=kind)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield Process(rank(), world_size(), kind)
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Of this process, 0 where it is the only one."""
+    return dist.get_rank() if _together() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if _together() else 1
+
+
+def wrap(module: nn.Module, *, find_unused_parameters: bool) -> nn.Module:
+    """The module, whose gradients are then means over the processes."""
+    if world_size() == 1:
+        return module
+    return DistributedDataParallel(module, find_unused_parameters=find_unused_parameters)
+
+
+def sum_of_ranks(values: Tensor) -> Tensor:
+    """The sum over the processes of as many values each."""
+    values = values.clone()
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of each process, by rank."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def on_first_rank(work: Callable[[], T]) -> T:
+    """What ``work`` returns on rank 0, on all; where it raises, all raise that. No other rank goes on before it is done."""
+    if world_size() == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result
+
+
+def take_buffers_of_first_rank(module: nn.Module) -> None:
+    """Batch norm's statistics are of the images of a rank: those of rank 0 count, as in DistributedDataParallel."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -1,0 +1,147 @@
+"""Numbers of a training: sums kept on the device, and one JSON object for each epoch in a file."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastkd.methods import Loss
+from fastkd.training import distributed
+
+__all__ = ["Line", "MetricsFile", "Recorder", "Running", "TensorBoard", "read_metrics"]
+
+Line = dict[str, float]
+"""What an epoch came to: epoch, step, learning_rate, loss, each of its terms, accuracy, seconds, and test results."""
+
+
+class Running:
+    """Means over the images of an epoch so far, of the loss, its terms and the accuracy: nothing is read from the device
+    but by :meth:`read`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._names: list[str] = []
+        self._sums = torch.zeros(0, dtype=torch.float64, device=device)
+        self._images = 0
+
+    @torch.no_grad()
+    def add(self, loss: Loss, logits: Tensor, target: Tensor) -> None:
+        """A batch."""
+        right = (logits.argmax(1) == target).float().mean()
+        values = {"loss": loss.total.detach(), **loss.terms, "accuracy": right}
+        new = [name for name in values if name not in self._names]
+        if new:  # a term may begin, or end, within the training
+            self._names += new
+            self._sums = torch.cat([self._sums, self._sums.new_zeros(len(new))])
+        nothing = torch.zeros_like(right)
+        means = torch.stack([values.get(name, nothing).to(self._sums.dtype) for name in self._names])
+        self._sums.add_(means, alpha=len(target))
+        self._images += len(target)
+
+    def read(self, *, all_ranks: bool = False) -> Line:
+        """The means by name, of this rank or, called by all of them, of all; waits for the device, once."""
+        if not self._names:
+            return {}
+        sums = torch.cat([self._sums, self._sums.new_tensor([self._images])])
+        *sums_, images = (distributed.sum_of_ranks(sums) if all_ranks else sums).tolist()
+        means = {name: value / images for name, value in zip(self._names, sums_, strict=True)}
+        means["accuracy"] = means.pop("accuracy")  # after the terms that began later
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of this rank."""
+        return {"names": list(self._names), "sums": self._sums.cpu(), "images": self._images}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As :meth:`state_dict` returned them."""
+        self._names, self._images = list(state["names"]), state["images"]
+        self._sums = state["sums"].to(self._sums.device, copy=True)
+
+
+def check_finite(line: Line, step: int) -> None:
+    """Whether the loss and its terms are numbers.
+
+    Raises:
+        FloatingPointError: some are not; the message names them, and the step.
+    """
+    wrong = {name: value for name, value in line.items() if not math.isfinite(value)}
+    if wrong:
+        terms = ", ".join(f"{name} is {value}" for name, value in wrong.items())
+        others = ", ".join(f"{name} {value:.4g}" for name, value in line.items() if name not in wrong)
+        raise FloatingPointError(
+            f"fastkd: at step {step} {terms} (means over the epoch so far{'; ' if others else ''}{others}): "
+            "lower learning_rate, or set warmup_epochs or gradient_clip; with amp='fp16' try 'bf16'"
+        )
+
+
+class Recorder(Protocol):
+    """Keeps the lines of a training."""
+
+    def begin(self, lines: list[Line]) -> None:
+        """These are there already: those after them, of an earlier run, go."""
+
+    def add(self, line: Line) -> None:
+        """One more."""
+
+    def close(self) -> None:
+        """No more."""
+
+
+class MetricsFile:
+    """Lines of JSON, each there as soon as its epoch has ended."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def begin(self, lines: list[Line]) -> None:
+        self._path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+    def add(self, line: Line) -> None:
+        with self._path.open("a") as file:
+            file.write(f"{json.dumps(line)}\n")
+
+    def close(self) -> None:
+        pass
+
+
+class TensorBoard:
+    """The same numbers as TensorBoard shows them, by step.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import tensorboard  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(
+                'fastkd: tensorboard is True, which needs TensorBoard: pip install "fastkd[tensorboard]"'
+            ) from None
+        self._folder = folder
+        self._writer: Any = None
+
+    def begin(self, lines: list[Line]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        done = int(lines[-1]["step"]) if lines else 0
+        self._writer = SummaryWriter(str(self._folder), purge_step=done + 1)  # type: ignore[no-untyped-call,unused-ignore]
+
+    def add(self, line: Line) -> None:
+        for name, value in line.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, int(line["step"]))
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(path: str | Path) -> list[Line]:
+    """The lines of a ``metrics.jsonl``."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]

@@ -1,0 +1,90 @@
+"""Optimiser, learning rates and moving average of the weights, as the settings say: torch's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    SequentialLR,
+)
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from fastkd.training.settings import TrainingSettings
+
+__all__ = ["Average", "make_optimiser", "make_schedule"]
+
+
+def make_optimiser(parameters: Iterable[nn.Parameter], settings: TrainingSettings) -> Optimizer:
+    """SGD or AdamW."""
+    parameters = list(parameters)
+    # one kernel; and a GradScaler need not wait for the device to know whether to step
+    fused = True if all(p.is_cuda for p in parameters) else None
+    if settings.optimiser == "adamw":
+        return AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay, fused=fused)
+    return SGD(
+        parameters,
+        settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=settings.nesterov,
+        fused=fused,
+    )
+
+
+def make_schedule(optimiser: Optimizer, settings: TrainingSettings, steps_per_epoch: int) -> LRScheduler:
+    """The learning rate of each step t, from 0 on, of all N, W of them warm-up, up to ``learning_rate``, l:
+
+    ``l (t + 1) / W`` in the warm-up; then ``l (1 + cos(pi (t - W) / (N - W))) / 2``, ``l decay^(milestones <= t)`` with
+    milestones rounded to whole steps, or ``l``.
+    """
+    steps = settings.epochs * steps_per_epoch
+    warmup = min(round(settings.warmup_epochs * steps_per_epoch), steps - 1)
+    schedule: LRScheduler
+    if settings.schedule == "cosine":
+        schedule = CosineAnnealingLR(optimiser, steps - warmup)
+    elif settings.schedule == "step":
+        milestones = [round(share * steps) - warmup for share in settings.milestones]
+        schedule = MultiStepLR(optimiser, milestones, settings.decay)
+    else:
+        schedule = ConstantLR(optimiser, factor=1.0)
+    if warmup == 0:
+        return schedule
+    grow = LinearLR(optimiser, 1 / warmup, total_iters=warmup - 1)
+    return SequentialLR(optimiser, [grow, schedule], [warmup])
+
+
+class Average(nn.Module):
+    """The moving average of a network's weights and statistics, a network, too.
+
+    As ``torch.optim.swa_utils.AveragedModel``, whose function it calls, which waits for the device in each update.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network).requires_grad_(False)
+        self._decay = decay
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        """Takes the network in as it is after ``step`` steps, from 1 on."""
+        ours, theirs = (list(_values(n)) for n in (self.network, network))
+        floats = [i for i, value in enumerate(ours) if value.is_floating_point()]
+        decay = min(self._decay, (1 + step) / (10 + step))
+        get_ema_multi_avg_fn(decay)([ours[i] for i in floats], [theirs[i] for i in floats], None)
+        for mine, its in zip(ours, theirs, strict=True):
+            if not mine.is_floating_point():
+                mine.copy_(its)
+
+
+def _values(network: nn.Module) -> Iterable[Tensor]:
+    yield from (p.detach() for p in network.parameters())
+    yield from network.buffers()

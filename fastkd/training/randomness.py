@@ -1,0 +1,50 @@
+"""The states of all global random number generators, as plain types."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["capture", "restore", "seeded"]
+
+_APART = 0x9E3779B97F4A7C15  # between the seeds of ranks: those of a seed are not those of the next one
+
+
+def capture() -> dict[str, Any]:
+    """The states of torch (CPU and all CUDA devices), numpy and Python: tensors, numbers and strings only."""
+    name, keys, *position = np.random.get_state(legacy=True)  # noqa: NPY002  users' transforms draw from it
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": [str(name), [int(key) for key in keys], *position],
+        "python": random.getstate(),
+    }
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Puts back what :func:`capture` returned; of the CUDA devices, those that are there."""
+    torch.set_rng_state(state["torch"])
+    for i, one in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(one, i)
+    name, keys, *position = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *position))  # noqa: NPY002
+    random.setstate(state["python"])
+
+
+@contextmanager
+def seeded(seed: int, rank: int) -> Iterator[None]:
+    """Seeds them all inside the ``with`` block; afterwards they are as they were."""
+    before = capture()
+    seed = (seed + rank * _APART) % 2**63
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        restore(before)

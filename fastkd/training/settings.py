@@ -1,0 +1,96 @@
+"""What a training can vary, checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, get_args
+
+__all__ = ["TrainingSettings"]
+
+Optimiser = Literal["sgd", "adamw"]
+Schedule = Literal["cosine", "step", "constant"]
+Amp = Literal["off", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a :class:`fastkd.training.Trainer` trains. The learning rate changes with each step, not each epoch.
+
+    Raises:
+        ValueError: a value out of range; the message names it, what was given, and what is allowed.
+    """
+
+    epochs: int = 200
+    """Passes over the batches."""
+    optimiser: Optimiser = "sgd"
+    """torch's SGD or AdamW."""
+    learning_rate: float = 0.1
+    """The highest: that after the warm-up."""
+    momentum: float = 0.9
+    """Of SGD."""
+    nesterov: bool = True
+    """Nesterov's momentum, for SGD."""
+    weight_decay: float = 5e-4
+    """Of all parameters, normalisation and biases included."""
+    schedule: Schedule = "cosine"
+    """Of the learning rate: half a cosine down to 0, steps down at the milestones, or constant."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Shares of the training after which the schedule "step" lowers the learning rate."""
+    decay: float = 0.1
+    """By which factor it lowers it."""
+    warmup_epochs: float = 0.0
+    """Epochs, or a part of one, over which the learning rate grows to its highest, in equal steps."""
+    amp: Amp = "off"
+    """Networks in bfloat16, or in float16 with scaled gradients, under torch.autocast."""
+    ema: float = 0.0
+    """Decay of the moving average of the weights, which is then what is evaluated and kept; 0: no average. After step t
+    it is (1 + t) / (10 + t) at most, so that the initial weights are soon forgotten."""
+    gradient_clip: float = 0.0
+    """Largest norm of the gradient; longer ones are shortened to it. 0: none are."""
+    seed: int = 0
+    """Of what the training draws from the global generators of torch, numpy and Python; not of the initial weights."""
+    checkpoint_every: int = 0
+    """Steps after which a checkpoint is written within an epoch; 0: only at the end of each epoch."""
+    evaluate_every: int = 1
+    """Epochs after which the network is evaluated; after the last one it always is."""
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        number = math.isfinite
+        for name, good, allowed in (
+            ("epochs", self.epochs >= 1, "1 or more"),
+            ("learning_rate", number(self.learning_rate) and self.learning_rate > 0, "above 0"),
+            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
+            ("weight_decay", number(self.weight_decay) and self.weight_decay >= 0, "0 or more"),
+            ("milestones", self._milestones_rise(), "shares of the training in (0, 1), each above the one before"),
+            ("decay", 0 < self.decay <= 1, "in (0, 1]"),
+            ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, f"from 0 to less than epochs, {self.epochs}"),
+            ("ema", 0 <= self.ema < 1, "in [0, 1)"),
+            ("gradient_clip", number(self.gradient_clip) and self.gradient_clip >= 0, "0 (off) or more"),
+            ("seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
+            ("checkpoint_every", self.checkpoint_every >= 0, "0 (off) or more"),
+            ("evaluate_every", self.evaluate_every >= 1, "1 or more"),
+        ):
+            if not good:
+                raise ValueError(f"fastkd: {name} is {getattr(self, name)}, must be {allowed}")
+        if self.optimiser == "sgd" and self.nesterov and self.momentum == 0:
+            raise ValueError("fastkd: nesterov is True with momentum 0, must be False, or momentum above 0")
+        if self.schedule == "step" and self.milestones[0] * self.epochs <= self.warmup_epochs:
+            raise ValueError(
+                f"fastkd: milestones begin at {self.milestones[0]} of {self.epochs} epochs, "
+                f"must be after the {self.warmup_epochs} of warmup_epochs"
+            )
+
+    def _check_choices(self) -> None:
+        for name, choices in (("optimiser", Optimiser), ("schedule", Schedule), ("amp", Amp)):
+            if getattr(self, name) not in get_args(choices):
+                allowed = ", ".join(map(repr, get_args(choices)))
+                raise ValueError(f"fastkd: {name} is {getattr(self, name)!r}, must be one of {allowed}")
+        if self.schedule == "step" and not self.milestones:
+            raise ValueError("fastkd: milestones is (), must be one share or more for the schedule 'step'")
+
+    def _milestones_rise(self) -> bool:
+        bounds = (0.0, *self.milestones, 1.0)
+        return all(low < high for low, high in pairwise(bounds))

@@ -1,0 +1,265 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.methods import Objective
+from fastkd.training import checkpoint, distributed, progress, randomness
+from fastkd.training.metrics import Line, MetricsFile, Recorder, TensorBoard, check_finite
+from fastkd.training.settings import TrainingSettings
+from fastkd.training.source import BatchSource
+from fastkd.training.state import TrainingState
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Trainer"]
+
+_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Trainer:
+    """Trains an :class:`fastkd.methods.Objective`, and goes on bit for bit where it was interrupted.
+
+    >>> objective = Objective(method, student, teacher).to("cuda")
+    >>> trainer = Trainer(objective, batches, TrainingSettings(epochs=200), evaluate=evaluator(*test), folder=Path("run"))
+    >>> history = trainer.fit()
+    >>> network = trainer.deployed
+
+    Networks of the same weights, trained with the same settings on the same batches, become the same; on CUDA as far as
+    torch's kernels are deterministic (``torch.use_deterministic_algorithms``), and with more than two ranks up to the order
+    of the sums over them. No step waits for the device: losses are read when they are shown, and after each epoch.
+
+    Under ``torchrun`` (:func:`fastkd.training.process_group`) each rank trains on its own batches, rank 0 writes and shows.
+
+    Args:
+        objective: on the device to train on; its weights are where the training begins.
+        batches: of this rank; see :class:`fastkd.training.BatchSource`.
+        settings: how.
+        evaluate: results by name of a network, images to logits, as of :func:`fastkd.training.evaluator`. Called on all
+            ranks, those of rank 0 count.
+        folder: for ``checkpoint.pt``, ``metrics.jsonl``, ``model.pt`` (the weights of :attr:`deployed`, at the end) and
+            ``curves.png`` (where matplotlib is installed). None: nothing is written.
+        on_step: called with the number of steps done after each one, before a checkpoint.
+        on_epoch: called with the line of metrics after each epoch, before the checkpoint.
+        show: ``bar``, ``lines`` (one an epoch), ``off``, or ``auto``: a bar on a terminal, else lines.
+        console: rich's, to show on.
+        tensorboard: write for TensorBoard into the folder, too.
+        find_unused_parameters: of DistributedDataParallel; for students that do not use all of their parameters in each
+            step. All methods of :mod:`fastkd.methods` do.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        batches: BatchSource,
+        settings: TrainingSettings,
+        *,
+        evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+        folder: str | Path | None = None,
+        on_step: Callable[[int], None] | None = None,
+        on_epoch: Callable[[Line], None] | None = None,
+        show: progress.Show = "auto",
+        console: Console | None = None,
+        tensorboard: bool = False,
+        find_unused_parameters: bool = False,
+    ) -> None:
+        if len(batches) < 1:
+            raise ValueError("fastkd: batches is empty, must be one batch an epoch or more")
+        if tensorboard and folder is None:
+            raise ValueError("fastkd: tensorboard is True and folder None, must be a folder to write into")
+        self.objective = objective
+        self.batches = batches
+        self.settings = settings
+        self.folder = None if folder is None else Path(folder)
+        self._evaluate = evaluate
+        self._on_step, self._on_epoch = on_step, on_epoch
+        self._show, self._console = show, console
+        self._tensorboard = TensorBoard(self.folder) if tensorboard and self.folder is not None else None
+        self._find_unused_parameters = find_unused_parameters
+        self._state: TrainingState | None = None
+
+    @property
+    def deployed(self) -> nn.Module:
+        """The network, images to logits, that the training was for: the averaged one where ``settings.ema`` says so."""
+        if self._state is None:
+            return self.objective.method.deployed(self.objective.student.model)
+        return self._state.deployed()
+
+    def fit(self, *, resume: bool | Literal["auto"] = False, overwrite: bool = False) -> list[Line]:
+        """Trains to the end.
+
+        Args:
+            resume: go on from the folder's checkpoint; ``"auto"``: if there is one.
+            overwrite: begin anew, and take away the checkpoint of another training in the folder.
+
+        Returns:
+            One mapping for each epoch, those before a resume included: epoch, step, learning_rate (of its last step), loss
+            and each of its terms and accuracy (means over the epoch, of what was trained on), what ``evaluate`` returned,
+            and seconds since the training began.
+
+        Raises:
+            FileExistsError: the folder holds a checkpoint, and neither ``resume`` nor ``overwrite`` is said.
+            FileNotFoundError: there is no checkpoint to resume from.
+            FloatingPointError: the loss is no number any more.
+            ValueError: the checkpoint is damaged or of another training (nothing is changed then), or ``batches.epoch`` gave
+                more or fewer batches than ``len(batches)``.
+        """
+        settings = self.settings
+        state = TrainingState(
+            self.objective, settings, len(self.batches), find_unused_parameters=self._find_unused_parameters
+        )
+        found = distributed.on_first_rank(lambda: self._find(state, resume, overwrite))
+        self._state = state
+        first = distributed.rank() == 0
+        recorders = self._recorders() if first else []
+        show: progress.Show = self._show if first else "off"
+        display = progress.make_display(show, settings.epochs, len(self.batches), self._console)
+        with display, randomness.seeded(settings.seed, distributed.rank()):
+            if found is not None:
+                state.load_state_dict(found)
+            for recorder in recorders:
+                recorder.begin(state.history)
+            try:
+                while state.epoch < settings.epochs:
+                    self._epoch(state, found, display)
+                    found = None
+                    for recorder in recorders:
+                        recorder.add(state.history[-1])
+                    display.epoch(state.history[-1])
+                    if self._on_epoch is not None:
+                        self._on_epoch(state.history[-1])
+                    self._save(state)
+            finally:
+                for recorder in recorders:
+                    recorder.close()
+        if first and self.folder is not None:
+            self._finish(state, self.folder)
+        return state.history
+
+    def _epoch(self, state: TrainingState, found: dict[str, Any] | None, display: progress.Display) -> None:
+        """The batches of an epoch that are not done yet, and its line of metrics."""
+        settings, began = self.settings, time.monotonic() - state.seconds
+        self.objective.train()
+        batches = self.batches.epoch(state.epoch, start=state.batch)
+        if found is not None:
+            state.load_randomness(found)
+        for images, target, *_ in batches:
+            if state.batch == len(self.batches):
+                raise ValueError(
+                    f"fastkd: batches.epoch({state.epoch}) gives more than len(batches), {state.batch}, batches"
+                )
+            rate = state.optimiser.param_groups[0]["lr"]
+            self._step(state, images.to(state.device, non_blocking=True), target.to(state.device, non_blocking=True))
+            if display.due():
+                display.show(state.epoch, state.batch, self._read(state))
+            if self._on_step is not None:
+                self._on_step(state.step)
+            due = settings.checkpoint_every and state.step % settings.checkpoint_every == 0
+            if due and state.batch < len(self.batches):  # after the last one, when it has been evaluated
+                state.seconds = time.monotonic() - began
+                self._read(state)  # no checkpoint of a training that failed
+                self._save(state)
+        if state.batch != len(self.batches):
+            raise ValueError(
+                f"fastkd: batches.epoch({state.epoch}) gave {state.batch} batches, must be len(batches), {len(self.batches)}"
+            )
+        line = {
+            "epoch": state.epoch + 1,
+            "step": state.step,
+            "learning_rate": rate,
+            **self._read(state, all_ranks=True),
+        }
+        distributed.take_buffers_of_first_rank(self.objective)
+        if state.average is not None:
+            distributed.take_buffers_of_first_rank(state.average)
+        if self._evaluate is not None and (
+            (state.epoch + 1) % settings.evaluate_every == 0 or line["epoch"] == settings.epochs
+        ):
+            line |= self._evaluated(state, line)
+        state.seconds = time.monotonic() - began
+        state.history.append({**line, "seconds": state.seconds})
+        state.epoch, state.batch = state.epoch + 1, 0
+        state.running = type(state.running)(state.device)
+
+    def _step(self, state: TrainingState, images: Tensor, target: Tensor) -> None:
+        amp = self.settings.amp
+        state.optimiser.zero_grad()
+        with torch.autocast(state.device.type, _DTYPES[amp], enabled=amp != "off"):
+            loss, logits = state.trained(images, target, state.epoch / self.settings.epochs)
+        state.scaler.scale(loss.total).backward()
+        if self.settings.gradient_clip:
+            state.scaler.unscale_(state.optimiser)
+            nn.utils.clip_grad_norm_(state.parameters, self.settings.gradient_clip)
+        state.scaler.step(state.optimiser)
+        state.scaler.update()
+        state.schedule.step()
+        state.batch += 1
+        if state.average is not None:
+            state.average.update(state.student, state.step)
+        state.running.add(loss, logits.detach(), target)
+
+    def _read(self, state: TrainingState, *, all_ranks: bool = False) -> Line:
+        means = state.running.read(all_ranks=all_ranks)
+        check_finite(means, state.step)
+        return means
+
+    def _evaluated(self, state: TrainingState, line: Line) -> Line:
+        assert self._evaluate is not None
+        network = state.deployed()
+        results: Line = distributed.gather(self._evaluate(network))[0]
+        twice = [name for name in results if name in line or name == "seconds"]
+        if twice:
+            raise ValueError(
+                f"fastkd: evaluate returned {', '.join(twice)}, must be other names than the training's own"
+            )
+        return results
+
+    def _find(self, state: TrainingState, resume: bool | Literal["auto"], overwrite: bool) -> dict[str, Any] | None:
+        """The checkpoint to go on from, looked through, if any; else the folder is ready for a training anew."""
+        if resume and overwrite:
+            raise ValueError("fastkd: resume and overwrite are both asked for, must be one of them")
+        if self.folder is None:
+            if resume is True:
+                raise ValueError("fastkd: resume is True and folder None, must be the folder of the checkpoint")
+            return None
+        path = self.folder / checkpoint.CHECKPOINT
+        if resume is True or (resume and path.exists()):
+            found = checkpoint.read(path)
+            checkpoint.check_same(path, found, state.description())
+            return found
+        if path.exists() and not overwrite:
+            raise FileExistsError(
+                f"fastkd: the folder {self.folder} holds a checkpoint: fit(resume=True) goes on from it, "
+                "fit(overwrite=True) begins anew"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in (checkpoint.CHECKPOINT, "model.pt", "curves.png"):  # of what is no more
+            (self.folder / name).unlink(missing_ok=True)
+        return None
+
+    def _recorders(self) -> list[Recorder]:
+        if self.folder is None:
+            return []
+        return [MetricsFile(self.folder / "metrics.jsonl"), *([self._tensorboard] if self._tensorboard else [])]
+
+    def _save(self, state: TrainingState) -> None:
+        if self.folder is not None:
+            whole = state.state_dict()  # on all ranks, as it gathers
+            if distributed.rank() == 0:
+                checkpoint.write(self.folder / checkpoint.CHECKPOINT, whole)
+
+    def _finish(self, state: TrainingState, folder: Path) -> None:
+        checkpoint.write_atomically(folder / "model.pt", state.deployed().state_dict())
+        if importlib.util.find_spec("matplotlib") is not None:
+            from fastkd.training.figures import save_curves  # matplotlib takes a second to import
+
+            save_curves(state.history, folder / "curves.png", repr(self.objective.method).partition("(")[0])
