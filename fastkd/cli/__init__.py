@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import tyro
 from rich.console import Console
 
 from fastkd._library import build_info
+from fastkd.cli._config import expand
 from fastkd.cli._errors import UsageError
 from fastkd.cli.bench import Bench
 from fastkd.cli.demo import Demo
+from fastkd.cli.distill import Distill
 from fastkd.cli.info import Info
+from fastkd.cli.study import Study, Zoo
 
+FLAT = (tyro.conf.OmitArgPrefixes,)  # --epochs, not --training.epochs
 DESCRIPTION = (
     "Knowledge distillation, fast. `fastkd COMMAND --help` tells more of each command, `fastkd --version` the version."
 )
@@ -23,14 +28,29 @@ def run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"fastkd {build_info()['version']}")
         return 0
-    command = tyro.cli(
-        Demo | Bench | Info,
-        prog="fastkd",
-        description=DESCRIPTION,
-        args=arguments or ["--help"],
-    )
+    name = "".join(arguments[:1])
     try:
-        return command(Console()) or 0
+        arguments = expand(arguments)
+        return _parse(name, arguments)(Console()) or 0
     except UsageError as error:
-        print(f"fastkd {type(command).__name__.lower()}: {error}", file=sys.stderr)
+        print(f"fastkd {name}: {error}", file=sys.stderr)
         return 2
+
+
+def _parse(name: str, arguments: list[str]) -> Callable[[Console], int | None]:
+    """The command, with its options."""
+    command: Callable[[Console], int | None]
+    if name == "study":
+        studies: dict[str, Callable[..., Zoo]] = {"zoo": Zoo}
+        command = tyro.extras.subcommand_cli_from_dict(
+            studies, prog="fastkd study", args=arguments[1:] or ["--help"], config=FLAT
+        )
+    else:
+        command = tyro.cli(
+            Demo | Distill | Study | Bench | Info,
+            prog="fastkd",
+            description=DESCRIPTION,
+            args=arguments or ["--help"],
+            config=FLAT,
+        )
+    return command

@@ -17,7 +17,7 @@ from fastkd.methods.representation import AT, FSP, FitNet
 from fastkd.methods.response import BSS, Baseline, Hinton
 from fastkd.models.layers import FeatureLayers, feature_layers
 
-__all__ = ["NAMES", "create"]
+__all__ = ["NAMES", "create", "needs_teacher"]
 
 
 def create(
@@ -43,6 +43,11 @@ def create(
     if name not in _MAKERS:
         raise unknown_name("method", name, NAMES)
     return _MAKERS[name](student, teacher, images, settings)
+
+
+def needs_teacher(name: str) -> bool:
+    """Whether the method of this name learns from a teacher that is there before."""
+    return name not in ("baseline", "one", "dml")
 
 
 Settings = dict[str, Any]

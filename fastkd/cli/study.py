@@ -1,0 +1,143 @@
+"""``fastkd study zoo``: the experiments of a paper."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fastkd._library import build_info
+from fastkd.cli._errors import UsageError, usage_errors
+from fastkd.cli._output import check_writable
+from fastkd.cli.distill import check_device
+from fastkd.methods.registry import NAMES
+from fastkd.studies import zoo
+from fastkd.studies.distillation import Networks, Result
+
+
+@dataclass(frozen=True)
+class Zoo(Networks):
+    """All methods of the zoo under clean data, label noise and unequal classes: "Knowledge Distillation Beyond Model
+    Compression" (Sarfraz et al., ICPR 2020).
+
+    Writes a table with mean and standard deviation beside the paper's figures, and a plot. The same command goes on where
+    it was interrupted, and adds what more is asked for. --config FILE takes options from a TOML or YAML file.
+    """
+
+    methods: tuple[str, ...] = NAMES
+    """Names of methods."""
+    settings: tuple[str, ...] = tuple(zoo.SETTINGS)
+    """clean, noise-<share of wrong labels> or imbalance-<gamma>, as in the paper."""
+    seeds: int = 3
+    """Runs of each, with seeds 0, 1, ...; 5 in the paper. Without effect: --seed, --label-noise, --imbalance."""
+    jobs: int = 1
+    """Runs side by side, each a process; on a CPU they share its threads."""
+    output: Path = Path("fastkd-zoo")
+    """The folder of the table, the plot and the numbers."""
+    runs: Path | None = None
+    """The folder of the runs and their checkpoints; "runs" in --output by default."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the networks train; auto takes CUDA where there is a GPU."""
+
+    def __call__(self, console: Console) -> None:
+        check_device(self.device)
+        for name, least in (("seeds", 1), ("jobs", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name} is {getattr(self, name)}, must be {least} or more")
+        check_writable("--output", self.output, self.output / "table.md")
+        device = torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+        with usage_errors():
+            runs = zoo.grid(self, self.methods, self.settings, self.seeds)
+            accuracies, teachers = self._run(runs, device, console)
+        from fastkd.studies import report  # matplotlib takes a second to import
+
+        files = report.save(self.output, accuracies, teachers, self._about())
+        console.print(_table(accuracies))
+        for file in files:
+            console.print(str(file), highlight=False, soft_wrap=True)
+
+    def _run(
+        self, runs: list[zoo.Run], device: torch.device, console: Console
+    ) -> tuple[zoo.Accuracies, zoo.Accuracies]:
+        accuracies: zoo.Accuracies = {}
+        teachers: zoo.Accuracies = {}
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task("teachers", total=len(runs))
+
+            def on_result(run: zoo.Run, result: Result) -> None:
+                accuracies.setdefault(run.setting, {}).setdefault(run.method, {})[run.seed] = result.accuracy
+                if result.teacher_accuracy is not None:
+                    teachers.setdefault(run.setting, {}).setdefault(self.teacher, {})[run.seed] = (
+                        result.teacher_accuracy
+                    )
+                last = f"{run.setting} {run.method} {run.seed}: {100 * result.accuracy:.1f} %"
+                progress.update(bar, advance=1, description=last)
+
+            zoo.run_all(runs, self.runs or self.output / "runs", device, self.jobs, on_result)
+        return accuracies, teachers
+
+    def _about(self) -> dict[str, object]:
+        """What was run, without the folders of this machine."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        defaults = Zoo()
+        return {
+            "what": f"{self.student} from {self.teacher} on {self.data.data}: {self.data.train_size or 'all'} training images",
+            "command": shlex.join(["fastkd", "study", "zoo", *_options(self, defaults)]),
+            "student": self.student,
+            "settings": {
+                name: value if isinstance(value, (str, int, float, bool, tuple)) else asdict(value)
+                for name, value in own.items()
+                if name not in ("output", "runs", "device", "jobs")
+            },
+            "fastkd": build_info()["version"],
+            "torch": torch.__version__,
+        }
+
+
+@dataclass(frozen=True)
+class Study:
+    """The experiments of a paper: fastkd study zoo."""
+
+    def __call__(self, console: Console) -> None:
+        raise UsageError("which one? fastkd study zoo")
+
+
+def _options(given: object, defaults: object) -> list[str]:
+    """The options that are not their defaults, as on a command line."""
+    options: list[str] = []
+    for name, value in vars(given).items():
+        default = getattr(defaults, name)
+        flag = "--" + name.replace("_", "-")
+        if name in ("output", "runs", "device", "jobs", "data_root") or value == default:
+            continue
+        if hasattr(value, "__dataclass_fields__"):
+            options += _options(value, default)
+        elif isinstance(value, bool):
+            options.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            options += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return options
+
+
+def _table(accuracies: zoo.Accuracies) -> Table:
+    from fastkd.studies.report import summary
+
+    table = Table("method", *accuracies, box=None, pad_edge=False)
+    for method in NAMES:
+        cells = [summary(methods[method]) if method in methods else "" for methods in accuracies.values()]
+        if any(cells):
+            table.add_row(method, *cells)
+    return table

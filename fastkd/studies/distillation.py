@@ -1,0 +1,282 @@
+"""One distillation, from data to test accuracy: a teacher trained on the same images and labels, then a student by a method."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastkd._files import write_whole
+from fastkd.data.batches import Batches
+from fastkd.data.images import ImageSet
+from fastkd.methods import Method, Objective
+from fastkd.methods import registry as methods
+from fastkd.models import registry as models
+from fastkd.studies.data import DataSettings, prepare
+from fastkd.training import Process, Trainer, TrainingSettings, evaluator
+from fastkd.training.progress import Show
+
+__all__ = ["Distillation", "Networks", "Result", "read_result", "run", "train_teacher"]
+
+RESULT = "result.json"
+WEIGHTS = "model.pt"  # as the trainer calls it
+TEACHERS = 1 << 20  # seeds of their weights begin here, away from those of students and of the others of a cohort
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What is distilled into what, on which images."""
+
+    teacher: str = "resnet26"
+    """resnet<6n+2>, wrn-<6n+4>-<width>, or a network of torchvision. It learns the same images and labels first."""
+    student: str = "resnet8"
+    """As teacher."""
+    teacher_epochs: int = 0
+    """Of the teacher's training; 0: as many as the student's."""
+    batch_size: int = 128
+    """Images of a batch, in each process."""
+    augment: bool = True
+    """Random crops of the padded images, mirrored where that makes sense."""
+    data: DataSettings = field(default_factory=DataSettings)
+    """The images."""
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    """The training of the student, and, but for teacher_epochs, of the teacher. The seed is also that of the networks'
+    weights, of the order of the images, and of their choice and their wrong labels."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"fastkd: batch_size is {self.batch_size}, must be 1 or more")
+        if self.teacher_epochs < 0:
+            raise ValueError(f"fastkd: teacher_epochs is {self.teacher_epochs}, must be 0 (as the student) or more")
+
+
+@dataclass(frozen=True)
+class Distillation(Networks):
+    """How, too."""
+
+    method: str = "hinton"
+    """baseline, hinton, bss, fitnet, fsp, at, sp, rkd-d, rkd-a, rkd-da, one or dml."""
+    teacher_weights: Path | None = None
+    """A state dict of the teacher, instead of training it."""
+    temperature: float | None = None
+    """T of the method; that of the study by default, as are the weights."""
+    task_weight: float | None = None
+    """r, of the cross-entropy with the labels."""
+    kd_weight: float | None = None
+    """a, of the teacher's response."""
+    feature_weight: float | None = None
+    """b, of the method's distance of features."""
+
+    def of_method(self) -> dict[str, Any]:
+        """The settings of the method that are not those of the study."""
+        names = ("temperature", "task_weight", "kd_weight", "feature_weight")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def of_teacher(self) -> Distillation:
+        """The training of the teacher, as a distillation without one."""
+        epochs = self.teacher_epochs or self.training.epochs
+        training = replace(self.training, epochs=epochs, warmup_epochs=min(self.training.warmup_epochs, epochs / 2))
+        return Distillation(
+            method="baseline",
+            teacher="",
+            student=self.teacher,
+            batch_size=self.batch_size,
+            augment=self.augment,
+            data=self.data,
+            training=training,
+        )
+
+    def digest(self) -> str:
+        """Ten letters that differ where any setting does."""
+        everything = asdict(self)
+        del everything["data"]["data_root"]  # the images are the same wherever they lie
+        return hashlib.sha256(json.dumps(everything, default=str, sort_keys=True).encode()).hexdigest()[:10]
+
+
+class Result(NamedTuple):
+    """Shares of the test images that are right, after the last epoch."""
+
+    accuracy: float
+    teacher_accuracy: float | None
+    """None where the method has no teacher."""
+
+
+class _Data(NamedTuple):
+    """On the device."""
+
+    train: ImageSet
+    test_images: Tensor
+    test_target: Tensor
+
+
+def run(
+    settings: Distillation, folder: Path, process: Process, *, teachers: Path | None = None, show: Show = "auto"
+) -> Result:
+    """Runs it, or goes on where it was interrupted, or reads the result that is there.
+
+    Args:
+        folder: of the student: what :class:`fastkd.training.Trainer` writes, and ``result.json``.
+        process: this one (:func:`fastkd.training.process_group`).
+        teachers: a folder where teachers are kept, a folder each, so that other students of the same teacher find it; that
+            of the student if None.
+        show: as of the Trainer.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: settings that cannot be, data that is not there, a folder that holds
+            another run.
+    """
+    done = read_result(settings, folder)
+    if done is not None:
+        return done
+    make_method(settings)  # a wrong setting of it is known before the teacher is trained
+    for role in ("student", "teacher"):
+        _create(getattr(settings, role), role, 1, 2, 0)
+    data = _load(settings, process.device)
+    teacher, teacher_accuracy = None, None
+    if methods.needs_teacher(settings.method):
+        teacher, teacher_accuracy = _teacher(settings, teachers or folder, data, process, show)
+    accuracy = _train(settings, folder, data, teacher, process, show)
+    result = Result(accuracy, teacher_accuracy)
+    _write_result(settings, folder, result, process)
+    return result
+
+
+def train_teacher(settings: Distillation, folder: Path, process: Process, *, show: Show = "auto") -> Result:
+    """Trains the teacher alone, or goes on, or reads its result; ``folder`` is that of :func:`run`'s ``teachers``."""
+    _, accuracy = _teacher(settings, folder, _load(settings, process.device), process, show)
+    return Result(accuracy, None)
+
+
+def read_result(settings: Distillation, folder: Path) -> Result | None:
+    """The result in the folder, or None where there is none.
+
+    Raises:
+        ValueError: it is the result of other settings.
+    """
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    document = json.loads(path.read_text())
+    if document["digest"] != settings.digest():
+        raise ValueError(f"fastkd: {path} is of other settings; choose another folder, or delete it")
+    return Result(document["test_accuracy"], document["teacher_accuracy"])
+
+
+def _write_result(settings: Distillation, folder: Path, result: Result, process: Process) -> None:
+    document = {
+        "test_accuracy": result.accuracy,
+        "teacher_accuracy": result.teacher_accuracy,
+        "digest": settings.digest(),
+        "settings": asdict(settings),
+    }
+    if process.rank == 0:
+        text = json.dumps(document, indent=2, default=str) + "\n"
+        write_whole(folder / RESULT, lambda file: file.write(text.encode()))
+
+
+def make_method(settings: Distillation, *networks: Any) -> Method:
+    """Of (student, teacher, images), or, without them, to see whether it can be made."""
+    if not networks and settings.method == "fitnet":  # whose channels are not known yet
+        return methods.create("fitnet", student_channels=1, teacher_channels=1, **settings.of_method())
+    try:
+        return methods.create(settings.method, *networks, **settings.of_method())
+    except TypeError:
+        given = ", ".join(settings.of_method())
+        raise ValueError(f"fastkd: method {settings.method!r} does not have all of the settings {given}") from None
+
+
+def _create(name: str, role: str, channels: int, classes: int, seed: int) -> nn.Module:
+    try:
+        return models.create(name, in_channels=channels, num_classes=classes, seed=seed)
+    except ValueError as error:
+        raise ValueError(str(error).replace("fastkd: name", f"fastkd: {role}", 1)) from None
+
+
+def _network(settings: Distillation, role: str, data: _Data, seed: int) -> nn.Module:
+    name = settings.student if role == "student" else settings.teacher
+    return _create(name, role, data.train.images.shape[1], data.train.num_classes, seed).to(data.test_images.device)
+
+
+def _load(settings: Distillation, device: torch.device) -> _Data:
+    train, test = prepare(settings.data, settings.training.seed)
+    test = test.to(device)
+    return _Data(train.to(device), test.normalised(), test.target)
+
+
+def _teacher(
+    settings: Distillation, folder: Path, data: _Data, process: Process, show: Show
+) -> tuple[nn.Module, float]:
+    """Trained, or read: its weights from a file of the user's, or from the folder."""
+    network = _network(settings, "teacher", data, TEACHERS + settings.training.seed)
+    if settings.teacher_weights is not None:
+        _read_weights(network, settings.teacher_weights)
+        return network, evaluator(data.test_images, data.test_target)(network)["test_accuracy"]
+    own = settings.of_teacher()
+    folder = folder / f"teacher-{own.student}-{own.digest()}"
+    done = read_result(own, folder)
+    if done is None:
+        accuracy = _train(own, folder, data, None, process, show, TEACHERS + settings.training.seed)
+        done = Result(accuracy, None)
+        _write_result(own, folder, done, process)
+    _read_weights(network, folder / WEIGHTS)
+    return network, done.accuracy
+
+
+def _train(
+    settings: Distillation,
+    folder: Path,
+    data: _Data,
+    teacher: nn.Module | None,
+    process: Process,
+    show: Show,
+    weights_seed: int | None = None,
+) -> float:
+    """Test accuracy after the last epoch; the weights are in the folder then."""
+    seed = settings.training.seed if weights_seed is None else weights_seed
+    first = _network(settings, "student", data, seed)
+    method = make_method(settings, *(() if teacher is None else (first, teacher, data.test_images[:2])))
+    # the networks of an online method differ; the first is the one that every other method would train
+    student = method.student_from(
+        lambda i: first if i == 0 else _network(settings, "student", data, seed + i * (TEACHERS << 1))
+    )
+    objective = Objective(method, student, teacher).to(process.device)
+    batches = Batches(
+        data.train,
+        settings.batch_size,
+        seed=settings.training.seed,
+        padding=None if settings.augment else 0,
+        flip=None if settings.augment else False,
+        rank=process.rank,
+        world_size=process.world_size,
+    )
+    trainer = Trainer(
+        objective,
+        batches,
+        settings.training,
+        evaluate=evaluator(data.test_images, data.test_target),
+        folder=folder,
+        show=show,
+    )
+    return float(trainer.fit(resume="auto")[-1]["test_accuracy"])
+
+
+def _read_weights(network: nn.Module, path: Path) -> None:
+    """A state dict, whole or under ``model``, ``state_dict`` or ``net``, as checkpoints of others have it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"fastkd: there are no weights {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever pickle and torch make of a damaged file
+        raise ValueError(f"fastkd: the weights {path} cannot be read: {str(error).splitlines()[0]}") from None
+    for key in ("model", "state_dict", "net"):
+        state = state.get(key, state) if isinstance(state, dict) else state
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        what = " ".join(str(error).split())[:300]
+        raise ValueError(f"fastkd: the weights {path} are not of this {type(network).__name__}: {what}") from None

@@ -1,0 +1,111 @@
+"""The zoo's results as a table, beside the published figures, and as a figure."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from fastkd.methods.registry import NAMES
+from fastkd.studies.zoo import SETTINGS, Accuracies
+
+__all__ = ["markdown", "save", "summary"]
+
+BLUE, INK, GREY = "#0b6fb8", "#22303c", "#8a949e"
+
+
+def save(folder: Path, accuracies: Accuracies, teachers: Accuracies, about: Mapping[str, Any]) -> list[Path]:
+    """Writes ``results.json`` (each run), ``table.md`` and ``accuracy.png``.
+
+    Args:
+        teachers: of the runs' teachers.
+        about: what was run, for the JSON; ``student`` and ``command`` are shown.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {**about, "accuracies": accuracies, "teachers": teachers}
+    (folder / "results.json").write_text(json.dumps(document, indent=1, default=str) + "\n")
+    (folder / "table.md").write_text(markdown(accuracies, teachers, about))
+    _figure(accuracies, teachers).savefig(folder / "accuracy.png")
+    return [folder / name for name in ("table.md", "accuracy.png", "results.json")]
+
+
+def summary(seeds: Mapping[int, float]) -> str:
+    """Mean and standard deviation in %."""
+    values = [100 * value for value in seeds.values()]
+    mean = f"{statistics.fmean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def markdown(accuracies: Accuracies, teachers: Accuracies, about: Mapping[str, Any]) -> str:
+    """A table for each setting: ours, the difference to our baseline, and the paper's."""
+    lines = [f"{about['what']}", "", f"`{about['command']}`", ""]
+    for setting, methods in accuracies.items():
+        published = SETTINGS[setting].published(about["student"])
+        lines += [
+            f"## {setting}",
+            "",
+            "| method | test accuracy, % | to the baseline | seeds | published |",
+            "|---|---|---|---|---|",
+        ]
+        for method in sorted(methods, key=NAMES.index):
+            seeds = methods[method]
+            theirs = published.get(method)
+            lines.append(
+                f"| {method} | {summary(seeds)} | {_gain(seeds, methods.get('baseline', {}))} | {len(seeds)} | "
+                + (f"{theirs.mean:.2f} ± {theirs.std:.2f} |" if theirs else "|")
+            )
+        lines += [
+            f"| the teacher, {name} | {summary(seeds)} | | {len(seeds)} | |"
+            for name, seeds in teachers.get(setting, {}).items()
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _gain(seeds: Mapping[int, float], baseline: Mapping[int, float]) -> str:
+    """Mean of the differences, seed by seed, and their standard error: the seeds share data, labels and first weights."""
+    gains = [100 * (seeds[seed] - baseline[seed]) for seed in seeds if seed in baseline]
+    if not gains or seeds is baseline:
+        return ""
+    mean = f"{statistics.fmean(gains):+.2f}"
+    return f"{mean} ± {statistics.stdev(gains) / len(gains) ** 0.5:.2f}" if len(gains) > 1 else mean
+
+
+def _figure(accuracies: Accuracies, teachers: Accuracies) -> Figure:
+    """A panel for each setting: a bar from the baseline's mean to the method's, a dot for each seed."""
+    columns = min(4, len(accuracies))
+    rows = -(-len(accuracies) // columns)
+    figure = Figure(figsize=(1.2 + 3.3 * columns, 0.5 + 3.5 * rows), dpi=130, layout=ConstrainedLayoutEngine())
+    FigureCanvasAgg(figure)
+    for i, (setting, methods) in enumerate(accuracies.items()):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        _panel(axes, setting, methods, teachers.get(setting, {}))
+    return figure
+
+
+def _panel(
+    axes: Axes, setting: str, methods: dict[str, dict[int, float]], teachers: dict[str, dict[int, float]]
+) -> None:
+    names = sorted(methods, key=NAMES.index, reverse=True)
+    start = 100 * statistics.fmean(methods["baseline"].values()) if "baseline" in methods else 0.0
+    for place, name in enumerate(names):
+        values = [100 * value for value in methods[name].values()]
+        mean = statistics.fmean(values)
+        axes.barh(place, mean - start, left=start, height=0.6, color=BLUE if mean >= start else GREY, alpha=0.8)
+        axes.plot(values, [place] * len(values), ".", color=INK, markersize=4)
+    axes.axvline(start, color=INK, linewidth=1)
+    for seeds in teachers.values():
+        axes.axvline(100 * statistics.fmean(seeds.values()), color=GREY, linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_title(setting, fontsize=10, loc="left", color=INK)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel("test accuracy, % (dashed: the teacher)", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.06)
