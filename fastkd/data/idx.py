@@ -59,8 +59,8 @@ def read_idx(path: str | Path) -> Tensor:
             raise ValueError(f"fastkd: {path} is broken: not whole gzip ({error})") from None
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != UBYTE:
         raise ValueError(
-            f"fastkd: {path} starts with {content[:4].hex() or 'nothing'}, must with 000008 and the number of dimensions, "
-            "as IDX files of bytes do"
+            f"fastkd: {path} starts with {content[:4].hex() or 'nothing'}, must start with 000008 and the number of "
+            "dimensions, as IDX files of bytes do"
         )
     start = 4 + 4 * content[3]
     if len(content) < start:

@@ -83,8 +83,19 @@ class ImageSet:
         return replace(self, images=self.images.to(device), target=self.target.to(device))
 
     def subset(self, indices: Tensor | Sequence[int]) -> ImageSet:
-        """Some of the images, in this order: int64 ``[n]`` or a list of indices, or a bool mask ``[N]``."""
+        """Some of the images, in this order: indices ``[n]``, a list or a tensor of ints in [0, N), or a bool mask ``[N]``."""
         chosen = torch.as_tensor(indices, device=self.device)
+        if chosen.dtype == torch.bool and chosen.shape == self.target.shape:
+            chosen = chosen.nonzero().flatten()
+        elif chosen.dim() != 1 or (chosen.numel() and (chosen.dtype == torch.bool or chosen.is_floating_point())):
+            raise ValueError(
+                f"fastkd: indices is {chosen.dtype} {tuple(chosen.shape)}, must be ints [n] or a mask ({len(self)},)"
+            )
+        chosen = chosen.long()
+        if chosen.numel() and not (int(chosen.min()) >= 0 and int(chosen.max()) < len(self)):
+            raise ValueError(
+                f"fastkd: indices go from {int(chosen.min())} to {int(chosen.max())}, must be in [0, {len(self)})"
+            )
         return replace(self, images=self.images[chosen], target=self.target[chosen])
 
     def with_target(self, target: Tensor) -> ImageSet:

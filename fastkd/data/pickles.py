@@ -1,4 +1,8 @@
-"""Pickles of arrays, read without running what they name: a pickle may call any function it likes."""
+"""Pickles of arrays, read without running what they name: a pickle may call any function it likes.
+
+numpy's own functions are not called either: the states of arrays and dtypes in a pickle are taken as they are there, so
+that a changed flag reaches freed memory.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,30 @@ from fastkd.data.files import read_bytes
 __all__ = ["load_pickle"]
 
 
+class _Dtype:
+    """Stands for ``numpy.dtype(code, align, copy)`` and the state that is set on it."""
+
+    def __init__(self, code: str, align: object, copy: object) -> None:
+        self.dtype = np.dtype(code)
+        if self.dtype.kind not in "biuf":
+            raise pickle.UnpicklingError(f"an array of {self.dtype}")
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands for an array, of which the pickle gives shape, dtype, order and bytes as a state."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.array: np.ndarray[Any, Any] | None = None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, kind, fortran, content = state
+        content = content.encode("latin1") if isinstance(content, str) else content  # that of Python 2
+        self.array = np.frombuffer(content, kind.dtype).reshape(shape, order="F" if fortran else "C").copy()
+
+
 def _encode(text: str, encoding: str) -> bytes:
     """The bytes of an array, which Python 3 writes as text where it keeps to protocol 2."""
     if encoding != "latin1":
@@ -22,12 +50,11 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 _ALLOWED = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,  # since numpy 2
     ("_codecs", "encode"): _encode,
-    # its module has moved, and warns at the old place, which old files name
-    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-    ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
 }
 
 
@@ -35,7 +62,7 @@ class _ForbiddenError(Exception):
     """The pickle names something that no array needs."""
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # the one in C reserves as much memory as a broken file says
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _ALLOWED[module, name]
@@ -44,7 +71,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load_pickle(path: Path) -> Any:
-    """What the file holds, of dicts, lists, numbers, text, bytes and numpy arrays. Text of Python 2 is read as latin-1.
+    """What the file holds, of dicts, lists, numbers, text, bytes and arrays of numbers (of pickle's protocols 0 to 4).
+
+    Text of Python 2 is read as latin-1.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -52,10 +81,20 @@ def load_pickle(path: Path) -> Any:
     """
     content = read_bytes(path)
     try:
-        return _Unpickler(io.BytesIO(content), encoding="latin1").load()
+        return _with_arrays(_Unpickler(io.BytesIO(content), encoding="latin1").load())
     except _ForbiddenError as name:
         raise ValueError(
             f"fastkd: {path} names {name}, which was not run: only arrays, numbers, text, lists and dicts are read"
         ) from None
     except Exception as error:  # broken pickles raise nearly anything
         raise ValueError(f"fastkd: {path} is broken: no whole pickle ({error})") from None
+
+
+def _with_arrays(value: Any) -> Any:
+    if isinstance(value, _Array):
+        return value.array
+    if isinstance(value, dict):
+        return {key: _with_arrays(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_with_arrays, value))
+    return value

@@ -1,0 +1,216 @@
+"""Label noise and class imbalance: exact counts, where the labels go, independence, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastkd.data.labels import CIFAR10_CONFUSIONS, asymmetric_noise, imbalanced, power_law_counts, symmetric_noise
+from fastkd.data.seeds import mixed_seed
+
+pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
+
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def labels(count: int = 10_000, num_classes: int = 10) -> Tensor:
+    return torch.arange(count) % num_classes
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(0.0, 0), (0.2, 2001), (0.25, 2501), (0.6, 6002), (1.0, 10_003)])
+def test_symmetric_noise_changes_the_share_exactly(rate: float, expected: int) -> None:
+    target = labels(10_003)
+    noisy, changed = symmetric_noise(target, rate, 10, seed=0)
+    assert int(changed.sum()) == expected
+    assert torch.equal(noisy != target, changed)
+    assert noisy.dtype == torch.int64
+    assert (int(noisy.min()), int(noisy.max())) == (0, 9)
+
+
+def test_symmetric_noise_is_uniform_over_the_others() -> None:
+    """Each of 9 x 10 changes 600 times in expectation: five standard deviations are 120."""
+    target = labels(90_000)
+    noisy, changed = symmetric_noise(target, 0.6, 10, seed=1)
+    table = torch.bincount(target[changed] * 10 + noisy[changed], minlength=100).reshape(10, 10)
+    assert bool((table.diagonal() == 0).all())
+    others = table[~torch.eye(10, dtype=torch.bool)]
+    assert bool(((others - 600).abs() < 120).all())
+    assert float(others.double().std()) == pytest.approx(600**0.5, rel=0.35)
+
+
+def test_symmetric_noise_of_two_classes() -> None:
+    target = labels(100, 2)
+    assert torch.equal(symmetric_noise(target, 1.0, 2, seed=0)[0], 1 - target)
+
+
+def test_asymmetric_noise_of_cifar10() -> None:
+    names = {CIFAR10[a]: CIFAR10[b] for a, b in CIFAR10_CONFUSIONS.items()}
+    assert names == {"truck": "automobile", "bird": "airplane", "deer": "horse", "cat": "dog", "dog": "cat"}
+    target = labels(1005)  # 101 of the classes 0 to 4, 100 of the others
+    noisy, changed = asymmetric_noise(target, 0.4, 10, seed=0, mapping=CIFAR10_CONFUSIONS)
+    assert torch.equal(noisy != target, changed)
+    assert target[changed].bincount(minlength=10).tolist() == [0, 0, 40, 40, 40, 40, 0, 0, 0, 40]
+    assert all(
+        CIFAR10_CONFUSIONS[a] == b for a, b in zip(target[changed].tolist(), noisy[changed].tolist(), strict=True)
+    )
+
+
+def test_asymmetric_noise_takes_the_next_class() -> None:
+    target = labels(1000, 100)
+    noisy, changed = asymmetric_noise(target, 0.3, 100, seed=0)
+    assert torch.equal(noisy, torch.where(changed, (target + 1) % 100, target))
+    assert target[changed].bincount(minlength=100).tolist() == [3] * 100
+
+
+@pytest.mark.parametrize("noise", [symmetric_noise, asymmetric_noise])
+def test_noise_depends_on_the_seed_alone(noise: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    target = labels()
+    before, state = target.clone(), torch.random.get_rng_state()
+    a, again, b = (noise(target, 0.3, 10, seed=seed) for seed in (5, 5, 6))
+    assert torch.equal(a[0], again[0])
+    assert torch.equal(a[1], again[1])
+    assert float((a[1] & b[1]).double().mean()) == pytest.approx(0.09, abs=0.015)  # independent
+    assert torch.equal(target, before)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_noise_of_one_seed_is_not_the_imbalance_of_it() -> None:
+    target = labels()
+    kept = torch.zeros(len(target), dtype=torch.bool)
+    kept[imbalanced(target, [500] * 10, seed=0)] = True
+    changed = symmetric_noise(target, 0.5, 10, seed=0)[1]
+    assert float((kept & changed).double().mean()) == pytest.approx(0.25, abs=0.02)
+
+
+def test_no_labels() -> None:
+    for noise in (symmetric_noise, asymmetric_noise):
+        noisy, changed = noise(torch.empty(0, dtype=torch.int64), 0.5, 10, seed=0)
+        assert noisy.shape == changed.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("target", "rate", "num_classes", "message"),
+    [
+        (labels(), -0.1, 10, r"rate is -0.1, must be in \[0, 1\]"),
+        (labels(), 1.1, 10, r"rate is 1.1, must be in \[0, 1\]"),
+        (labels(), float("nan"), 10, r"rate is nan, must be in \[0, 1\]"),
+        (labels(), 0.1, 1, "num_classes is 1, must be at least 2"),
+        (labels(), 0.1, 8, r"target\[8\] is 8, must be in \[0, 8\): there are 8 classes"),
+        (torch.tensor([0, 1, -1, 9]), 0.1, 8, r"target\[2\] is -1, must be in \[0, 8\)"),
+        (labels().float(), 0.1, 10, "target is torch.float32, must be int64"),
+        (labels()[None], 0.1, 10, r"target has shape \(1, 10000\), must be \[N\]"),
+    ],
+)
+@pytest.mark.parametrize("noise", [symmetric_noise, asymmetric_noise])
+def test_noise_errors(
+    noise: Callable[..., object], target: Tensor, rate: float, num_classes: int, message: str
+) -> None:
+    with pytest.raises((ValueError, TypeError), match="fastkd: " + message):
+        noise(target, rate, num_classes, seed=0)
+
+
+@pytest.mark.parametrize("mapping", [{1: 1}, {10: 1}, {1: 10}, {-1: 1}, {0: 1, 2: -1}])
+def test_mapping_errors(mapping: Mapping[int, int]) -> None:
+    source, other = list(mapping.items())[-1]
+    message = rf"mapping has {source}: {other}, must have two different classes in \[0, 10\)"
+    with pytest.raises(ValueError, match=message):
+        asymmetric_noise(labels(), 0.1, 10, seed=0, mapping=mapping)
+
+
+def test_power_law_by_hand() -> None:
+    """gamma 1, 4 classes from 10 to 100: b = (10 - 25) / 90 = -1/6, a = 25/3, n_2 = a / (1/2 - 1/6) = 25, n_3 = 50."""
+    assert power_law_counts(4, 1.0, 100, 10) == [10, 25, 50, 100]
+
+
+@pytest.mark.parametrize(("gamma", "total"), [(0.2, 15_207), (0.6, 18_033), (1.0, 21_455), (2.0, 30_700)])
+def test_power_law_of_the_study(gamma: float, total: int) -> None:
+    counts = power_law_counts(10, gamma, 5000, 250)
+    assert (counts[0], counts[-1], len(counts)) == (250, 5000, 10)
+    assert counts == sorted(counts)
+    assert sum(counts) == total
+    # the law: 1 / n_c is an affine function of c^-gamma
+    slope = (1 / counts[0] - 1 / counts[-1]) / (1 - 10**-gamma)
+    for c, count in enumerate(counts, start=1):
+        assert count == pytest.approx(1 / (1 / counts[-1] + slope * (c**-gamma - 10**-gamma)), abs=0.5 + 1e-9)
+
+
+def test_power_law_grows_with_gamma() -> None:
+    """The smaller gamma, the more imbalanced; large ones leave the first class alone behind."""
+    tables = [power_law_counts(100, gamma, 500, 25) for gamma in (0.01, 0.2, 0.6, 1.0, 2.0, 30.0)]
+    for smaller, larger in pairwise(tables):
+        assert all(a <= b for a, b in zip(smaller, larger, strict=True))
+        assert sum(smaller) < sum(larger)
+    assert tables[-1] == [25] + [500] * 99
+    assert all(table == sorted(table) for table in tables)
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "largest", "smallest", "expected"),
+    [(3, 7, 7, [7, 7, 7]), (1, 7, 7, [7]), (2, 9, 1, [1, 9])],
+)
+def test_power_law_of_few(num_classes: int, largest: int, smallest: int, expected: list[int]) -> None:
+    assert power_law_counts(num_classes, 0.5, largest, smallest) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "gamma", "largest", "smallest", "message"),
+    [
+        (10, 0.0, 10, 1, "gamma is 0.0, must be positive and finite"),
+        (10, -1.0, 10, 1, "gamma is -1.0, must be positive and finite"),
+        (10, float("nan"), 10, 1, "gamma is nan, must be positive and finite"),
+        (10, float("inf"), 10, 1, "gamma is inf, must be positive and finite"),
+        (10, 1.0, 10, 11, r"smallest is 11, must be in \[1, 10\], at most largest"),
+        (10, 1.0, 10, 0, r"smallest is 0, must be in \[1, 10\], at most largest"),
+        (1, 1.0, 10, 5, "num_classes is 1, must be at least 2 for sizes from 5 to 10"),
+        (0, 1.0, 5, 5, "num_classes is 0, must be at least 1 for sizes from 5 to 5"),
+    ],
+)
+def test_power_law_errors(num_classes: int, gamma: float, largest: int, smallest: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        power_law_counts(num_classes, gamma, largest, smallest)
+
+
+def test_imbalanced_keeps_the_counts() -> None:
+    target = labels().flip(0)
+    counts = power_law_counts(10, 0.6, 1000, 50)
+    kept = imbalanced(target, counts, seed=0)
+    assert target[kept].bincount(minlength=10).tolist() == counts
+    assert kept.dtype == torch.int64
+    assert torch.equal(kept, kept.unique())  # ascending, none twice
+    assert torch.equal(kept, imbalanced(target, counts, seed=0))
+    assert not torch.equal(kept, imbalanced(target, counts, seed=1))
+
+
+def test_imbalanced_with_empty_classes() -> None:
+    target = labels(30, 3)
+    assert target[imbalanced(target, [0, 10, 1], seed=0)].bincount(minlength=3).tolist() == [0, 10, 1]
+    assert torch.equal(imbalanced(target, [10, 10, 10], seed=0), torch.arange(30))
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ([10, 11, 10], r"counts\[1\] is 11, must be in \[0, 10\]: the samples of class 1"),
+        ([10, 10, -1], r"counts\[2\] is -1, must be in \[0, 10\]"),
+        ([10, 10], r"target\[2\] is 2, must be in \[0, 2\): there are 2 classes"),
+        ([10, 10, 10, 1], r"counts\[3\] is 1, must be in \[0, 0\]: the samples of class 3"),
+    ],
+)
+def test_imbalanced_errors(counts: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        imbalanced(labels(30, 3), counts, seed=0)
+
+
+def test_seeds_are_mixed() -> None:
+    """Neither sums, nor concatenated digits, nor trailing zeros, nor purposes give the same seed."""
+    different = [(0, 1), (1, 0), (1, 1), (11,), (1,), (0,), (1, 0, 0), (2**32, 0), (0, 2**32), (-1, 0), (0, -1), ()]
+    seeds = {mixed_seed(purpose, *numbers) for numbers in different for purpose in ("order", "crops")}
+    assert len(seeds) == 2 * len(different)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert mixed_seed("order", 1, 2) == mixed_seed("order", 1, 2)
+    bits = torch.tensor([[mixed_seed("order", i) >> bit & 1 for bit in range(63)] for i in range(2000)]).double()
+    assert bool(((bits.mean(0) - 0.5).abs() < 0.06).all())  # five standard deviations

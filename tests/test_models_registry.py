@@ -1,0 +1,237 @@
+"""Networks by name, torchvision's through a stand-in for it, and the layers that methods look into."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from fastkd.models import FeatureLayers, create, feature_layers, names
+from fastkd.models.convnet import ConvNet
+from fastkd.models.resnet import ResNet, resnet
+from fastkd.models.wide_resnet import WideResNet, wide_resnet
+
+pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
+
+
+class TheirResNet(nn.Module):
+    """The top level of torchvision's ResNet, with one convolution a stage."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.layer1, self.layer2, self.layer3, self.layer4 = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(4))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.fc(self.avgpool(self.layer4(self.layer3(self.layer2(self.layer1(x))))).flatten(1))
+
+
+@pytest.fixture
+def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in that has two networks."""
+    makers = {
+        "resnet18": TheirResNet,
+        "resnet50": TheirResNet,
+        "resnet8": TheirResNet,
+        "linear": lambda num_classes: nn.Linear(9, num_classes),
+    }
+    package, models = ModuleType("torchvision"), ModuleType("torchvision.models")
+    models.list_models = lambda module=None: sorted(makers) if module is models else [*makers, "fcn_resnet50"]  # type: ignore[attr-defined]
+    models.get_model = lambda name, *, weights, num_classes: makers[name](num_classes=num_classes)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchvision", package)
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision as it is where it was built for another torch: its import raises RuntimeError."""
+
+    class Finder:
+        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+            if name.startswith("torchvision"):
+                raise RuntimeError("operator torchvision::nms does not exist\nand more")
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+
+
+@pytest.fixture
+def absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.delitem(sys.modules, "torchvision.models", raising=False)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in names() if not name.startswith("torchvision/") and name != "wrn-28-10"]
+)
+def test_own_names(name: str) -> None:
+    with torch.device("meta"):
+        model = create(name, in_channels=1, num_classes=7)
+    kind = ResNet if name.startswith("resnet") else WideResNet
+    assert isinstance(model, kind)
+    layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and "downsample" not in n]
+    depth = int(name.removeprefix("resnet") if kind is ResNet else name.split("-")[1])
+    assert len(layers) == (depth if kind is ResNet else depth - 2)
+    assert model.conv1.in_channels == 1
+    assert model.fc.out_features == 7
+    if kind is WideResNet:
+        assert model.fc.in_features == 64 * int(name.split("-")[2])
+
+
+def test_seed_and_case() -> None:
+    expected = resnet(8, seed=5).state_dict()
+    for key, value in create("ResNet8", seed=5).state_dict().items():
+        assert torch.equal(value, expected[key])
+    wide = wide_resnet(10, 1, seed=5).state_dict()
+    assert torch.equal(create("WRN-10-1", seed=5).state_dict()["conv1.weight"], wide["conv1.weight"])
+
+
+def test_unusual_depth_is_taken() -> None:
+    with torch.device("meta"):
+        assert len(create("resnet38").layer1) == 6
+        assert len(create("wrn-34-3").layer1) == 5
+
+
+@pytest.mark.usefixtures("torchvision")
+@pytest.mark.parametrize("name", ["resnet18", "torchvision/resnet18", "resnet50", "Torchvision/resnet8"])
+def test_torchvision(name: str) -> None:
+    """resnet50, a depth of ours, means the one that everybody knows by that name."""
+    state = torch.random.get_rng_state()
+    model = create(name, num_classes=7, seed=3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert isinstance(model, TheirResNet)
+    assert model.fc.out_features == 7
+    assert torch.equal(model.conv1.weight, create(name, seed=3).conv1.weight)
+    assert not torch.equal(model.conv1.weight, create(name, seed=4).conv1.weight)
+
+
+@pytest.mark.usefixtures("torchvision")
+def test_torchvision_with_other_channels() -> None:
+    model = create("resnet18", in_channels=1)
+    assert model.conv1.weight.shape == (8, 1, 7, 7)
+    assert model.conv1.bias is None
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 10)
+    assert torch.equal(model.conv1.weight, create("resnet18", in_channels=1).conv1.weight)
+    with pytest.raises(ValueError, match="in_channels is 1, must be 3: Linear has no convolution to replace"):
+        create("linear", in_channels=1)
+
+
+@pytest.mark.usefixtures("torchvision")
+def test_own_name_comes_first() -> None:
+    assert isinstance(create("resnet8"), ResNet)
+
+
+@pytest.mark.usefixtures("torchvision")
+def test_only_classification_networks() -> None:
+    with pytest.raises(ValueError, match="'torchvision/fcn_resnet50' is unknown, did you mean torchvision/resnet50"):
+        create("torchvision/fcn_resnet50")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("resnet9", "resnet8"),
+        ("resnet-20", "resnet20"),
+        ("wrn_16_2", "wrn-16-2"),
+        ("wrn-16-0", "wrn-16-1"),
+        ("wrn-17-2", "wrn-16-2"),
+        ("resnet2", "resnet20"),
+    ],
+)
+@pytest.mark.parametrize("having", ["torchvision", "broken", "absent"])
+def test_unknown_name(name: str, nearest: str, having: str, request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue(having)
+    with pytest.raises(
+        ValueError, match=rf"fastkd: name '{name}' is unknown, did you mean .*{nearest}.*depths are"
+    ) as error:
+        create(name)
+    why = {
+        "torchvision": "6 n + 2)",
+        "broken": "are taken, too, does not load)",
+        "absent": "are taken, too, is not installed)",
+    }
+    assert str(error.value).endswith(why[having])
+
+
+@pytest.mark.usefixtures("absent")
+def test_name_like_none_lists_all() -> None:
+    with pytest.raises(ValueError, match=r"name 'xyzzy' is unknown, must be one of resnet8, resnet14, .*resnet152"):
+        create("xyzzy")
+
+
+@pytest.mark.usefixtures("broken")
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "torchvision/vgg11"])
+def test_torchvision_that_does_not_load(name: str) -> None:
+    message = (
+        rf"name '{name}' is a network of torchvision, which does not load: operator torchvision::nms does not exist$"
+    )
+    with pytest.raises(ImportError, match=message):
+        create(name)
+
+
+@pytest.mark.usefixtures("absent")
+def test_torchvision_that_is_not_there() -> None:
+    with pytest.raises(ImportError, match="name 'resnet34' is a network of torchvision, which is not installed"):
+        create("resnet34")
+
+
+def test_names_are_those_of_help_texts() -> None:
+    assert {"resnet8", "resnet26", "wrn-16-2", "wrn-40-2", "torchvision/resnet18"} <= set(names())
+    assert len(set(names())) == len(names())
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (resnet(8), FeatureLayers("relu", ("layer1", "layer2", "layer3"), "avgpool")),
+        (wide_resnet(10, 1), FeatureLayers("conv1", ("layer1", "layer2", "relu"), "avgpool")),
+        (TheirResNet(10), FeatureLayers("maxpool", ("layer1", "layer2", "layer3", "layer4"), "avgpool")),
+    ],
+    ids=["resnet", "wide", "torchvision"],
+)
+def test_feature_layers(model: nn.Module, expected: FeatureLayers) -> None:
+    """Each is called once, in this order, and what it returned is not written to afterwards."""
+    assert feature_layers(model) == expected
+    seen: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+    for name in (expected.stem, *expected.stages, expected.embedding):
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, name=name: seen.append((name, output, output.detach().clone()))
+        )
+    model.eval()(torch.randn(2, 3, 32, 32))
+    assert [name for name, _, _ in seen] == [expected.stem, *expected.stages, expected.embedding]
+    assert all(torch.equal(output, copy) for _, output, copy in seen)
+    assert seen[-1][1].shape[2:] == (1, 1)
+    assert bool((seen[-1][1] == seen[-2][1].mean((2, 3), keepdim=True)).all()) or torch.allclose(
+        seen[-1][1], seen[-2][1].mean((2, 3), keepdim=True), atol=1e-6
+    )
+
+
+def test_declared_feature_layers() -> None:
+    model = ConvNet([4, 8])
+    model.feature_layers = ("features.0", ["features.3", "features.7"], "features.8")  # type: ignore[assignment]
+    assert feature_layers(model) == FeatureLayers("features.0", ("features.3", "features.7"), "features.8")
+    model.feature_layers = ("features.0", ("features.77",), "features.8")  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"model declares the feature layer 'features.77', which is no module of it"):
+        feature_layers(model)
+
+
+def test_unknown_feature_layers() -> None:
+    with pytest.raises(ValueError, match=r"model is a ConvNet.* by hand, .*: its modules are features, classifier$"):
+        feature_layers(ConvNet([4, 8]))
+    with pytest.raises(ValueError, match=r"model is a ReLU.*: its modules are none$"):
+        feature_layers(nn.ReLU())
+    for missing in ("layer1", "avgpool"):
+        model = TheirResNet(10)
+        delattr(model, missing)
+        with pytest.raises(ValueError, match="its modules are conv1"):
+            feature_layers(model)
