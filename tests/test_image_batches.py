@@ -127,14 +127,13 @@ def test_epochs_of_one_object_are_independent() -> None:
 
 
 def test_seed_and_epoch_change_order_and_crops() -> None:
-    data = image_set(flip=True)
-    runs = [epoch(Batches(data, 50, seed=seed), number)[0] for seed, number in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    """By chance a crop is at the same one of 81 places. The images are the same: a view tells its place alone."""
+    data = image_set().subset([7] * 50)
+    runs = [epoch(Batches(data, 50, seed=seed), number)[0] for seed, number in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2))]
     for i, (views, _, indices) in enumerate(runs):
-        places = (pixels(views)[indices.argsort()] == 0).flatten(1)
         for other_views, _, other_indices in runs[:i]:
             assert not torch.equal(indices, other_indices)
-            other = (pixels(other_views)[other_indices.argsort()] == 0).flatten(1)
-            assert float((places == other).all(1).double().mean()) < 0.3  # by chance one of 81 places
+            assert float((views == other_views).flatten(1).all(1).double().mean()) < 0.3
 
 
 def test_batches_of_an_epoch_have_different_crops() -> None:

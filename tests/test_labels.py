@@ -78,14 +78,6 @@ def test_noise_depends_on_the_seed_alone(noise: Callable[..., tuple[Tensor, Tens
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_noise_of_one_seed_is_not_the_imbalance_of_it() -> None:
-    target = labels()
-    kept = torch.zeros(len(target), dtype=torch.bool)
-    kept[imbalanced(target, [500] * 10, seed=0)] = True
-    changed = symmetric_noise(target, 0.5, 10, seed=0)[1]
-    assert float((kept & changed).double().mean()) == pytest.approx(0.25, abs=0.02)
-
-
 def test_no_labels() -> None:
     for noise in (symmetric_noise, asymmetric_noise):
         noisy, changed = noise(torch.empty(0, dtype=torch.int64), 0.5, 10, seed=0)
