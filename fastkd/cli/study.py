@@ -35,7 +35,7 @@ class Zoo(Networks):
     settings: tuple[str, ...] = tuple(zoo.SETTINGS)
     """clean, noise-<share of wrong labels> or imbalance-<gamma>, as in the paper."""
     seeds: int = 3
-    """Runs of each, with seeds 0, 1, ...; 5 in the paper. Without effect: --seed, --label-noise, --imbalance."""
+    """Runs of each, with seeds 0, 1, ...; 5 in the paper."""
     jobs: int = 1
     """Runs side by side, each a process; on a CPU they share its threads."""
     output: Path = Path("fastkd-zoo")
@@ -50,6 +50,13 @@ class Zoo(Networks):
         for name, least in (("seeds", 1), ("jobs", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name} is {getattr(self, name)}, must be {least} or more")
+        for option, without_effect, instead in (
+            ("seed", self.training.seed != 0, "--seeds says how many"),
+            ("label-noise", self.data.label_noise != 0.0, f"--settings noise-{self.data.label_noise:g}"),
+            ("imbalance", self.data.imbalance != 0.0, f"--settings imbalance-{self.data.imbalance:g}"),
+        ):
+            if without_effect:
+                raise UsageError(f"--{option} has no effect here: {instead}")
         check_writable("--output", self.output, self.output / "table.md")
         device = torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
         with usage_errors():

@@ -1,0 +1,174 @@
+"""``fastkd distill`` and ``fastkd study``: options, files of options, and what they say when something is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastkd.__main__ import main
+from fastkd.cli._config import expand
+from fastkd.cli._errors import UsageError
+from fastkd.cli.study import Zoo, _options
+
+pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
+
+TINY = ["--data", "digits", "--train-size", "100", "--test-size", "40", "--batch-size", "50"]
+TINY += ["--teacher", "resnet8", "--epochs", "1", "--learning-rate", "0.02", "--device", "cpu"]
+
+
+def test_distill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "made"
+    assert main(["distill", *TINY, "--method", "at", "--output", str(output)]) == 0
+    shown = capsys.readouterr().out
+    result = json.loads((output / "result.json").read_text())
+    (student,) = (line.split() for line in shown.splitlines() if line.startswith("student"))
+    assert student == ["student", "resnet8", "at", f"{100 * result['test_accuracy']:.2f}", "%"]
+    assert result["settings"]["method"] == "at"
+    assert main(["distill", *TINY, "--method", "sp", "--output", str(output)]) == 2
+    assert "is of other settings; choose another folder, or delete it" in capsys.readouterr().err
+
+
+def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["study", "zoo", *TINY, "--methods", "baseline", "hinton", "--settings", "clean", "noise-0.4"]
+    assert main([*command, "--seeds", "1", "--output", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "noise-0.4" in shown
+    table = (tmp_path / "table.md").read_text()
+    # the command in the table is the one to say again, without the folders of this machine
+    assert (
+        "`fastkd study zoo --teacher resnet8 --batch-size 50 --data digits --train-size 100 --test-size 40 --epochs 1 "
+        "--learning-rate 0.02 --methods baseline hinton --settings clean noise-0.4 --seeds 1`" in table
+    )
+    assert str(tmp_path) not in table + (tmp_path / "results.json").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"table.md", "results.json", "accuracy.png", "runs"}
+    assert main([*command, "--seeds", "1", "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "table.md").read_text() == table
+
+
+def test_command_of_all_options_in_other_than_default_is_complete() -> None:
+    options = _options(Zoo(seeds=5, augment=False, methods=("at",)), Zoo())
+    assert options == ["--no-augment", "--methods", "at", "--seeds", "5"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["distill", "--method", "hintn"], "fastkd distill: method 'hintn' is unknown, did you mean hinton"),
+        (["distill", *TINY, "--student", "resnet7"], "fastkd distill: student 'resnet7' is unknown"),
+        (["distill", *TINY, "--train-size", "7"], "train_size is 7, must be a multiple of the 10 classes"),
+        (["distill", *TINY, "--teacher-weights", "nowhere.pt"], "there are no weights nowhere.pt"),
+        (["distill", "--data", "cifar10", "--data-root", "nowhere"], "CIFAR10 is not there, looked for nowhere"),
+        (["distill", "--data", "cifer10"], "'cifer10' is unknown, did you mean cifar10"),
+        (["study", "zoo", "--methods", "rkd"], "method 'rkd' is unknown, did you mean rkd-d"),
+        (["study", "zoo", "--settings", "noise-0.3"], "setting 'noise-0.3' is unknown, did you mean noise-0"),
+        (["study", "zoo", "--seeds", "0"], "--seeds is 0, must be 1 or more"),
+        (["study", "zoo", "--label-noise", "0.4"], "--label-noise has no effect here: --settings noise-0.4"),
+        (["study", "zoo", "--seed", "4"], "--seed has no effect here: --seeds says how many"),
+        (["distill", "--config", "nowhere.toml"], "--config nowhere.toml cannot be read: No such file"),
+        (["distill", "--config"], "--config needs a file"),
+    ],
+)
+def test_what_is_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = [] if arguments[-1] == "--config" else ["--output", str(tmp_path)]
+    assert main([*arguments, *output]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not list(tmp_path.rglob("result*.json"))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--epochs", "0"], "epochs is 0, must be 1 or more"),
+        (["--label-noise", "1.5"], "label_noise is 1.5, must be"),
+        (["--epochz", "3"], "--epochs INT"),
+        (["--amp", "fp8"], "fp8"),
+    ],
+)
+def test_options_out_of_range(option: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["distill", *option])
+    assert ended.value.code == 2
+    captured = capsys.readouterr()
+    assert message in " ".join((captured.out + captured.err).replace("│", " ").split())
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, options in (
+        (
+            ["distill"],
+            ("--method", "--teacher", "--epochs", "--amp", "--label-noise", "--imbalance", "--ema", "--output"),
+        ),
+        (["study", "zoo"], ("--methods", "--settings", "--seeds", "--jobs", "--epochs", "--train-size")),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--help"])
+        assert ended.value.code == 0
+        shown = capsys.readouterr().out
+        assert all(option in shown for option in options)
+
+
+TOML = """
+method = "at"
+augment = false
+[training]
+epochs = 3
+milestones = [0.5, 0.75]
+"""
+YAML = """
+method: at
+augment: false
+training:
+  epochs: 3
+  milestones: [0.5, 0.75]
+"""
+OPTIONS = ["--method", "at", "--no-augment", "--epochs", "3", "--milestones", "0.5", "0.75"]
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.toml", TOML), ("a.yaml", YAML), ("a.yml", YAML)])
+def test_options_from_a_file(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    file = str(tmp_path / name)
+    assert expand(["distill", "--config", file, "--epochs", "7"]) == ["distill", *OPTIONS, "--epochs", "7"]
+    assert expand(["study", "zoo", "--epochs", "7", f"--config={file}"]) == ["study", "zoo", *OPTIONS, "--epochs", "7"]
+    assert expand(["info"]) == ["info"]
+
+
+def test_the_command_line_comes_before_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('method = "fsp"\nbatch_size = 25\n')
+    output = tmp_path / "made"
+    assert (
+        main(["distill", *TINY, "--config", str(tmp_path / "a.toml"), "--method", "baseline", "--output", str(output)])
+        == 0
+    )
+    settings = json.loads((output / "result.json").read_text())["settings"]
+    assert settings["method"] == "baseline"
+    assert settings["batch_size"] == 50
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.toml", "method = ", "a.toml is not TOML: "),
+        ("a.yaml", "[1, 2]", "a.yaml is not YAML: it is no mapping of names to values"),
+        ("a.yaml", "a: {b", "a.yaml is not YAML: "),
+        ("a.json", "{}", r"a.json, must be a name that ends in .toml, .yaml or .yml"),
+    ],
+)
+def test_files_of_options_that_are_none(name: str, text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=message):
+        expand(["distill", "--config", str(tmp_path / name)])
+
+
+def test_an_unknown_option_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.toml").write_text("epoch = 3\n")
+    with pytest.raises(SystemExit):
+        main(["distill", "--config", str(tmp_path / "a.toml")])
+    captured = capsys.readouterr()
+    assert "--epochs INT" in captured.out + captured.err
