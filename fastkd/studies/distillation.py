@@ -42,6 +42,8 @@ class Networks:
     """Images of a batch, in each process."""
     augment: bool = True
     """Random crops of the padded images, mirrored where that makes sense."""
+    padding: int | None = None
+    """Pixels of zeros that the crops may reach into; 4 for sides of 32 and 28 by default."""
     data: DataSettings = field(default_factory=DataSettings)
     """The images."""
     training: TrainingSettings = field(default_factory=TrainingSettings)
@@ -87,6 +89,7 @@ class Distillation(Networks):
             student=self.teacher,
             batch_size=self.batch_size,
             augment=self.augment,
+            padding=self.padding,
             data=self.data,
             training=training,
         )
@@ -249,7 +252,7 @@ def _train(
         data.train,
         settings.batch_size,
         seed=settings.training.seed,
-        padding=None if settings.augment else 0,
+        padding=settings.padding if settings.augment else 0,
         flip=None if settings.augment else False,
         rank=process.rank,
         world_size=process.world_size,
