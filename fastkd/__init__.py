@@ -4,7 +4,7 @@ from fastkd import functional, scores, statistics
 from fastkd._library import build_info
 from fastkd.batches import draw_batch
 from fastkd.functional import logit_stats
-from fastkd.losses import JSDivLoss, KDLoss, KLDivLoss
+from fastkd.losses import JSDivLoss, KDLoss, KLDivLoss, RelationLoss
 from fastkd.patches import crop_patches, random_crop_flip, random_patches
 from fastkd.samplers import CollectionBatchSampler, CollectionSampler
 from fastkd.sampling import AliasTable
@@ -18,6 +18,7 @@ __all__ = [
     "JSDivLoss",
     "KDLoss",
     "KLDivLoss",
+    "RelationLoss",
     "TwoGaussianMixture",
     "build_info",
     "crop_patches",

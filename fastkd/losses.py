@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from fastkd import functional
 from fastkd.functional import Direction, Reduction
 from fastkd.ops import divergence as _ops
+from fastkd.ops import relation as _relation_ops
 
-__all__ = ["JSDivLoss", "KDLoss", "KLDivLoss"]
+__all__ = ["JSDivLoss", "KDLoss", "KLDivLoss", "RelationLoss"]
 
 
 class _Loss(nn.Module):
@@ -151,3 +152,25 @@ class KDLoss(_Loss):
             f"temperature={self.temperature}, alpha={self.alpha}, reduction={self.reduction!r}, "
             f"direction={self.direction!r}"
         )
+
+
+class RelationLoss(nn.Module):
+    """Relational distillation of embeddings (RKD). Arguments as in :func:`fastkd.functional.relation_loss`.
+
+    >>> criterion = fastkd.RelationLoss(distance_weight=25.0, angle_weight=50.0)
+    >>> loss = task_loss + criterion(student_embedding, teacher_embedding)
+    """
+
+    def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0) -> None:
+        super().__init__()
+        _relation_ops.check_weight("distance_weight", distance_weight)
+        _relation_ops.check_weight("angle_weight", angle_weight)
+        self.distance_weight = distance_weight
+        self.angle_weight = angle_weight
+
+    def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
+        """The loss of embeddings ``[B, ...]``, of any number of features each."""
+        return functional.relation_loss(student_features, teacher_features, self.distance_weight, self.angle_weight)
+
+    def extra_repr(self) -> str:
+        return f"distance_weight={self.distance_weight}, angle_weight={self.angle_weight}"

@@ -85,6 +85,18 @@ FASTKD_INLINE V minimum(V a, V b) {
   return a < b ? a : b;
 }
 
+FASTKD_INLINE F64 square_root(F64 x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<F64>(_mm512_sqrt_pd(reinterpret_cast<__m512d>(x)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<F64>(_mm256_sqrt_pd(reinterpret_cast<__m256d>(x)));
+#else
+  F64 root;
+  for (int i = 0; i < kLanes<F64>; ++i) root[i] = __builtin_sqrt(x[i]);
+  return root;
+#endif
+}
+
 // Products of the low 32 bits of each 64-bit lane.
 FASTKD_INLINE U64 multiply_low(U64 a, U64 b) {
 #if defined(__AVX512F__)

@@ -1,0 +1,338 @@
+// Relational distillation on the CPU, compiled once for each instruction set. The maths: math.h.
+//
+// Mapping: each row of a matrix has one owner, which sums in a fixed order: the same bits for any number of threads.
+//   distances  4 x 2 pairs of points at a time in registers, over features widened to fp64: 2 operations a pair and feature
+//              on 6/8 of a load. Differences are taken before they are squared: equal points are at distance 0 exactly.
+//   triangles  i < j < k, a register of k at a time. The owner of row r takes those with i = r (sides ij and ik are its own)
+//              and those with j = r (side jk is): 47 and 36 operations a triangle, of which 2 x 11 are the cosines of student
+//              and teacher. That is half as much again as every triangle once, and takes no memory for partial sums.
+//   gradient   4 rows x 2 registers of columns: 2 operations a pair and feature.
+// Bound by arithmetic: B^3 / 6 * 83 operations against 4 B^2 numbers that stay in cache (B = 256: 232 MFLOP, 2 MB).
+#include "relation/kernel.h"
+
+#include "common/simd.h"
+#include "relation/math.h"
+
+namespace fastkd::FASTKD_ISA::relation {
+namespace {
+
+using namespace relation_math;
+using ::fastkd::relation::Features;
+using ::fastkd::relation::Kernels;
+using ::fastkd::relation::kPad;
+using ::fastkd::relation::kRowBlock;
+using ::fastkd::relation::Matrices;
+using ::fastkd::relation::Params;
+using ::fastkd::relation::RowSums;
+using ::fastkd::relation::Widened;
+
+constexpr int L = kLanes<F64>;
+static_assert(kPad % L == 0);
+
+FASTKD_INLINE int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+
+// ---- features -----------------------------------------------------------------------------------
+
+template <typename T>
+void widen_row(const T* from, int64_t count, double* out) {
+  constexpr int kWidth = kLanes<Vector<T>>;
+  int64_t i = 0;
+  for (; i < count; i += kWidth) {
+    const Vector<T> v = load_up_to(from + i, count - i, Scalar<T>(0));
+    if constexpr (std::is_same_v<T, double>) {
+      store(out + i, v);
+    } else {
+      F32Half half[2];
+      std::memcpy(half, &v, sizeof v);
+      store(out + i, __builtin_convertvector(half[0], F64));
+      if (i + L < padded(count)) store(out + i + L, __builtin_convertvector(half[1], F64));
+    }
+  }
+  for (; i < padded(count); i += L) store(out + i, F64{});
+}
+
+void widen(const Features& features, int64_t begin, int64_t end, int64_t first, int64_t count, double* out, int64_t stride) {
+  for (int64_t row = begin; row < end; ++row) {
+    double* const to = out + row * stride;
+    if (row >= features.points) {
+      std::memset(to, 0, padded(count) * sizeof(double));
+      continue;
+    }
+    const int64_t at = row * features.stride + first;
+    switch (features.dtype) {
+      case Dtype::kFloat64: widen_row(static_cast<const double*>(features.data) + at, count, to); break;
+      case Dtype::kBFloat16: widen_row(static_cast<const BFloat16*>(features.data) + at, count, to); break;
+      case Dtype::kFloat16: widen_row(static_cast<const Float16*>(features.data) + at, count, to); break;
+      default: widen_row(static_cast<const float*>(features.data) + at, count, to);
+    }
+  }
+}
+
+void half_squares(const Widened& widened, int64_t row, int64_t points, bool first, double* out, int64_t stride) {
+  constexpr int kColumns = 2;
+  const double* const x = widened.data + row * widened.stride;
+  for (int64_t j = row; j < points; j += kColumns) {
+    const double* const y = widened.data + j * widened.stride;
+    F64 sum[kRowBlock][kColumns] = {};
+    for (int64_t d = 0; d < widened.columns; d += L) {
+      F64 other[kColumns];
+      for (int c = 0; c < kColumns; ++c) other[c] = load(y + c * widened.stride + d);
+      for (int r = 0; r < kRowBlock; ++r) {
+        const F64 own = load(x + r * widened.stride + d);
+        for (int c = 0; c < kColumns; ++c) sum[r][c] += (own - other[c]) * (own - other[c]);
+      }
+    }
+    for (int r = 0; r < kRowBlock; ++r) {
+      for (int c = 0; c < kColumns; ++c) {
+        if (row + r >= j + c || j + c >= points) continue;
+        double& target = out[(row + r) * stride + j + c];
+        target = 0.5 * reduce_sum(sum[r][c]) + (first ? 0.0 : target);
+      }
+    }
+  }
+}
+
+// ---- pairs --------------------------------------------------------------------------------------
+
+// 0, 1, 2, ... and from `begin` to `end`: the lanes of a register that exist
+FASTKD_INLINE I64 lanes_between(int64_t begin, int64_t end) {
+  I64 lane;
+  for (int i = 0; i < L; ++i) lane[i] = i;
+  return (lane >= begin) & (lane < end);
+}
+
+FASTKD_INLINE int64_t first_register(int64_t row) { return (row + 1) / L * L; }
+
+FASTKD_INLINE Pair<F64> pair_at(const double* half_square) {
+  const F64 squared = 2.0 * load(half_square);
+  return pair_of(squared, square_root(squared));
+}
+
+void inverses(const Params& params, int64_t row) {
+  const int64_t points = params.points, at = row * params.stride;
+  double* const half_square[2] = {params.side[0].half_square + at, params.side[1].half_square + at};
+  double* const inverse[2] = {params.side[0].inverse + at, params.side[1].inverse + at};
+  for (int side = 0; side < 2; ++side) {
+    for (int64_t k = (row + 1) / kPad * kPad; k <= row; ++k) half_square[side][k] = 0;
+    for (int64_t k = points; k < params.stride; ++k) half_square[side][k] = 0;
+  }
+  F64 distance[2] = {}, angle = {};
+  for (int64_t k = first_register(row); k < points; k += L) {
+    const I64 exists = lanes_between(row + 1 - k, points - k);
+    F64 self[2];
+    for (int side = 0; side < 2; ++side) {
+      const Pair<F64> pair = pair_at(half_square[side] + k);
+      distance[side] += exists ? pair.distance : F64{};
+      store(inverse[side] + k, pair.inverse);
+      self[side] = pair.self_cosine;
+    }
+    const F64 x = self[0] - self[1];
+    angle += exists ? smooth_l1(x, slope_of(x)) : F64{};
+  }
+  for (int side = 0; side < 2; ++side) {
+    for (int64_t k = padded(points); k < params.stride; ++k) inverse[side][k] = 0;
+  }
+  // of (a; b, b) and (b; a, a)
+  params.rows[row] = {{reduce_sum(distance[0]), reduce_sum(distance[1])}, {0, 0}, 0, 2 * reduce_sum(angle)};
+}
+
+FASTKD_INLINE F64 distance_difference(const Params& params, const Pair<F64> (&pair)[2]) {
+  return pair[0].distance * params.inverse_mean[0] - pair[1].distance * params.inverse_mean[1];
+}
+
+void distance_row(const Params& params, int64_t row) {
+  const int64_t points = params.points, at = row * params.stride;
+  F64 through[2] = {}, loss = {};
+  for (int64_t k = first_register(row); k < points; k += L) {
+    const I64 exists = lanes_between(row + 1 - k, points - k);
+    const Pair<F64> pair[2] = {pair_at(params.side[0].half_square + at + k), pair_at(params.side[1].half_square + at + k)};
+    const F64 x = distance_difference(params, pair), slope = slope_of(x);
+    loss += exists ? smooth_l1(x, slope) : F64{};
+    through[0] += exists ? slope * pair[0].distance : F64{};
+    through[1] -= exists ? slope * pair[1].distance : F64{};
+  }
+  RowSums& sums = params.rows[row];
+  sums.distance_loss = reduce_sum(loss);
+  for (int side = 0; side < 2; ++side) sums.slope_distance[side] = reduce_sum(through[side]);
+}
+
+// ---- triangles ----------------------------------------------------------------------------------
+
+// A row of E and n of the side that gets the gradient, and of the other one.
+struct Rows {
+  const double* half_square[2];
+  const double* inverse[2];
+
+  Rows(const Params& params, int64_t row, int own) {
+    for (int s = 0; s < 2; ++s) {
+      half_square[s] = params.side[s == 0 ? own : 1 - own].half_square + row * params.stride;
+      inverse[s] = params.side[s == 0 ? own : 1 - own].inverse + row * params.stride;
+    }
+  }
+  FASTKD_INLINE Side<F64> at(int s, int64_t k) const { return {load(half_square[s] + k), load(inverse[s] + k)}; }
+  FASTKD_INLINE Side<F64> all(int s, int64_t k) const {
+    return {broadcast<F64>(half_square[s][k]), broadcast<F64>(inverse[s][k])};
+  }
+};
+
+// For k > j, a register at a time: body(k, cosines of the own side, differences to the other side).
+template <typename Body>
+FASTKD_INLINE void each_triangle(const Rows& i, const Rows& j, int64_t j_index, int64_t points, const Body& body) {
+  const Side<F64> ij[2] = {i.all(0, j_index), i.all(1, j_index)};
+  const auto visit = [&](int64_t k, auto mask) __attribute__((always_inline)) {
+    const Angles<F64> own = angles_of(ij[0], i.at(0, k), j.at(0, k)), other = angles_of(ij[1], i.at(1, k), j.at(1, k));
+    body(k, own, mask(own.cosine_i - other.cosine_i), mask(own.cosine_j - other.cosine_j), mask(own.cosine_k - other.cosine_k));
+  };
+  int64_t k = first_register(j_index);
+  const I64 exists = lanes_between(j_index + 1 - k, L);  // beyond the points all are 0
+  if (k < points) visit(k, [&](F64 x) __attribute__((always_inline)) { return exists ? x : F64{}; });
+  for (k += L; k < points; k += L) visit(k, [](F64 x) __attribute__((always_inline)) { return x; });
+}
+
+FASTKD_INLINE void add_to(double* p, F64 v) { store(p, load(p) + v); }
+
+// Triangles that begin with the row: their loss, and the gradients of its sides.
+template <bool Gradient>
+double first_of_triangles(const Params& params, int64_t row, int side, double* products, double* weights, double* own_products,
+                          double* own_weights) {
+  const Rows i(params, row, side);
+  F64 loss = {};
+  for (int64_t j = row + 1; j < params.points - 1; ++j) {
+    F64 product = {}, weight = {};
+    each_triangle(i, Rows(params, j, side), j, params.points,
+                  [&](int64_t k, const Angles<F64>& own, F64 x_i, F64 x_j, F64 x_k) __attribute__((always_inline)) {
+                    const F64 g_i = slope_of(x_i), g_j = slope_of(x_j), g_k = slope_of(x_k);
+                    loss += smooth_l1(x_i, g_i) + smooth_l1(x_j, g_j) + smooth_l1(x_k, g_k);
+                    if constexpr (Gradient) {
+                      const F64 t_j = g_j * own.inverse_j, t_k = g_k * own.inverse_k, w_i = g_i * own.cosine_i;
+                      const F64 t_i = g_i * own.inverse_i, difference = t_j - t_k;
+                      product += t_i + difference;
+                      weight += w_i + g_j * own.cosine_j;
+                      add_to(products + k, t_i - difference);
+                      add_to(weights + k, w_i + g_k * own.cosine_k);
+                    }
+                  });
+    if constexpr (Gradient) {
+      own_products[j] = reduce_sum(product);
+      own_weights[j] = reduce_sum(weight);
+    }
+  }
+  return reduce_sum(loss);
+}
+
+// Triangles whose middle point is the row: the gradients of its sides.
+void middle_of_triangles(const Params& params, int64_t row, int side, double* products, double* weights) {
+  const Rows j(params, row, side);
+  for (int64_t i = 0; i < row; ++i) {
+    each_triangle(Rows(params, i, side), j, row, params.points,
+                  [&](int64_t k, const Angles<F64>& own, F64 x_i, F64 x_j, F64 x_k) __attribute__((always_inline)) {
+                    const F64 g_i = slope_of(x_i), g_j = slope_of(x_j), g_k = slope_of(x_k);
+                    add_to(products + k, g_j * own.inverse_j + g_k * own.inverse_k - g_i * own.inverse_i);
+                    add_to(weights + k, g_j * own.cosine_j + g_k * own.cosine_k);
+                  });
+  }
+}
+
+void triangles(const Params& params, int64_t row, int side, double* scratch) {
+  const int64_t points = params.points, stride = params.stride, at = row * stride;
+  double* const part[4] = {scratch, scratch + stride, scratch + 2 * stride, scratch + 3 * stride};
+  double* const pairs = params.pairs[side];
+  if (params.angle) {
+    if (pairs == nullptr) {
+      params.rows[row].angle_loss += 2 * first_of_triangles<false>(params, row, side, nullptr, nullptr, nullptr, nullptr);
+    } else {
+      std::memset(scratch, 0, 4 * stride * sizeof(double));
+      const double loss = first_of_triangles<true>(params, row, side, part[0], part[1], part[2], part[3]);
+      if (side == 0) params.rows[row].angle_loss += 2 * loss;
+      middle_of_triangles(params, row, side, part[0], part[1]);
+    }
+  }
+  if (pairs == nullptr) return;
+  pairs[row * points + row] = 0;
+  for (int64_t k = first_register(row); k < points; k += L) {
+    const double* const half_square[2] = {params.side[side].half_square + at + k, params.side[1 - side].half_square + at + k};
+    F64 gradient = 0.0 * (load(half_square[0]) + load(half_square[1]));  // NaN where the loss is
+    if (params.angle) {
+      const F64 inverse = load(params.side[side].inverse + at + k);
+      const F64 product = load(part[0] + k) + load(part[2] + k), weight = load(part[1] + k) + load(part[3] + k);
+      gradient += params.angle_scale * (product - inverse * inverse * weight);
+    }
+    if (params.distance) {
+      const Pair<F64> own = pair_at(half_square[0]), other = pair_at(half_square[1]);
+      const F64 slope =
+          slope_of(own.distance * params.inverse_mean[side] - other.distance * params.inverse_mean[1 - side]);
+      gradient += distance_gradient(slope, params.inverse_mean[side], params.through_mean[side], own.distance_slope,
+                                    params.distance_scale);
+    }
+    for (int lane = 0; lane < L; ++lane) {
+      if (k + lane <= row || k + lane >= points) continue;
+      pairs[row * points + k + lane] = gradient[lane];
+      pairs[(k + lane) * points + row] = gradient[lane];
+    }
+  }
+}
+
+// ---- the gradient of the features ---------------------------------------------------------------
+
+template <int Registers>
+FASTKD_INLINE void gradient_columns(const Widened& widened, const double* const (&pairs)[kRowBlock], int64_t points, int64_t row,
+                                    int64_t column, double scale, double* out) {
+  F64 sum[kRowBlock][Registers] = {}, own[kRowBlock][Registers];
+  for (int r = 0; r < kRowBlock; ++r) {
+    for (int c = 0; c < Registers; ++c) own[r][c] = load(widened.data + (row + r) * widened.stride + column + c * L);
+  }
+  for (int64_t j = 0; j < points; ++j) {
+    for (int c = 0; c < Registers; ++c) {
+      const F64 other = load(widened.data + j * widened.stride + column + c * L);
+      for (int r = 0; r < kRowBlock; ++r) sum[r][c] += pairs[r][j] * (own[r][c] - other);
+    }
+  }
+  for (int r = 0; r < kRowBlock; ++r) {
+    for (int c = 0; c < Registers; ++c) store(out + r * widened.stride + column + c * L, scale * sum[r][c]);
+  }
+}
+
+template <typename T>
+void narrow_row(const double* from, int64_t count, T* to) {
+  constexpr int kWidth = kLanes<Vector<T>>;
+  for (int64_t i = 0; i < count; i += kWidth) {
+    if constexpr (std::is_same_v<T, double>) {
+      store_up_to(to + i, load(from + i), count - i);
+    } else {
+      const F64 high = i + L < padded(count) ? load(from + i + L) : F64{};
+      const F32Half half[2] = {__builtin_convertvector(load(from + i), F32Half), __builtin_convertvector(high, F32Half)};
+      F32 v;
+      std::memcpy(&v, half, sizeof v);
+      store_up_to(to + i, v, count - i);
+    }
+  }
+}
+
+void gradient(const Widened& widened, const double* pairs, double scale, int64_t row, const Features& out, int64_t first,
+              int64_t count, double* scratch) {
+  const int64_t points = out.points, rows = points - row < kRowBlock ? points - row : kRowBlock;
+  const double* each[kRowBlock];
+  for (int r = 0; r < kRowBlock; ++r) each[r] = pairs + (row + (r < rows ? r : 0)) * points;
+  int64_t column = 0;
+  for (; column <= widened.columns - 2 * L; column += 2 * L) {
+    gradient_columns<2>(widened, each, points, row, column, scale, scratch);
+  }
+  if (column < widened.columns) gradient_columns<1>(widened, each, points, row, column, scale, scratch);
+  for (int64_t r = 0; r < rows; ++r) {
+    const double* const from = scratch + r * widened.stride;
+    void* const data = const_cast<void*>(out.data);
+    const int64_t at = (row + r) * out.stride + first;
+    switch (out.dtype) {
+      case Dtype::kFloat64: narrow_row(from, count, static_cast<double*>(data) + at); break;
+      case Dtype::kBFloat16: narrow_row(from, count, static_cast<BFloat16*>(data) + at); break;
+      case Dtype::kFloat16: narrow_row(from, count, static_cast<Float16*>(data) + at); break;
+      default: narrow_row(from, count, static_cast<float*>(data) + at);
+    }
+  }
+}
+
+}  // namespace
+
+extern const Kernels kernels{widen, half_squares, inverses, distance_row, triangles, gradient};
+
+}  // namespace fastkd::FASTKD_ISA::relation
