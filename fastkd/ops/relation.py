@@ -69,9 +69,7 @@ def relation(
 def check_features(name: str, value: Tensor) -> None:
     check_tensor(name, value)
     if value.dim() < 2 or value.numel() == 0:
-        raise ValueError(
-            f"fastkd: {name} has shape {tuple(value.shape)}, must be [batch, features...], none of them 0"
-        )
+        raise ValueError(f"fastkd: {name} has shape {tuple(value.shape)}, must be [batch, features...], none of them 0")
     if not value.is_floating_point():
         raise TypeError(f"fastkd: {name} has dtype {value.dtype}, must be float32, float64, bfloat16 or float16")
 
