@@ -116,6 +116,12 @@ def gmm_select(problems: int, n: int, element_bytes: int) -> int:
     return problems * n * (element_bytes + 4 + 1)
 
 
+def relation(points: int, features: int, element_bytes: int, teacher_features: int | None = None) -> int:
+    """Features of both sides read, the student's gradient written. It is bound by arithmetic, B^3 cosines: see README.md."""
+    teacher_features = features if teacher_features is None else teacher_features
+    return points * (2 * features + teacher_features) * element_bytes
+
+
 def alias_build(items: int, element_bytes: int, *, sweeps: int = 1) -> int:
     """Scores read ``sweeps`` times (3 by the kernels: largest score, partition function, weights), a bin of each written."""
     return items * (sweeps * element_bytes + BIN_BYTES)

@@ -210,7 +210,10 @@ def stages_for(python: str, output: Path, environment: Mapping[str, str]) -> lis
     nothing_ran = {5: "no test ran: the device fixture has no cuda here, or none was collected"}
     errors = {SANITIZER_FOUND_ERRORS: "the sanitizer found errors"}
     # ends by itself: begins no case that it cannot finish in the time it has; the longest file last
-    suites = [f"benchmarks/bench_{name}.py" for name in ("alias", "batch", "crop", "gmm", "training", "divergence")]
+    suites = [
+        f"benchmarks/bench_{name}.py"
+        for name in ("alias", "batch", "crop", "gmm", "relation", "training", "divergence")
+    ]
     measured = [python, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--benchmark-quiet", "--tb=short", *suites]
     measured += ["--device", "cuda", "--output", str(output), "--seconds", "{seconds}"]
     return [

@@ -1,4 +1,6 @@
-"""Functional forms of the losses, of logits and of features (:func:`relation_loss`). Logits go in raw: no softmax before the call.
+"""Functional forms of the losses: of logits, and of embeddings (:func:`relation_loss`).
+
+Logits go in raw: no softmax before the call.
 
 Conventions, the same everywhere: ``p = softmax(teacher_logits / T)``, ``q = softmax(student_logits / T)``; every
 divergence is multiplied by ``T^2`` (Hinton et al., 2015), so that gradients keep their size as T grows; sums run in

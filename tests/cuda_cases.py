@@ -186,6 +186,35 @@ def _select(values: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
     return fastkd.select_clean(values)
 
 
+def _features(
+    points: int, features: int, teacher_features: int, dtype: torch.dtype
+) -> Callable[[torch.device, int], tuple[Tensor, ...]]:
+    """Two points of the student's are the same."""
+
+    def make(device: torch.device, seed: int) -> tuple[Tensor, ...]:
+        student, teacher = _normal(2 * seed, points, features), _normal(2 * seed + 1, points, teacher_features)
+        student[points // 2] = student[0]
+        return student.to(dtype).to(device), teacher.to(dtype).to(device)
+
+    return make
+
+
+def _relation(student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
+    student, teacher = student.detach().requires_grad_(), teacher.detach().requires_grad_()
+    loss, terms = F.relation_loss(student, teacher, return_terms=True)
+    return (loss.detach(), *terms.values(), *torch.autograd.grad(3.0 * loss, (student, teacher)))
+
+
+# one point, tiles of 8 and 32 that are not full, features that several blocks share
+_RELATIONS = (
+    (1, 3, 2, torch.float32),
+    (41, 17, 20, torch.bfloat16),
+    (64, 128, 300, torch.float32),
+    (257, 33, 64, torch.float64),
+    (70, 1000, 5, torch.float16),
+)
+
+
 # from problems that lanes share to one that a cluster of blocks shares
 _MIXTURES = (
     (4300, 40, torch.float32),
@@ -228,6 +257,7 @@ DETERMINED = [
     *(Case(_name("gmm_fit", shape), _losses(*shape), _mixture, {"weighted": False}) for shape in _MIXTURES),
     *(Case(_name("gmm_fit weighted", shape), _losses(*shape), _mixture, {"weighted": True}) for shape in _MIXTURES),
     *(Case(_name("select_clean", shape), _losses(*shape), _select) for shape in _MIXTURES),
+    *(Case(_name("relation_loss", shape), _features(*shape), _relation) for shape in _RELATIONS),
     Case("crop_patches", _images(7, 16, torch.float32), _crop, {"size": 5}),
     Case("crop_patches bfloat16", _images(7, 33, torch.bfloat16), _crop, {"size": 8}),
     Case("crop_patches channels_last", _images(7, 16, torch.float32, torch.channels_last), _crop, {"size": 5}),

@@ -350,7 +350,10 @@ def test_a_file_is_shown_and_compared_without_measuring(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mosaic"], "nothing is measured for 'mosaic'; choose from alias, batch, crop, divergence, gmm, training"),
+        (
+            ["mosaic"],
+            "nothing is measured for 'mosaic'; choose from alias, batch, crop, divergence, gmm, relation, training",
+        ),
         (["--device", "tpu"], "--device is 'tpu', must be cpu, cuda or cuda:<n>"),
         (["--output", "here.txt"], "--output is here.txt, must be a name that ends in .json"),
         (["--tolerance", "0"], "--tolerance is 0.0, must be above 0"),

@@ -42,6 +42,8 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "KLDivLoss": (fastkd.KLDivLoss(2.0), (STUDENT, TEACHER)),
     "JSDivLoss": (fastkd.JSDivLoss(2.0), (STUDENT, TEACHER)),
     "KDLoss": (fastkd.KDLoss(), (STUDENT, TEACHER, TARGET)),
+    "relation_loss": (lambda s, t: F.relation_loss(s, t, return_terms=True), (STUDENT, TEACHER)),
+    "RelationLoss": (fastkd.RelationLoss(), (STUDENT, TEACHER[:, :7])),
     "logit_stats": (lambda z: tuple(fastkd.logit_stats(z)), (TEACHER,)),
     "t1000": (fastkd.scores.t1000, (TEACHER,)),
     "crop_patches": (lambda x, at: fastkd.crop_patches(x, at, 8), (IMAGES, OFFSETS)),
@@ -85,7 +87,7 @@ def test_random_places_compile() -> None:
         torch.testing.assert_close(batch, BYTES[indices].float() / 255)
 
 
-@pytest.mark.parametrize("name", ["kl_div", "crop", "logit_stats"])
+@pytest.mark.parametrize("name", ["kl_div", "crop", "logit_stats", "relation_loss"])
 def test_compiled_autograd(name: str) -> None:
     """The backward graph of an eager forward, compiled when it runs."""
 
@@ -93,6 +95,8 @@ def test_compiled_autograd(name: str) -> None:
         x = (IMAGES if name == "crop" else STUDENT).clone().requires_grad_()
         if name == "kl_div":
             y: Tensor = F.kl_div(x, TEACHER)
+        elif name == "relation_loss":
+            y = F.relation_loss(x, TEACHER)
         else:
             y = fastkd.crop_patches(x, OFFSETS, 8) if name == "crop" else fastkd.logit_stats(x).entropy
         y.square().sum().backward()

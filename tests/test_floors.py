@@ -28,6 +28,8 @@ def test_floors_of_divergence() -> None:
     assert floors.logit_stats(10, 5, 2) == 100 + 240
     assert floors.gmm_fit(10, 5, 4) == 200 + 720
     assert floors.gmm_select(10, 5, 2) == 50 * 7
+    assert floors.relation(10, 5, 2) == 300
+    assert floors.relation(10, 5, 2, 7) == 340
     assert floors.logit_stats_backward(10, 5, 2) == 200 + 10 * 32
 
 

@@ -23,6 +23,7 @@ TESTS = {
     "crop": ["tests/test_crop.py", "tests/test_batch.py"],
     "divergence": ["tests/test_divergence_geometry.py", "tests/test_divergence.py", "tests/test_logit_stats.py"],
     "gmm": ["tests/test_gmm_kernels.py", "tests/test_gmm.py"],
+    "relation": ["tests/test_relation.py"],
 }
 
 
