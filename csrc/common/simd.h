@@ -77,11 +77,17 @@ FASTKD_INLINE V maximum(V a, V b) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<V, F32>)
     return reinterpret_cast<F32>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+  if constexpr (std::is_same_v<V, F64>)  // with all lanes: gcc 12 warns of what _mm512_max_pd is made of
+    return reinterpret_cast<F64>(_mm512_maskz_max_pd(0xff, reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b)));
 #endif
   return a > b ? a : b;
 }
 template <typename V>
 FASTKD_INLINE V minimum(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, F64>)
+    return reinterpret_cast<F64>(_mm512_maskz_min_pd(0xff, reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b)));
+#endif
   return a < b ? a : b;
 }
 

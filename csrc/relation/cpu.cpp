@@ -9,6 +9,8 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 17;  // operations worth a thread
 
+constexpr int64_t kSkew = 17 * kPad;  // doubles, about a fourth of 4 KB
+
 int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 Tensor fresh(std::initializer_list<int64_t> shape, ScalarType type) { return empty_cpu(shape, type); }
@@ -24,35 +26,23 @@ void each(int64_t count, int64_t work, const Body& body) {
   });
 }
 
-// Features of both sides in fp64, a block of columns at a time.
-class Blocks {
- public:
-  explicit Blocks(const Features& features)
-      : features_(features), rows_(padded(features.points, kRowBlock)) {
-    widened_.stride = padded(std::min(features.columns, kColumnBlock), kPad) + kPad;
-    memory_ = empty_cpu({rows_, widened_.stride}, ScalarType::Double);
-    widened_.data = doubles(memory_);
+// E of all pairs, over features in fp64, a block of columns at a time.
+void half_squares(const Features& features, double* out, int64_t stride) {
+  const int64_t points = features.points, blocks = padded(points, kRowBlock) / kRowBlock;
+  Widened widened{nullptr, padded(std::min(features.columns, kColumnBlock), kPad) + kPad, 0};
+  const Tensor memory = empty_cpu({blocks * kRowBlock, widened.stride}, ScalarType::Double);
+  widened.data = doubles(memory);
+  const Kernels& k = kernels();
+  for (int64_t first = 0; first < features.columns; first += kColumnBlock) {
+    const int64_t count = std::min(kColumnBlock, features.columns - first);
+    widened.columns = padded(count, kPad);
+    parallel(blocks * kRowBlock, std::max<int64_t>(1, kGrain / count), [&](int64_t begin, int64_t end) {
+      k.widen(features, begin, end, first, count, doubles(memory), widened.stride);
+    });
+    each(blocks, points * points * count,
+         [&](int64_t block) { k.half_squares(widened, block * kRowBlock, points, first == 0, out, stride); });
   }
-
-  // body(widened, first column, how many)
-  template <typename Body>
-  void each_block(const Body& body) {
-    for (int64_t first = 0; first < features_.columns; first += kColumnBlock) {
-      const int64_t count = std::min(kColumnBlock, features_.columns - first);
-      widened_.columns = padded(count, kPad);
-      parallel(rows_, std::max<int64_t>(1, kGrain / count), [&](int64_t begin, int64_t end) {
-        kernels().widen(features_, begin, end, first, count, doubles(memory_), widened_.stride);
-      });
-      body(widened_, first, count);
-    }
-  }
-
- private:
-  Features features_;
-  int64_t rows_;
-  Tensor memory_;
-  Widened widened_;
-};
+}
 
 // Sum over rows, in order.
 template <typename Read>
@@ -76,19 +66,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relation(Tensor student, Tensor teach
   Params& params = in.params;
   const Kernels& k = kernels();
   const int64_t points = params.points, squared = points * points;
-  params.stride = padded(points, kPad);
-  Tensor matrices = empty_cpu({4, points, params.stride}, ScalarType::Double);
+  // no two rows of the four matrices a multiple of 4 KB apart: the same k of all that are in use would share a set of L1
+  params.stride = padded(points, kPad) + kPad;
+  const int64_t matrix = points * params.stride + kSkew;
+  Tensor matrices = empty_cpu({4, matrix}, ScalarType::Double);
   Tensor rows = empty_cpu({points, static_cast<int64_t>(sizeof(RowSums) / sizeof(double))}, ScalarType::Double);
   params.rows = static_cast<RowSums*>(rows.mutable_data_ptr());
   for (int side = 0; side < 2; ++side) {
-    double* const half_square = doubles(matrices) + 2 * side * points * params.stride;
-    params.side[side] = {half_square, half_square + points * params.stride};
-    const Features features = features_of(in.features[side]);
-    Blocks(features).each_block([&](const Widened& widened, int64_t first, int64_t count) {
-      each(padded(points, kRowBlock) / kRowBlock, squared * count, [&](int64_t block) {
-        k.half_squares(widened, block * kRowBlock, points, first == 0, half_square, params.stride);
-      });
-    });
+    double* const half_square = doubles(matrices) + 2 * side * matrix;
+    params.side[side] = {half_square, half_square + matrix};
+    half_squares(features_of(in.features[side]), half_square, params.stride);
   }
   each(points, 32 * squared, [&](int64_t row) { k.inverses(params, row); });
   const double pairs = static_cast<double>(points) * static_cast<double>(points - 1);
@@ -104,8 +91,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relation(Tensor student, Tensor teach
   }
   for (int side = 0; side < 2; ++side) {
     if (params.pairs[side] == nullptr && (side == 1 || !params.angle)) continue;
-    each(points, squared * (params.angle ? 14 * points : 32), [&](int64_t row) {
-      k.triangles(params, row, side, scratch<double>(kScratchRows * params.stride));
+    each(padded(points, kOwners) / kOwners, squared * (params.angle ? 14 * points : 32), [&](int64_t block) {
+      k.triangles(params, block * kOwners, side, scratch<double>(kOwners * kScratchRows * params.stride));
     });
   }
   const double n = static_cast<double>(points);
@@ -121,16 +108,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relation(Tensor student, Tensor teach
 Tensor relation_backward(Tensor features, Tensor pairs, Tensor grad_loss) {
   features = check_backward(features, pairs, grad_loss);
   Tensor gradient = empty_cpu({features.size(0), features.size(1)}, features.scalar_type());
-  const Features out = features_of(gradient);
+  const Features in = features_of(features);
   const double scale = grad_loss.scalar_type() == ScalarType::Double
                            ? *static_cast<const double*>(grad_loss.const_data_ptr())
                            : *static_cast<const float*>(grad_loss.const_data_ptr());
   const Kernels& k = kernels();
   const double* const of_pairs = static_cast<const double*>(pairs.const_data_ptr());
-  Blocks(features_of(features)).each_block([&](const Widened& widened, int64_t first, int64_t count) {
-    each(padded(out.points, kRowBlock) / kRowBlock, 2 * out.points * out.points * count, [&](int64_t block) {
-      k.gradient(widened, of_pairs, scale, block * kRowBlock, out, first, count, scratch<double>(kRowBlock * widened.stride));
-    });
+  void* const out = gradient.mutable_data_ptr();
+  const int64_t panel = k.panel_columns, panels = padded(in.columns, panel) / panel;
+  each(panels, 2 * in.points * in.points * in.columns, [&](int64_t i) {
+    k.gradient(in, of_pairs, scale, i * panel, out, scratch<double>(panel * padded(in.points, kRowBlock)));
   });
   return gradient;
 }

@@ -6,7 +6,7 @@
 //   triangles  i < j < k, a register of k at a time. The owner of row r takes those with i = r (sides ij and ik are its own)
 //              and those with j = r (side jk is): 47 and 36 operations a triangle, of which 2 x 11 are the cosines of student
 //              and teacher. That is half as much again as every triangle once, and takes no memory for partial sums.
-//   gradient   4 rows x 2 registers of columns: 2 operations a pair and feature.
+//   gradient   a panel of 2 registers of columns, 4 rows at a time: 2 operations a pair and feature.
 // Bound by arithmetic: B^3 / 6 * 83 operations against 4 B^2 numbers that stay in cache (B = 256: 232 MFLOP, 2 MB).
 #include "relation/kernel.h"
 
@@ -16,11 +16,19 @@
 namespace fastkd::FASTKD_ISA::relation {
 namespace {
 
-using namespace relation_math;
+using relation_math::Angles;
+using relation_math::angles_of;
+using relation_math::distance_gradient;
+using relation_math::Pair;
+using relation_math::pair_of;
+using relation_math::Side;
+using relation_math::smooth_l1;
 using ::fastkd::relation::Features;
 using ::fastkd::relation::Kernels;
+using ::fastkd::relation::kOwners;
 using ::fastkd::relation::kPad;
 using ::fastkd::relation::kRowBlock;
+using ::fastkd::relation::kScratchRows;
 using ::fastkd::relation::Matrices;
 using ::fastkd::relation::Params;
 using ::fastkd::relation::RowSums;
@@ -68,25 +76,28 @@ void widen(const Features& features, int64_t begin, int64_t end, int64_t first, 
   }
 }
 
+constexpr int kRows = 4, kColumns = 2;  // pairs in registers
+
 void half_squares(const Widened& widened, int64_t row, int64_t points, bool first, double* out, int64_t stride) {
-  constexpr int kColumns = 2;
-  const double* const x = widened.data + row * widened.stride;
-  for (int64_t j = row; j < points; j += kColumns) {
-    const double* const y = widened.data + j * widened.stride;
-    F64 sum[kRowBlock][kColumns] = {};
-    for (int64_t d = 0; d < widened.columns; d += L) {
-      F64 other[kColumns];
-      for (int c = 0; c < kColumns; ++c) other[c] = load(y + c * widened.stride + d);
-      for (int r = 0; r < kRowBlock; ++r) {
-        const F64 own = load(x + r * widened.stride + d);
-        for (int c = 0; c < kColumns; ++c) sum[r][c] += (own - other[c]) * (own - other[c]);
+  const int64_t width = widened.stride;
+  for (int64_t j = row; j < points; j += kColumns) {  // stays in L1 for all rows of the block
+    for (int64_t i = row; i < row + kRowBlock && i < j + kColumns; i += kRows) {
+      const double *const x = widened.data + i * width, *const y = widened.data + j * width;
+      F64 sum[kRows][kColumns] = {};
+      for (int64_t d = 0; d < widened.columns; d += L) {
+        F64 other[kColumns];
+        for (int c = 0; c < kColumns; ++c) other[c] = load(y + c * width + d);
+        for (int r = 0; r < kRows; ++r) {
+          const F64 own = load(x + r * width + d);
+          for (int c = 0; c < kColumns; ++c) sum[r][c] += (own - other[c]) * (own - other[c]);
+        }
       }
-    }
-    for (int r = 0; r < kRowBlock; ++r) {
-      for (int c = 0; c < kColumns; ++c) {
-        if (row + r >= j + c || j + c >= points) continue;
-        double& target = out[(row + r) * stride + j + c];
-        target = 0.5 * reduce_sum(sum[r][c]) + (first ? 0.0 : target);
+      for (int r = 0; r < kRows; ++r) {
+        for (int c = 0; c < kColumns; ++c) {
+          if (i + r >= j + c || j + c >= points) continue;
+          double& target = out[(i + r) * stride + j + c];
+          target = 0.5 * reduce_sum(sum[r][c]) + (first ? 0.0 : target);
+        }
       }
     }
   }
@@ -94,7 +105,12 @@ void half_squares(const Widened& widened, int64_t row, int64_t points, bool firs
 
 // ---- pairs --------------------------------------------------------------------------------------
 
-// 0, 1, 2, ... and from `begin` to `end`: the lanes of a register that exist
+// As in math.h, in two instructions.
+FASTKD_INLINE F64 slope_of(F64 x) {
+  return minimum(broadcast<F64>(1.0), maximum(broadcast<F64>(-1.0), x));
+}
+
+// Those of the lanes 0, 1, 2, ... that are in [begin, end).
 FASTKD_INLINE I64 lanes_between(int64_t begin, int64_t end) {
   I64 lane;
   for (int i = 0; i < L; ++i) lane[i] = i;
@@ -191,70 +207,83 @@ FASTKD_INLINE void each_triangle(const Rows& i, const Rows& j, int64_t j_index, 
 
 FASTKD_INLINE void add_to(double* p, F64 v) { store(p, load(p) + v); }
 
-// Triangles that begin with the row: their loss, and the gradients of its sides.
-template <bool Gradient>
-double first_of_triangles(const Params& params, int64_t row, int side, double* products, double* weights, double* own_products,
-                          double* own_weights) {
-  const Rows i(params, row, side);
+// The owner of a row, and its sums: of t and w for each k, of those for each j where the row is i, and of the loss.
+struct Owner {
+  int64_t row;
+  Rows rows;
+  double *products, *weights, *own_products, *own_weights;
   F64 loss = {};
-  for (int64_t j = row + 1; j < params.points - 1; ++j) {
-    F64 product = {}, weight = {};
-    each_triangle(i, Rows(params, j, side), j, params.points,
-                  [&](int64_t k, const Angles<F64>& own, F64 x_i, F64 x_j, F64 x_k) __attribute__((always_inline)) {
-                    const F64 g_i = slope_of(x_i), g_j = slope_of(x_j), g_k = slope_of(x_k);
-                    loss += smooth_l1(x_i, g_i) + smooth_l1(x_j, g_j) + smooth_l1(x_k, g_k);
-                    if constexpr (Gradient) {
-                      const F64 t_j = g_j * own.inverse_j, t_k = g_k * own.inverse_k, w_i = g_i * own.cosine_i;
-                      const F64 t_i = g_i * own.inverse_i, difference = t_j - t_k;
-                      product += t_i + difference;
-                      weight += w_i + g_j * own.cosine_j;
-                      add_to(products + k, t_i - difference);
-                      add_to(weights + k, w_i + g_k * own.cosine_k);
-                    }
-                  });
-    if constexpr (Gradient) {
-      own_products[j] = reduce_sum(product);
-      own_weights[j] = reduce_sum(weight);
+
+  Owner(const Params& params, int64_t row_, int side, double* scratch)
+      : row(row_),
+        rows(params, row_, side),
+        products(scratch),
+        weights(scratch + params.stride),
+        own_products(scratch + 2 * params.stride),
+        own_weights(scratch + 3 * params.stride) {}
+};
+
+// Triangles of i, the owner's row, and of j.
+template <bool Gradient>
+FASTKD_INLINE void add_first(Owner& i, const Rows& j, int64_t j_index, int64_t points) {
+  F64 loss = i.loss, product = {}, weight = {};
+  each_triangle(i.rows, j, j_index, points,
+                [&](int64_t k, const Angles<F64>& own, F64 x_i, F64 x_j, F64 x_k) __attribute__((always_inline)) {
+                  const F64 g_i = slope_of(x_i), g_j = slope_of(x_j), g_k = slope_of(x_k);
+                  loss += smooth_l1(x_i, g_i) + smooth_l1(x_j, g_j) + smooth_l1(x_k, g_k);
+                  if constexpr (Gradient) {
+                    const F64 t_i = g_i * own.inverse_i, w_i = g_i * own.cosine_i;
+                    const F64 difference = g_j * own.inverse_j - g_k * own.inverse_k;
+                    product += t_i + difference;
+                    weight += w_i + g_j * own.cosine_j;
+                    add_to(i.products + k, t_i - difference);
+                    add_to(i.weights + k, w_i + g_k * own.cosine_k);
+                  }
+                });
+  i.loss = loss;
+  if constexpr (Gradient) {
+    i.own_products[j_index] = reduce_sum(product);
+    i.own_weights[j_index] = reduce_sum(weight);
+  }
+}
+
+// Triangles of i and of j, the owner's row.
+FASTKD_INLINE void add_middle(const Owner& j, const Rows& i, int64_t points) {
+  each_triangle(i, j.rows, j.row, points,
+                [&](int64_t k, const Angles<F64>& own, F64 x_i, F64 x_j, F64 x_k) __attribute__((always_inline)) {
+                  const F64 g_i = slope_of(x_i), g_j = slope_of(x_j), g_k = slope_of(x_k);
+                  add_to(j.products + k, g_j * own.inverse_j + g_k * own.inverse_k - g_i * own.inverse_i);
+                  add_to(j.weights + k, g_j * own.cosine_j + g_k * own.cosine_k);
+                });
+}
+
+// All triangles of kOwners rows: another row stays in L1 for all of them.
+template <bool Gradient>
+FASTKD_INLINE void add_triangles(const Params& params, Owner* owners, int count, int side) {
+  const int64_t points = params.points, first = owners[0].row;
+  for (int64_t j = first + 1; j < points - 1; ++j) {
+    const Rows rows(params, j, side);
+    for (int n = 0; n < count && owners[n].row < j; ++n) add_first<Gradient>(owners[n], rows, j, points);
+  }
+  for (int64_t i = 0; Gradient && i < owners[count - 1].row; ++i) {
+    const Rows rows(params, i, side);
+    for (int n = 0; n < count; ++n) {
+      if (i < owners[n].row) add_middle(owners[n], rows, points);
     }
   }
-  return reduce_sum(loss);
 }
 
-// Triangles whose middle point is the row: the gradients of its sides.
-void middle_of_triangles(const Params& params, int64_t row, int side, double* products, double* weights) {
-  const Rows j(params, row, side);
-  for (int64_t i = 0; i < row; ++i) {
-    each_triangle(Rows(params, i, side), j, row, params.points,
-                  [&](int64_t k, const Angles<F64>& own, F64 x_i, F64 x_j, F64 x_k) __attribute__((always_inline)) {
-                    const F64 g_i = slope_of(x_i), g_j = slope_of(x_j), g_k = slope_of(x_k);
-                    add_to(products + k, g_j * own.inverse_j + g_k * own.inverse_k - g_i * own.inverse_i);
-                    add_to(weights + k, g_j * own.cosine_j + g_k * own.cosine_k);
-                  });
-  }
-}
-
-void triangles(const Params& params, int64_t row, int side, double* scratch) {
-  const int64_t points = params.points, stride = params.stride, at = row * stride;
-  double* const part[4] = {scratch, scratch + stride, scratch + 2 * stride, scratch + 3 * stride};
+void finish_row(const Params& params, const Owner& owner, int side) {
+  const int64_t points = params.points, row = owner.row, at = row * params.stride;
   double* const pairs = params.pairs[side];
-  if (params.angle) {
-    if (pairs == nullptr) {
-      params.rows[row].angle_loss += 2 * first_of_triangles<false>(params, row, side, nullptr, nullptr, nullptr, nullptr);
-    } else {
-      std::memset(scratch, 0, 4 * stride * sizeof(double));
-      const double loss = first_of_triangles<true>(params, row, side, part[0], part[1], part[2], part[3]);
-      if (side == 0) params.rows[row].angle_loss += 2 * loss;
-      middle_of_triangles(params, row, side, part[0], part[1]);
-    }
-  }
-  if (pairs == nullptr) return;
   pairs[row * points + row] = 0;
   for (int64_t k = first_register(row); k < points; k += L) {
     const double* const half_square[2] = {params.side[side].half_square + at + k, params.side[1 - side].half_square + at + k};
     F64 gradient = 0.0 * (load(half_square[0]) + load(half_square[1]));  // NaN where the loss is
     if (params.angle) {
       const F64 inverse = load(params.side[side].inverse + at + k);
-      const F64 product = load(part[0] + k) + load(part[2] + k), weight = load(part[1] + k) + load(part[3] + k);
+      const F64 product = load(owner.products + k) + load(owner.own_products + k);
+      const F64 weight = load(owner.weights + k) + load(owner.own_weights + k);
       gradient += params.angle_scale * (product - inverse * inverse * weight);
     }
     if (params.distance) {
@@ -272,67 +301,80 @@ void triangles(const Params& params, int64_t row, int side, double* scratch) {
   }
 }
 
+void triangles(const Params& params, int64_t row, int side, double* scratch) {
+  static_assert(kOwners == 4);
+  const int64_t points = params.points, part = kScratchRows * params.stride;
+  const int count = points - row < kOwners ? static_cast<int>(points - row) : kOwners;
+  const bool gradient = params.pairs[side] != nullptr;
+  // rows beyond the last are not looked at
+  Owner owners[kOwners] = {{params, row, side, scratch},
+                           {params, row + 1, side, scratch + part},
+                           {params, row + 2, side, scratch + 2 * part},
+                           {params, row + 3, side, scratch + 3 * part}};
+  if (params.angle && gradient) {
+    std::memset(scratch, 0, kOwners * part * sizeof(double));
+    add_triangles<true>(params, owners, count, side);
+  } else if (params.angle) {
+    add_triangles<false>(params, owners, count, side);
+  }
+  for (int n = 0; n < count; ++n) {
+    if (params.angle && side == 0) params.rows[row + n].angle_loss += 2 * reduce_sum(owners[n].loss);
+    if (gradient) finish_row(params, owners[n], side);
+  }
+}
+
 // ---- the gradient of the features ---------------------------------------------------------------
 
-template <int Registers>
-FASTKD_INLINE void gradient_columns(const Widened& widened, const double* const (&pairs)[kRowBlock], int64_t points, int64_t row,
-                                    int64_t column, double scale, double* out) {
-  F64 sum[kRowBlock][Registers] = {}, own[kRowBlock][Registers];
-  for (int r = 0; r < kRowBlock; ++r) {
-    for (int c = 0; c < Registers; ++c) own[r][c] = load(widened.data + (row + r) * widened.stride + column + c * L);
-  }
-  for (int64_t j = 0; j < points; ++j) {
-    for (int c = 0; c < Registers; ++c) {
-      const F64 other = load(widened.data + j * widened.stride + column + c * L);
-      for (int r = 0; r < kRowBlock; ++r) sum[r][c] += pairs[r][j] * (own[r][c] - other);
-    }
-  }
-  for (int r = 0; r < kRowBlock; ++r) {
-    for (int c = 0; c < Registers; ++c) store(out + r * widened.stride + column + c * L, scale * sum[r][c]);
-  }
-}
+constexpr int kPanel = 2 * L;  // columns
 
+// The first `count` columns of a row's part of the panel.
 template <typename T>
-void narrow_row(const double* from, int64_t count, T* to) {
-  constexpr int kWidth = kLanes<Vector<T>>;
-  for (int64_t i = 0; i < count; i += kWidth) {
-    if constexpr (std::is_same_v<T, double>) {
-      store_up_to(to + i, load(from + i), count - i);
-    } else {
-      const F64 high = i + L < padded(count) ? load(from + i + L) : F64{};
-      const F32Half half[2] = {__builtin_convertvector(load(from + i), F32Half), __builtin_convertvector(high, F32Half)};
-      F32 v;
-      std::memcpy(&v, half, sizeof v);
-      store_up_to(to + i, v, count - i);
-    }
+FASTKD_INLINE void narrow(const F64 (&from)[2], int64_t count, T* to) {
+  if constexpr (std::is_same_v<T, double>) {
+    store_up_to(to, from[0], count);
+    if (count > L) store_up_to(to + L, from[1], count - L);
+  } else {
+    const F32Half half[2] = {__builtin_convertvector(from[0], F32Half), __builtin_convertvector(from[1], F32Half)};
+    F32 v;
+    std::memcpy(&v, half, sizeof v);
+    store_up_to(to, v, count);
   }
 }
 
-void gradient(const Widened& widened, const double* pairs, double scale, int64_t row, const Features& out, int64_t first,
-              int64_t count, double* scratch) {
-  const int64_t points = out.points, rows = points - row < kRowBlock ? points - row : kRowBlock;
-  const double* each[kRowBlock];
-  for (int r = 0; r < kRowBlock; ++r) each[r] = pairs + (row + (r < rows ? r : 0)) * points;
-  int64_t column = 0;
-  for (; column <= widened.columns - 2 * L; column += 2 * L) {
-    gradient_columns<2>(widened, each, points, row, column, scale, scratch);
-  }
-  if (column < widened.columns) gradient_columns<1>(widened, each, points, row, column, scale, scratch);
-  for (int64_t r = 0; r < rows; ++r) {
-    const double* const from = scratch + r * widened.stride;
-    void* const data = const_cast<void*>(out.data);
-    const int64_t at = (row + r) * out.stride + first;
-    switch (out.dtype) {
-      case Dtype::kFloat64: narrow_row(from, count, static_cast<double*>(data) + at); break;
-      case Dtype::kBFloat16: narrow_row(from, count, static_cast<BFloat16*>(data) + at); break;
-      case Dtype::kFloat16: narrow_row(from, count, static_cast<Float16*>(data) + at); break;
-      default: narrow_row(from, count, static_cast<float*>(data) + at);
+void gradient(const Features& features, const double* pairs, double scale, int64_t column, void* out, double* scratch) {
+  const int64_t points = features.points;
+  const int64_t count = features.columns - column < kPanel ? features.columns - column : kPanel;
+  const int64_t rows = (points + kRows - 1) / kRows * kRows;
+  std::memset(scratch, 0, rows * kPanel * sizeof(double));
+  widen(features, 0, points, column, count, scratch, kPanel);
+  for (int64_t i = 0; i < points; i += kRows) {
+    const double* of_row[kRows];
+    F64 sum[kRows][2] = {}, own[kRows][2];
+    for (int r = 0; r < kRows; ++r) {
+      of_row[r] = pairs + (i + r < points ? i + r : i) * points;
+      for (int c = 0; c < 2; ++c) own[r][c] = load(scratch + (i + r) * kPanel + c * L);
+    }
+    for (int64_t j = 0; j < points; ++j) {
+      for (int c = 0; c < 2; ++c) {
+        const F64 other = load(scratch + j * kPanel + c * L);
+        for (int r = 0; r < kRows; ++r) sum[r][c] += of_row[r][j] * (own[r][c] - other);
+      }
+    }
+    for (int r = 0; r < kRows && i + r < points; ++r) {
+      const F64 scaled[2] = {scale * sum[r][0], scale * sum[r][1]};
+      const int64_t at = (i + r) * features.columns + column;
+      switch (features.dtype) {
+        case Dtype::kFloat64: narrow(scaled, count, static_cast<double*>(out) + at); break;
+        case Dtype::kBFloat16: narrow(scaled, count, static_cast<BFloat16*>(out) + at); break;
+        case Dtype::kFloat16: narrow(scaled, count, static_cast<Float16*>(out) + at); break;
+        default: narrow(scaled, count, static_cast<float*>(out) + at);
+      }
     }
   }
 }
 
 }  // namespace
 
-extern const Kernels kernels{widen, half_squares, inverses, distance_row, triangles, gradient};
+extern const Kernels kernels{widen, half_squares, inverses, distance_row, triangles, gradient, kPanel};
 
 }  // namespace fastkd::FASTKD_ISA::relation

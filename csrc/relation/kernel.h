@@ -8,8 +8,10 @@
 
 namespace fastkd::relation {
 
-constexpr int64_t kRowBlock = 4;       // rows that a distance kernel takes at once; widened features are padded to it
-constexpr int64_t kColumnBlock = 512;  // features widened to fp64 at a time
+constexpr int64_t kRowBlock = 16;      // rows that a task of the distances takes: with kColumnBlock of fp64 they fit L1
+constexpr int64_t kColumnBlock = 256;  // features widened to fp64 at a time
+constexpr int kOwners = 4;             // rows that a task of the triangles takes
+constexpr int64_t kScratchRows = 4;    // of each
 constexpr int64_t kPad = 8;            // doubles: rows of matrices on the CPU are padded to whole registers of any set
 
 struct Features {
@@ -63,15 +65,13 @@ struct Kernels {
   void (*half_squares)(const Widened& widened, int64_t row, int64_t points, bool first, double* out, int64_t stride);
   void (*inverses)(const Params& params, int64_t row);       // n, and the sums of distances
   void (*distance_row)(const Params& params, int64_t row);   // loss and slopes of the distance term
-  // The triangles that a row needs: their loss where they begin with it, and pairs[side][row, k] for k > row, mirrored.
-  // scratch: kScratchRows * stride doubles
+  // The triangles that kOwners rows from `row` on need: their loss where they begin with one of them, and
+  // pairs[side][row, k] for k > row, mirrored. scratch: kOwners * kScratchRows * stride doubles
   void (*triangles)(const Params& params, int64_t row, int side, double* scratch);
-  // A block of kRowBlock rows of the gradient from `row` on, columns [first, first + count). scratch: kRowBlock * stride
-  void (*gradient)(const Widened& widened, const double* pairs, double scale, int64_t row, const Features& out, int64_t first,
-                   int64_t count, double* scratch);
+  // Columns of the gradient from `column` on, as many as a panel has. scratch: panel_columns * (points padded to kRowBlock)
+  void (*gradient)(const Features& features, const double* pairs, double scale, int64_t column, void* out, double* scratch);
+  int64_t panel_columns;
 };
-
-constexpr int64_t kScratchRows = 4;
 
 }  // namespace fastkd::relation
 
