@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from functools import cache
 
+import emulated
+import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from hypothesis import given
+from test_divergence_fuzz import SIZES, call, fuzz, tensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -315,6 +319,65 @@ def test_memory_is_of_pairs(generator: torch.Generator) -> None:
     with Allocations() as allocations:
         relation_loss(student, teacher).backward()
     assert allocations.largest == 512 * 512 * 8
+
+
+@pytest.fixture
+def on_paper() -> object:
+    """What the kernels would be launched with, and where."""
+    emulated.load()
+    return torch.ops.fastkd_emulated
+
+
+def test_geometry(on_paper: object) -> None:
+    """The parts of the features cover them; few points fill the GPU by parts, many without."""
+    for points in (1, 8, 9, 32, 33, 64, 512, 4097, 100_000):
+        for columns in (1, 16, 63, 64, 65, 128, 1271, 50_176, 2**20):
+            splits, each, squares, triangles, gradient = on_paper.plan_relation(points, columns, 132)
+            tiles = -(-points // 32)
+            assert each % 16 == 0
+            assert splits * each >= columns
+            assert splits == 1 or (splits * tiles * (tiles + 1) / 2 < 264 and columns > 64)
+            assert squares == splits * tiles * (tiles + 1)
+            groups = -(-points // 8)
+            assert triangles == groups * (groups + 1) // 2
+            assert gradient == tiles * -(-columns // 32)
+    with pytest.raises(RuntimeError, match="points are 5000000, must be fewer"):
+        on_paper.plan_relation(5_000_000, 3, 132)
+
+
+def test_squares_on_and_above_the_diagonal(on_paper: object) -> None:
+    found = [tuple(on_paper.relation_tile(i)) for i in range(5000)]
+    assert found == [(row, column) for column in range(100) for row in range(column + 1)][:5000]
+    for column in (99_999, 2**16, 2**20 - 1):
+        first = column * (column + 1) // 2
+        assert on_paper.relation_tile(first) == [0, column]
+        assert on_paper.relation_tile(first + column) == [column, column]
+
+
+@fuzz
+@given(st.data())
+def test_fuzz(device: torch.device, data: st.DataObject) -> None:
+    draw = data.draw
+    points = draw(st.sampled_from(SIZES))
+    student, teacher = (draw(tensors((points, draw(st.sampled_from(SIZES[1:]))), DTYPES, device)) for _ in range(2))
+    weights = [draw(st.sampled_from([0.0, 1.0, 0.0, 25.0, -1.0, math.nan, 1e308])) for _ in range(2)]
+    flags = draw(st.booleans()), draw(st.booleans())
+    if draw(st.booleans()) and student.is_floating_point():
+        student = student.detach().requires_grad_()
+    result = call(torch.ops.fastkd.relation, student, teacher, *weights, *flags)
+    valid = all(x.dim() == 2 and x.numel() > 0 and x.dtype in DTYPES for x in (student, teacher))
+    valid = valid and student.shape[0] == teacher.shape[0] and all(w >= 0 for w in weights)
+    assert (result is not None) == valid
+    if result is None:
+        return
+    loss, terms, *pairs = result
+    assert (loss.shape, terms.shape) == ((), (2,))
+    for matrix, wanted in zip(pairs, flags, strict=True):
+        assert matrix.shape == ((student.shape[0],) * 2 if wanted else (0,))
+        torch.testing.assert_close(matrix.mT if wanted else matrix, matrix, rtol=0, atol=0, equal_nan=True)
+    if student.requires_grad:
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert (gradient.shape, gradient.dtype) == (student.shape, student.dtype)
 
 
 X = torch.zeros(4, 5)

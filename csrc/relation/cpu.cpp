@@ -36,9 +36,8 @@ void half_squares(const Features& features, double* out, int64_t stride) {
   for (int64_t first = 0; first < features.columns; first += kColumnBlock) {
     const int64_t count = std::min(kColumnBlock, features.columns - first);
     widened.columns = padded(count, kPad);
-    parallel(blocks * kRowBlock, std::max<int64_t>(1, kGrain / count), [&](int64_t begin, int64_t end) {
-      k.widen(features, begin, end, first, count, doubles(memory), widened.stride);
-    });
+    parallel(blocks * kRowBlock, std::max<int64_t>(1, kGrain / count),
+             [&](int64_t begin, int64_t end) { k.widen(features, begin, end, first, count, doubles(memory), widened.stride); });
     each(blocks, points * points * count,
          [&](int64_t block) { k.half_squares(widened, block * kRowBlock, points, first == 0, out, stride); });
   }
@@ -109,9 +108,8 @@ Tensor relation_backward(Tensor features, Tensor pairs, Tensor grad_loss) {
   features = check_backward(features, pairs, grad_loss);
   Tensor gradient = empty_cpu({features.size(0), features.size(1)}, features.scalar_type());
   const Features in = features_of(features);
-  const double scale = grad_loss.scalar_type() == ScalarType::Double
-                           ? *static_cast<const double*>(grad_loss.const_data_ptr())
-                           : *static_cast<const float*>(grad_loss.const_data_ptr());
+  const double scale = grad_loss.scalar_type() == ScalarType::Double ? *static_cast<const double*>(grad_loss.const_data_ptr())
+                                                                     : *static_cast<const float*>(grad_loss.const_data_ptr());
   const Kernels& k = kernels();
   const double* const of_pairs = static_cast<const double*>(pairs.const_data_ptr());
   void* const out = gradient.mutable_data_ptr();

@@ -16,13 +16,6 @@
 namespace fastkd::FASTKD_ISA::relation {
 namespace {
 
-using relation_math::Angles;
-using relation_math::angles_of;
-using relation_math::distance_gradient;
-using relation_math::Pair;
-using relation_math::pair_of;
-using relation_math::Side;
-using relation_math::smooth_l1;
 using ::fastkd::relation::Features;
 using ::fastkd::relation::Kernels;
 using ::fastkd::relation::kOwners;
@@ -33,6 +26,13 @@ using ::fastkd::relation::Matrices;
 using ::fastkd::relation::Params;
 using ::fastkd::relation::RowSums;
 using ::fastkd::relation::Widened;
+using relation_math::Angles;
+using relation_math::angles_of;
+using relation_math::distance_gradient;
+using relation_math::Pair;
+using relation_math::pair_of;
+using relation_math::Side;
+using relation_math::smooth_l1;
 
 constexpr int L = kLanes<F64>;
 static_assert(kPad % L == 0);
@@ -106,9 +106,7 @@ void half_squares(const Widened& widened, int64_t row, int64_t points, bool firs
 // ---- pairs --------------------------------------------------------------------------------------
 
 // As in math.h, in two instructions.
-FASTKD_INLINE F64 slope_of(F64 x) {
-  return minimum(broadcast<F64>(1.0), maximum(broadcast<F64>(-1.0), x));
-}
+FASTKD_INLINE F64 slope_of(F64 x) { return minimum(broadcast<F64>(1.0), maximum(broadcast<F64>(-1.0), x)); }
 
 // Those of the lanes 0, 1, 2, ... that are in [begin, end).
 FASTKD_INLINE I64 lanes_between(int64_t begin, int64_t end) {
@@ -288,8 +286,7 @@ void finish_row(const Params& params, const Owner& owner, int side) {
     }
     if (params.distance) {
       const Pair<F64> own = pair_at(half_square[0]), other = pair_at(half_square[1]);
-      const F64 slope =
-          slope_of(own.distance * params.inverse_mean[side] - other.distance * params.inverse_mean[1 - side]);
+      const F64 slope = slope_of(own.distance * params.inverse_mean[side] - other.distance * params.inverse_mean[1 - side]);
       gradient += distance_gradient(slope, params.inverse_mean[side], params.through_mean[side], own.distance_slope,
                                     params.distance_scale);
     }

@@ -50,7 +50,6 @@ inverses_of_rows(const DeviceParams p) {
 }
 
 // Loss and slopes of the distance term of a row, by a warp.
-// inspect: streaming distances_of_rows loads=64
 FASTKD_KERNEL(kThreads)
 distances_of_rows(const DeviceParams p) {
   const int64_t row = row_of_warp(), points = p.points;
@@ -74,7 +73,6 @@ distances_of_rows(const DeviceParams p) {
   out.distance_loss = sums[2];
 }
 
-// inspect: anywhere sum_of_all loads=64
 FASTKD_KERNEL(kThreads)
 sum_of_all(const DeviceParams p) {
   const double n = static_cast<double>(p.points);

@@ -6,16 +6,16 @@
 
 namespace fastkd::relation {
 
-constexpr unsigned kFeatureTile = 32;     // points, or columns: a block of threads takes a square of them, four a thread
-constexpr unsigned kFeatureChunk = 16;    // of the other dimension at a time, through shared memory
+constexpr unsigned kFeatureTile = 32;   // points, or columns: a block of threads takes a square of them, four a thread
+constexpr unsigned kFeatureChunk = 16;  // of the other dimension at a time, through shared memory
 constexpr unsigned kFeaturePitch = kFeatureTile + 1;
 constexpr unsigned kChunkPitch = kFeatureChunk + 1;
-constexpr int64_t kLeastColumns = 64;     // features worth a block
+constexpr int64_t kLeastColumns = 64;  // features worth a block
 constexpr int64_t kMostSplits = 16;
 
-constexpr unsigned kEdgeTile = 8;         // points: a block takes the distances between two such groups
-constexpr unsigned kThirds = 4;           // lanes that share the triangles of a distance
-constexpr unsigned kThirdChunk = 32;      // third points in shared memory at a time
+constexpr unsigned kEdgeTile = 8;                        // points: a block takes the distances between two such groups
+constexpr unsigned kThirds = 4;                          // lanes that share the triangles of a distance
+constexpr unsigned kThirdChunk = 32;                     // third points in shared memory at a time
 constexpr unsigned kThirdPitch = kThirdChunk + kThirds;  // 16 bytes each: rows half a line apart, free of bank conflicts
 static_assert(kEdgeTile * kEdgeTile * kThirds == kThreads);
 
@@ -63,15 +63,14 @@ inline SquaresPlan plan_squares(int64_t points, int64_t columns, DeviceLimits li
   if (splits > kMostSplits) splits = kMostSplits;
   const int64_t each = ceil_of(ceil_of(columns, splits), kFeatureChunk) * kFeatureChunk;
   FASTKD_CHECK(tiles <= kMaxBlocks / (2 * kMostSplits), "points are ", points, ", must be fewer");
-  return {splits, each,
-          {static_cast<unsigned>(tiles * splits * 2), kThreads, 1, 2 * kFeatureTile * kChunkPitch * sizeof(double)}};
+  return {
+      splits, each, {static_cast<unsigned>(tiles * splits * 2), kThreads, 1, 2 * kFeatureTile * kChunkPitch * sizeof(double)}};
 }
 
 inline Geometry plan_triangles(int64_t points) {
   const int64_t tiles = triangular_tiles(points, kEdgeTile);
   FASTKD_CHECK(tiles <= kMaxBlocks, "points are ", points, ", must be fewer");
-  return {static_cast<unsigned>(tiles), kThreads, 1,
-          (4 * kEdgeTile * kThirdPitch * 2 + kThreads / 32) * sizeof(double)};
+  return {static_cast<unsigned>(tiles), kThreads, 1, (4 * kEdgeTile * kThirdPitch * 2 + kThreads / 32) * sizeof(double)};
 }
 
 inline Geometry plan_gradient(int64_t points, int64_t columns) {

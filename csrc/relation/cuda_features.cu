@@ -25,7 +25,6 @@ FASTKD_DEVICE double feature(const Features& features, int64_t row, int64_t colu
   }
 }
 
-// inspect: anywhere squares_of_pairs loads=64 stores=64
 FASTKD_KERNEL(kThreads)
 squares_of_pairs(const DeviceParams p) {
   const bool teacher = block_index() % 2 != 0;
@@ -75,7 +74,6 @@ squares_of_pairs(const DeviceParams p) {
   }
 }
 
-// inspect: anywhere gradient_of_features loads=64 stores=64
 FASTKD_KERNEL(kThreads)
 gradient_of_features(const DeviceGradientParams p) {
   const Features features = p.features;

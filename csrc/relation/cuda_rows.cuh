@@ -23,9 +23,7 @@ FASTKD_DEVICE void triangular_tile(int64_t index, int64_t* row, int64_t* column)
 
 FASTKD_DEVICE double square_root(double x) { return ::sqrt(x); }
 
-FASTKD_DEVICE Pair<double> pair_at(double half_square) {
-  return pair_of(2 * half_square, square_root(2 * half_square));
-}
+FASTKD_DEVICE Pair<double> pair_at(double half_square) { return pair_of(2 * half_square, square_root(2 * half_square)); }
 
 FASTKD_DEVICE Side<double> side_of(const Pack<double>& pack) { return {pack.value[0], pack.value[1]}; }
 

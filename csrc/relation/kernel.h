@@ -63,8 +63,8 @@ struct Kernels {
   void (*widen)(const Features& features, int64_t begin, int64_t end, int64_t first, int64_t count, double* out, int64_t stride);
   // E of kRowBlock rows from `row` on, beyond the diagonal; adds to what is there unless the columns are the first.
   void (*half_squares)(const Widened& widened, int64_t row, int64_t points, bool first, double* out, int64_t stride);
-  void (*inverses)(const Params& params, int64_t row);       // n, and the sums of distances
-  void (*distance_row)(const Params& params, int64_t row);   // loss and slopes of the distance term
+  void (*inverses)(const Params& params, int64_t row);      // n, and the sums of distances
+  void (*distance_row)(const Params& params, int64_t row);  // loss and slopes of the distance term
   // The triangles that kOwners rows from `row` on need: their loss where they begin with one of them, and
   // pairs[side][row, k] for k > row, mirrored. scratch: kOwners * kScratchRows * stride doubles
   void (*triangles)(const Params& params, int64_t row, int side, double* scratch);

@@ -9,7 +9,8 @@ namespace fastkd::relation {
 inline Tensor checked_features(const char* name, const Tensor& t) {
   check_dtype(name, t, kFloats);
   check_dim(name, t, 2);
-  FASTKD_CHECK(t.size(0) > 0 && t.size(1) > 0, name, " has shape ", shape_of(t), ", must have at least one point and one feature");
+  FASTKD_CHECK(t.size(0) > 0 && t.size(1) > 0, name, " has shape ", shape_of(t),
+               ", must have at least one point and one feature");
   return t.size(1) == 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
 }
 
@@ -18,9 +19,7 @@ inline void check_weight(const char* name, double weight) {
                ", must be finite and not negative");
 }
 
-inline Features features_of(const Tensor& t) {
-  return {kernel_dtype(t), t.const_data_ptr(), t.size(0), t.size(1), t.stride(0)};
-}
+inline Features features_of(const Tensor& t) { return {kernel_dtype(t), t.const_data_ptr(), t.size(0), t.size(1), t.stride(0)}; }
 
 // The arguments of the operator, checked, and its outputs.
 struct Relation {
@@ -30,8 +29,8 @@ struct Relation {
   double weight[2];  // distance, angle
 
   template <typename Fresh>
-  Relation(const Tensor& student, const Tensor& teacher, double distance_weight, double angle_weight,
-           const bool (&gradients)[2], const Fresh& empty)
+  Relation(const Tensor& student, const Tensor& teacher, double distance_weight, double angle_weight, const bool (&gradients)[2],
+           const Fresh& empty)
       : features{checked_features("student_features", student), checked_features("teacher_features", teacher)},
         weight{distance_weight, angle_weight} {
     const int64_t points = student.size(0);
