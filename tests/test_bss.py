@@ -155,6 +155,24 @@ def test_a_sure_teacher_and_constant_images() -> None:
     assert attacked.weight.tolist() == [1.0] * 4
 
 
+@pytest.mark.parametrize("tap_first", [True, False])
+def test_attack_leaves_the_mode_of_each_module(tap_first: bool) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, CLASSES))
+    teacher = FeatureTap(model if tap_first else model.eval())
+    model.eval()
+    assert tap_first or not teacher.training
+    student = small(1).float()
+    images = torch.randn(16, 3, 2, 2)
+    target = teacher(images).logits.argmax(1)
+    model[2].train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    losses = [BSS().step(student, teacher, images, target)[0].terms["kd_loss"] for _ in range(2)]
+    assert [module.training for module in model] == [False, False, True]
+    assert torch.equal(*losses)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -51,6 +51,7 @@ class FeatureTap(nn.Module):
             if name not in modules:
                 raise ValueError(_unknown_layer(name, list(modules)))
         self.model = model
+        self.training = model.training
         self.layers = tuple(dict.fromkeys(layers))
         self._taps = [_Tap() for _ in self.layers]
         for name, tap in zip(self.layers, self._taps, strict=True):

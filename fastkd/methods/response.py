@@ -148,11 +148,12 @@ class BSS(Method):
             towards = torch.multinomial(odds, 1)
             away = target[base, None]
             moved = images[base]
-        was_training = teacher.training
+        modes = [(module, module.training) for module in teacher.modules()]
         teacher.eval()  # batch statistics would couple the samples, and the attack must not move them
         for _ in range(self.attack_steps):
             moved = self._move(teacher, moved, away, towards)
-        teacher.train(was_training)
+        for module, training in modes:  # that of the tap need not be that of its network
+            module.training = training
         return Attacked(moved, (score >= 0.0).float())
 
     def _move(self, teacher: FeatureTap, images: Tensor, away: Tensor, towards: Tensor) -> Tensor:
