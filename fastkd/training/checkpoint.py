@@ -6,13 +6,14 @@ It holds tensors and plain Python types only, so that reading one runs no code o
 
 from __future__ import annotations
 
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastkd._files import write_whole
 
 __all__ = ["CHECKPOINT", "check_same", "read", "write"]
 
@@ -21,25 +22,8 @@ _FORMAT, _VERSION = "fastkd training", 1
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
-    """Writes a state of tensors and plain types."""
-    write_atomically(path, {"format": _FORMAT, "version": _VERSION, **state})
-
-
-def write_atomically(path: Path, value: Any) -> None:
-    """As ``torch.save``, but into a file beside it, which takes its place when all of it is on the disk: a process that is
-    killed, or a machine that stops, leaves the old file or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        torch.save(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    if os.name == "posix":  # the new name, too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    """Writes a state of tensors and plain types, whole or not at all."""
+    write_whole(path, lambda file: torch.save({"format": _FORMAT, "version": _VERSION, **state}, file))
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["capture", "restore", "seeded"]
+from fastkd.data.seeds import mixed_seed
 
-_APART = 0x9E3779B97F4A7C15  # between the seeds of ranks: those of a seed are not those of the next one
+__all__ = ["capture", "restore", "seeded"]
 
 
 def capture() -> dict[str, Any]:
@@ -40,7 +40,7 @@ def restore(state: dict[str, Any]) -> None:
 def seeded(seed: int, rank: int) -> Iterator[None]:
     """Seeds them all inside the ``with`` block; afterwards they are as they were."""
     before = capture()
-    seed = (seed + rank * _APART) % 2**63
+    seed = mixed_seed("training", seed, rank)
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     random.seed(seed)

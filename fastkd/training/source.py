@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
+from fastkd.data.seeds import mixed_seed
+
 __all__ = ["BatchSource", "LoaderBatches"]
 
 
@@ -63,9 +65,7 @@ class LoaderBatches:
         for sampler in self._with_epochs:
             sampler.set_epoch(epoch)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(
-                (self._seed + (epoch << 32)) % 2**63
-            )  # the loader's seed of its workers
+            torch.default_generator.manual_seed(mixed_seed("workers", self._seed, epoch))  # the loader draws theirs
             batches: Iterator[tuple[Tensor, ...]] = iter(self._loader)
         for _ in range(start):  # now, not at the first next(): these may draw from the global generators
             next(batches)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastkd._files import write_whole
 from fastkd.methods import Objective
 from fastkd.training import checkpoint, distributed, progress, randomness
 from fastkd.training.metrics import Line, MetricsFile, Recorder, TensorBoard, check_finite
@@ -258,7 +259,7 @@ class Trainer:
                 checkpoint.write(self.folder / checkpoint.CHECKPOINT, whole)
 
     def _finish(self, state: TrainingState, folder: Path) -> None:
-        checkpoint.write_atomically(folder / "model.pt", state.deployed().state_dict())
+        write_whole(folder / "model.pt", lambda file: torch.save(state.deployed().state_dict(), file))
         if importlib.util.find_spec("matplotlib") is not None:
             from fastkd.training.figures import save_curves  # matplotlib takes a second to import
 
