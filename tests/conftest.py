@@ -104,6 +104,12 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves of trainings take half a second each: only the tests of figures draw them."""
+    monkeypatch.setattr("fastkd.training.figures.save_curves", lambda lines, path, title: path.touch())
+
+
+@pytest.fixture
 def generator() -> torch.Generator:
     """A seeded generator for the inputs of a test."""
     return torch.Generator().manual_seed(0)

@@ -24,7 +24,7 @@ from training_cases import (
 
 from fastkd.training import LoaderBatches, checkpoint
 
-pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread", "no_figures")]
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hinton": ("hinton", {}),

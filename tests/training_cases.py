@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastkd.methods import BSS, DML, ONE, Baseline, FitNet, Hinton, Method, Objective
 from fastkd.models.convnet import ConvNet
+from fastkd.models.resnet import resnet
 from fastkd.training import Trainer, TrainingSettings, checkpoint
 
 BATCHES, BATCH, CLASSES = 6, 12, 4
@@ -56,6 +57,10 @@ def small(seed: int, widths: tuple[int, ...] = (4, 8)) -> ConvNet:
     return ConvNet(widths, classes=CLASSES, seed=seed)
 
 
+def small_resnet(seed: int) -> nn.Module:
+    return resnet(8, in_channels=1, num_classes=CLASSES, seed=seed)
+
+
 METHODS: dict[str, Callable[[], Method]] = {
     "baseline": Baseline,
     "hinton": Hinton,
@@ -71,7 +76,7 @@ def make_objective(method: str, seed: int = 0, make: Callable[[int], nn.Module] 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         made = METHODS[method]()
-    student = made.student_from(lambda i: make(100 * seed + i))
+        student = made.student_from(lambda i: make(100 * seed + i))  # the gate of ONE draws, too
     return Objective(made, student, small(77, (8, 8)) if made.needs_teacher else None)
 
 
@@ -104,9 +109,8 @@ def train(
             raise InterruptionError
 
     options = {"evaluate": evaluated, "show": "off", "on_step": on_step, **options}
-    trainer = Trainer(
-        make_objective(method, seed), options.pop("batches", Batches()), settings, folder=folder, **options
-    )
+    objective = make_objective(method, seed, options.pop("make", small))
+    trainer = Trainer(objective, options.pop("batches", Batches()), settings, folder=folder, **options)
     try:
         trainer.fit(resume=resume)
     except InterruptionError:

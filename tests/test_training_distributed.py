@@ -1,0 +1,82 @@
+"""Two processes over gloo: equal weights, the gradient of the whole batch, exact resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from training_cases import (
+    Batches,
+    Linear,
+    assert_same_end,
+    differences,
+    make_settings,
+    metrics,
+    small,
+    small_resnet,
+    train,
+)
+from training_processes import CASES, errors_in_two, gradients_in_two, start_ranks, train_in_two
+
+from fastkd.training import process_group
+
+pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread", "no_figures")]
+
+
+def load(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    start_ranks(train_in_two, folder)
+    return folder
+
+
+@pytest.mark.forks
+@pytest.mark.parametrize("method", CASES)
+def test_ranks_stay_equal_and_go_on(method: str, trained: Path) -> None:
+    whole, parts = (trained / method / name for name in ("whole", "parts"))
+    for folder in (whole, parts):
+        for kind in ("rank", "deployed"):
+            assert not differences(*(load(folder / f"{kind}{rank}.pt") for rank in range(2)))
+    assert_same_end(whole, parts)
+    settings = make_settings(**CASES[method])
+    assert len(metrics(whole)) == settings.epochs
+    make = small_resnet if method == "one" else small
+    with pytest.raises(ValueError, match="ranks is 2 there, 1 here"):
+        train(method, whole, settings, resume=True, make=make)
+
+
+@pytest.mark.forks
+def test_gradient_is_that_of_the_whole_batch(tmp_path: Path) -> None:
+    start_ranks(gradients_in_two, tmp_path / "two")
+    settings = make_settings(epochs=1, momentum=0.0, nesterov=False, weight_decay=0.0, learning_rate=1.0)
+    train("hinton", tmp_path / "one", settings, batches=Batches(1, 24), make=Linear)
+    ours, theirs = load(tmp_path / "two" / "rank0.pt"), load(tmp_path / "one" / "model.pt")
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=3e-7)
+    two, one = metrics(tmp_path / "two")[0], metrics(tmp_path / "one")[0]
+    for name in set(one) - {"seconds"}:
+        assert two[name] == pytest.approx(one[name], rel=1e-6)
+
+
+@pytest.mark.forks
+def test_errors_are_everywhere(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").touch()
+    start_ranks(errors_in_two, tmp_path)
+    said = [(tmp_path / f"said{rank}").read_text() for rank in range(2)]
+    assert said[0] == said[1]
+    assert "holds a checkpoint: fit(resume=True) goes on from it" in said[0]
+
+
+def test_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    with process_group("cpu") as process:
+        assert process == (0, 1, torch.device("cpu"))
+        assert not torch.distributed.is_initialized()
+    monkeypatch.setenv("RANK", "0")
+    message = "the environment has RANK but no WORLD_SIZE, LOCAL_RANK: torchrun sets all of them"
+    with pytest.raises(ValueError, match=message), process_group("cpu"):
+        pass

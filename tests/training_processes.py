@@ -1,0 +1,154 @@
+"""What the tests of the trainer run in processes of their own, and how they start them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from training_cases import Batches, Linear, make_settings, small, small_resnet, train
+
+from fastkd.training import figures, process_group
+
+KILLED = make_settings(epochs=8, checkpoint_every=2, ema=0.9)
+POINTS = ("while it is written", "before it is on the disk", "before it takes its place", "after that")
+
+
+def start(work: Callable[..., None], *arguments: Any) -> Any:
+    """A process that runs this. They are forked from one that has imported what they need, torch's
+    optimisers torch._dynamo for instance, and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "numpy.random", "training_processes"])
+    process = context.Process(target=_alone, args=(work, *arguments))
+    process.start()
+    return process
+
+
+def _alone(work: Callable[..., None], *arguments: Any) -> None:
+    torch.set_num_threads(1)
+    figures.save_curves = lambda lines, path, title: path.touch()  # type: ignore[assignment]
+    work(*arguments)
+
+
+def train_slowly(folder: Path, seed: int) -> None:
+    """Goes on from a checkpoint, if there is one."""
+    train("bss", folder, KILLED, seed=seed, resume="auto", on_step=lambda _: time.sleep(0.005))
+
+
+def kill_itself(folder: Path, seed: int, point: str, times: int) -> None:
+    """The same, until it writes a checkpoint for the ``times``-th time: it is killed at some point of that."""
+    left = times
+
+    def now(which: str) -> bool:
+        nonlocal left
+        left -= which == point
+        return left == 0 and which == point
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    save, fsync, replace = torch.save, os.fsync, os.replace
+
+    def half(value: Any, file: Any) -> None:
+        if now(POINTS[0]):
+            file.write(os.urandom(20_000))
+            file.flush()
+            die()
+        save(value, file)
+
+    def synced(descriptor: int) -> None:
+        if now(POINTS[1]):
+            die()
+        fsync(descriptor)
+
+    def replaced(*paths: Any) -> None:
+        if now(POINTS[2]):
+            die()
+        replace(*paths)
+        if now(POINTS[3]):
+            die()
+
+    torch.save, os.fsync, os.replace = half, synced, replaced  # type: ignore[assignment]
+    train("bss", folder, KILLED, seed=seed, resume="auto")
+
+
+def start_ranks(work: Callable[..., None], *arguments: Any, ranks: int = 2) -> None:
+    """Runs ``work(rank, *arguments)`` in as many processes, as torchrun would, to their end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [start(_as_rank, work, rank, ranks, port, arguments) for rank in range(ranks)]
+    for process in processes:
+        process.join(60)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * ranks
+
+
+def _as_rank(work: Callable[..., None], rank: int, ranks: int, port: int, arguments: tuple[Any, ...]) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    work(rank, *arguments)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "hinton": {"ema": 0.9},
+    "fitnet": {"optimiser": "adamw", "learning_rate": 0.01},
+    "bss": {"epochs": 4, "ema": 0.5},  # the last epoch has no attack
+    "dml": {"gradient_clip": 1.0},
+    "one": {"epochs": 2},
+}
+
+
+def train_in_two(rank: int, root: Path) -> None:
+    """Trains each of the cases, once as a whole and once in parts, and writes the weights of this rank."""
+    with process_group("cpu") as process:
+        assert (process.rank, process.world_size, process.device) == (rank, 2, torch.device("cpu"))
+        for method, changes in CASES.items():
+            settings = make_settings(**changes)
+            make = small_resnet if method == "one" else small
+            for name, stops in (("whole", (None,)), ("parts", (9, None))):
+                folder = root / method / name
+                for i, stop in enumerate(stops):
+                    options = {"seed": i, "stop_at": stop, "resume": i > 0, "make": make}
+                    trainer = train(method, folder, settings, batches=Batches(rank=rank), **options)
+                torch.save(trainer.objective.state_dict(), folder / f"rank{rank}.pt")
+                torch.save(trainer.deployed.state_dict(), folder / f"deployed{rank}.pt")
+
+
+def gradients_in_two(rank: int, folder: Path) -> None:
+    """One step on half of a batch each, without momentum: its weights."""
+    halves = Batches(1, 24)
+
+    class Half:
+        def __len__(self) -> int:
+            return 1
+
+        def epoch(self, epoch: int, /, start: int = 0) -> Any:
+            return iter([tuple(part[rank::2] for part in batch) for batch in halves.epoch(epoch, start=start)])
+
+    settings = make_settings(epochs=1, momentum=0.0, nesterov=False, weight_decay=0.0, learning_rate=1.0)
+    with process_group("cpu"):
+        trainer = train("hinton", folder, settings, batches=Half(), make=Linear)
+        torch.save(trainer.deployed.state_dict(), folder / f"rank{rank}.pt")
+
+
+def errors_in_two(rank: int, folder: Path) -> None:
+    """What is wrong on rank 0 is an error on all."""
+    with process_group("cpu"):
+        try:
+            train("hinton", folder, make_settings(), batches=Batches(rank=rank))
+        except FileExistsError as error:
+            (folder / f"said{rank}").write_text(str(error))
