@@ -66,6 +66,18 @@ class TrainingState:
         """The network to evaluate and to keep."""
         return self.objective.method.deployed(self.student if self.average is None else self.average.network)
 
+    def agree(self) -> None:
+        """Lets all ranks have the same batch norm statistics, those of rank 0; their weights always are the same."""
+        distributed.take_buffers_of_first_rank(self.objective)
+        if self.average is not None:
+            distributed.take_buffers_of_first_rank(self.average)
+
+    def end_epoch(self, line: Line) -> None:
+        """On to the next one."""
+        self.history.append(line)
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.running = Running(self.device)
+
     def description(self) -> dict[str, Any]:
         """What must be the same for a state to be taken up again: compared with it, key by key."""
         settings = {name: value for name, value in asdict(self.settings).items() if name not in _FREE}

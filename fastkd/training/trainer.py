@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -124,20 +126,20 @@ class Trainer:
         recorders = self._recorders() if first else []
         show: progress.Show = self._show if first else "off"
         display = progress.make_display(show, settings.epochs, len(self.batches), self._console)
-        with display, randomness.seeded(settings.seed, distributed.rank()):
+        with display, _steps_may_be_left_out(settings), randomness.seeded(settings.seed, distributed.rank()):
             if found is not None:
                 state.load_state_dict(found)
             for recorder in recorders:
                 recorder.begin(state.history)
             try:
                 while state.epoch < settings.epochs:
-                    self._epoch(state, found, display)
+                    line = self._epoch(state, found, display)
                     found = None
                     for recorder in recorders:
-                        recorder.add(state.history[-1])
-                    display.epoch(state.history[-1])
+                        recorder.add(line)
+                    display.epoch(line)
                     if self._on_epoch is not None:
-                        self._on_epoch(state.history[-1])
+                        self._on_epoch(line)
                     self._save(state)
             finally:
                 for recorder in recorders:
@@ -146,9 +148,9 @@ class Trainer:
             self._finish(state, self.folder)
         return state.history
 
-    def _epoch(self, state: TrainingState, found: dict[str, Any] | None, display: progress.Display) -> None:
-        """The batches of an epoch that are not done yet, and its line of metrics."""
-        settings, began = self.settings, time.monotonic() - state.seconds
+    def _epoch(self, state: TrainingState, found: dict[str, Any] | None, display: progress.Display) -> Line:
+        """The batches of an epoch that are not done yet, from the randomness of ``found`` on; and its line of metrics."""
+        began = time.monotonic() - state.seconds
         self.objective.train()
         batches = self.batches.epoch(state.epoch, start=state.batch)
         if found is not None:
@@ -164,32 +166,22 @@ class Trainer:
                 display.show(state.epoch, state.batch, self._read(state))
             if self._on_step is not None:
                 self._on_step(state.step)
-            due = settings.checkpoint_every and state.step % settings.checkpoint_every == 0
-            if due and state.batch < len(self.batches):  # after the last one, when it has been evaluated
-                state.seconds = time.monotonic() - began
+            if self._checkpoint_is_due(state):
                 self._read(state)  # no checkpoint of a training that failed
+                state.seconds = time.monotonic() - began
                 self._save(state)
         if state.batch != len(self.batches):
             raise ValueError(
                 f"fastkd: batches.epoch({state.epoch}) gave {state.batch} batches, must be len(batches), {len(self.batches)}"
             )
-        line = {
-            "epoch": state.epoch + 1,
-            "step": state.step,
-            "learning_rate": rate,
-            **self._read(state, all_ranks=True),
-        }
-        distributed.take_buffers_of_first_rank(self.objective)
-        if state.average is not None:
-            distributed.take_buffers_of_first_rank(state.average)
-        if self._evaluate is not None and (
-            (state.epoch + 1) % settings.evaluate_every == 0 or line["epoch"] == settings.epochs
-        ):
-            line |= self._evaluated(state, line)
+        means = self._read(state, all_ranks=True)
+        line = {"epoch": state.epoch + 1, "step": state.step, "learning_rate": rate, **means}
+        state.agree()
+        line |= self._evaluated(state, line)
         state.seconds = time.monotonic() - began
-        state.history.append({**line, "seconds": state.seconds})
-        state.epoch, state.batch = state.epoch + 1, 0
-        state.running = type(state.running)(state.device)
+        line["seconds"] = state.seconds
+        state.end_epoch(line)
+        return line
 
     def _step(self, state: TrainingState, images: Tensor, target: Tensor) -> None:
         amp = self.settings.amp
@@ -214,9 +206,11 @@ class Trainer:
         return means
 
     def _evaluated(self, state: TrainingState, line: Line) -> Line:
-        assert self._evaluate is not None
-        network = state.deployed()
-        results: Line = distributed.gather(self._evaluate(network))[0]
+        """What ``evaluate`` returns, where it is due."""
+        done, settings = state.epoch + 1, self.settings
+        if self._evaluate is None or (done % settings.evaluate_every and done < settings.epochs):
+            return {}
+        results: Line = distributed.gather(self._evaluate(state.deployed()))[0]
         twice = [name for name in results if name in line or name == "seconds"]
         if twice:
             raise ValueError(
@@ -252,6 +246,11 @@ class Trainer:
             return []
         return [MetricsFile(self.folder / "metrics.jsonl"), *([self._tensorboard] if self._tensorboard else [])]
 
+    def _checkpoint_is_due(self, state: TrainingState) -> bool:
+        """Within an epoch: at its end there is one anyway, after the evaluation."""
+        every = self.settings.checkpoint_every
+        return bool(every) and state.step % every == 0 and state.batch < len(self.batches) and self.folder is not None
+
     def _save(self, state: TrainingState) -> None:
         if self.folder is not None:
             whole = state.state_dict()  # on all ranks, as it gathers
@@ -264,3 +263,12 @@ class Trainer:
             from fastkd.training.figures import save_curves  # matplotlib takes a second to import
 
             save_curves(state.history, folder / "curves.png", repr(self.objective.method).partition("(")[0])
+
+
+@contextmanager
+def _steps_may_be_left_out(settings: TrainingSettings) -> Iterator[None]:
+    """A GradScaler leaves out the first steps, until its scale is right: the schedule then warns of its order of calls."""
+    with warnings.catch_warnings():
+        if settings.amp == "fp16":
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`")
+        yield
