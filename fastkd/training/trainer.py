@@ -98,7 +98,7 @@ class Trainer:
         return self._state.deployed()
 
     def fit(self, *, resume: bool | Literal["auto"] = False, overwrite: bool = False) -> list[Line]:
-        """Trains to the end.
+        """Trains to the end; the networks are then in evaluation mode.
 
         Args:
             resume: go on from the folder's checkpoint; ``"auto"``: if there is one.
@@ -144,6 +144,8 @@ class Trainer:
             finally:
                 for recorder in recorders:
                     recorder.close()
+        self.objective.eval()
+        state.deployed().eval()
         if first and self.folder is not None:
             self._finish(state, self.folder)
         return state.history
