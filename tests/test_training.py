@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -42,6 +43,7 @@ def test_learns() -> None:
     assert history[-1]["test_accuracy"] > 0.9
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]
     assert trainer.deployed is trainer.objective.student.model
+    assert not trainer.deployed.training
 
 
 def test_what_a_line_of_metrics_holds(tmp_path: Path) -> None:
@@ -240,6 +242,36 @@ def test_without_rich_and_without_tensorboard(
     with pytest.raises(ValueError, match="tensorboard is True and folder None"):
         train("hinton", None, make_settings(), tensorboard=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_tensorboard_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By a stand-in for its writer."""
+    calls: list[tuple[Any, ...]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            calls.append(("open", folder, purge_step))
+
+        def add_scalar(self, *scalar: Any) -> None:
+            calls.append(scalar)
+
+        def flush(self) -> None:
+            pass
+
+        def close(self) -> None:
+            calls.append(("close",))
+
+    stand_in = ModuleType("torch.utils.tensorboard")
+    stand_in.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorboard", ModuleType("tensorboard"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+    train("hinton", tmp_path, make_settings(epochs=2), tensorboard=True, stop_at=11)
+    train("hinton", tmp_path, make_settings(epochs=2), tensorboard=True, resume=True)
+    assert [call[2] for call in calls if call[0] == "open"] == [1, BATCHES + 1]
+    assert calls.count(("close",)) == 2
+    assert [(call[1], call[2]) for call in calls if call[0] == "loss"] == [
+        (line["loss"], line["step"]) for line in metrics(tmp_path)
+    ]
 
 
 def test_tensorboard(tmp_path: Path) -> None:
