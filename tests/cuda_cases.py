@@ -210,7 +210,7 @@ _RELATIONS = (
     (1, 3, 2, torch.float32),
     (41, 17, 20, torch.bfloat16),
     (64, 128, 300, torch.float32),
-    (257, 33, 64, torch.float64),
+    (129, 33, 64, torch.float64),
     (70, 1000, 5, torch.float16),
 )
 

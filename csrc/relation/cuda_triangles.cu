@@ -5,7 +5,8 @@
 // sides, so that every sum has one owner and one order: no atomics, no workspace. A block takes 8 x 8 distances; the rows of
 // both groups pass through shared memory, 16 bytes (E, n) a pair.
 // Bytes: 2 B^2 (E, n) read once for each 8 points, from L2; B = 512: 64 x 8 MB / 2 for 67 M x 36 operations, of which an H200
-// does 14 T/s (170 us); B = 64, the usual batch: 2016 x 62 x 36 operations, bound by latency.
+// does 14 T/s (170 us; a GPU with 1/64 of its units for fp64 some 5 ms); B = 64, the usual batch: 2016 x 62 x 36 operations,
+// bound by latency.
 #include "common/device.cuh"
 #include "relation/cuda_rows.cuh"
 
