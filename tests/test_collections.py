@@ -10,8 +10,8 @@ import torch
 
 from fastkd import AliasTable, KDLoss, KLDivLoss
 from fastkd.methods import collections
+from fastkd.methods.loop import one_thread
 from fastkd.models.convnet import ConvNet
-from fastkd.training.loop import one_thread
 
 N = 40
 

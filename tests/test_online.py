@@ -87,6 +87,17 @@ def test_a_student_of_each_method() -> None:
     assert not torch.equal(a.conv1.weight, b.conv1.weight)
 
 
+def test_the_students_weights_are_those_of_the_seeds() -> None:
+    def make(seed: int) -> nn.Module:
+        return resnet(8, in_channels=1, seed=seed)
+
+    for method in (ONE(), DML()):
+        before = torch.get_rng_state()
+        first, second = method.student_from(make).state_dict(), method.student_from(make).state_dict()
+        assert torch.equal(before, torch.get_rng_state())
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 class OutOfOrder(nn.Module):
     def __init__(self) -> None:
         super().__init__()

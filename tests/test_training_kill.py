@@ -11,8 +11,8 @@ import pytest
 from training_cases import assert_same_end, train
 from training_processes import KILLED, POINTS, kill_itself, start, train_slowly
 
+from fastkd.methods.loop import one_thread
 from fastkd.training import checkpoint
-from fastkd.training.loop import one_thread
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.forks, pytest.mark.usefixtures("one_thread", "no_figures")]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,8 @@ from fastkd.cli.distill import check_device
 from fastkd.methods.registry import NAMES
 from fastkd.studies import zoo
 from fastkd.studies.distillation import Networks, Result
+
+_OF_THE_MACHINE = ("output", "runs", "device", "jobs", "data_root")  # which the results do not depend on
 
 
 @dataclass(frozen=True)
@@ -98,17 +100,15 @@ class Zoo(Networks):
 
     def _about(self) -> dict[str, object]:
         """What was run, without the folders of this machine."""
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        defaults = Zoo()
+        settings = asdict(self)
+        for name in _OF_THE_MACHINE:
+            settings.pop(name, None)
+            settings["data"].pop(name, None)
         return {
             "what": f"{self.student} from {self.teacher} on {self.data.data}: {self.data.train_size or 'all'} training images",
-            "command": shlex.join(["fastkd", "study", "zoo", *_options(self, defaults)]),
+            "command": shlex.join(["fastkd", "study", "zoo", *_options(self, Zoo())]),
             "student": self.student,
-            "settings": {
-                name: value if isinstance(value, (str, int, float, bool, tuple)) else asdict(value)
-                for name, value in own.items()
-                if name not in ("output", "runs", "device", "jobs")
-            },
+            "settings": settings,
             "fastkd": build_info()["version"],
             "torch": torch.__version__,
         }
@@ -128,7 +128,7 @@ def _options(given: object, defaults: object) -> list[str]:
     for name, value in vars(given).items():
         default = getattr(defaults, name)
         flag = "--" + name.replace("_", "-")
-        if name in ("output", "runs", "device", "jobs", "data_root") or value == default:
+        if name in _OF_THE_MACHINE or value == default:
             continue
         if hasattr(value, "__dataclass_fields__"):
             options += _options(value, default)

@@ -25,9 +25,9 @@ from fastkd import scores
 from fastkd.data import digits
 from fastkd.losses import KDLoss, KLDivLoss
 from fastkd.methods import collections
+from fastkd.methods.loop import one_thread, optimise, predict
 from fastkd.models.convnet import ConvNet, count_parameters
 from fastkd.sampling import AliasTable
-from fastkd.training.loop import one_thread, optimise, predict
 
 TEACHER_WIDTHS = (32, 64, 64)
 STUDENT_WIDTHS = (8, 16)

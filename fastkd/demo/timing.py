@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from fastkd.functional import kl_div
-from fastkd.training.loop import one_thread
+from fastkd.methods.loop import one_thread
 
 __all__ = ["LossTiming", "interleaved_medians", "time_loss"]
 

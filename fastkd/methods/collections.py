@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fastkd import statistics
 from fastkd.losses import KDLoss, KLDivLoss
+from fastkd.methods.loop import optimise
 from fastkd.sampling import AliasTable
-from fastkd.training.loop import optimise
 
 __all__ = ["distill", "expected_skip_ratio", "irrelevant_proportion", "relevant_draws", "skip_ratio", "uniformity"]
 

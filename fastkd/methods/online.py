@@ -119,23 +119,22 @@ class MultiBranch(nn.Module):
         trunk: images to maps ``[B, C, H, W]``.
         branches: modules of their own, maps to logits ``[B, K]``.
         channels: C.
+        seed: of the gate's initial weights; torch's global generator stays as it is.
 
     Shape: images ``[B, ...]`` -> logits ``[branches + 1, B, K]``, the last being the ensemble's: ``sum_i g_i z_i`` with
     ``g = softmax(ReLU(BN(Linear(mean_hw map))))``.
     """
 
-    def __init__(self, trunk: nn.Module, branches: Sequence[nn.Module], channels: int) -> None:
+    def __init__(self, trunk: nn.Module, branches: Sequence[nn.Module], channels: int, *, seed: int = 0) -> None:
         super().__init__()
         _check_several("branches", len(branches))
         self.trunk = trunk
         self.branches = nn.ModuleList(branches)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs, too
+            linear = nn.Linear(channels, len(branches))
         self.gate = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(channels, len(branches)),
-            nn.BatchNorm1d(len(branches)),
-            nn.ReLU(),
-            nn.Softmax(1),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear, nn.BatchNorm1d(len(branches)), nn.ReLU(), nn.Softmax(1)
         )
 
     def forward(self, images: Tensor) -> Tensor:

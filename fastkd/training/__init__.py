@@ -1,5 +1,4 @@
-"""Training loops: :class:`Trainer` for the methods, with exact resume, several processes, metrics and curves; and a short
-loop of its own for :mod:`fastkd.methods.collections`."""
+"""Training loops: :class:`Trainer` for the methods, with exact resume, several processes, metrics and curves."""
 
 from fastkd.training.distributed import Process, process_group
 from fastkd.training.evaluation import evaluate, evaluator

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from fastkd.training.loop import predict
+from fastkd.methods.loop import predict
 
 __all__ = ["evaluate", "evaluator"]
 
