@@ -28,9 +28,8 @@ def main(epochs: int = 8) -> dict[str, float]:
         optimiser.step()
 
     student = ConvNet((8, 16), seed=1)
-    method = AT(
-        ["features.3", "features.7"], feature_weight=100.0
-    )  # what named_modules() calls the outputs of the two stages
+    stages = ["features.3", "features.7"]  # as named_modules() calls them
+    method = AT(stages, feature_weight=100.0)
     student_tap = FeatureTap(student, method.layers)
     teacher_tap = FeatureTap(teacher.eval(), method.teacher_layers)
     optimiser = torch.optim.AdamW([*student.parameters(), *method.parameters()], 3e-3)
