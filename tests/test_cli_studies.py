@@ -48,8 +48,8 @@ def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_command_of_all_options_in_other_than_default_is_complete() -> None:
-    options = _options(Zoo(seeds=5, augment=False, methods=("at",)), Zoo())
-    assert options == ["--no-augment", "--methods", "at", "--seeds", "5"]
+    options = _options(Zoo(seeds=5, flip=False, methods=("at",)), Zoo())
+    assert options == ["--no-flip", "--methods", "at", "--seeds", "5"]
 
 
 @pytest.mark.parametrize(
@@ -115,19 +115,19 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 TOML = """
 method = "at"
-augment = false
+flip = false
 [training]
 epochs = 3
 milestones = [0.5, 0.75]
 """
 YAML = """
 method: at
-augment: false
+flip: false
 training:
   epochs: 3
   milestones: [0.5, 0.75]
 """
-OPTIONS = ["--method", "at", "--no-augment", "--epochs", "3", "--milestones", "0.5", "0.75"]
+OPTIONS = ["--method", "at", "--no-flip", "--epochs", "3", "--milestones", "0.5", "0.75"]
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.toml", TOML), ("a.yaml", YAML), ("a.yml", YAML)])

@@ -63,7 +63,7 @@ def test_other_settings_do_not_pass_for_these(tmp_path: Path) -> None:
     digests = {
         of("baseline").digest(),
         of("at").digest(),
-        of("at", augment=False).digest(),
+        of("at", flip=False).digest(),
         of("at", kd_weight=1.0).digest(),
     }
     assert len(digests) == 4

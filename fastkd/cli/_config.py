@@ -13,7 +13,7 @@ def expand(arguments: list[str]) -> list[str]:
     """``command --config FILE ...`` -> ``command <options of the file> ...``: what is said later, on the command line, counts.
 
     A file holds ``name: value`` as the options are called, with ``-`` or ``_``, in sections or not: ``epochs = 30``,
-    ``methods = ["hinton", "at"]``, ``augment = false``.
+    ``methods = ["hinton", "at"]``, ``flip = false``.
 
     Raises:
         UsageError: a file that is not there or not TOML or YAML.

@@ -40,10 +40,10 @@ class Networks:
     """Of the teacher's training; 0: as many as the student's."""
     batch_size: int = 128
     """Images of a batch, in each process."""
-    augment: bool = True
-    """Random crops of the padded images, mirrored where that makes sense."""
     padding: int | None = None
-    """Pixels of zeros that the crops may reach into; 4 for sides of 32 and 28 by default."""
+    """Pixels of zeros that random crops may reach into; by default those of the set, 4 for sides of 32 and 28. 0: no crops."""
+    flip: bool = True
+    """Mirror half of the images, where a mirrored one is still one of its class."""
     data: DataSettings = field(default_factory=DataSettings)
     """The images."""
     training: TrainingSettings = field(default_factory=TrainingSettings)
@@ -53,6 +53,8 @@ class Networks:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"fastkd: batch_size is {self.batch_size}, must be 1 or more")
+        if self.padding is not None and self.padding < 0:
+            raise ValueError(f"fastkd: padding is {self.padding}, must be 0 (no crops) or more")
         if self.teacher_epochs < 0:
             raise ValueError(f"fastkd: teacher_epochs is {self.teacher_epochs}, must be 0 (as the student) or more")
 
@@ -88,8 +90,8 @@ class Distillation(Networks):
             teacher="",
             student=self.teacher,
             batch_size=self.batch_size,
-            augment=self.augment,
             padding=self.padding,
+            flip=self.flip,
             data=self.data,
             training=training,
         )
@@ -184,10 +186,13 @@ def _write_result(settings: Distillation, folder: Path, result: Result, process:
 
 def make_method(settings: Distillation, *networks: Any) -> Method:
     """Of (student, teacher, images), or, without them, to see whether it can be made."""
-    if not networks and settings.method == "fitnet":  # whose channels are not known yet
-        return methods.create("fitnet", student_channels=1, teacher_channels=1, **settings.of_method())
+    own = settings.of_method()
+    if settings.method == "bss":
+        own["attack_size"] = max(1, settings.batch_size // 4)  # its authors' share: 64 of 256
+    if settings.method == "fitnet" and not networks:
+        own.update(student_channels=1, teacher_channels=1)  # which are not known yet
     try:
-        return methods.create(settings.method, *networks, **settings.of_method())
+        return methods.create(settings.method, *networks, **own)
     except TypeError:
         given = ", ".join(settings.of_method())
         raise ValueError(f"fastkd: method {settings.method!r} does not have all of the settings {given}") from None
@@ -252,8 +257,8 @@ def _train(
         data.train,
         settings.batch_size,
         seed=settings.training.seed,
-        padding=settings.padding if settings.augment else 0,
-        flip=None if settings.augment else False,
+        padding=settings.padding,
+        flip=None if settings.flip else False,
         rank=process.rank,
         world_size=process.world_size,
     )
