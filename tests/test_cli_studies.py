@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,6 +52,40 @@ def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"table.md", "results.json", "accuracy.png", "runs"}
     assert main([*command, "--seeds", "1", "--output", str(tmp_path)]) == 0
     assert (tmp_path / "table.md").read_text() == table
+
+
+@pytest.mark.forks
+def test_processes_end_with_the_one_that_is_killed(tmp_path: Path) -> None:
+    """And what they had done is found by the next call."""
+    command = [sys.executable, "-m", "fastkd", "study", "zoo", *TINY, "--epochs", "1000", "--methods", "baseline"]
+    command += ["--settings", "clean", "--seeds", "2", "--jobs", "2", "--output", str(tmp_path)]
+    study = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        until(lambda: len(list(tmp_path.rglob("metrics.jsonl"))) == 2)
+        study.kill()
+        study.wait()
+        until(lambda: not in_session(study.pid))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(study.pid, signal.SIGKILL)
+    assert all((path.parent / "checkpoint.pt").exists() for path in tmp_path.rglob("metrics.jsonl") if path.read_text())
+
+
+def until(true: Callable[[], bool]) -> None:
+    for _ in range(1200):
+        if true():
+            return
+        time.sleep(0.05)
+    pytest.fail("nothing has happened in a minute")
+
+
+def in_session(leader: int) -> bool:
+    """Whether a process of this session still runs."""
+    try:
+        os.killpg(leader, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_command_of_all_options_in_other_than_default_is_complete() -> None:

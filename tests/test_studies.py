@@ -18,6 +18,7 @@ from fastkd.training import Process, TrainingSettings
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
 
+ROOT = Path(__file__).parents[1]
 HERE = Process(0, 1, torch.device("cpu"))
 TINY = Networks(
     teacher="resnet8",
@@ -219,6 +220,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert "| dml | 60.00 | +10.00 | 1 | 76.33 ± 0.32 |" in table
     assert "| the teacher, resnet26 | 90.00 ± 0.00 | | 2 | |" in table
     assert table.index("baseline") < table.index("hinton")
+    assert "| hinton | 83.00 ± 0.00 |  |\n| dml |  | 60.00 |\n| the teacher, resnet26 | 90.00 ± 0.00 |  |" in table
     picture = imread(tmp_path / "made" / "accuracy.png")
     assert min(picture.shape[:2]) > 300
     assert len(set(map(tuple, picture.reshape(-1, picture.shape[2])[::97].tolist()))) > 10
@@ -241,3 +243,15 @@ def test_published_figures() -> None:
     assert zoo.SETTINGS["noise-0.4"].published("resnet8") is noisy
     assert zoo.SETTINGS["clean"].published("resnet14")["sp"] == (92.34, 0.19)
     assert zoo.SETTINGS["clean"].published("mobilenet") == {}
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "results" / "zoo").iterdir()), ids=lambda folder: folder.name)
+def test_documents_show_the_committed_results(folder: Path) -> None:
+    document = json.loads((folder / "results.json").read_text())
+    table = (folder / "table.md").read_text()
+    assert table == report.markdown(document["accuracies"], document["teachers"], document)
+    assert document["command"] in table
+    if folder.name == "fashion-mnist":
+        readme = (ROOT / "README.md").read_text()
+        assert report.as_markdown(report.overview(document["accuracies"], document["teachers"])) in readme
+        assert document["command"] in readme

@@ -67,7 +67,11 @@ class Zoo(Networks):
         from fastkd.studies import report  # matplotlib takes a second to import
 
         files = report.save(self.output, accuracies, teachers, self._about())
-        console.print(_table(accuracies))
+        head, *rows = report.overview(accuracies, teachers)
+        table = Table(*head, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
         for file in files:
             console.print(str(file), highlight=False, soft_wrap=True)
 
@@ -137,14 +141,3 @@ def _options(given: object, defaults: object) -> list[str]:
         else:
             options += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
     return options
-
-
-def _table(accuracies: zoo.Accuracies) -> Table:
-    from fastkd.studies.report import summary
-
-    table = Table("method", *accuracies, box=None, pad_edge=False)
-    for method in NAMES:
-        cells = [summary(methods[method]) if method in methods else "" for methods in accuracies.values()]
-        if any(cells):
-            table.add_row(method, *cells)
-    return table

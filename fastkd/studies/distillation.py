@@ -99,6 +99,8 @@ class Distillation(Networks):
     def digest(self) -> str:
         """Ten letters that differ where any setting does."""
         everything = asdict(self)
+        if not methods.needs_teacher(self.method):
+            del everything["teacher"], everything["teacher_epochs"], everything["teacher_weights"]
         del everything["data"]["data_root"]  # the images are the same wherever they lie
         return hashlib.sha256(json.dumps(everything, default=str, sort_keys=True).encode()).hexdigest()[:10]
 

@@ -16,7 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from fastkd.methods.registry import NAMES
 from fastkd.studies.zoo import SETTINGS, Accuracies
 
-__all__ = ["markdown", "save", "summary"]
+__all__ = ["as_markdown", "markdown", "overview", "save"]
 
 BLUE, INK, GREY = "#0b6fb8", "#22303c", "#8a949e"
 
@@ -45,7 +45,7 @@ def summary(seeds: Mapping[int, float]) -> str:
 
 def markdown(accuracies: Accuracies, teachers: Accuracies, about: Mapping[str, Any]) -> str:
     """A table for each setting: ours, the difference to our baseline, and the paper's."""
-    lines = [f"{about['what']}", "", f"`{about['command']}`", ""]
+    lines = [f"{about['what']}", "", f"`{about['command']}`", "", as_markdown(overview(accuracies, teachers))]
     for setting, methods in accuracies.items():
         published = SETTINGS[setting].published(about["student"])
         lines += [
@@ -67,6 +67,28 @@ def markdown(accuracies: Accuracies, teachers: Accuracies, about: Mapping[str, A
         ]
         lines.append("")
     return "\n".join(lines)
+
+
+def overview(accuracies: Accuracies, teachers: Accuracies) -> list[list[str]]:
+    """One table of all settings: a row of names of settings, then one for each method and teacher, mean and deviation in %."""
+    named: dict[str, dict[str, Mapping[int, float]]] = {
+        method: {setting: methods[method] for setting, methods in accuracies.items() if method in methods}
+        for method in NAMES
+    }
+    for setting, networks in teachers.items():
+        for name, seeds in networks.items():
+            named.setdefault(f"the teacher, {name}", {})[setting] = seeds
+    rows = [["", *accuracies]]
+    for name, cells in named.items():
+        if cells:
+            rows.append([name, *(summary(cells[setting]) if setting in cells else "" for setting in accuracies)])
+    return rows
+
+
+def as_markdown(rows: list[list[str]]) -> str:
+    """A table whose first row is its head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
 
 
 def _gain(seeds: Mapping[int, float], baseline: Mapping[int, float]) -> str:

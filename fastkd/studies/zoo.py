@@ -6,11 +6,13 @@ Every run has a folder of its own, and is not run again where its result is ther
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import NamedTuple
 
@@ -165,11 +167,24 @@ def _pool(jobs: int, device: torch.device) -> Iterator[ProcessPoolExecutor | Non
         yield None
         return
     threads = max(1, torch.get_num_threads() // jobs) if device.type == "cpu" else torch.get_num_threads()
-    pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (threads,))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin(threads: int) -> None:
+    """In a new process of the pool."""
+    torch.set_num_threads(threads)
+    parent = parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:  # which may be killed: nobody would take the result, or tell it to end
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _run(one: Run, folder: Path, device: torch.device) -> Result:
