@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-EXTRA = ("matplotlib", "rich", "sklearn", "tyro")
+EXTRA = ("matplotlib", "rich", "sklearn", "tomli", "tyro", "yaml")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

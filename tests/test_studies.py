@@ -68,8 +68,51 @@ def test_other_settings_do_not_pass_for_these(tmp_path: Path) -> None:
         of("at", kd_weight=1.0).digest(),
     }
     assert len(digests) == 4
+    training = replace(TINY.training, checkpoint_every=7)
+    assert of("at", training=training).digest() == of("at").digest()
+    assert of("baseline", teacher="resnet14").digest() == of("baseline").digest()
     elsewhere = replace(TINY.data, data_root=Path("elsewhere"))
     assert of("at", data=elsewhere).digest() == of("at").digest()
+
+
+@pytest.mark.parametrize(
+    "change", [{"data": replace(TINY.data, label_noise=0.4)}, {"teacher": "resnet14"}, {"padding": 0}], ids=str
+)
+def test_an_interrupted_one_goes_on_with_the_same_only(
+    change: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation, "_write_result", interrupted)  # all but this is there
+        with pytest.raises(KeyboardInterrupt):
+            distillation.run(of("baseline"), tmp_path / "baseline", HERE, show="off")
+    if "teacher" in change:  # which the baseline does not have
+        distillation.run(of("baseline", **change), tmp_path / "baseline", HERE, show="off")
+        return
+    with pytest.raises(ValueError, match="is of another training: description"):
+        distillation.run(of("baseline", **change), tmp_path / "baseline", HERE, show="off")
+    assert not (tmp_path / "baseline" / "result.json").exists()
+
+
+def test_a_result_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text('{"digest": ')
+    with pytest.raises(ValueError, match="is no result of a distillation; delete it to run it again"):
+        distillation.run(of("baseline"), tmp_path, HERE, show="off")
+
+
+def test_the_given_teacher_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(b"weights of the user's")
+    with pytest.raises(ValueError, match="must not lie in the folder that is written to"):
+        distillation.run(of("hinton", teacher_weights=tmp_path / "model.pt"), tmp_path, HERE, show="off")
+    assert (tmp_path / "model.pt").read_bytes() == b"weights of the user's"
+
+
+def test_what_does_not_fit_is_known_before_the_teacher_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="FSP needs equal numbers of channels"):
+        distillation.run(of("fsp", teacher="wrn-10-1"), tmp_path, HERE, show="off")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("method", ["baseline", "bss", "fitnet", "fsp", "at", "sp", "rkd-da", "one", "dml"])
@@ -122,6 +165,7 @@ def test_weights_of_another_network(tmp_path: Path) -> None:
         ({"train_size": -1}, r"train_size is -1, must be 0 \(all\) or more"),
         ({"shrink": 0}, "shrink is 0, must be 1 or more"),
         ({"imbalance": -0.5}, "imbalance is -0.5"),
+        ({"imbalance": 1e-300}, "imbalance is 1e-300, must be 0 .off. or from 0.01 to 100"),
         ({"imbalance_ratio": 0.5}, "imbalance_ratio is 0.5, must be 1 or more"),
     ],
 )
@@ -131,17 +175,20 @@ def test_data_settings_out_of_range(change: dict[str, float], message: str) -> N
 
 
 def test_data_of_an_experiment() -> None:
-    train, test = data_sets.load("digits")
+    train, _ = data_sets.load("digits")
     settings = DataSettings(data="digits", train_size=200, test_size=50, shrink=2)
     part, few = prepare(settings, 0)
     assert part.images.shape == (200, 1, 4, 4)
     assert few.images.shape == (50, 1, 4, 4)
     assert part.padding == -(-train.padding // 2)
     assert torch.bincount(part.target).tolist() == [20] * 10
-    mean = test.images[7, 0, 2:4, 4:6].float().mean()
-    assert abs(int(few.images[7, 0, 1, 2]) - mean) <= 0.5
-    other, _ = prepare(settings, 1)
+    whole, _ = prepare(replace(settings, train_size=0, test_size=0), 0)
+    mean = train.images[7, 0, 2:4, 4:6].float().mean()
+    assert abs(int(whole.images[7, 0, 1, 2]) - mean) <= 0.5
+    assert len(set(few.target.tolist())) == 10  # not the first ones, which may be of one class
+    other, same = prepare(settings, 1)
     assert not torch.equal(part.images, other.images)
+    assert torch.equal(few.images, same.images)
 
     noisy, _ = prepare(replace(settings, label_noise=0.4), 0)
     assert (noisy.target != part.target).sum() == 80
@@ -173,13 +220,9 @@ def test_the_grid(tmp_path: Path) -> None:
 
 
 def test_a_study_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results: list[tuple[zoo.Run, Result]] = []
-
-    def study(methods: list[str], seeds: int) -> list[tuple[zoo.Run, Result]]:
-        before = len(results)
+    def study(methods: list[str], seeds: int) -> list[tuple[zoo.Run, Result | Exception]]:
         runs = zoo.grid(TINY, methods, ["clean"], seeds)
-        zoo.run_all(runs, tmp_path, HERE.device, 1, lambda run, result: results.append((run, result)))
-        return results[before:]
+        return list(zoo.run_all(runs, tmp_path, HERE.device, 1))
 
     (first,) = study(["baseline"], 1)
     more = study(["baseline", "hinton"], 2)
@@ -193,17 +236,23 @@ def test_a_study_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.forks
 def test_processes_side_by_side(tmp_path: Path) -> None:
     runs = zoo.grid(TINY, ["baseline", "hinton"], ["clean"], 1)
-    results: dict[int, dict[str, Result]] = {}
-    for jobs in (1, 2):
-        found = results.setdefault(jobs, {})
-        zoo.run_all(
-            runs,
-            tmp_path / str(jobs),
-            HERE.device,
-            jobs,
-            lambda run, result, found=found: found.update({run.method: result}),
-        )
-    assert results[1] == results[2]
+    results = [
+        {run.method: result for run, result in zoo.run_all(runs, tmp_path / str(jobs), HERE.device, jobs)}
+        for jobs in (1, 2)
+    ]
+    assert results[0] == results[1]
+    assert all(isinstance(result, Result) for result in results[0].values())
+
+
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.forks)])
+def test_a_run_that_fails_keeps_no_other_from_running(jobs: int, tmp_path: Path) -> None:
+    base = replace(TINY, teacher="wrn-10-1")  # whose maps FSP cannot compare with the student's
+    base = replace(base, data=replace(TINY.data, shrink=2))
+    runs = zoo.grid(base, ["fsp", "baseline"], ["clean"], 1)
+    results = {run.method: result for run, result in zoo.run_all(runs, tmp_path, HERE.device, jobs)}
+    assert isinstance(results["baseline"], Result)
+    assert "FSP needs equal numbers of channels" in str(results["fsp"])
+    assert [run.method for run, _ in zoo.known(runs, tmp_path)] == ["baseline"]
 
 
 def test_the_report(tmp_path: Path) -> None:
@@ -212,13 +261,15 @@ def test_the_report(tmp_path: Path) -> None:
         "noise-0.4": {"baseline": {0: 0.5}, "dml": {0: 0.6}},
     }
     teachers: zoo.Accuracies = {"clean": {"resnet26": {0: 0.9, 1: 0.9}}}
-    about = {"what": "resnet8 from resnet26", "command": "fastkd study zoo", "student": "resnet8"}
+    about = {"what": "resnet8 from resnet26", "command": "fastkd study zoo", "student": "resnet8", "data": "cifar10"}
     files = report.save(tmp_path / "made", accuracies, teachers, about)
     table = (tmp_path / "made" / "table.md").read_text()
     assert "| baseline | 81.00 ± 1.41 |  | 2 | 87.64 ± 0.25 |" in table
     assert "| hinton | 83.00 ± 0.00 | +2.00 ± 1.00 | 2 | 88.80 ± 0.16 |" in table
     assert "| dml | 60.00 | +10.00 | 1 | 76.33 ± 0.32 |" in table
     assert "| the teacher, resnet26 | 90.00 ± 0.00 | | 2 | |" in table
+    assert "| published: CIFAR-10, resnet8 |" in table
+    assert "| published: CIFAR-10, wrn-16-2 |" in table
     assert table.index("baseline") < table.index("hinton")
     assert "| hinton | 83.00 ± 0.00 |  |\n| dml |  | 60.00 |\n| the teacher, resnet26 | 90.00 ± 0.00 |  |" in table
     picture = imread(tmp_path / "made" / "accuracy.png")
@@ -230,7 +281,7 @@ def test_the_report(tmp_path: Path) -> None:
 
 def test_published_figures() -> None:
     """Those of the paper's text that the issue of methods is judged by, and that no cell is missing."""
-    for table in (published.CLEAN, published.LABEL_NOISE, published.CLASS_IMBALANCE):
+    for table in (published.CLEAN, published.CLEAN_CIFAR100, published.LABEL_NOISE, published.CLASS_IMBALANCE):
         assert all(len(methods) == 12 for methods in table.values())
     noisy = published.LABEL_NOISE[0.4]
     assert [round(noisy[name].mean, 1) for name in ("hinton", "fitnet", "fsp", "dml", "baseline")] == [
@@ -240,9 +291,10 @@ def test_published_figures() -> None:
         76.3,
         64.5,
     ]
-    assert zoo.SETTINGS["noise-0.4"].published("resnet8") is noisy
-    assert zoo.SETTINGS["clean"].published("resnet14")["sp"] == (92.34, 0.19)
-    assert zoo.SETTINGS["clean"].published("mobilenet") == {}
+    assert zoo.SETTINGS["noise-0.4"].published("cifar10", "resnet8") == ("CIFAR-10, wrn-16-2", noisy)
+    assert zoo.SETTINGS["clean"].published("cifar10", "resnet14")[1]["sp"] == (92.34, 0.19)
+    assert zoo.SETTINGS["clean"].published("cifar100", "wrn-40-2")[1]["one"] == (76.89, 0.27)
+    assert zoo.SETTINGS["clean"].published("mnist", "mobilenet")[1] == {}
 
 
 @pytest.mark.parametrize("folder", sorted((ROOT / "results" / "zoo").iterdir()), ids=lambda folder: folder.name)

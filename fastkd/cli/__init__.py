@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 
 import tyro
 from rich.console import Console
@@ -31,7 +34,9 @@ def run(arguments: list[str]) -> int:
     name = "".join(arguments[:1])
     try:
         arguments = expand(arguments)
-        return _parse(name, arguments)(Console()) or 0
+        with _one_line():
+            command = _parse(name, arguments)
+        return command(Console()) or 0
     except UsageError as error:
         print(f"fastkd {name}: {error}", file=sys.stderr)
         return 2
@@ -54,3 +59,21 @@ def _parse(name: str, arguments: list[str]) -> Callable[[Console], int | None]:
             config=FLAT,
         )
     return command
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """tyro answers a value that fastkd refuses with a box that names its own internals: what fastkd said is enough."""
+    said = io.StringIO()
+    said.isatty = sys.stderr.isatty  # type: ignore[method-assign]  # colours, where there would be some
+    try:
+        with redirect_stderr(said):
+            yield
+    except SystemExit:
+        text = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", said.getvalue())
+        refused = re.search(r"Error parsing .*?: fastkd: (.*?) For full helptext", " ".join(text.split()))
+        if refused:
+            raise UsageError(refused[1]) from None
+        raise
+    finally:
+        sys.stderr.write("" if sys.exc_info()[0] is UsageError else said.getvalue())

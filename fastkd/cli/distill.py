@@ -21,19 +21,22 @@ class Distill(Distillation):
     """Train a student by a method of the zoo, on CIFAR-10 or another set of small images, and say how good it is.
 
     A teacher learns the same images first, unless its weights are given. All is in one folder, with metrics and curves; the
-    same command goes on where it was interrupted. Works under torchrun, too. --config FILE takes options from a TOML
-    or YAML file, as "epochs = 30"; those of the command line come before them.
+    same command goes on where it was interrupted. Works under torchrun, too.
     """
 
     output: Path = Path("fastkd-distill")
     """The folder of the results."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the networks train; auto takes CUDA where there is a GPU."""
+    config: Path | None = None
+    """A TOML or YAML file with any of these options, as "epochs = 30"; those of the command line come before them."""
     threads: int = 0
     """Of the CPU; 0: as many as torch takes."""
 
     def __call__(self, console: Console) -> None:
         check_device(self.device)
+        if self.threads < 0:
+            raise UsageError(f"--threads is {self.threads}, must be 0 (as torch takes) or more")
         if self.threads:
             torch.set_num_threads(self.threads)
         check_writable("--output", self.output, self.output / "result.json")

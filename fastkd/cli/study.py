@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,9 +18,10 @@ from fastkd.cli._output import check_writable
 from fastkd.cli.distill import check_device
 from fastkd.methods.registry import NAMES
 from fastkd.studies import zoo
-from fastkd.studies.distillation import Networks, Result
+from fastkd.studies.distillation import Networks, Result, check
 
-_OF_THE_MACHINE = ("output", "runs", "device", "jobs", "data_root")  # which the results do not depend on
+MOST_SEEDS = 20  # of which results of earlier calls are looked for
+_OF_THE_MACHINE = ("config", "output", "runs", "device", "jobs", "data_root")  # which the results do not depend on
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Zoo(Networks):
     Compression" (Sarfraz et al., ICPR 2020).
 
     Writes a table with mean and standard deviation beside the paper's figures, and a plot. The same command goes on where
-    it was interrupted, and adds what more is asked for. --config FILE takes options from a TOML or YAML file.
+    it was interrupted, and adds what more is asked for.
     """
 
     methods: tuple[str, ...] = NAMES
@@ -42,12 +43,14 @@ class Zoo(Networks):
     """Runs side by side, each a process; on a CPU they share its threads."""
     output: Path = Path("fastkd-zoo")
     """The folder of the table, the plot and the numbers."""
+    config: Path | None = None
+    """A TOML or YAML file with any of these options, as "epochs = 30"; those of the command line come before them."""
     runs: Path | None = None
     """The folder of the runs and their checkpoints; "runs" in --output by default."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the networks train; auto takes CUDA where there is a GPU."""
 
-    def __call__(self, console: Console) -> None:
+    def __call__(self, console: Console) -> int:
         check_device(self.device)
         for name, least in (("seeds", 1), ("jobs", 1)):
             if getattr(self, name) < least:
@@ -61,12 +64,36 @@ class Zoo(Networks):
                 raise UsageError(f"--{option} has no effect here: {instead}")
         check_writable("--output", self.output, self.output / "table.md")
         device = torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+        folder = self.runs or self.output / "runs"
         with usage_errors():
             runs = zoo.grid(self, self.methods, self.settings, self.seeds)
-            accuracies, teachers = self._run(runs, device, console)
+            check(runs[0].distillation)
+            failures = self._run(runs, folder, device, console)
+            # what earlier calls have run is part of the study, too
+            every = zoo.grid(self, NAMES, zoo.SETTINGS, max(self.seeds, MOST_SEEDS))
+            results = list(zoo.known(every, folder))
+        if results:
+            self._report(results, console)
+        for run, error in failures:
+            console.print(f"failed: {run.setting} {run.method} {run.seed}: {error}", soft_wrap=True, highlight=False)
+        return 1 if failures else 0
+
+    def _report(self, results: list[tuple[zoo.Run, Result]], console: Console) -> None:
         from fastkd.studies import report  # matplotlib takes a second to import
 
-        files = report.save(self.output, accuracies, teachers, self._about())
+        accuracies: zoo.Accuracies = {}
+        teachers: zoo.Accuracies = {}
+        for run, result in results:
+            accuracies.setdefault(run.setting, {}).setdefault(run.method, {})[run.seed] = result.accuracy
+            if result.teacher_accuracy is not None:
+                teachers.setdefault(run.setting, {}).setdefault(self.teacher, {})[run.seed] = result.teacher_accuracy
+        asked = replace(
+            self,
+            methods=tuple(name for name in NAMES if any(name in methods for methods in accuracies.values())),
+            settings=tuple(accuracies),
+            seeds=1 + max(run.seed for run, _ in results),
+        )
+        files = report.save(self.output, accuracies, teachers, asked._about())
         head, *rows = report.overview(accuracies, teachers)
         table = Table(*head, box=None, pad_edge=False)
         for row in rows:
@@ -76,10 +103,10 @@ class Zoo(Networks):
             console.print(str(file), highlight=False, soft_wrap=True)
 
     def _run(
-        self, runs: list[zoo.Run], device: torch.device, console: Console
-    ) -> tuple[zoo.Accuracies, zoo.Accuracies]:
-        accuracies: zoo.Accuracies = {}
-        teachers: zoo.Accuracies = {}
+        self, runs: list[zoo.Run], folder: Path, device: torch.device, console: Console
+    ) -> list[tuple[zoo.Run, Exception]]:
+        """What failed."""
+        failures: list[tuple[zoo.Run, Exception]] = []
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -89,18 +116,14 @@ class Zoo(Networks):
         )
         with Progress(*columns, console=console) as progress:
             bar = progress.add_task("teachers", total=len(runs))
-
-            def on_result(run: zoo.Run, result: Result) -> None:
-                accuracies.setdefault(run.setting, {}).setdefault(run.method, {})[run.seed] = result.accuracy
-                if result.teacher_accuracy is not None:
-                    teachers.setdefault(run.setting, {}).setdefault(self.teacher, {})[run.seed] = (
-                        result.teacher_accuracy
-                    )
-                last = f"{run.setting} {run.method} {run.seed}: {100 * result.accuracy:.1f} %"
-                progress.update(bar, advance=1, description=last)
-
-            zoo.run_all(runs, self.runs or self.output / "runs", device, self.jobs, on_result)
-        return accuracies, teachers
+            for run, result in zoo.run_all(runs, folder, device, self.jobs):
+                if isinstance(result, Exception):
+                    failures.append((run, result))
+                    came_to = "failed"
+                else:
+                    came_to = f"{100 * result.accuracy:.1f} %"
+                progress.update(bar, advance=1, description=f"{run.setting} {run.method} {run.seed}: {came_to}")
+        return failures
 
     def _about(self) -> dict[str, object]:
         """What was run, without the folders of this machine."""
@@ -111,6 +134,7 @@ class Zoo(Networks):
         return {
             "what": f"{self.student} from {self.teacher} on {self.data.data}: {self.data.train_size or 'all'} training images",
             "command": shlex.join(["fastkd", "study", "zoo", *_options(self, Zoo())]),
+            "data": self.data.data.lower(),
             "student": self.student,
             "settings": settings,
             "fastkd": build_info()["version"],

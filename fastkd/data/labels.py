@@ -90,11 +90,11 @@ def power_law_counts(num_classes: int, gamma: float, largest: int, smallest: int
 
     Args:
         num_classes: C >= 2, or 1 where largest and smallest are equal.
-        gamma: > 0.
+        gamma: >= 1e-6.
         largest, smallest: 1 <= smallest <= largest.
     """
-    if not 0.0 < gamma < float("inf"):
-        raise ValueError(f"fastkd: gamma is {gamma}, must be positive and finite")
+    if not 1e-6 <= gamma < float("inf"):  # below, no digit is left of what the classes differ by
+        raise ValueError(f"fastkd: gamma is {gamma}, must be 1e-6 or more, and finite")
     if not 1 <= smallest <= largest:
         raise ValueError(f"fastkd: smallest is {smallest}, must be in [1, {largest}], at most largest")
     if num_classes < 1 or (num_classes == 1 and smallest != largest):

@@ -28,7 +28,7 @@ class DataSettings:
     train_size: int = 0
     """Training images, the same number of each class, chosen by the seed; 0: all."""
     test_size: int = 0
-    """Test images, the first ones; 0: all."""
+    """Test images, chosen at random, the same for every seed; 0: all."""
     shrink: int = 1
     """Images are averaged over squares of so many pixels: 2 is half the size, and a quarter of the time."""
     label_noise: float = 0.0
@@ -46,7 +46,7 @@ class DataSettings:
             ("test_size", self.test_size >= 0, "0 (all) or more"),
             ("shrink", self.shrink >= 1, "1 or more"),
             ("label_noise", 0.0 <= self.label_noise < 1.0, "from 0 to below 1"),
-            ("imbalance", self.imbalance >= 0.0, "0 (off) or more"),
+            ("imbalance", self.imbalance == 0.0 or 0.01 <= self.imbalance <= 100.0, "0 (off) or from 0.01 to 100"),
             ("imbalance_ratio", self.imbalance_ratio >= 1.0, "1 or more"),
         ):
             if not good:
@@ -65,7 +65,9 @@ def prepare(settings: DataSettings, seed: int) -> tuple[ImageSet, ImageSet]:
     if settings.test_size:
         if settings.test_size > len(test):
             raise ValueError(f"fastkd: test_size is {settings.test_size}, must be at most the {len(test)} test images")
-        test = test.subset(torch.arange(settings.test_size))
+        # the same ones for every seed
+        order = torch.randperm(len(test), generator=mixed_generator("test part", settings.test_size))
+        test = test.subset(order[: settings.test_size].sort().values)
     if settings.imbalance:
         train = _imbalanced(train, settings, seed)
     if settings.label_noise:

@@ -19,9 +19,10 @@ from fastkd.methods import registry as methods
 from fastkd.models import registry as models
 from fastkd.studies.data import DataSettings, prepare
 from fastkd.training import Process, Trainer, TrainingSettings, evaluator
+from fastkd.training.distributed import on_first_rank
 from fastkd.training.progress import Show
 
-__all__ = ["Distillation", "Networks", "Result", "read_result", "run", "train_teacher"]
+__all__ = ["Distillation", "Networks", "Result", "check", "read_result", "run", "train_teacher"]
 
 RESULT = "result.json"
 WEIGHTS = "model.pt"  # as the trainer calls it
@@ -51,8 +52,8 @@ class Networks:
     weights, of the order of the images, and of their choice and their wrong labels."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"fastkd: batch_size is {self.batch_size}, must be 1 or more")
+        if self.batch_size < 2:
+            raise ValueError(f"fastkd: batch_size is {self.batch_size}, must be 2 or more, as batch norm needs")
         if self.padding is not None and self.padding < 0:
             raise ValueError(f"fastkd: padding is {self.padding}, must be 0 (no crops) or more")
         if self.teacher_epochs < 0:
@@ -96,13 +97,21 @@ class Distillation(Networks):
             training=training,
         )
 
-    def digest(self) -> str:
-        """Ten letters that differ where any setting does."""
+    def description(self) -> dict[str, Any]:
+        """All that the result depends on."""
         everything = asdict(self)
         if not methods.needs_teacher(self.method):
             del everything["teacher"], everything["teacher_epochs"], everything["teacher_weights"]
+        elif self.teacher_weights is not None and self.teacher_weights.is_file():
+            everything["teacher_weights"] = hashlib.sha256(self.teacher_weights.read_bytes()).hexdigest()
         del everything["data"]["data_root"]  # the images are the same wherever they lie
-        return hashlib.sha256(json.dumps(everything, default=str, sort_keys=True).encode()).hexdigest()[:10]
+        everything["training"]["checkpoint_every"] = 0
+        everything["training"]["warmup_epochs"] = float(self.training.warmup_epochs)
+        return everything
+
+    def digest(self) -> str:
+        """Ten letters that differ where the description does."""
+        return hashlib.sha256(json.dumps(self.description(), default=str, sort_keys=True).encode()).hexdigest()[:10]
 
 
 class Result(NamedTuple):
@@ -137,20 +146,40 @@ def run(
         ValueError, FileNotFoundError, ImportError: settings that cannot be, data that is not there, a folder that holds
             another run.
     """
-    done = read_result(settings, folder)
+    done = on_first_rank(lambda: read_result(settings, folder))
     if done is not None:
         return done
-    make_method(settings)  # a wrong setting of it is known before the teacher is trained
-    for role in ("student", "teacher"):
-        _create(getattr(settings, role), role, 1, 2, 0)
+    if settings.teacher_weights is not None and settings.teacher_weights.resolve().parent == folder.resolve():
+        raise ValueError(
+            f"fastkd: teacher_weights is {settings.teacher_weights}, must not lie in the folder that is written to, {folder}"
+        )
     data = _load(settings, process.device)
+    check(settings, data)
     teacher, teacher_accuracy = None, None
     if methods.needs_teacher(settings.method):
         teacher, teacher_accuracy = _teacher(settings, teachers or folder, data, process, show)
     accuracy = _train(settings, folder, data, teacher, process, show)
     result = Result(accuracy, teacher_accuracy)
-    _write_result(settings, folder, result, process)
+    _write_result(settings, folder, result)
     return result
+
+
+def check(settings: Distillation, data: _Data | None = None) -> None:
+    """One step of the method with new networks: what does not fit is known before the teacher is trained.
+
+    Raises:
+        ValueError, ImportError: unknown names, settings that a method does not have, networks that it cannot compare.
+    """
+    make_method(settings)
+    for role in ("student", "teacher"):
+        if role == "student" or methods.needs_teacher(settings.method):
+            _create(getattr(settings, role), role, 1, 2, 0)
+    if data is None:
+        data = _load(settings, torch.device("cpu"))
+    teacher = _network(settings, "teacher", data, 0) if methods.needs_teacher(settings.method) else None
+    objective = _objective(settings, data, teacher, 0)
+    with torch.no_grad():
+        objective(data.test_images[:4], data.test_target[:4])
 
 
 def train_teacher(settings: Distillation, folder: Path, process: Process, *, show: Show = "auto") -> Result:
@@ -168,22 +197,25 @@ def read_result(settings: Distillation, folder: Path) -> Result | None:
     path = folder / RESULT
     if not path.exists():
         return None
-    document = json.loads(path.read_text())
-    if document["digest"] != settings.digest():
+    try:
+        document = json.loads(path.read_text())
+        digest, result = document["digest"], Result(document["test_accuracy"], document["teacher_accuracy"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"fastkd: {path} is no result of a distillation; delete it to run it again") from None
+    if digest != settings.digest():
         raise ValueError(f"fastkd: {path} is of other settings; choose another folder, or delete it")
-    return Result(document["test_accuracy"], document["teacher_accuracy"])
+    return result
 
 
-def _write_result(settings: Distillation, folder: Path, result: Result, process: Process) -> None:
+def _write_result(settings: Distillation, folder: Path, result: Result) -> None:
     document = {
         "test_accuracy": result.accuracy,
         "teacher_accuracy": result.teacher_accuracy,
         "digest": settings.digest(),
         "settings": asdict(settings),
     }
-    if process.rank == 0:
-        text = json.dumps(document, indent=2, default=str) + "\n"
-        write_whole(folder / RESULT, lambda file: file.write(text.encode()))
+    text = json.dumps(document, indent=2, default=str) + "\n"
+    on_first_rank(lambda: write_whole(folder / RESULT, lambda file: file.write(text.encode())))
 
 
 def make_method(settings: Distillation, *networks: Any) -> Method:
@@ -228,11 +260,11 @@ def _teacher(
         return network, evaluator(data.test_images, data.test_target)(network)["test_accuracy"]
     own = settings.of_teacher()
     folder = folder / f"teacher-{own.student}-{own.digest()}"
-    done = read_result(own, folder)
+    done = on_first_rank(lambda: read_result(own, folder))
     if done is None:
         accuracy = _train(own, folder, data, None, process, show, TEACHERS + settings.training.seed)
         done = Result(accuracy, None)
-        _write_result(own, folder, done, process)
+        _write_result(own, folder, done)
     _read_weights(network, folder / WEIGHTS)
     return network, done.accuracy
 
@@ -248,13 +280,7 @@ def _train(
 ) -> float:
     """Test accuracy after the last epoch; the weights are in the folder then."""
     seed = settings.training.seed if weights_seed is None else weights_seed
-    first = _network(settings, "student", data, seed)
-    method = make_method(settings, *(() if teacher is None else (first, teacher, data.test_images[:2])))
-    # the networks of an online method differ; the first is the one that every other method would train
-    student = method.student_from(
-        lambda i: first if i == 0 else _network(settings, "student", data, seed + i * (TEACHERS << 1))
-    )
-    objective = Objective(method, student, teacher).to(process.device)
+    objective = _objective(settings, data, teacher, seed)
     batches = Batches(
         data.train,
         settings.batch_size,
@@ -271,8 +297,19 @@ def _train(
         evaluate=evaluator(data.test_images, data.test_target),
         folder=folder,
         show=show,
+        description={name: str(value) for name, value in settings.description().items() if name != "training"},
     )
     return float(trainer.fit(resume="auto")[-1]["test_accuracy"])
+
+
+def _objective(settings: Distillation, data: _Data, teacher: nn.Module | None, seed: int) -> Objective:
+    first = _network(settings, "student", data, seed)
+    method = make_method(settings, *(() if teacher is None else (first, teacher, data.test_images[:2])))
+    # the networks of an online method differ; the first is the one that every other method would train
+    student = method.student_from(
+        lambda i: first if i == 0 else _network(settings, "student", data, seed + i * (TEACHERS << 1))
+    )
+    return Objective(method, student, teacher).to(data.test_images.device)
 
 
 def _read_weights(network: nn.Module, path: Path) -> None:

@@ -26,7 +26,7 @@ def save(folder: Path, accuracies: Accuracies, teachers: Accuracies, about: Mapp
 
     Args:
         teachers: of the runs' teachers.
-        about: what was run, for the JSON; ``student`` and ``command`` are shown.
+        about: what was run, for the JSON; ``what``, ``command``, ``data`` and ``student`` are needed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     document = {**about, "accuracies": accuracies, "teachers": teachers}
@@ -47,13 +47,9 @@ def markdown(accuracies: Accuracies, teachers: Accuracies, about: Mapping[str, A
     """A table for each setting: ours, the difference to our baseline, and the paper's."""
     lines = [f"{about['what']}", "", f"`{about['command']}`", "", as_markdown(overview(accuracies, teachers))]
     for setting, methods in accuracies.items():
-        published = SETTINGS[setting].published(about["student"])
-        lines += [
-            f"## {setting}",
-            "",
-            "| method | test accuracy, % | to the baseline | seeds | published |",
-            "|---|---|---|---|---|",
-        ]
+        where, published = SETTINGS[setting].published(about["data"], about["student"])
+        head = f"| method | test accuracy, % | to the baseline | seeds | published: {where} |"
+        lines += [f"## {setting}", "", head, "|---|---|---|---|---|"]
         for method in sorted(methods, key=NAMES.index):
             seeds = methods[method]
             theirs = published.get(method)
