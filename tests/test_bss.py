@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from fastkd.methods import BSS, FeatureTap, Outputs
+from fastkd.methods import BSS, FeatureTap, Outputs, response
 from fastkd.models.resnet import resnet
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
@@ -49,13 +49,18 @@ def attacked_one_by_one(
     return image.detach()
 
 
+def record_draws(patch: pytest.MonkeyPatch) -> list[Tensor]:
+    drawn: list[Tensor] = []
+    draw = response._draw
+    patch.setattr(response, "_draw", lambda odds: drawn.append(draw(odds)) or drawn[-1])
+    return drawn
+
+
 def test_the_attack_is_the_published_one(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, student = small(0), small(1)
     images, target = images_and_target(teacher)
     s, t = student(images).logits, teacher(images).logits
-    drawn: list[Tensor] = []
-    multinomial = torch.multinomial
-    monkeypatch.setattr(torch, "multinomial", lambda *a: drawn.append(multinomial(*a)) or drawn[-1])
+    drawn = record_draws(monkeypatch)
     method = BSS(attack_size=10, attack_steps=4, bounds=(-2.0, 2.0))
     attacked = method.attack(teacher, images, s, t, target)
 
@@ -81,11 +86,9 @@ def test_targets_are_drawn_by_the_teachers_probabilities() -> None:
     n = 4000
     teacher = small(0)
     logits = torch.tensor([[3.0, 1.0, 0.0, -1.0, 2.0]], dtype=torch.float64).expand(n, -1)
-    drawn: list[Tensor] = []
-    multinomial = torch.multinomial
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "multinomial", lambda *a: drawn.append(multinomial(*a)) or drawn[-1])
+        drawn = record_draws(patch)
         images = torch.randn(n, 3, 2, 2, dtype=torch.float64)
         BSS(attack_size=n, attack_steps=1).attack(teacher, images, logits, logits, torch.zeros(n, dtype=torch.int64))
     share = drawn[0].flatten().bincount(minlength=CLASSES) / n
@@ -125,6 +128,40 @@ def test_where_nobody_is_right_nothing_is_added() -> None:
     loss, _ = BSS().step(student, teacher, images, target)
     assert loss.terms["boundary_loss"] == 0.0
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss.total, list(student.parameters())))
+
+
+def test_batch_norm_sees_qualifying_samples_only() -> None:
+    """Samples that do not qualify may hold anything: the loss and the student's statistics stay."""
+    teacher = small(0)
+    images, _ = images_and_target(teacher)
+    target = teacher(images).logits.argmax(1)
+    method = BSS(attack_size=16, attack_steps=1)
+
+    def attacked(others: float) -> tuple[Tensor, Tensor]:
+        given = images.clone()
+        given[5:] = others
+        right = F.one_hot(torch.where(torch.arange(24) < 5, target, (target + 1) % CLASSES), CLASSES).double()
+        torch.manual_seed(0)
+        result = method.attack(teacher, given, right, right + teacher(images).logits.softmax(1) / 9, target)
+        return result.images, result.weight
+
+    (first, weight), (second, _) = attacked(0.0), attacked(2.0)
+    assert weight.tolist() == [1.0] * 5 + [0.0] * 11
+    assert torch.equal(first, second)
+    nearest = torch.cdist(first.flatten(1), images[:5].flatten(1)).argmin(1)
+    assert nearest.tolist() == [nearest[i % 5] for i in range(16)]
+    assert sorted(nearest[:5].tolist()) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_attack_keeps_the_images_dtype(dtype: torch.dtype) -> None:
+    teacher = small(0)
+    images, target = images_and_target(teacher)
+    teacher, images = teacher.to(dtype), images.to(dtype)
+    logits = teacher(images).logits.detach()
+    attacked = BSS(attack_steps=2).attack(teacher, images, logits, logits, target)
+    assert attacked.images.dtype == dtype
+    assert not any(torch.equal(row, image) for row, image in zip(attacked.images[:3], images[:3], strict=True))
 
 
 def test_the_attack_leaves_the_teacher_alone() -> None:

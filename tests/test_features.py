@@ -108,6 +108,52 @@ def test_layers_that_cannot_be_tapped(layer: str, message: str) -> None:
             tap(torch.ones(1, 3))
 
 
+def test_a_feature_changed_in_place_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True), nn.Flatten())
+    images = torch.randn(2, 1, 4, 4)
+    tap = FeatureTap(model, ["0"])
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode(), pytest.raises(RuntimeError, match="layer '0' was changed in place .* the module that comes after"):
+            tap(images)
+    assert FeatureTap(model, ["1"])(images).features["1"].min() >= 0.0
+    with torch.inference_mode():  # whose tensors do not count their changes
+        assert FeatureTap(model, ["1"])(images).features["1"].min() >= 0.0
+
+
+def test_a_removed_tap_leaves_no_hooks() -> None:
+    model = resnet(8, in_channels=1)
+    kept, removed = FeatureTap(model, ["layer1"]), FeatureTap(model, ["layer1", "layer2"])
+    copied = copy.deepcopy(removed)
+    removed.remove()
+    assert (len(model.layer1._forward_hooks), len(model.layer2._forward_hooks)) == (1, 0)
+    assert list(kept(torch.randn(2, 1, 8, 8)).features) == ["layer1"]
+    assert list(copied(torch.randn(2, 1, 8, 8)).features) == ["layer1", "layer2"]
+    copied.remove()
+    assert len(copied.model.layer2._forward_hooks) == 0
+
+
+def test_names_from_a_generator() -> None:
+    assert FeatureTap(resnet(8), (f"layer{i}" for i in (1, 2))).layers == ("layer1", "layer2")
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("part", [False, True])
+def test_a_compiled_model_is_tapped_by_its_own_names(part: bool) -> None:
+    model = resnet(8, in_channels=1).eval()
+    images = torch.randn(2, 1, 8, 8)
+    expected = FeatureTap(copy.deepcopy(model), ["layer1", "layer1.0.conv1"])(images)
+    if part:
+        model.layer1 = torch.compile(model.layer1, backend="eager")
+    else:
+        model = torch.compile(model, backend="eager")
+    tap = FeatureTap(model, ["layer1", "layer1.0.conv1"])
+    logits, features = tap(images)
+    torch.testing.assert_close(logits, expected.logits)
+    torch.testing.assert_close(features, expected.features)
+    with pytest.raises(ValueError, match="no layer 'layer_1'.*; it has conv1, bn1"):
+        FeatureTap(model, ["layer_1"])
+
+
 @pytest.mark.compiles
 def test_a_tapped_model_compiles() -> None:
     tap = FeatureTap(resnet(8, in_channels=1).eval(), ["layer1", "avgpool"])

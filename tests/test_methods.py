@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import method_formulas as plain
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from fastkd.methods import AT, FSP, RKD, SP, Baseline, FeatureTap, FitNet, Hinton, Method, Outputs
+from fastkd.methods import AT, BSS, DML, FSP, ONE, RKD, SP, Baseline, FeatureTap, FitNet, Hinton, Method, Outputs
 from fastkd.models.resnet import resnet
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
@@ -141,16 +142,31 @@ def test_dead_maps_have_gradients() -> None:
         assert gradient.isfinite().all()
 
 
+def cast(given: Outputs, dtype: torch.dtype) -> Outputs:
+    return Outputs(given.logits.detach().to(dtype), {k: f.detach().to(dtype) for k, f in given.features.items()})
+
+
 def test_half_precision_features() -> None:
-    """What networks under autocast put out."""
+    """What networks under autocast put out: the loss is that of the same numbers in float32."""
     for make, _, _ in METHODS.values():
         method = make()
-        student, teacher = (
-            Outputs(o.logits.detach().bfloat16(), {k: f.detach().bfloat16() for k, f in o.features.items()})
-            for o in pair_of(method)
-        )
+        half = [cast(o, torch.bfloat16) for o in pair_of(method)]
+        expected = method(*(cast(o, torch.float32) for o in half), TARGET)
         with torch.autocast("cpu", torch.bfloat16):
-            assert method(student, teacher, TARGET).total.isfinite()
+            loss = method(*half, TARGET)
+        torch.testing.assert_close(loss.terms, expected.terms, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_regressor_of_another_dtype(dtype: torch.dtype) -> None:
+    method = FitNet(4, 6, ["hint"])
+    given = [cast(cast(o, dtype), torch.float32) for o in pair_of(method)]
+    expected = method(*given, TARGET).terms["hint_loss"]
+    loss = method.to(dtype)(*(cast(o, dtype) for o in given), TARGET)
+    loss.total.backward()
+    assert all(p.grad is not None and p.grad.dtype == dtype for p in method.parameters())
+    torch.testing.assert_close(loss.terms["hint_loss"].float(), expected, rtol=0.02, atol=0)
+    assert loss.total.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -197,12 +213,21 @@ def test_outputs_that_do_not_fit(
         method(made(student), None if teacher is None else made(teacher), TARGET)
 
 
-@pytest.mark.parametrize("wrong", [10, -1])
-@pytest.mark.parametrize("method", [Baseline(), Hinton()])
+@pytest.mark.parametrize("method", [SP(["c"], ["d"]), RKD(25, 50, ["c"], ["d"]), AT(["c"], ["d"])])
+def test_batches_that_differ(method: Method) -> None:
+    student = Outputs(torch.zeros(BATCH, CLASSES), {"c": torch.zeros(BATCH, 7, 4, 4)})
+    teacher = Outputs(torch.zeros(BATCH, CLASSES), {"d": torch.zeros(4, 7, 4, 4)})
+    message = r"student's layer 'c' is \(6, 7, 4, 4\), the teacher's layer 'd' \(4, 7, 4, 4\): .* of the same batch"
+    with pytest.raises(ValueError, match=message):
+        method(student, teacher, TARGET)
+
+
+@pytest.mark.parametrize("wrong", [10, -1, -100])
+@pytest.mark.parametrize("method", [Baseline(), Hinton(), Hinton(task_weight=0.0), BSS()])
 def test_labels_out_of_range(method: nn.Module, wrong: int) -> None:
     target = TARGET.clone()
     target[2] = wrong
-    with pytest.raises((ValueError, RuntimeError), match=f"target.* {wrong}"):
+    with pytest.raises(ValueError, match=f"target holds {wrong}, must be classes from 0 to 9"):
         method(outputs(1, ()), Outputs(torch.zeros(BATCH, CLASSES, dtype=torch.float64)), target)
 
 
@@ -221,3 +246,37 @@ def test_labels_out_of_range(method: nn.Module, wrong: int) -> None:
 def test_settings_out_of_range(make: Callable[[], Method], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("argument", ["layers", "teacher_layers"])
+def test_names_of_layers(argument: str) -> None:
+    with pytest.raises(TypeError, match=f"{argument} is the string 'layer1', must be a sequence of names"):
+        AT(**{"layers": ["layer1"], argument: "layer1"})
+    method = AT((f"layer{i}" for i in (1, 2)), (f"layer{i}" for i in (2, 3)))
+    assert (method.layers, method.teacher_layers) == (("layer1", "layer2"), ("layer2", "layer3"))
+
+
+# of each argument of a constructor, another value than its default
+OTHERS = {
+    "layers": ["layer1"],
+    "teacher_layers": ["other"],
+    "branch_at": "layer2",
+    "bounds": (-1.0, 1.0),
+    "ramp_share": 0.5,
+}
+
+
+@pytest.mark.parametrize("kind", [AT, BSS, DML, FSP, ONE, RKD, SP, Baseline, FitNet, Hinton])
+def test_each_setting_shows(kind: type[Method]) -> None:
+    """A checkpoint knows its method by this text."""
+    arguments = inspect.signature(kind).parameters
+    given = {name: 3 for name, argument in arguments.items() if argument.default is argument.empty}
+    if "layers" in arguments:
+        given["layers"] = ["layer3"] if kind is not FSP else ["layer3", "layer4"]
+    default = repr(kind(**given))
+    for name in arguments:
+        other = {**given, name: OTHERS.get(name, 7)}
+        if kind is FSP and name in ("layers", "teacher_layers"):
+            other[name] = ["one", "two"]
+        assert repr(kind(**other)) != default, name
+        assert f"{name}=" in repr(kind(**other))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from fastkd.methods import AT, BSS, DML, FSP, ONE, RKD, SP, Baseline, FitNet, Hinton, Objective
-from fastkd.methods.registry import NAMES, create
+from fastkd.methods.loop import predict
+from fastkd.methods.registry import NAMES, create, needs_teacher
 from fastkd.models.resnet import resnet
 from fastkd.models.wide_resnet import wide_resnet
 
@@ -69,6 +72,9 @@ def test_layers_are_those_of_each_network() -> None:
     method = create("fsp", networks("resnet")[0], wide_resnet(10, 1, in_channels=1))
     assert method.layers == ("relu", "layer1", "layer2", "layer3")
     assert method.teacher_layers == ("conv1", "layer1", "layer2", "relu")
+    stages = create("at", *networks("resnet")[:1], wide_resnet(10, 1, in_channels=1))
+    assert stages.layers == ("layer1", "layer2", "layer3")
+    assert stages.teacher_layers == ("layer1", "layer2", "relu")
     assert create("rkd-d", *networks("resnet")).angle_weight == 0.0
     assert create("rkd-a", *networks("resnet")).distance_weight == 0.0
     hint = create("fitnet", resnet(8, in_channels=1), wide_resnet(10, 2, in_channels=1), IMAGES)
@@ -87,6 +93,46 @@ def test_dry_run_leaves_the_networks_alone() -> None:
     create("fitnet", student.train(), teacher, IMAGES)
     assert student.training
     assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
+    assert not any(module._forward_hooks for network in (student, teacher) for module in network.modules())
+
+
+def test_each_module_keeps_its_mode() -> None:
+    student, teacher = networks("resnet")
+    student.train()
+    student.bn1.eval()  # frozen by itself
+    modes = [module.training for module in student.modules()]
+    create("fitnet", student, teacher, IMAGES)
+    assert [module.training for module in student.modules()] == modes
+    assert torch.equal(predict(student, IMAGES), copy.deepcopy(student).eval()(IMAGES))
+    assert [module.training for module in student.modules()] == modes
+    with pytest.raises(RuntimeError):
+        predict(student, IMAGES[:, 0, 0])
+    assert [module.training for module in student.modules()] == modes
+
+
+def test_who_needs_a_teacher() -> None:
+    assert [name for name in NAMES if not needs_teacher(name)] == ["baseline", "one", "dml"]
+    assert all(needs_teacher(name) == kind.needs_teacher for name, kind in KINDS.items())
+    with pytest.raises(ValueError, match="method 'hintom' is unknown, did you mean hinton"):
+        needs_teacher("hintom")
+
+
+def test_a_teacher_that_is_the_student_is_refused() -> None:
+    student, teacher = networks("resnet")
+    teacher.layer1 = student.layer1
+    for shared in (student, teacher):
+        with pytest.raises(ValueError, match=r"teacher shares \d+ parameters with student \(.*must be a network of its own"):
+            Objective(create("hinton"), student, shared)
+    assert student.training
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_layers_of_fitnet_from_a_generator() -> None:
+    student, teacher = networks("resnet")
+    method = create("fitnet", student, teacher, IMAGES, layers=iter(["layer1"]))
+    assert (method.layers, method.student_channels) == (("layer1",), 16)
+    with pytest.raises(TypeError, match="layers is the string 'layer1'"):
+        create("fitnet", student, teacher, IMAGES, layers="layer1")
 
 
 def test_what_is_refused() -> None:

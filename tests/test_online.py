@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import method_formulas as plain
@@ -98,6 +99,42 @@ def test_the_students_weights_are_those_of_the_seeds() -> None:
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_what_is_deployed_is_the_students_own_class() -> None:
+    def make(seed: int) -> nn.Module:
+        return resnet(8, in_channels=1, seed=seed)
+
+    images = torch.randn(4, 1, 12, 12)
+    method = ONE()
+    student = method.student_from(make)
+    averaged = copy.deepcopy(student)
+    frozen = averaged.branch(1).conv1.weight.clone()
+    optimiser = torch.optim.SGD(student.parameters(), 0.1)
+    evaluated = method.deployed(student)
+    for _ in range(2):
+        optimiser.zero_grad()
+        method.step(FeatureTap(student), None, images, torch.arange(4))[0].total.backward()
+        optimiser.step()
+    student.eval()
+    every = student(images)
+    for i, kept in enumerate((method.deployed(student), student.branch(1))):
+        plain = make(7)
+        plain.load_state_dict(kept.state_dict())
+        assert type(kept) is type(plain)
+        assert not kept.training
+        assert torch.equal(plain.eval()(images), every[i])
+    assert torch.equal(evaluated(images), every[0])  # made before the steps, of the same weights
+    assert torch.equal(averaged.branch(1).conv1.weight, frozen)
+    assert not torch.equal(student.branch(1).conv1.weight, frozen)
+    assert averaged.branch(1).conv1.weight is averaged.trunk[0].weight
+    assert {name.partition(".")[0] for name in student.state_dict()} == {"trunk", "branches", "gate"}
+
+
+def test_branches_made_by_hand_are_deployed_as_they_are() -> None:
+    trunk, branches = nn.Conv2d(1, 2, 3), [nn.Sequential(nn.Flatten(), nn.Linear(8, 3)) for _ in range(2)]
+    student, images = MultiBranch(trunk, branches, 2).eval(), torch.randn(2, 1, 4, 4)
+    assert torch.equal(student.branch(1)(images), student(images)[1])
+
+
 class OutOfOrder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -123,6 +160,8 @@ def test_networks_that_cannot_be_split() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="branches is 1, must be at least 2"):
         ONE(branches=1)
+    with pytest.raises(ValueError, match=r"ramp_share is 5.0, must be a share of the training, in \[0, 1\]"):
+        ONE(ramp_share=5.0)
     with pytest.raises(ValueError, match="networks is 1, must be at least 2"):
         DML(1)
     with pytest.raises(ValueError, match="networks is 0, must be at least 2"):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-__all__ = ["one_thread", "optimise", "predict"]
+__all__ = ["evaluating", "one_thread", "optimise", "predict"]
 
 
 def optimise(
@@ -41,12 +41,24 @@ def optimise(
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, *, batch_size: int = 1024) -> Tensor:
-    """Logits ``[N, K]`` of all images in evaluation mode; the model's mode is put back afterwards."""
-    was_training = model.training
-    model.eval()
-    logits = torch.cat([model(batch) for batch in torch.split(images, batch_size)])
-    model.train(was_training)
-    return logits
+    """Logits ``[N, K]`` of all images in evaluation mode; the mode of each module is put back afterwards."""
+    with evaluating(model):
+        return torch.cat([model(batch) for batch in torch.split(images, batch_size)])
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Puts a module into evaluation mode inside the ``with`` block; afterwards each part of it has its own mode again.
+
+    ``train(was_training)`` would put a part that was in evaluation mode by itself, a frozen batch norm, into training mode.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 @contextmanager

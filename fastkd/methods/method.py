@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import ClassVar, NamedTuple
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from fastkd import functional
-from fastkd.methods.features import FeatureTap, Outputs
+from fastkd.methods.features import FeatureTap, Outputs, layer_names
 
 __all__ = [
     "Loss",
@@ -62,7 +62,7 @@ class Method(nn.Module):
             student: logits ``[B, K]`` and the features named by ``layers``.
             teacher: logits ``[B, K]`` and the features named by ``teacher_layers``; None where there is no teacher. Taken
                 as given: wrap the teacher in ``torch.no_grad()``.
-            target: int64 ``[B]``, classes.
+            target: int64 ``[B]``, classes; no row is left out, -100 is refused.
             progress: share of the training that is done, in [0, 1]; for methods that change over time.
         """
         raise NotImplementedError
@@ -119,16 +119,16 @@ class WeightedMethod(Method):
         kd_weight: float,
         feature_weight: float,
         temperature: float,
-        layers: Sequence[str] = (),
-        teacher_layers: Sequence[str] | None = None,
+        layers: Iterable[str] = (),
+        teacher_layers: Iterable[str] | None = None,
     ) -> None:
         super().__init__()
         self.task_weight = check_number("task_weight", task_weight)
         self.kd_weight = check_number("kd_weight", kd_weight)
         self.feature_weight = check_number("feature_weight", feature_weight)
         self.temperature = check_number("temperature", temperature, above=True)
-        self.layers = tuple(layers)
-        self.teacher_layers = self.layers if teacher_layers is None else tuple(teacher_layers)
+        self.layers = layer_names("layers", layers)
+        self.teacher_layers = self.layers if teacher_layers is None else layer_names("teacher_layers", teacher_layers)
         if len(self.layers) != len(self.teacher_layers):
             raise ValueError(
                 f"fastkd: teacher_layers is {self.teacher_layers}, must be as many as layers, {self.layers}: "
@@ -166,6 +166,13 @@ class WeightedMethod(Method):
             )
         return pair
 
+    def embeddings(self, i: int, student: list[Tensor], teacher: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The features of the i-th pair of layers, of any shapes with the same B."""
+        pair = student[i], teacher[i]
+        if any(f.dim() < 2 for f in pair) or pair[0].shape[0] != pair[1].shape[0]:
+            raise ValueError(f"fastkd: {self.described(i, student, teacher)}: both must be [B, ...] of the same batch")
+        return pair
+
     def described(self, i: int, student: list[Tensor], teacher: list[Tensor]) -> str:
         """The i-th pair of layers, for the message of an error."""
         return (
@@ -175,7 +182,10 @@ class WeightedMethod(Method):
 
     def extra_repr(self) -> str:
         weights = f"task_weight={self.task_weight}, kd_weight={self.kd_weight}, temperature={self.temperature}"
-        return f"{weights}, feature_weight={self.feature_weight}, layers={self.layers}" if self.layers else weights
+        if not self.layers:
+            return weights
+        layers = f"layers={self.layers}, teacher_layers={self.teacher_layers}"
+        return f"{weights}, feature_weight={self.feature_weight}, {layers}"
 
 
 def response(
@@ -187,8 +197,9 @@ def response(
     temperature: float,
 ) -> Loss:
     """``r CE + a T^2 KL``, both in one pass over the logits."""
+    _check_classes(student_logits, target)  # kd_loss would leave rows of -100 out
     if kd_weight == 0.0 or teacher_logits is None:
-        loss = task_weight * cross_entropy(student_logits, target)
+        loss = task_weight * F.cross_entropy(student_logits, target)
         return Loss(loss, {"task_loss": loss.detach()})
     whole = task_weight + kd_weight
     alpha = kd_weight / whole
@@ -199,13 +210,17 @@ def response(
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """``torch.nn.functional.cross_entropy``, with a clear error for classes out of range where that costs no waiting."""
+    _check_classes(logits, target)
+    return F.cross_entropy(logits, target)
+
+
+def _check_classes(logits: Tensor, target: Tensor) -> None:
     if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
         low, high = (int(t) for t in target.aminmax())
         if low < 0 or high >= logits.shape[-1]:
             raise ValueError(
                 f"fastkd: target holds {low if low < 0 else high}, must be classes from 0 to {logits.shape[-1] - 1}"
             )
-    return F.cross_entropy(logits, target)
 
 
 def main_logits(logits: Tensor) -> Tensor:

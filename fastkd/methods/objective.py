@@ -28,6 +28,9 @@ class Objective(nn.Module):
         student: what ``method.student_from`` made.
         teacher: images to logits; it is put into evaluation mode, is never trained, and is no part of this module's state, but
             moves with it (``to``).
+
+    Raises:
+        ValueError: no teacher for a method that needs one, or one that shares parameters with the student.
     """
 
     def __init__(self, method: Method, student: nn.Module, teacher: nn.Module | None = None) -> None:
@@ -38,6 +41,7 @@ class Objective(nn.Module):
         if method.needs_teacher:
             if teacher is None:
                 raise ValueError(f"fastkd: teacher is None, must be a network for {type(method).__name__}")
+            _check_apart(student, teacher)
             tap = FeatureTap(teacher.eval().requires_grad_(False), method.teacher_layers)
         self._teacher = (tap,)  # in a tuple, nn.Module does not see it
 
@@ -52,3 +56,14 @@ class Objective(nn.Module):
                 module._apply(fn, recurse)  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    """Freezing the teacher would freeze what the student shares with it."""
+    frozen = {id(parameter) for parameter in teacher.parameters()}
+    shared = [name for name, parameter in student.named_parameters() if id(parameter) in frozen]
+    if shared:
+        raise ValueError(
+            f"fastkd: teacher shares {len(shared)} parameters with student ({shared[0]}, ...), must be a network of its "
+            "own, as it is frozen: copy.deepcopy(teacher)"
+        )

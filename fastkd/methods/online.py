@@ -3,6 +3,7 @@ network, taught by their gated ensemble (ONE), or a cohort of networks (DML)."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fastkd import functional
 from fastkd.methods.features import Outputs, logits_of
+from fastkd.methods.loop import evaluating
 from fastkd.methods.method import Loss, Method, check_number, cross_entropy
 
 __all__ = ["DML", "ONE", "Cohort", "MultiBranch"]
@@ -41,6 +43,8 @@ class ONE(Method):
         _check_several("branches", branches)
         self.temperature = check_number("temperature", temperature, above=True)
         self.ramp_share = check_number("ramp_share", ramp_share)
+        if self.ramp_share > 1.0:
+            raise ValueError(f"fastkd: ramp_share is {ramp_share}, must be a share of the training, in [0, 1]")
         self.branches, self.branch_at = branches, branch_at
 
     def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: float = 0.0) -> Loss:
@@ -57,6 +61,7 @@ class ONE(Method):
         return math.exp(-5.0 * left**2)
 
     def student_from(self, make: Callable[[int], nn.Module]) -> MultiBranch:
+        """Branches of ``make(0)``, ``make(1)``, ...; the gate begins with the same weights, whatever ``make`` makes."""
         return MultiBranch.split([make(seed) for seed in range(self.branches)], self.branch_at)
 
     def deployed(self, student: nn.Module) -> nn.Module:
@@ -65,7 +70,8 @@ class ONE(Method):
         return student.branch(0)
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, branches={self.branches}, branch_at={self.branch_at!r}"
+        student = f"branches={self.branches}, branch_at={self.branch_at!r}"
+        return f"temperature={self.temperature}, {student}, ramp_share={self.ramp_share}"
 
 
 class DML(Method):
@@ -130,6 +136,7 @@ class MultiBranch(nn.Module):
         _check_several("branches", len(branches))
         self.trunk = trunk
         self.branches = nn.ModuleList(branches)
+        self._frame: _Frame | None = None
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs, too
             linear = nn.Linear(channels, len(branches))
@@ -144,8 +151,13 @@ class MultiBranch(nn.Module):
         return torch.cat([logits, ensemble[None]])
 
     def branch(self, i: int) -> nn.Module:
-        """One network, images to logits; it shares the weights."""
-        return nn.Sequential(self.trunk, self.branches[i])
+        """One network, images to logits; it shares the weights. After :meth:`split`, of the class that was split."""
+        if self._frame is None:
+            return nn.Sequential(self.trunk, self.branches[i])
+        parts = [part for half in (self.trunk, self.branches[i]) for part in half.children()]
+        network = self._frame.around([part for part in parts if not isinstance(part, _Flatten)])
+        network.training = self.training
+        return network
 
     @staticmethod
     def split(networks: Sequence[nn.Module], at: str) -> MultiBranch:
@@ -169,7 +181,31 @@ class MultiBranch(nn.Module):
                 "make trunk and branches by hand, MultiBranch(trunk, branches, channels)"
             )
         maps = _in_evaluation(trunk, example)
-        return MultiBranch(trunk, [branch for _, branch in parts], 0 if maps is None else maps.shape[1])
+        student = MultiBranch(trunk, [branch for _, branch in parts], 0 if maps is None else maps.shape[1])
+        student._frame = _Frame(networks[0])
+        return student
+
+
+class _Frame:
+    """A network without its children, to put others in their places: no module, so that its state is nobody's."""
+
+    def __init__(self, network: nn.Module) -> None:
+        children = list(network.children())
+        self.places = [nn.Identity() for _ in children]
+        self.network = copy.deepcopy(network, _instead(children, self.places))
+
+    def around(self, children: list[nn.Module]) -> nn.Module:
+        """A network of these very children, in the order of ``named_children()``."""
+        return copy.deepcopy(self.network, _instead(self.places, children))
+
+
+def _instead(olds: Sequence[nn.Module], news: Sequence[nn.Module]) -> dict[int, object]:
+    """A memo, by which ``copy.deepcopy`` takes the new ones wherever it meets the old ones."""
+    return {id(old): new for old, new in zip(olds, news, strict=True)}
+
+
+class _Flatten(nn.Flatten):
+    """One that the network does in its ``forward``, so that it is none of its children."""
 
 
 class Cohort(nn.Module):
@@ -195,7 +231,7 @@ def _split(network: nn.Module, at: str) -> tuple[nn.Module, nn.Module]:
     flat = False
     for name in names[names.index(at) :]:
         if isinstance(children[name], nn.Linear) and not flat:
-            tail.append(nn.Flatten())
+            tail.append(_Flatten())
             flat = True
         tail.append(children[name])
     return nn.Sequential(*(children[name] for name in names[: names.index(at)])), nn.Sequential(*tail)
@@ -204,15 +240,11 @@ def _split(network: nn.Module, at: str) -> tuple[nn.Module, nn.Module]:
 @torch.no_grad()
 def _in_evaluation(network: nn.Module, images: Tensor) -> Tensor | None:
     """What it returns, or None where it cannot take these."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        result: Tensor = network(images)
-    except RuntimeError:
-        return None
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(network):
+        try:
+            result: Tensor = network(images)
+        except RuntimeError:
+            return None
     return result
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastkd._names import unknown_name
-from fastkd.methods.features import FeatureTap
+from fastkd.methods.features import FeatureTap, layer_names
+from fastkd.methods.loop import evaluating
 from fastkd.methods.method import Method, WeightedMethod
 from fastkd.methods.online import DML, ONE
 from fastkd.methods.relational import RKD, SP
@@ -40,37 +41,53 @@ def create(
     Raises:
         ValueError: an unknown name; the message has the nearest right ones.
     """
-    if name not in _MAKERS:
-        raise unknown_name("method", name, NAMES)
-    return _MAKERS[name](student, teacher, images, settings)
+    return _entry(name).make(student, teacher, images, settings)
 
 
 def needs_teacher(name: str) -> bool:
-    """Whether the method of this name learns from a teacher that is there before."""
-    return name not in ("baseline", "one", "dml")
+    """Whether the method of this name learns from a teacher that is there before.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    return _entry(name).kind.needs_teacher
 
 
 Settings = dict[str, Any]
 Maker = Callable[[nn.Module | None, nn.Module | None, Tensor | None, Settings], Method]
 
 
-def _without_features(kind: Callable[..., Method]) -> Maker:
-    return lambda student, teacher, images, settings: kind(**settings)
+class _Entry(NamedTuple):
+    kind: type[Method]
+    make: Maker
+
+
+def _entry(name: str) -> _Entry:
+    if name not in _METHODS:
+        raise unknown_name("method", name, NAMES)
+    return _METHODS[name]
+
+
+def _without_features(kind: type[Method]) -> _Entry:
+    return _Entry(kind, lambda student, teacher, images, settings: kind(**settings))
 
 
 def _with_features(
-    kind: Callable[..., WeightedMethod], layers: Callable[[FeatureLayers], tuple[str, ...]], **ours: Any
-) -> Maker:
+    kind: type[WeightedMethod], layers: Callable[[FeatureLayers], tuple[str, ...]], **ours: Any
+) -> _Entry:
     """Of a class that reads these layers of both networks."""
 
     def make(student: nn.Module | None, teacher: nn.Module | None, _: Tensor | None, settings: Settings) -> Method:
         return kind(**{**ours, **_layers(layers, student, teacher, settings), **settings})
 
-    return make
+    return _Entry(kind, make)
 
 
 def _fitnet(student: nn.Module | None, teacher: nn.Module | None, images: Tensor | None, settings: Settings) -> Method:
     chosen = {**_layers(_middle, student, teacher, settings), **settings}
+    for argument in ("layers", "teacher_layers"):
+        if chosen.get(argument) is not None:
+            chosen[argument] = layer_names(argument, chosen[argument])  # they are read twice
     if "student_channels" not in chosen or "teacher_channels" not in chosen:
         if student is None or teacher is None or images is None:
             raise ValueError(
@@ -116,19 +133,21 @@ def _embedding(layers: FeatureLayers) -> tuple[str, ...]:
 
 @torch.no_grad()
 def _channels(network: nn.Module, layers: tuple[str, ...], images: Tensor) -> int:
-    was_training = network.training
-    network.eval()
-    features = FeatureTap(network, layers)(images).features
-    network.train(was_training)
+    tap = FeatureTap(network, layers)
+    try:
+        with evaluating(network):
+            features = tap(images).features
+    finally:
+        tap.remove()
     channels: int = next(iter(features.values())).shape[1]
     return channels
 
 
-_MAKERS: dict[str, Maker] = {
+_METHODS: dict[str, _Entry] = {
     "baseline": _without_features(Baseline),
     "hinton": _without_features(Hinton),
     "bss": _without_features(BSS),
-    "fitnet": _fitnet,
+    "fitnet": _Entry(FitNet, _fitnet),
     "fsp": _with_features(FSP, _stem_and_stages),
     "at": _with_features(AT, _stages),
     "sp": _with_features(SP, _last),
@@ -138,4 +157,4 @@ _MAKERS: dict[str, Maker] = {
     "one": _without_features(ONE),
     "dml": _without_features(DML),
 }
-NAMES = tuple(_MAKERS)
+NAMES = tuple(_METHODS)

@@ -46,7 +46,7 @@ class RKD(WeightedMethod):
         self.angle_weight = check_number("angle_weight", angle_weight)
 
     def distance(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-        (ours,), (theirs,) = student, teacher
+        ours, theirs = self.embeddings(0, student, teacher)
         return functional.relation_loss(
             ours, theirs, distance_weight=self.distance_weight, angle_weight=self.angle_weight
         )
@@ -80,7 +80,7 @@ class SP(WeightedMethod):
         self.check_layers(1, 1)
 
     def distance(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-        (ours,), (theirs,) = student, teacher
+        ours, theirs = self.embeddings(0, student, teacher)
         return F.mse_loss(similarities(ours), similarities(theirs))
 
 

@@ -58,7 +58,13 @@ class FitNet(WeightedMethod):
                 f"{self.student_channels}, and teacher_channels, {self.teacher_channels}"
             )
         student_map, teacher_map = _same_size(*maps)
-        return F.mse_loss(self.regressor(student_map), teacher_map)
+        # the features come in float32 or better, but the regressor may have been cast with the networks
+        guided = self.regressor(student_map.to(next(self.regressor.parameters()).dtype))
+        return F.mse_loss(guided.to(teacher_map.dtype), teacher_map)
+
+    def extra_repr(self) -> str:
+        channels = f"student_channels={self.student_channels}, teacher_channels={self.teacher_channels}"
+        return f"{channels}, {super().extra_repr()}"
 
 
 class FSP(WeightedMethod):

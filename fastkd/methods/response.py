@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastkd import functional
 from fastkd.methods.features import FeatureTap, Outputs
+from fastkd.methods.loop import evaluating
 from fastkd.methods.method import Loss, Method, WeightedMethod, check_number, cross_entropy, main_logits
 
 __all__ = ["BSS", "Attacked", "Baseline", "Hinton"]
@@ -41,7 +42,7 @@ class Attacked(NamedTuple):
     images: Tensor
     """``[n, C, H, W]``."""
     weight: Tensor
-    """float32 ``[n]``: 1, or 0 for a sample that should not have been attacked and counts nowhere."""
+    """float32 ``[n]``: 1, or 0 for a row that only fills the batch and counts nowhere."""
 
 
 class BSS(Method):
@@ -54,7 +55,10 @@ class BSS(Method):
     Base samples are those that teacher and student both get right, at most ``attack_size`` of them, where their
     probabilities of the other classes differ most. Each is moved in ``attack_steps`` steps towards a class drawn by the
     teacher's probabilities, until the teacher's answer changes. All is done on the device, without waiting for it and without
-    a loop over samples: the number of attacked samples is fixed, and those that do not qualify weigh nothing.
+    a loop over samples: the number of attacked samples is fixed. Where fewer qualify, they are repeated with weight 0: the
+    loss does not see the repeats, and a batch norm of the student sees qualifying samples only. Where none qualifies, the
+    batch is of samples that do not, and its loss is 0; the student runs on it all the same, and the running statistics of
+    its batch norms move.
 
     ``step`` does all of this. In a loop of your own: ``attacked = method.attack(...)``, both networks on
     ``attacked.images``, ``method.loss(...)``.
@@ -84,7 +88,8 @@ class BSS(Method):
                 raise ValueError(f"fastkd: {name} is {count}, must be at least 1")
         if not bounds[0] < bounds[1]:
             raise ValueError(f"fastkd: bounds is {bounds}, must be a lower and a higher number")
-        self.attack_size, self.attack_steps, self.bounds = attack_size, attack_steps, bounds
+        self.attack_size, self.attack_steps = attack_size, attack_steps
+        self.bounds = (float(bounds[0]), float(bounds[1]))
 
     def step(
         self,
@@ -138,23 +143,24 @@ class BSS(Method):
             target: int64 ``[B]``.
         """
         with torch.no_grad():
-            p, q = teacher_logits.softmax(1), student_logits.softmax(1)
+            exact = torch.promote_types(teacher_logits.dtype, torch.float32)  # 16 bits are too few to draw by
+            p, q = teacher_logits.softmax(1, dtype=exact), student_logits.softmax(1, dtype=exact)
             right = (teacher_logits.argmax(1) == target) & (student_logits.argmax(1) == target)
             others = torch.ones_like(p).scatter_(1, target[:, None], 0.0)
             score = ((p - q).square() * others).sum(1).masked_fill(~right, -1.0)
             score, base = score.topk(min(self.attack_size, len(images)))
-            # the smallest float keeps the draw defined where the teacher is so sure that all others are 0
-            odds = ((p + torch.finfo(p.dtype).tiny) * others)[base]
-            towards = torch.multinomial(odds, 1)
+            qualifies = score >= 0.0
+            # those that qualify are the first n, and are repeated from there on; n stays on the device
+            row = torch.arange(len(base), device=base.device)
+            base = base[row % qualifies.sum().clamp(min=1)]
+            # a little keeps the draw defined where the teacher is so sure that all others are 0
+            towards = _draw(((p + 1e-30) * others)[base])
             away = target[base, None]
             moved = images[base]
-        modes = [(module, module.training) for module in teacher.modules()]
-        teacher.eval()  # batch statistics would couple the samples, and the attack must not move them
-        for _ in range(self.attack_steps):
-            moved = self._move(teacher, moved, away, towards)
-        for module, training in modes:  # that of the tap need not be that of its network
-            module.training = training
-        return Attacked(moved, (score >= 0.0).float())
+        with evaluating(teacher):  # batch statistics would couple the samples, and the attack must not move them
+            for _ in range(self.attack_steps):
+                moved = self._move(teacher, moved, away, towards)
+        return Attacked(moved, qualifies.float())
 
     def _move(self, teacher: FeatureTap, images: Tensor, away: Tensor, towards: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -164,7 +170,7 @@ class BSS(Method):
             (gradient,) = torch.autograd.grad(gap.sum(), images)
         with torch.no_grad():
             still = logits.argmax(1, keepdim=True) == away
-            length = self.step_size * still * (gap + 1e-4)  # [n, 1]
+            length = torch.where(still, self.step_size * (gap + 1e-4), 0.0).to(images.dtype)  # [n, 1]
             moved: Tensor = images - (length * F.normalize(gradient.flatten(1))).view_as(images)
             return moved.clamp(*self.bounds)
 
@@ -175,4 +181,10 @@ class BSS(Method):
         return loss / self.temperature**2
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, attack_size={self.attack_size}, attack_steps={self.attack_steps}"
+        size = f"attack_size={self.attack_size}, attack_steps={self.attack_steps}"
+        return f"temperature={self.temperature}, {size}, step_size={self.step_size}, bounds={self.bounds}"
+
+
+def _draw(odds: Tensor) -> Tensor:
+    """A column of each row, ``[n, 1]``, by odds ``[n, K]``: ``torch.multinomial``, which may wait for the device."""
+    return (odds / torch.empty_like(odds).exponential_()).argmax(1, keepdim=True)
