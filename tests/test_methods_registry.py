@@ -121,7 +121,9 @@ def test_a_teacher_that_is_the_student_is_refused() -> None:
     student, teacher = networks("resnet")
     teacher.layer1 = student.layer1
     for shared in (student, teacher):
-        with pytest.raises(ValueError, match=r"teacher shares \d+ parameters with student \(.*must be a network of its own"):
+        with pytest.raises(
+            ValueError, match=r"teacher shares \d+ parameters with student \(.*must be a network of its own"
+        ):
             Objective(create("hinton"), student, shared)
     assert student.training
     assert all(p.requires_grad for p in student.parameters())
