@@ -113,7 +113,10 @@ def test_a_feature_changed_in_place_is_refused() -> None:
     images = torch.randn(2, 1, 4, 4)
     tap = FeatureTap(model, ["0"])
     for mode in (torch.enable_grad, torch.no_grad):
-        with mode(), pytest.raises(RuntimeError, match=r"layer '0' was changed in place .* the module that comes after"):
+        with (
+            mode(),
+            pytest.raises(RuntimeError, match=r"layer '0' was changed in place .* the module that comes after"),
+        ):
             tap(images)
     assert FeatureTap(model, ["1"])(images).features["1"].min() >= 0.0
     with torch.inference_mode():  # whose tensors do not count their changes
