@@ -26,6 +26,9 @@ __all__ = [
 ]
 
 
+_NO_LABEL = torch.iinfo(torch.int64).min  # as ignore_index: no row is left out, -100 is out of range like any other
+
+
 class Loss(NamedTuple):
     """The loss of a batch."""
 
@@ -62,7 +65,7 @@ class Method(nn.Module):
             student: logits ``[B, K]`` and the features named by ``layers``.
             teacher: logits ``[B, K]`` and the features named by ``teacher_layers``; None where there is no teacher. Taken
                 as given: wrap the teacher in ``torch.no_grad()``.
-            target: int64 ``[B]``, classes; no row is left out, -100 is refused.
+            target: int64 ``[B]``, classes: no row is left out, -100 is refused (on the CPU; a GPU is not waited for to look).
             progress: share of the training that is done, in [0, 1]; for methods that change over time.
         """
         raise NotImplementedError
@@ -197,13 +200,18 @@ def response(
     temperature: float,
 ) -> Loss:
     """``r CE + a T^2 KL``, both in one pass over the logits."""
-    _check_classes(student_logits, target)  # kd_loss would leave rows of -100 out
     if kd_weight == 0.0 or teacher_logits is None:
-        loss = task_weight * F.cross_entropy(student_logits, target)
+        loss = task_weight * cross_entropy(student_logits, target)
         return Loss(loss, {"task_loss": loss.detach()})
     whole = task_weight + kd_weight
     alpha = kd_weight / whole
-    loss, terms = functional.kd_loss(student_logits, teacher_logits, target, temperature, alpha, return_terms=True)
+    try:
+        loss, terms = functional.kd_loss(
+            student_logits, teacher_logits, target, temperature, alpha, ignore_index=_NO_LABEL, return_terms=True
+        )
+    except RuntimeError:
+        _check_classes(student_logits, target)  # says it as cross_entropy does
+        raise
     task = {"task_loss": task_weight * terms["task_loss"]} if task_weight else {}
     return Loss(loss if whole == 1.0 else whole * loss, {**task, "kd_loss": kd_weight * terms["kd_loss"]})
 
