@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from training_cases import Batches, differences, make_objective, make_settings, small, train
@@ -135,6 +136,62 @@ def test_other_trainings(folder: Path) -> None:
     assert "steps_per_epoch is 6 there, 5 here" in said
 
 
+def test_other_descriptions(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    def described(where: Path, **description: Any) -> Trainer:
+        objective = make_objective("hinton", 1)
+        return Trainer(objective, Batches(), SETTINGS, folder=where, show="off", description=description)
+
+    said = refused(described(folder, data="cifar100"), folder, ValueError)
+    assert "description.data is missing there, 'cifar100' here" in said
+    mine = tmp_path_factory.mktemp("mine")
+    described(mine, data="cifar10", share=np.float64(0.5), classes=np.int64(10)).fit()
+    described(mine, data="cifar10", share=0.5, classes=10).fit(resume=True)
+    said = refused(described(mine, data="cifar100", share=0.5, teacher="a"), mine, ValueError)
+    assert (
+        "description.data is 'cifar10' there, 'cifar100' here; description.teacher is missing there, 'a' here; " in said
+    )
+    assert "description.classes is 10 there, missing here." in said
+    with pytest.raises(TypeError, match=r"fastkd: description\['data'\] is of type list, must be text, a number"):
+        described(mine, data=[1])
+
+
+def test_checkpoints_from_before_descriptions(folder: Path) -> None:
+    path = folder / "checkpoint.pt"
+    state = checkpoint.read(path)
+    assert state.pop("description") == {}
+    torch.save(state, path)
+    trainer_in(folder).fit(resume=True)
+
+
+def test_numbers_of_numpy_and_torch_are_read_back(tmp_path: Path) -> None:
+    def results(_: object) -> dict[str, Any]:
+        return {"a": np.float64(0.25), "b": torch.tensor(0.5), "c": np.float32(0.75), "d": 1}
+
+    settings = make_settings(epochs=1, learning_rate=np.float64(0.05), seed=np.int64(1), nesterov=np.bool_(True))
+    train("hinton", tmp_path, settings, evaluate=results)
+    (line,) = checkpoint.read(tmp_path / "checkpoint.pt")["history"]
+    assert [line[name] for name in "abcd"] == [0.25, 0.5, 0.75, 1.0]
+    assert all(type(line[name]) is float for name in "abcd")
+    train("hinton", tmp_path, make_settings(epochs=1, seed=1), resume=True, evaluate=results)
+    for wrong in ("high", torch.zeros(2), None):
+        with pytest.raises(TypeError, match=r"fastkd: evaluate returned a of type .*, must be a number"):
+            train("hinton", None, settings, evaluate=lambda _, wrong=wrong: {"a": wrong})
+
+
+@pytest.mark.parametrize(("kind", "fused"), [("sgd", True), ("adamw", True), ("adamw", False)])
+def test_kernels_of_the_optimiser_are_those_of_the_device(kind: str, fused: bool, tmp_path: Path) -> None:
+    """A checkpoint of another device says what was right there."""
+    settings = make_settings(epochs=1, optimiser=kind)
+    train("hinton", tmp_path, settings, stop_at=5)
+    path = tmp_path / "checkpoint.pt"
+    state = checkpoint.read(path)
+    state["optimiser"]["param_groups"][0]["fused"] = fused
+    torch.save(state, path)
+    trainer = train("hinton", tmp_path, settings, resume=True)
+    assert trainer._state is not None
+    assert [group["fused"] for group in trainer._state.optimiser.param_groups] == [None]
+
+
 def test_code_in_a_checkpoint_is_not_run(folder: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -142,7 +199,10 @@ def test_code_in_a_checkpoint_is_not_run(folder: Path) -> None:
 
     path = folder / "checkpoint.pt"
     torch.save(checkpoint.read(path) | {"seconds": Evil()}, path)
-    assert "is damaged" in refused(trainer_in(folder), folder, ValueError)
+    said = refused(trainer_in(folder), folder, ValueError)
+    assert "is damaged (Unsupported" in said
+    assert "\x1b" not in said
+    assert "weights_only" not in said.partition(":")[2][:120]  # no advice to run the code
     assert not (folder / "was-here").exists()
 
 

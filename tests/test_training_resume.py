@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
 from training_cases import (
     BATCHES,
     CLASSES,
@@ -151,6 +160,42 @@ def test_loader_whose_order_is_lost_is_refused() -> None:
     with pytest.raises(ValueError, match="must have a sampler with set_epoch"):
         LoaderBatches(DataLoader(data, 4, sampler=RandomSampler(data)))
     assert [len(batch[0]) for batch in LoaderBatches(DataLoader(data, 8)).epoch(1, start=1)] == [8, 4]
+
+
+class Shuffled(BatchSampler):
+    """Batches whose order torch's loader knows nothing of."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([list(batch) for batch in torch.randperm(20).view(5, 4).tolist()])
+
+
+class ShuffledByEpoch(Shuffled):
+    """Those of an epoch are always the same."""
+
+    epoch = -1
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+def test_batch_samplers_of_ones_own() -> None:
+    data = TensorDataset(torch.arange(20), torch.zeros(20))
+    in_order = SequentialSampler(data)
+    with pytest.raises(ValueError, match="fastkd: loader has a Shuffled, whose order cannot be had again"):
+        LoaderBatches(DataLoader(data, batch_sampler=Shuffled(in_order, 4, drop_last=False)))
+    random_ones = BatchSampler(RandomSampler(data), 4, drop_last=False)
+    with pytest.raises(ValueError, match="fastkd: loader has a RandomSampler, whose order"):
+        LoaderBatches(DataLoader(data, batch_sampler=random_ones))
+    with pytest.raises(ValueError, match="fastkd: loader has a RandomSampler, whose order"):
+        LoaderBatches(DataLoader(data, batch_size=None, shuffle=True))
+    mine = ShuffledByEpoch(in_order, 4, drop_last=False)
+    LoaderBatches(DataLoader(data, batch_sampler=mine)).epoch(3)
+    assert mine.epoch == 3
+    distributed = DistributedSampler(data, num_replicas=1, rank=0)
+    LoaderBatches(DataLoader(data, batch_sampler=BatchSampler(distributed, 4, drop_last=False))).epoch(3)
+    assert distributed.epoch == 3
+    plain = LoaderBatches(DataLoader(data, batch_sampler=BatchSampler(in_order, 4, drop_last=False)))
+    assert next(plain.epoch(0))[0].tolist() == [0, 1, 2, 3]
 
 
 def test_all_methods_train_without_a_folder() -> None:

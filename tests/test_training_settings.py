@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import tyro
@@ -54,6 +55,33 @@ pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
 def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"fastkd: {message}"):
         TrainingSettings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 2.0}, "epochs is 2.0, must be a whole number"),
+        ({"learning_rate": "0.1"}, "learning_rate is '0.1', must be a number"),
+        ({"learning_rate": torch.tensor(0.1)}, r"learning_rate is tensor\(0.1000\), must be a number"),
+        ({"nesterov": "no"}, "nesterov is 'no', must be True or False"),
+        ({"schedule": 3}, "schedule is 3, must be text"),
+        ({"milestones": 0.5}, "milestones is 0.5, must be a tuple of numbers"),
+        ({"milestones": ("a",)}, "milestones is 'a', must be a number"),
+    ],
+)
+def test_settings_of_other_types(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=f"fastkd: {message}"):
+        TrainingSettings(**changes)
+
+
+def test_settings_become_plain() -> None:
+    settings = TrainingSettings(
+        learning_rate=np.float64(0.01),
+        epochs=np.int64(3),  # type: ignore[arg-type]
+        milestones=np.array([0.25, 0.5]),  # type: ignore[arg-type]
+        warmup_epochs=1,
+    )
+    assert repr(settings) == repr(TrainingSettings(3, learning_rate=0.01, milestones=(0.25, 0.5), warmup_epochs=1.0))
 
 
 def test_settings_are_options(capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,3 +152,18 @@ def errors_in_two(rank: int, folder: Path) -> None:
             train("hinton", folder, make_settings(), batches=Batches(rank=rank))
         except FileExistsError as error:
             (folder / f"said{rank}").write_text(str(error))
+
+
+def read_in_two(rank: int, folder: Path) -> None:
+    """Each rank reads what the training wrote, rank 0 slowly."""
+    save = torch.save
+
+    def slow(value: Any, file: Any, **options: Any) -> None:
+        time.sleep(0.0 if options else 0.3)  # torch pickles what it gathers by this, too
+        save(value, file, **options)
+
+    torch.save = slow  # type: ignore[assignment]
+    with process_group("cpu"):
+        train("hinton", folder, make_settings(epochs=1, checkpoint_every=0), batches=Batches(rank=rank))
+        torch.load(folder / "model.pt", weights_only=True)
+        (folder / f"read{rank}").touch()

@@ -6,6 +6,7 @@ It holds tensors and plain Python types only, so that reading one runs no code o
 
 from __future__ import annotations
 
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,11 @@ def read(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
+        IsADirectoryError: it is a folder.
         ValueError: it is damaged, of something else, or of another version.
     """
+    if path.is_dir():
+        raise IsADirectoryError(f"fastkd: {path} is a folder, must be the file of a checkpoint")
     if not path.is_file():
         raise FileNotFoundError(f"fastkd: there is no checkpoint {path} to resume from")
     try:
@@ -43,7 +47,7 @@ def read(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever zipfile, pickle and torch make of it
         raise ValueError(
-            f"fastkd: the checkpoint {path} is damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__}): "
+            f"fastkd: the checkpoint {path} is damaged ({_in_one_line(error)}): "
             "begin again with overwrite=True, or put an older copy there"
         ) from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
@@ -62,7 +66,7 @@ def check_same(path: Path, state: dict[str, Any], ours: dict[str, Any]) -> None:
     Raises:
         ValueError: what differs.
     """
-    different = [line for key, value in ours.items() for line in _differences(key, state.get(key), value)]
+    different = [line for key, value in ours.items() for line in _differences(key, _of(state, key, value), value)]
     if different:
         more = f"; and {len(different) - 5} more" if len(different) > 5 else ""
         raise ValueError(
@@ -71,11 +75,24 @@ def check_same(path: Path, state: dict[str, Any], ours: dict[str, Any]) -> None:
         )
 
 
+def _in_one_line(error: Exception) -> str:
+    """Torch's own words are of many lines, in bold, and advise to run the code in the file; why comes last."""
+    said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).rpartition("WeightsUnpickler error: ")[2]
+    return next((line.strip() for line in said.splitlines() if line.strip()), type(error).__name__)
+
+
+def _of(state: dict[str, Any], key: str, ours: Any) -> Any:
+    """Checkpoints from before there were descriptions have none: as one that is empty."""
+    return state.get(key, {} if isinstance(ours, dict) else None)
+
+
 def _differences(name: str, there: Any, here: Any) -> list[str]:
     if isinstance(here, dict) and isinstance(there, dict):
         keys = [*here, *(key for key in there if key not in here)]
         parts = (_differences(f"{name}.{key}", there.get(key), here.get(key)) for key in keys)
         return [line for part in parts for line in part]
+    if isinstance(there, int | float) and isinstance(here, int | float) and there == here:
+        return []  # 1 and 1.0
     there, here = _described(there), _described(here)
     return [] if there == here else [f"{name} is {there} there, {here} here"]
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from fastkd._files import write_whole
 from fastkd.training.metrics import Line
 
 __all__ = ["save_curves"]
@@ -40,7 +41,7 @@ def save_curves(lines: Sequence[Line], path: str | Path, title: str = "") -> Non
     rate.set_ylim(bottom=0)
     if title:
         figure.suptitle(title, x=0.012, ha="left", color=INK)
-    figure.savefig(path)
+    write_whole(Path(path), lambda file: figure.savefig(file, format="png"))
 
 
 def _losses(axes: Axes, lines: Sequence[Line]) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Literal, get_args
+from numbers import Integral, Real
+from typing import Any, Literal, get_args
 
-__all__ = ["TrainingSettings"]
+import numpy as np
+
+__all__ = ["TrainingSettings", "plain"]
 
 Optimiser = Literal["sgd", "adamw"]
 Schedule = Literal["cosine", "step", "constant"]
@@ -19,6 +22,7 @@ class TrainingSettings:
     """How a :class:`fastkd.training.Trainer` trains. The learning rate changes with each step, not each epoch.
 
     Raises:
+        TypeError: a value of another type; numpy's numbers become Python's.
         ValueError: a value out of range; the message names it, what was given, and what is allowed.
     """
 
@@ -57,6 +61,7 @@ class TrainingSettings:
     """Epochs after which the network is evaluated; after the last one it always is."""
 
     def __post_init__(self) -> None:
+        self._make_plain()
         self._check_choices()
         number = math.isfinite
         for name, good, allowed in (
@@ -83,6 +88,18 @@ class TrainingSettings:
                 f"must be after the {self.warmup_epochs} of warmup_epochs"
             )
 
+    def _make_plain(self) -> None:
+        """A checkpoint with numpy's numbers could not be read back."""
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            if kind is tuple:
+                if not isinstance(value, list | tuple | np.ndarray):
+                    raise TypeError(f"fastkd: {field.name} is {value!r}, must be a tuple of numbers")
+                made: Any = tuple(plain(field.name, part, float) for part in value)
+            else:
+                made = plain(field.name, value, kind)
+            object.__setattr__(self, field.name, made)
+
     def _check_choices(self) -> None:
         for name, choices in (("optimiser", Optimiser), ("schedule", Schedule), ("amp", Amp)):
             if getattr(self, name) not in get_args(choices):
@@ -94,3 +111,23 @@ class TrainingSettings:
     def _milestones_rise(self) -> bool:
         bounds = (0.0, *self.milestones, 1.0)
         return all(low < high for low, high in pairwise(bounds))
+
+
+def plain(name: str, value: Any, kind: type = object) -> Any:
+    """The value as Python's own ``kind``, or as the one of str, bool, int and float that it is.
+
+    Raises:
+        TypeError: it is no such.
+    """
+    kinds: tuple[tuple[type, tuple[type, ...], str], ...] = (
+        (bool, (bool, np.bool_), "True or False"),
+        (str, (str,), "text"),
+        (int, (Integral,), "a whole number"),
+        (float, (Real,), "a number"),
+    )
+    for made, of, allowed in kinds:
+        if kind is made or (kind is object and isinstance(value, of)):
+            if not isinstance(value, of):
+                raise TypeError(f"fastkd: {name} is {value!r}, must be {allowed}")
+            return made(value)
+    raise TypeError(f"fastkd: {name} is of type {type(value).__name__}, must be text, a number, True or False")

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from fastkd.data.seeds import mixed_seed
 
@@ -40,7 +40,8 @@ class LoaderBatches:
     (``persistent_workers``) and their order is that of the sampler.
 
     Args:
-        loader: it gives ``(images, target, ...)``; its sampler, or batch sampler, has ``set_epoch``, or goes in order.
+        loader: it gives ``(images, target, ...)``; its sampler, or its own batch sampler, has ``set_epoch``, or it goes in
+            order.
         seed: of the workers.
 
     Raises:
@@ -48,13 +49,17 @@ class LoaderBatches:
     """
 
     def __init__(self, loader: DataLoader[Any], *, seed: int = 0) -> None:
-        samplers: list[Any] = [loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None), loader.sampler]
-        self._with_epochs = [sampler for sampler in samplers if hasattr(sampler, "set_epoch")]
-        if not self._with_epochs and not isinstance(loader.sampler, SequentialSampler):
+        # torch gives a loader with a batch sampler of its own a SequentialSampler that nothing asks
+        decides: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+        if type(decides) is BatchSampler:
+            decides = decides.sampler
+        if not hasattr(decides, "set_epoch") and not isinstance(decides, SequentialSampler):
             raise ValueError(
-                f"fastkd: loader has a {type(loader.sampler).__name__}, whose order cannot be had again after an interruption; "
+                f"fastkd: loader has a {type(decides).__name__}, whose order cannot be had again after an interruption; "
                 "must have a sampler with set_epoch: torch.utils.data.DistributedSampler(dataset, num_replicas=1, rank=0)"
             )
+        samplers = (decides, getattr(decides, "sampler", None))
+        self._with_epochs: list[Any] = [sampler for sampler in samplers if hasattr(sampler, "set_epoch")]
         self._loader, self._seed = loader, seed
 
     def __len__(self) -> int:

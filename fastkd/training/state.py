@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -24,6 +25,7 @@ class TrainingState:
     Args:
         objective: on its device.
         steps_per_epoch: batches of an epoch, on each rank.
+        about: the caller's own description of the training, of plain types.
     """
 
     def __init__(
@@ -32,11 +34,13 @@ class TrainingState:
         settings: TrainingSettings,
         steps_per_epoch: int,
         *,
+        about: Mapping[str, str | int | float] | None = None,
         find_unused_parameters: bool = False,
     ) -> None:
         self.objective = objective
         self.settings = settings
         self.steps_per_epoch = steps_per_epoch
+        self.about = dict(about or {})
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("fastkd: objective has no parameter that requires a gradient, must have some to train")
@@ -83,6 +87,7 @@ class TrainingState:
         settings = {name: value for name, value in asdict(self.settings).items() if name not in _FREE}
         return {
             "settings": settings,
+            "description": self.about,
             "ranks": distributed.world_size(),
             "steps_per_epoch": self.steps_per_epoch,
             "method_as_text": repr(self.objective.method),
@@ -109,7 +114,7 @@ class TrainingState:
         """Goes back there, but for :meth:`load_randomness`."""
         self.student.load_state_dict(state["student"])
         self.objective.method.load_state_dict(state["method"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.optimiser.load_state_dict(self._on_this_device(state["optimiser"]))
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
@@ -117,6 +122,15 @@ class TrainingState:
         self.epoch, self.batch = state["epoch"], state["batch"]
         self.history, self.seconds = list(state["history"]), state["seconds"]
         self.running.load_state_dict(state["of_ranks"][distributed.rank()]["running"])
+
+    def _on_this_device(self, optimiser: dict[str, Any]) -> dict[str, Any]:
+        """An optimiser's state with the kernels of this one: a checkpoint of a CPU may be taken up on CUDA, or back. Before
+        it is loaded, as torch keeps the steps of fused kernels on the device."""
+        ours = self.optimiser.param_groups
+        groups = [
+            {**there, "fused": here["fused"]} for there, here in zip(optimiser["param_groups"], ours, strict=True)
+        ]
+        return {**optimiser, "param_groups": groups}
 
     def load_randomness(self, state: dict[str, Any]) -> None:
         """Apart, as it comes last: nothing may be drawn between it and the next batch."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from fastkd._files import write_whole
 from fastkd.methods import Objective
-from fastkd.training import checkpoint, distributed, progress, randomness
+from fastkd.training import checkpoint, distributed, folder, progress, randomness
 from fastkd.training.metrics import Line, MetricsFile, Recorder, TensorBoard, check_finite
-from fastkd.training.settings import TrainingSettings
+from fastkd.training.settings import TrainingSettings, plain
 from fastkd.training.source import BatchSource
 from fastkd.training.state import TrainingState
 
@@ -55,6 +55,8 @@ class Trainer:
         on_epoch: called with the line of metrics after each epoch, before the checkpoint.
         show: ``bar``, ``lines`` (one an epoch), ``off``, or ``auto``: a bar on a terminal, else lines.
         console: rich's, to show on.
+        description: what the training is of that the settings do not say, by name: the data, its augmentation, the
+            teacher's weights. Kept in the checkpoint; a resume with another one is refused.
         tensorboard: write for TensorBoard into the folder, too.
         find_unused_parameters: of DistributedDataParallel; for students that do not use all of their parameters in each
             step. All methods of :mod:`fastkd.methods` do.
@@ -68,6 +70,7 @@ class Trainer:
         *,
         evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
         folder: str | Path | None = None,
+        description: Mapping[str, str | int | float] | None = None,
         on_step: Callable[[int], None] | None = None,
         on_epoch: Callable[[Line], None] | None = None,
         show: progress.Show = "auto",
@@ -82,6 +85,9 @@ class Trainer:
         self.objective = objective
         self.batches = batches
         self.settings = settings
+        self.description = {
+            str(name): plain(f"description[{name!r}]", value) for name, value in (description or {}).items()
+        }
         self.folder = None if folder is None else Path(folder)
         self._evaluate = evaluate
         self._on_step, self._on_epoch = on_step, on_epoch
@@ -98,11 +104,12 @@ class Trainer:
         return self._state.deployed()
 
     def fit(self, *, resume: bool | Literal["auto"] = False, overwrite: bool = False) -> list[Line]:
-        """Trains to the end; the networks are then in evaluation mode.
+        """Trains to the end; the networks are then in evaluation mode. Once: a second call is for a resume only, as the
+        weights are not those of the beginning any more.
 
         Args:
             resume: go on from the folder's checkpoint; ``"auto"``: if there is one.
-            overwrite: begin anew, and take away the checkpoint of another training in the folder.
+            overwrite: begin anew, and take away the files of another training in the folder.
 
         Returns:
             One mapping for each epoch, those before a resume included: epoch, step, learning_rate (of its last step), loss
@@ -110,7 +117,11 @@ class Trainer:
             and seconds since the training began.
 
         Raises:
-            FileExistsError: the folder holds a checkpoint, and neither ``resume`` nor ``overwrite`` is said.
+            FileExistsError: the folder holds a checkpoint, and neither ``resume`` nor ``overwrite`` is said; or it holds
+                ``model.pt`` or ``metrics.jsonl`` without a checkpoint, and ``overwrite`` is not said.
+            NotADirectoryError, IsADirectoryError: a file is where the folder, or a folder where a file of it should be.
+            RuntimeError: another training runs in the folder; or this trainer has trained before, and there is nothing to
+                resume from.
             FileNotFoundError: there is no checkpoint to resume from.
             FloatingPointError: the loss is no number any more.
             ValueError: the checkpoint is damaged or of another training (nothing is changed then), or ``batches.epoch`` gave
@@ -118,10 +129,19 @@ class Trainer:
         """
         settings = self.settings
         state = TrainingState(
-            self.objective, settings, len(self.batches), find_unused_parameters=self._find_unused_parameters
+            self.objective,
+            settings,
+            len(self.batches),
+            about=self.description,
+            find_unused_parameters=self._find_unused_parameters,
         )
-        found = distributed.on_first_rank(lambda: self._find(state, resume, overwrite))
-        self._state = state
+        with ExitStack() as lock:
+            found = distributed.on_first_rank(lambda: self._find(state, lock, resume, overwrite))
+            self._state = state
+            return self._fit(state, found)
+
+    def _fit(self, state: TrainingState, found: dict[str, Any] | None) -> list[Line]:
+        settings = self.settings
         first = distributed.rank() == 0
         recorders = self._recorders() if first else []
         show: progress.Show = self._show if first else "off"
@@ -135,19 +155,19 @@ class Trainer:
                 while state.epoch < settings.epochs:
                     line = self._epoch(state, found, display)
                     found = None
-                    for recorder in recorders:
-                        recorder.add(line)
                     display.epoch(line)
                     if self._on_epoch is not None:
                         self._on_epoch(line)
                     self._save(state)
+                    for recorder in recorders:  # what is there belongs to the checkpoint: no line without one
+                        recorder.add(line)
             finally:
                 for recorder in recorders:
                     recorder.close()
         self.objective.eval()
         state.deployed().eval()
-        if first and self.folder is not None:
-            self._finish(state, self.folder)
+        if (into := self.folder) is not None:
+            distributed.on_first_rank(lambda: self._finish(state, into))  # who returns finds the files
         return state.history
 
     def _epoch(self, state: TrainingState, found: dict[str, Any] | None, display: progress.Display) -> Line:
@@ -212,7 +232,7 @@ class Trainer:
         done, settings = state.epoch + 1, self.settings
         if self._evaluate is None or (done % settings.evaluate_every and done < settings.epochs):
             return {}
-        results: Line = distributed.gather(self._evaluate(state.deployed()))[0]
+        results: Line = distributed.gather(_as_floats(self._evaluate(state.deployed())))[0]
         twice = [name for name in results if name in line or name == "seconds"]
         if twice:
             raise ValueError(
@@ -220,33 +240,33 @@ class Trainer:
             )
         return results
 
-    def _find(self, state: TrainingState, resume: bool | Literal["auto"], overwrite: bool) -> dict[str, Any] | None:
+    def _find(
+        self, state: TrainingState, lock: ExitStack, resume: bool | Literal["auto"], overwrite: bool
+    ) -> dict[str, Any] | None:
         """The checkpoint to go on from, looked through, if any; else the folder is ready for a training anew."""
         if resume and overwrite:
             raise ValueError("fastkd: resume and overwrite are both asked for, must be one of them")
-        if self.folder is None:
-            if resume is True:
-                raise ValueError("fastkd: resume is True and folder None, must be the folder of the checkpoint")
-            return None
-        path = self.folder / checkpoint.CHECKPOINT
-        if resume is True or (resume and path.exists()):
-            found = checkpoint.read(path)
-            checkpoint.check_same(path, found, state.description())
-            return found
-        if path.exists() and not overwrite:
-            raise FileExistsError(
-                f"fastkd: the folder {self.folder} holds a checkpoint: fit(resume=True) goes on from it, "
-                "fit(overwrite=True) begins anew"
+        if resume is True and self.folder is None:
+            raise ValueError("fastkd: resume is True and folder None, must be the folder of the checkpoint")
+        found = None
+        if self.folder is not None:
+            lock.enter_context(folder.locked(self.folder, make=resume is not True))
+            found = folder.find(self.folder, state.description(), resume=resume, overwrite=overwrite)
+        if found is None and self._state is not None:
+            raise RuntimeError(
+                "fastkd: fit() is called again, and the weights are trained already: make a new objective and Trainer, "
+                "or go on from a checkpoint by fit(resume=True)"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (checkpoint.CHECKPOINT, "model.pt", "curves.png"):  # of what is no more
-            (self.folder / name).unlink(missing_ok=True)
-        return None
+        if self.folder is not None:
+            folder.clear_partial(self.folder)
+            if found is None:
+                folder.clear(self.folder)
+        return found
 
     def _recorders(self) -> list[Recorder]:
         if self.folder is None:
             return []
-        return [MetricsFile(self.folder / "metrics.jsonl"), *([self._tensorboard] if self._tensorboard else [])]
+        return [MetricsFile(self.folder / folder.METRICS), *([self._tensorboard] if self._tensorboard else [])]
 
     def _checkpoint_is_due(self, state: TrainingState) -> bool:
         """Within an epoch: at its end there is one anyway, after the evaluation."""
@@ -259,12 +279,25 @@ class Trainer:
             if distributed.rank() == 0:
                 checkpoint.write(self.folder / checkpoint.CHECKPOINT, whole)
 
-    def _finish(self, state: TrainingState, folder: Path) -> None:
-        write_whole(folder / "model.pt", lambda file: torch.save(state.deployed().state_dict(), file))
+    def _finish(self, state: TrainingState, into: Path) -> None:
+        write_whole(into / folder.MODEL, lambda file: torch.save(state.deployed().state_dict(), file))
         if importlib.util.find_spec("matplotlib") is not None:
             from fastkd.training.figures import save_curves  # matplotlib takes a second to import
 
-            save_curves(state.history, folder / "curves.png", repr(self.objective.method).partition("(")[0])
+            save_curves(state.history, into / folder.CURVES, repr(self.objective.method).partition("(")[0])
+
+
+def _as_floats(results: Mapping[str, Any]) -> Line:
+    """Plain ones, as only those can be read back from a checkpoint; waits for the device where they are tensors."""
+    floats: Line = {}
+    for name, value in results.items():
+        try:
+            floats[str(name)] = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"fastkd: evaluate returned {name} of type {type(value).__name__}, must be a number"
+            ) from None
+    return floats
 
 
 @contextmanager
