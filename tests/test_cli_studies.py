@@ -61,7 +61,7 @@ def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_study_of_which_a_part_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["study", "zoo", *TINY, "--teacher", "wrn-10-1", "--shrink", "2", "--methods", "baseline", "fsp"]
+    command = ["study", "zoo", *TINY, "--teacher", "wrn-10-2", "--shrink", "2", "--methods", "baseline", "fsp"]
     assert main([*command, "--settings", "clean", "--seeds", "1", "--output", str(tmp_path)]) == 1
     assert "failed: clean fsp 0: fastkd: the student's layer" in capsys.readouterr().out
     assert "| baseline | " in (tmp_path / "table.md").read_text()
@@ -124,7 +124,7 @@ def test_command_of_all_options_in_other_than_default_is_complete() -> None:
         (["distill", "--label-noise", "1.5"], "fastkd distill: label_noise is 1.5, must be from 0 to below 1"),
         (["distill", "--batch-size", "1"], "fastkd distill: batch_size is 1, must be 2 or more"),
         (["distill", *TINY, "--threads", "-1"], "fastkd distill: --threads is -1, must be 0"),
-        (["distill", *TINY, "--method", "fsp", "--teacher", "wrn-10-1"], "FSP needs equal numbers of channels"),
+        (["distill", *TINY, "--method", "fsp", "--teacher", "wrn-10-2"], "FSP needs equal numbers of channels"),
         (["study", "zoo", "--methods"], "fastkd study: methods is empty, must be one name or more"),
         (["study", "zoo", "--epochs", "0"], "fastkd study: epochs is 0, must be 1 or more"),
         (["distill", "--config", "nowhere.toml"], "--config nowhere.toml cannot be read: No such file"),

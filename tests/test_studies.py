@@ -111,7 +111,7 @@ def test_the_given_teacher_is_not_written_over(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_known_before_the_teacher_is_trained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="FSP needs equal numbers of channels"):
-        distillation.run(of("fsp", teacher="wrn-10-1"), tmp_path, HERE, show="off")
+        distillation.run(of("fsp", teacher="wrn-10-2"), tmp_path, HERE, show="off")
     assert not list(tmp_path.iterdir())
 
 
@@ -246,7 +246,7 @@ def test_processes_side_by_side(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.forks)])
 def test_a_run_that_fails_keeps_no_other_from_running(jobs: int, tmp_path: Path) -> None:
-    base = replace(TINY, teacher="wrn-10-1")  # whose maps FSP cannot compare with the student's
+    base = replace(TINY, teacher="wrn-10-2")  # whose maps FSP cannot compare with the student's
     base = replace(base, data=replace(TINY.data, shrink=2))
     runs = zoo.grid(base, ["fsp", "baseline"], ["clean"], 1)
     results = {run.method: result for run, result in zoo.run_all(runs, tmp_path, HERE.device, jobs)}
