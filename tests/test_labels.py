@@ -151,10 +151,10 @@ def test_power_law_of_few(num_classes: int, largest: int, smallest: int, expecte
 @pytest.mark.parametrize(
     ("num_classes", "gamma", "largest", "smallest", "message"),
     [
-        (10, 0.0, 10, 1, "gamma is 0.0, must be positive and finite"),
-        (10, -1.0, 10, 1, "gamma is -1.0, must be positive and finite"),
-        (10, float("nan"), 10, 1, "gamma is nan, must be positive and finite"),
-        (10, float("inf"), 10, 1, "gamma is inf, must be positive and finite"),
+        (10, 0.0, 10, 1, "gamma is 0.0, must be 1e-6 or more, and finite"),
+        (10, -1.0, 10, 1, "gamma is -1.0, must be 1e-6 or more, and finite"),
+        (10, float("nan"), 10, 1, "gamma is nan, must be 1e-6 or more, and finite"),
+        (10, float("inf"), 10, 1, "gamma is inf, must be 1e-6 or more, and finite"),
         (10, 1.0, 10, 11, r"smallest is 11, must be in \[1, 10\], at most largest"),
         (10, 1.0, 10, 0, r"smallest is 0, must be in \[1, 10\], at most largest"),
         (1, 1.0, 10, 5, "num_classes is 1, must be at least 2 for sizes from 5 to 10"),

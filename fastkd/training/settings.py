@@ -54,7 +54,7 @@ class TrainingSettings:
     gradient_clip: float = 0.0
     """Largest norm of the gradient; longer ones are shortened to it. 0: none are."""
     seed: int = 0
-    """Of what the training draws from the global generators of torch, numpy and Python; not of the initial weights."""
+    """Of what the training draws from the global generators of torch, numpy and Python."""
     checkpoint_every: int = 0
     """Steps after which a checkpoint is written within an epoch; 0: only at the end of each epoch."""
     evaluate_every: int = 1
