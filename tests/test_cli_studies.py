@@ -84,6 +84,19 @@ def test_processes_end_with_the_one_that_is_killed(tmp_path: Path) -> None:
     assert all((path.parent / "checkpoint.pt").exists() for path in tmp_path.rglob("metrics.jsonl") if path.read_text())
 
 
+@pytest.mark.forks
+def test_distill_in_two_processes(tmp_path: Path) -> None:
+    """The second one finds the teacher that the first one wrote; the result is written once, and read by the next call."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastkd"]
+    command += ["distill", *TINY, "--method", "fsp", "--output", str(tmp_path)]
+    for _ in range(2):
+        subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["teacher_accuracy"] is not None
+    (teacher,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert (teacher / "model.pt").is_file()
+
+
 def until(true: Callable[[], bool]) -> None:
     for _ in range(1200):
         if true():
