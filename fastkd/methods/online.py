@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import functional
+from fastkd._seeding import seeded
 from fastkd.methods.features import Outputs, logits_of
 from fastkd.methods.loop import evaluating
 from fastkd.methods.method import Loss, Method, check_number, cross_entropy
@@ -137,8 +138,7 @@ class MultiBranch(nn.Module):
         self.trunk = trunk
         self.branches = nn.ModuleList(branches)
         self._frame: _Frame | None = None
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs, too
+        with seeded(seed):
             linear = nn.Linear(channels, len(branches))
         self.gate = nn.Sequential(
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear, nn.BatchNorm1d(len(branches)), nn.ReLU(), nn.Softmax(1)

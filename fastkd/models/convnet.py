@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
+
+from fastkd._seeding import seeded
 
 __all__ = ["ConvNet", "count_parameters"]
 
@@ -32,8 +33,7 @@ class ConvNet(nn.Module):
                 f"fastkd: widths is {tuple(widths)} and image_size {image_size}, "
                 "must be two stages or more and a multiple of 4"
             )
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs, too
+        with seeded(seed):
             layers: list[nn.Module] = []
             for i, (before, width) in enumerate(zip([in_channels, *widths], widths, strict=False), start=1):
                 layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]

@@ -6,10 +6,10 @@ import importlib
 import re
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastkd._names import unknown_name
+from fastkd._seeding import seeded
 from fastkd.models import resnet as _resnet
 from fastkd.models import wide_resnet as _wide_resnet
 
@@ -73,8 +73,7 @@ def _from_torchvision(name: str, in_channels: int, num_classes: int, seed: int) 
     available = list(models.list_models(module=models))  # without its detection and segmentation networks
     if theirs not in available:
         raise unknown_name("name", name, [*names(), *available], hint)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs, too
+    with seeded(seed):
         model: nn.Module = models.get_model(theirs, weights=None, num_classes=num_classes)
         if in_channels != 3:
             _take_channels(model, in_channels)

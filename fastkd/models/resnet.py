@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
+
+from fastkd._seeding import seeded
 
 __all__ = ["ResNet", "resnet"]
 
@@ -57,8 +58,7 @@ class ResNet(nn.Module):
         super().__init__()
         if blocks < 1:
             raise ValueError(f"fastkd: blocks is {blocks}, must be at least 1")
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs, too
+        with seeded(seed):
             self.conv1 = nn.Conv2d(in_channels, WIDTHS[0], 3, padding=1, bias=False)
             self.bn1 = nn.BatchNorm2d(WIDTHS[0])
             self.relu = nn.ReLU(inplace=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
+from fastkd._seeding import seeded
 from fastkd.models.layers import FeatureLayers
 
 __all__ = ["WideResNet", "wide_resnet"]
@@ -74,8 +74,7 @@ class WideResNet(nn.Module):
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"fastkd: dropout is {dropout}, must be in [0, 1)")
         stem, *widths = WIDTHS[0], *(width * channels for channels in WIDTHS)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs, too
+        with seeded(seed):
             self.conv1 = nn.Conv2d(in_channels, stem, 3, padding=1, bias=False)
             self.layer1 = _stage(blocks, stem, widths[0], 1, dropout)
             self.layer2 = _stage(blocks, widths[0], widths[1], 2, dropout)

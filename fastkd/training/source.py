@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
+from fastkd._seeding import seeded
 from fastkd.data.seeds import mixed_seed
 
 __all__ = ["BatchSource", "LoaderBatches"]
@@ -69,8 +69,7 @@ class LoaderBatches:
         """As in :class:`BatchSource`."""
         for sampler in self._with_epochs:
             sampler.set_epoch(epoch)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(mixed_seed("workers", self._seed, epoch))  # the loader draws theirs
+        with seeded(mixed_seed("workers", self._seed, epoch)):  # the loader draws theirs
             batches: Iterator[tuple[Tensor, ...]] = iter(self._loader)
         for _ in range(start):  # now, not at the first next(): these may draw from the global generators
             next(batches)
