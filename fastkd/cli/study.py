@@ -146,6 +146,8 @@ class Zoo(Networks):
 class Study:
     """The experiments of a paper: fastkd study zoo."""
 
+    # It stands in the list of commands. What `fastkd study ...` is given goes to the parser of the studies, each a command
+    # with options of its own, so this is called only by who makes one.
     def __call__(self, console: Console) -> None:
         raise UsageError("which one? fastkd study zoo")
 
