@@ -87,10 +87,24 @@ def test_settings_take_the_place_of_the_studys() -> None:
     assert create("hinton", temperature=2.0).temperature == 2.0
 
 
-def test_dry_run_leaves_the_networks_alone() -> None:
+def test_the_weight_of_attention_shrinks_with_the_maps() -> None:
+    student, teacher = networks("resnet")
+    weights = [create("at", student, teacher, torch.zeros(2, 1, n, n)).feature_weight for n in (64, 32, 16)]
+    assert weights == [
+        1000.0,
+        1000.0,
+        250.0,
+    ]  # the published one; b / (H W) of the first maps is never above its 1000 / 32^2
+    assert create("at", student, teacher).feature_weight == 1000.0
+    assert create("at", student, teacher, IMAGES, feature_weight=7).feature_weight == 7.0
+    assert create("at", student, teacher, torch.zeros(2, 1, 32, 32), layers=["layer2"]).feature_weight == 250.0
+
+
+@pytest.mark.parametrize("name", ["fitnet", "at"])
+def test_dry_run_leaves_the_networks_alone(name: str) -> None:
     student, teacher = networks("resnet")
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    create("fitnet", student.train(), teacher, IMAGES)
+    create(name, student.train(), teacher, IMAGES)
     assert student.training
     assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
     assert not any(module._forward_hooks for network in (student, teacher) for module in network.modules())
@@ -142,5 +156,8 @@ def test_what_is_refused() -> None:
         create("rkd-dd")
     with pytest.raises(ValueError, match="fitnet needs student, teacher and images, or student_channels"):
         create("fitnet")
+    for name in ("fitnet", "at"):
+        with pytest.raises(ValueError, match=r"layers is \(\), must be one name"):
+            create(name, *networks("resnet"), IMAGES, layers=[])
     with pytest.raises(ValueError, match="teacher is None, must be a network for Hinton"):
         Objective(create("hinton"), resnet(8))

@@ -157,7 +157,9 @@ class WeightedMethod(Method):
     def check_layers(self, least: int, most: int | None = None) -> None:
         """Whether there are so many."""
         if len(self.layers) < least or (most is not None and len(self.layers) > most):
-            allowed = "one name" if most == 1 else f"{least} names or more"
+            allowed = "one name" if least == 1 else f"{least} names"
+            if most is None:
+                allowed += " or more"
             raise ValueError(f"fastkd: layers is {self.layers}, must be {allowed}")
 
     def maps(self, i: int, student: list[Tensor], teacher: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd._names import unknown_name
-from fastkd.methods.features import FeatureTap, layer_names
+from fastkd.methods.features import FeatureTap
 from fastkd.methods.loop import evaluating
 from fastkd.methods.method import Method, WeightedMethod
 from fastkd.methods.online import DML, ONE
@@ -34,8 +34,9 @@ def create(
         name: one of ``NAMES``: baseline, hinton, bss, fitnet, fsp, at, sp, rkd-d, rkd-a, rkd-da, one, dml.
         student, teacher: whose layers are taken (:func:`fastkd.models.layers.feature_layers`); not needed for methods without
             features.
-        images: a batch ``[B, C, H, W]``, for fitnet, which must know the channels of its layers, on the networks' device. They
-            run once, in evaluation mode.
+        images: a batch ``[B, C, H, W]`` on the networks' device: they run once, in evaluation mode, for fitnet, which must know
+            the channels of its layers, and for at, whose published weight is of a mean over 32 x 32 places or more: of maps
+            that are smaller each place would weigh more, so the weight shrinks with them. Without images at keeps it.
         settings: of the method's class, in the place of the study's: ``temperature``, ``feature_weight``, ``layers``, ...
 
     Raises:
@@ -52,6 +53,8 @@ def needs_teacher(name: str) -> bool:
     """
     return _entry(name).kind.needs_teacher
 
+
+_CIFAR_PLACES = 32 * 32  # of the first maps that AT's weight was chosen for
 
 Settings = dict[str, Any]
 Maker = Callable[[nn.Module | None, nn.Module | None, Tensor | None, Settings], Method]
@@ -85,18 +88,28 @@ def _with_features(
 
 def _fitnet(student: nn.Module | None, teacher: nn.Module | None, images: Tensor | None, settings: Settings) -> Method:
     chosen = {**_layers(_middle, student, teacher, settings), **settings}
-    for argument in ("layers", "teacher_layers"):
-        if chosen.get(argument) is not None:
-            chosen[argument] = layer_names(argument, chosen[argument])  # they are read twice
     if "student_channels" not in chosen or "teacher_channels" not in chosen:
         if student is None or teacher is None or images is None:
             raise ValueError(
                 "fastkd: fitnet needs student, teacher and images, or student_channels and teacher_channels"
             )
-        teacher_layers = chosen.get("teacher_layers") or chosen["layers"]
-        chosen["student_channels"] = _channels(student, chosen["layers"], images)
-        chosen["teacher_channels"] = _channels(teacher, teacher_layers, images)
+        hint = FitNet(1, 1, **{name: chosen[name] for name in ("layers", "teacher_layers") if name in chosen})
+        chosen.update(
+            layers=hint.layers,
+            teacher_layers=hint.teacher_layers,
+            student_channels=_feature(student, hint.layers[0], images).shape[1],
+            teacher_channels=_feature(teacher, hint.teacher_layers[0], images).shape[1],
+        )
     return FitNet(**chosen)
+
+
+def _at(student: nn.Module | None, teacher: nn.Module | None, images: Tensor | None, settings: Settings) -> Method:
+    method = AT(**{**_layers(_stages, student, teacher, settings), **settings})
+    if "feature_weight" not in settings and student is not None and teacher is not None and images is not None:
+        pair = ((student, method.layers), (teacher, method.teacher_layers))
+        places = min(_feature(network, layers[0], images)[0, 0].numel() for network, layers in pair)
+        method.feature_weight *= min(1.0, places / _CIFAR_PLACES)
+    return method
 
 
 def _layers(
@@ -132,15 +145,15 @@ def _embedding(layers: FeatureLayers) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def _channels(network: nn.Module, layers: tuple[str, ...], images: Tensor) -> int:
-    tap = FeatureTap(network, layers)
+def _feature(network: nn.Module, layer: str, images: Tensor) -> Tensor:
+    """A map of this layer."""
+    tap = FeatureTap(network, [layer])
     try:
         with evaluating(network):
-            features = tap(images).features
+            features: dict[str, Tensor] = tap(images).features
+            return features[layer]
     finally:
         tap.remove()
-    channels: int = next(iter(features.values())).shape[1]
-    return channels
 
 
 _METHODS: dict[str, _Entry] = {
@@ -149,7 +162,7 @@ _METHODS: dict[str, _Entry] = {
     "bss": _without_features(BSS),
     "fitnet": _Entry(FitNet, _fitnet),
     "fsp": _with_features(FSP, _stem_and_stages),
-    "at": _with_features(AT, _stages),
+    "at": _Entry(AT, _at),
     "sp": _with_features(SP, _last),
     "rkd-d": _with_features(RKD, _embedding, angle_weight=0.0),
     "rkd-a": _with_features(RKD, _embedding, distance_weight=0.0),

@@ -105,7 +105,9 @@ class FSP(WeightedMethod):
 class AT(WeightedMethod):
     """``b sum_i mean (A_s - A_t)^2`` with ``A = L2norm(vec(mean_c F^2))``, ``[B, H W]``: where a layer is active.
 
-    Zagoruyko & Komodakis, "Paying More Attention to Attention" (ICLR 2017), Eq. 2, activation-based, p = 2.
+    Zagoruyko & Komodakis, "Paying More Attention to Attention" (ICLR 2017), Eq. 2, activation-based, p = 2. The weight is of
+    a mean over places, as their code has it, and was chosen for maps of 32 x 32 and more: of a map of H W places the squared
+    distance weighs b / (H W), so smaller images want a smaller b (:func:`fastkd.methods.registry.create` sees to it).
 
     Args:
         layers, teacher_layers: maps ``[B, C, H, W]``, compared in pairs; of two sizes the larger is averaged down.
