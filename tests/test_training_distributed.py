@@ -67,9 +67,13 @@ def test_gradient_is_that_of_the_whole_batch(tmp_path: Path) -> None:
 def test_errors_are_everywhere(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pt").touch()
     start_ranks(errors_in_two, tmp_path)
-    said = [(tmp_path / f"said{rank}").read_text() for rank in range(2)]
-    assert said[0] == said[1]
-    assert "holds a checkpoint: fit(resume=True) goes on from it" in said[0]
+    for name, words in (
+        ("said", "holds a checkpoint: fit(resume=True) goes on from it"),
+        ("full", "No space left on device: 'checkpoint.pt'"),
+    ):
+        said = [(tmp_path / f"{name}{rank}").read_text() for rank in range(2)]
+        assert said[0] == said[1]
+        assert words in said[0]
 
 
 def test_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

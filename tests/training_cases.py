@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.methods import BSS, DML, ONE, Baseline, FitNet, Hinton, Method, Objective
+from fastkd.methods import AT, BSS, DML, ONE, RKD, SP, Baseline, FitNet, Hinton, Method, Objective
 from fastkd.models.convnet import ConvNet
 from fastkd.models.resnet import resnet
 from fastkd.training import Trainer, TrainingSettings, checkpoint
@@ -65,6 +65,9 @@ METHODS: dict[str, Callable[[], Method]] = {
     "baseline": Baseline,
     "hinton": Hinton,
     "fitnet": lambda: FitNet(4, 8, (LAYER,)),
+    "at": lambda: AT((LAYER,)),
+    "sp": lambda: SP((LAYER,)),
+    "rkd-da": lambda: RKD(layers=(LAYER,)),
     "bss": lambda: BSS(attack_size=8, attack_steps=2),
     "dml": DML,
     "one": lambda: ONE(branches=2, branch_at="layer3"),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from training_cases import Batches, Linear, make_settings, small, small_resnet, train
 
-from fastkd.training import figures, process_group
+from fastkd.training import checkpoint, figures, process_group
 
 KILLED = make_settings(epochs=8, checkpoint_every=2, ema=0.9)
 POINTS = ("while it is written", "before it is on the disk", "before it takes its place", "after that")
@@ -106,6 +106,9 @@ def _as_rank(work: Callable[..., None], rank: int, ranks: int, port: int, argume
 CASES: dict[str, dict[str, Any]] = {
     "hinton": {"ema": 0.9},
     "fitnet": {"optimiser": "adamw", "learning_rate": 0.01},
+    "at": {"epochs": 2},
+    "sp": {"epochs": 2},
+    "rkd-da": {"epochs": 2},
     "bss": {"epochs": 4, "ema": 0.5},  # the last epoch has no attack
     "dml": {"gradient_clip": 1.0},
     "one": {"epochs": 2},
@@ -146,12 +149,21 @@ def gradients_in_two(rank: int, folder: Path) -> None:
 
 
 def errors_in_two(rank: int, folder: Path) -> None:
-    """What is wrong on rank 0 is an error on all."""
+    """What is wrong on rank 0 is an error on all: a folder in use, then a disk that is full."""
+
+    def full(path: Path, state: Any) -> None:
+        raise OSError(28, "No space left on device", path.name)
+
     with process_group("cpu"):
         try:
             train("hinton", folder, make_settings(), batches=Batches(rank=rank))
         except FileExistsError as error:
             (folder / f"said{rank}").write_text(str(error))
+        checkpoint.write = full
+        try:
+            train("hinton", folder / "full", make_settings(), batches=Batches(rank=rank))
+        except OSError as error:
+            (folder / f"full{rank}").write_text(str(error))
 
 
 def read_in_two(rank: int, folder: Path) -> None:

@@ -274,10 +274,11 @@ class Trainer:
         return bool(every) and state.step % every == 0 and state.batch < len(self.batches) and self.folder is not None
 
     def _save(self, state: TrainingState) -> None:
-        if self.folder is not None:
+        if (into := self.folder) is not None:
             whole = state.state_dict()  # on all ranks, as it gathers
-            if distributed.rank() == 0:
-                checkpoint.write(self.folder / checkpoint.CHECKPOINT, whole)
+            distributed.on_first_rank(
+                lambda: checkpoint.write(into / checkpoint.CHECKPOINT, whole)
+            )  # all learn of a full disk
 
     def _finish(self, state: TrainingState, into: Path) -> None:
         write_whole(into / folder.MODEL, lambda file: torch.save(state.deployed().state_dict(), file))
