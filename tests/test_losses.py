@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import fastkd
 import fastkd.functional as F  # noqa: N812
@@ -272,6 +273,17 @@ def test_transforms(pair: tuple[Tensor, Tensor]) -> None:
     for forward in (lambda: torch.func.jvp(f, (student,), (student,)), lambda: torch.func.hessian(f)(student)):
         with pytest.raises(RuntimeError, match="divergence has no forward-mode derivative"):
             forward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_tangent_in_the_gradient_is_refused(pair: tuple[Tensor, Tensor], reduction: str) -> None:
+    """Torch would lose it in silence where the gradient is scaled in place."""
+    student, teacher = pair[0].detach().requires_grad_(), pair[1]
+    loss = F.kl_div(student, teacher, reduction=reduction)
+    with forward_ad.dual_level():
+        upstream = forward_ad.make_dual(torch.ones_like(loss), torch.ones_like(loss))
+        with pytest.raises(RuntimeError, match="divergence_backward has no forward-mode derivative"):
+            torch.autograd.grad(loss, student, upstream)
 
 
 # ---- compilation, registration -----------------------------------------------------------------

@@ -56,6 +56,8 @@ def register_autograd(
         return output
 
     def formula(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        if not torch._C._are_functorch_transforms_active():  # theirs come to the kernels of what a backward calls
+            _refuse_tangents(f"{name}_backward", grads)
         if once is None or not torch.is_grad_enabled():
             return (*backward(ctx, *grads), None)
         with torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):  # outer levels want their graph
@@ -68,10 +70,7 @@ def register_autograd(
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         if len(args) != arity:  # the dispatcher drops arguments that equal their defaults; ours have none
             raise TypeError(f"fastkd: {name} takes {arity} positional arguments, got {len(args)}")
-        if forward_ad._current_level >= 0 and any(_has_tangent(a) for a in args):
-            raise RuntimeError(
-                f"fastkd: {name} has no forward-mode derivative (jvp); use the plain-torch form in fastkd.reference"
-            )
+        _refuse_tangents(name, args)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return _apply(node, *args, keyset)
         return below_autograd(keyset, args)
@@ -109,6 +108,13 @@ class _Once(Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
         raise RuntimeError(ctx.message)
+
+
+def _refuse_tangents(name: str, args: Sequence[Any]) -> None:
+    if forward_ad._current_level >= 0 and any(_has_tangent(a) for a in args):
+        raise RuntimeError(
+            f"fastkd: {name} has no forward-mode derivative (jvp); use the plain-torch form in fastkd.reference"
+        )
 
 
 def _has_tangent(value: Any) -> bool:
