@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.measure import OURS
 from benchmarks.table import best_peer, three_digits
+from fastkd._figures import BLUE, DASHED, GREEN, GREY, INK, ORANGE, canvas, frame
 
-COLOURS = ("#0b6fb8", "#e07b1a", "#2a9d6f", "#a2417e", "#7a6a2f", "#5b5fc7")
-INK, GREY, SLOWER = "#22303c", "#8a949e", "#d62728"
+COLOURS = (BLUE, ORANGE, GREEN, "#a2417e", "#7a6a2f", "#5b5fc7")
+SLOWER = "#d62728"
 MOST_BARS = 70  # more would not be read: then the best peer of each case alone
 THREADS = re.compile(r"^(.*), (\d+) threads?$")
 Rows = list[dict[str, Any]]
@@ -43,15 +43,9 @@ def save(document: dict[str, Any], stem: Path) -> list[Path]:
     return written
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8, colors=INK)
+    frame(axes)
+    axes.tick_params(labelsize=8)
 
 
 def _speedups(rows: Rows, colours: dict[str, str]) -> Figure:
@@ -60,7 +54,7 @@ def _speedups(rows: Rows, colours: dict[str, str]) -> Figure:
     if len(peers) > MOST_BARS:
         best = {row["case"]: row["best_peer"] for row in rows if row["contender"] == OURS}
         peers = [row for row in peers if best[row["case"]] == row["contender"]]
-    figure = _figure(9.5, 1.2 + 0.19 * len(peers) + 0.12 * len({row["case"] for row in peers}))
+    figure = canvas(9.5, 1.2 + 0.19 * len(peers) + 0.12 * len({row["case"] for row in peers}))
     axes = figure.add_subplot()
     _plain(axes)
     place, before, ticks, labels = 0.0, None, [], []
@@ -84,7 +78,7 @@ def _speedups(rows: Rows, colours: dict[str, str]) -> Figure:
 
 def _ceiling(rows: Rows, colours: dict[str, str]) -> Figure:
     """fastkd and the best peer of each case, joined."""
-    figure = _figure(8.5, 5.2)
+    figure = canvas(8.5, 5.2)
     axes = figure.add_subplot()
     _plain(axes)
     cases: dict[str, Rows] = {}
@@ -103,7 +97,7 @@ def _ceiling(rows: Rows, colours: dict[str, str]) -> Figure:
                 axes.plot(size, peer["percent_of_ceiling"], "o", color=colour, markersize=4, fillstyle="none")
         axes.plot(size, share, "o", color=colour, markersize=6, label=None if primitive in named else primitive)
         named.add(primitive)
-    axes.axhline(100, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+    axes.axhline(100, color=GREY, linewidth=1, linestyle=DASHED)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
@@ -123,7 +117,7 @@ def _threads(rows: Rows, colours: dict[str, str]) -> Figure:
         peer = peers.setdefault(match[1], best_peer({"rows": rows}, row["case"]))
         if row["contender"] in (OURS, peer):
             series.setdefault((match[1], row["contender"], row["primitive"]), []).append((int(match[2]), row["ms"]))
-    figure = _figure(7.5, 4.8)
+    figure = canvas(7.5, 4.8)
     axes = figure.add_subplot()
     _plain(axes)
     most = 1
@@ -135,7 +129,7 @@ def _threads(rows: Rows, colours: dict[str, str]) -> Figure:
         style = "-o" if contender == OURS else ":o"
         axes.plot(counts, [times[0] / t for t in times], style, color=colours[primitive], markersize=4,
                   label=f"{work}, {contender}")  # fmt: skip
-    axes.plot([1, most], [1, most], color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.plot([1, most], [1, most], color=GREY, linewidth=0.8, linestyle=DASHED)
     axes.set_xticks(sorted({row["threads"] for row in rows}))
     axes.set_xlabel("threads", fontsize=8, color=INK)
     axes.set_ylabel("times as fast as with one thread", fontsize=8, color=INK)

@@ -8,23 +8,19 @@ from typing import Any
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
+from fastkd._figures import BLUE, DASHED, GREEN, GREY, INK, ORANGE, canvas, plain
 from fastkd.demo.experiment import Arm, Results
 
-BLUE, ORANGE, INK, GREY = "#0b6fb8", "#e07b1a", "#22303c", "#8a949e"
 COLOURS = (INK, BLUE, ORANGE)  # labelled, biased, uniform
-RELEVANT, IRRELEVANT = "#2a9d6f", "#b9bfc6"
+RELEVANT, IRRELEVANT = GREEN, "#b9bfc6"
 TILE_ROWS, TILE_COLUMNS = 4, 15
 
 
 def save(results: Results, path: Path) -> None:
     """Draws the figure and writes it as PNG."""
-    figure = Figure(figsize=(12.5, 7.4), dpi=130, layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12))
-    FigureCanvasAgg(figure)
+    figure = canvas(12.5, 7.4, pad=0.12)
     grid = figure.add_gridspec(2, 2, height_ratios=(1.75, 1))
     _learning_curves(figure.add_subplot(grid[0, 0]), results)
     _score_histogram(figure.add_subplot(grid[0, 1]), results)
@@ -36,9 +32,9 @@ def save(results: Results, path: Path) -> None:
 
 
 def _learning_curves(axes: Axes, results: Results) -> None:
-    _plain(axes, "Students: test accuracy while they learn", "steps", "% of test digits right")
+    plain(axes, "Students: test accuracy while they learn", "steps", "% of test digits right")
     steps = torch.tensor(results.curve_steps)
-    axes.axhline(100 * results.teacher_accuracy, color=GREY, linewidth=1.2, linestyle=(0, (4, 3)), label="the teacher")
+    axes.axhline(100 * results.teacher_accuracy, color=GREY, linewidth=1.2, linestyle=DASHED, label="the teacher")
     for arm, colour in zip(results.arms, COLOURS, strict=True):
         runs = 100 * torch.tensor(arm.curves)
         axes.plot(steps, runs.mean(0), color=colour, linewidth=2.2, label=arm.name)
@@ -51,9 +47,7 @@ def _learning_curves(axes: Axes, results: Results) -> None:
 
 
 def _score_histogram(axes: Axes, results: Results) -> None:
-    _plain(
-        axes, "What the T1000 score sees", "teacher's largest logit above the mean logit", "% of images, or of draws"
-    )
+    plain(axes, "What the T1000 score sees", "teacher's largest logit above the mean logit", "% of images, or of draws")
     margin = (results.scores * 10 - 1) * 1000  # back from T1000 to logits
     relevant = results.collection.relevant
     low, high = margin.min().item(), margin.max().item()
@@ -104,14 +98,3 @@ def _mosaic(images: Tensor, relevant: Tensor) -> Any:
     tiles[:, inside, inside] = images.repeat_interleave(6, 1).repeat_interleave(6, 2)[..., None]
     rows = tiles.reshape(TILE_ROWS, TILE_COLUMNS, cell, cell, 3).transpose(1, 2)
     return rows.reshape(TILE_ROWS * cell, TILE_COLUMNS * cell, 3).numpy()
-
-
-def _plain(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title, loc="left", color=INK, fontweight="bold")
-    axes.set_xlabel(x, color=INK)
-    axes.set_ylabel(y, color=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(colors=INK, length=3)
-    axes.grid(axis="y", color="#e4e7ea", linewidth=0.8)
-    axes.set_axisbelow(True)

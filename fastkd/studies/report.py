@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from fastkd._figures import BLUE, DASHED, GREY, INK, canvas, frame
+from fastkd._files import write_whole
 from fastkd.methods.registry import NAMES
 from fastkd.studies.zoo import SETTINGS, Accuracies
 
 __all__ = ["as_markdown", "markdown", "overview", "save"]
-
-BLUE, INK, GREY = "#0b6fb8", "#22303c", "#8a949e"
 
 
 def save(folder: Path, accuracies: Accuracies, teachers: Accuracies, about: Mapping[str, Any]) -> list[Path]:
@@ -30,10 +28,16 @@ def save(folder: Path, accuracies: Accuracies, teachers: Accuracies, about: Mapp
     """
     folder.mkdir(parents=True, exist_ok=True)
     document = {**about, "accuracies": accuracies, "teachers": teachers}
-    (folder / "results.json").write_text(json.dumps(document, indent=1, default=str) + "\n")
-    (folder / "table.md").write_text(markdown(accuracies, teachers, about))
-    _figure(accuracies, teachers).savefig(folder / "accuracy.png")
-    return [folder / name for name in ("table.md", "accuracy.png", "results.json")]
+    figure = _figure(accuracies, teachers)
+    table, numbers = markdown(accuracies, teachers, about), json.dumps(document, indent=1, default=str) + "\n"
+    parts: dict[str, Callable[[BinaryIO], object]] = {
+        "table.md": lambda file: file.write(table.encode()),
+        "accuracy.png": lambda file: figure.savefig(file, format="png"),
+        "results.json": lambda file: file.write(numbers.encode()),
+    }
+    for name, write in parts.items():
+        write_whole(folder / name, write)
+    return [folder / name for name in parts]
 
 
 def summary(seeds: Mapping[int, float]) -> str:
@@ -100,8 +104,7 @@ def _figure(accuracies: Accuracies, teachers: Accuracies) -> Figure:
     """A panel for each setting: a bar from the baseline's mean to the method's, a dot for each seed."""
     columns = min(4, len(accuracies))
     rows = -(-len(accuracies) // columns)
-    figure = Figure(figsize=(1.2 + 3.3 * columns, 0.5 + 3.5 * rows), dpi=130, layout=ConstrainedLayoutEngine())
-    FigureCanvasAgg(figure)
+    figure = canvas(1.2 + 3.3 * columns, 0.5 + 3.5 * rows)
     for i, (setting, methods) in enumerate(accuracies.items()):
         axes = figure.add_subplot(rows, columns, i + 1)
         _panel(axes, setting, methods, teachers.get(setting, {}))
@@ -120,10 +123,10 @@ def _panel(
         axes.plot(values, [place] * len(values), ".", color=INK, markersize=4)
     axes.axvline(start, color=INK, linewidth=1)
     for seeds in teachers.values():
-        axes.axvline(100 * statistics.fmean(seeds.values()), color=GREY, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.axvline(100 * statistics.fmean(seeds.values()), color=GREY, linewidth=1.2, linestyle=DASHED)
+    frame(axes)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_title(setting, fontsize=10, loc="left", color=INK)
     axes.tick_params(axis="x", labelsize=8)
-    axes.set_xlabel("test accuracy, % (dashed: the teacher)", fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("test accuracy, % (dashed: the teacher)", fontsize=8, color=INK)
     axes.margins(x=0.06)

@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from fastkd._figures import BLUE, GREEN, GREY, INK, ORANGE, RED, canvas, plain
 from fastkd._files import write_whole
 from fastkd.training.metrics import Line
 
 __all__ = ["save_curves"]
 
-BLUE, ORANGE, GREEN, RED, INK, GREY = "#0b6fb8", "#e07b1a", "#2a9d6f", "#b23a48", "#22303c", "#8a949e"
 TERMS = (BLUE, ORANGE, GREEN, RED)  # the colours of the loss's terms, in this order
 
 
@@ -31,8 +28,7 @@ def save_curves(lines: Sequence[Line], path: str | Path, title: str = "") -> Non
     """
     if not lines:
         raise ValueError("fastkd: lines is empty, must be one epoch or more to draw curves")
-    figure = Figure(figsize=(14, 4.4), dpi=130, layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.12))
-    FigureCanvasAgg(figure)
+    figure = canvas(14, 4.4, pad=0.12)
     loss, accuracy, rate = figure.subplots(1, 3, width_ratios=(1.25, 1.25, 0.8))
     _losses(loss, lines)
     _accuracies(accuracy, lines)
@@ -77,12 +73,5 @@ def _draw(axes: Axes, lines: Sequence[Line], name: str, colour: str, label: str,
 
 
 def _plain(axes: Axes, title: str, y: str) -> None:
-    axes.set_title(title, loc="left", color=INK, fontweight="bold")
-    axes.set_xlabel("epoch", color=INK)
-    axes.set_ylabel(y, color=INK)
+    plain(axes, title, "epoch", y)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(colors=INK, length=3)
-    axes.grid(axis="y", color="#e4e7ea", linewidth=0.8)
-    axes.set_axisbelow(True)
