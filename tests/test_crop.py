@@ -287,12 +287,12 @@ def truth() -> tuple[torch.Tensor, ...]:
     return result
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
 def test_devices_instruction_sets_and_threads_agree(
-    truth: tuple[torch.Tensor, ...], device: torch.device, threads: int
+    truth: tuple[torch.Tensor, ...], device: torch.device, few: bool
 ) -> None:
-    for one, other in zip(truth, with_threads(threads, lambda: everything(device)), strict=True):
-        assert torch.equal(one, other)
+    for threads in (2,) if few else (1, 2, 5):  # CUDA kernels do not know of them
+        for one, other in zip(truth, with_threads(threads, lambda: everything(device)), strict=True):
+            assert torch.equal(one, other)
 
 
 # ---- normalisation ---------------------------------------------------------------------------------

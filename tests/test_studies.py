@@ -10,6 +10,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from fastkd import build_info
 from fastkd.data import registry as data_sets
 from fastkd.studies import distillation, published, report, zoo
 from fastkd.studies.data import DataSettings, prepare
@@ -42,6 +43,7 @@ def test_a_distillation_and_what_it_leaves(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "result.json").read_text())
     assert document["test_accuracy"] == result.accuracy
     assert document["settings"]["method"] == "hinton"
+    assert (document["fastkd"], document["torch"]) == (build_info()["version"], torch.__version__)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     assert lines[-1]["test_accuracy"] == result.accuracy

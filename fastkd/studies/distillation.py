@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd._files import write_whole
+from fastkd._library import build_info
 from fastkd.data.batches import Batches
 from fastkd.data.images import ImageSet
 from fastkd.methods import Method, Objective
@@ -213,6 +214,8 @@ def _write_result(settings: Distillation, folder: Path, result: Result) -> None:
         "teacher_accuracy": result.teacher_accuracy,
         "digest": settings.digest(),
         "settings": asdict(settings),
+        "fastkd": build_info()["version"],
+        "torch": torch.__version__,
     }
     text = json.dumps(document, indent=2, default=str) + "\n"
     on_first_rank(lambda: write_whole(folder / RESULT, lambda file: file.write(text.encode())))
