@@ -55,7 +55,9 @@ class NinjaBuild(build_ext):  # writes one build.ninja for both libraries and ru
         torch, nvcc, compiler = find_torch(), find_nvcc(), os.environ.get("CXX", "g++")
         architectures = cuda_architectures(nvcc) if nvcc else []
         optimise = "-O1" if SANITIZER else "-O3"  # what sanitizers add takes twice as long to optimise further
-        common = f"-std=c++20 {optimise} -I{ROOT}/csrc -isystem {torch}/include -DTORCH_TARGET_VERSION=0x020a000000000000"
+        common = (
+            f"-std=c++20 {optimise} -I{ROOT}/csrc -isystem {torch}/include -DTORCH_TARGET_VERSION=0x020a000000000000"
+        )
         cxx = f"{common} -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi {SANITIZER}"
         cuda = f"{common} -DUSE_CUDA -Xptxas=-v -Xcompiler=-fPIC,-fvisibility=hidden "
         for a in (a.replace(".", "") for a in architectures):
