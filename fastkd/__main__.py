@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,7 +14,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from fastkd.cli import run
 
-        return run(sys.argv[1:] if argv is None else list(argv))
+        try:
+            return run(sys.argv[1:] if argv is None else list(argv))
+        finally:
+            sys.stdout.flush()  # here, not when Python ends, so that it is known whether somebody reads it
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in EXTRA:
@@ -23,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastkd: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # "fastkd ... | head" has read enough; what is left is for nobody
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as the shell has it of a process that SIGPIPE ends
 
 
 if __name__ == "__main__":

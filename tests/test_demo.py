@@ -232,6 +232,17 @@ def test_missing_extra_says_what_to_install() -> None:
     assert result.stderr == 'fastkd: the command line needs tyro: pip install "fastkd[cli]"\n'
 
 
+@pytest.mark.parametrize("arguments", [["info"], ["study", "zoo", "--help"]])
+def test_a_reader_that_has_enough(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "fastkd", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()  # before anything is written
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert process.returncode in (1, 141)  # rich ends by 1 itself
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fastkd", "demo", "--device", "cpu", "--teacher-steps", "1000000"]
