@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +67,20 @@ def test_every_method_trains(name: str, family: str) -> None:
     assert min(losses[1:]) < losses[0]
     assert all(p.grad is None for p in teacher.parameters())
     assert not any(name.startswith("_teacher") for name in objective.state_dict())
+
+
+def test_the_documents_have_all_methods_and_their_weights() -> None:
+    symbols = {"r": "task_weight", "a": "kd_weight", "b": "feature_weight", "T": "temperature"}
+    text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in text.splitlines() if line.startswith("| ")][1:]
+    assert [name for name, *_ in rows] == list(NAMES)
+    for name, kind, weights in rows:
+        method = create(name, *networks("resnet"), torch.zeros(2, 1, 32, 32))
+        assert kind == f"`{type(method).__name__}`"
+        given = dict(pair.split() for pair in weights.split(", "))
+        assert {symbols[k]: float(v) for k, v in given.items()} == {
+            symbols[k]: getattr(method, symbols[k]) for k in given
+        }
 
 
 def test_layers_are_those_of_each_network() -> None:
