@@ -66,8 +66,9 @@ class NinjaBuild(build_ext):  # writes one build.ninja for both libraries and ru
         macros = f'VERSION="{self.distribution.get_version()}"', f'CUDA_ARCHITECTURES="{" ".join(architectures)}"'
         includes = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
         module = " -DFASTKD_".join([includes, *map(shlex.quote, macros)])
-        out = ROOT / ("build/objects" if self.inplace or self.editable_mode else self.build_temp)
-        out.mkdir(parents=True, exist_ok=True)  # objects of an editable install stay for the next one
+        elsewhere = not (self.inplace or self.editable_mode or Path(self.build_temp).parent == Path("build"))
+        out = ROOT / (self.build_temp if elsewhere else "build/objects")  # a wheel takes those of an editable install
+        out.mkdir(parents=True, exist_ok=True)
         with open(out / "build.ninja", "w") as file:
             ninja = Writer(file, width=1000)
             ninja.rule("cxx", f"{compiler} -MMD -MF $out.d {cxx} $flags -c $in -o $out", depfile="$out.d", deps="gcc")
