@@ -230,8 +230,8 @@ void Machine::switch_to(Fiber& next) {
   const bool to_main = &next == &main_;
   __sanitizer_start_switch_fiber(from.done ? nullptr : &from.fake_stack, to_main ? main_bottom : next.stack,
                                  to_main ? main_size : kStackBytes);
-  if (&from == &main_) {
-    // learn the bounds of the thread's own stack on the way out
+  if (main_bottom == nullptr) {
+    // the bounds of the thread's own stack, learnt on the first way out of it: glibc reads /proc/self/maps for them
     pthread_attr_t attributes;
     pthread_getattr_np(pthread_self(), &attributes);
     void* bottom = nullptr;
