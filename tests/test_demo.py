@@ -247,12 +247,19 @@ def test_a_reader_that_has_enough(arguments: list[str]) -> None:
 def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fastkd", "demo", "--device", "cpu", "--teacher-steps", "1000000"]
     with subprocess.Popen(
-        [*command, "--output", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--output", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # `make test &` and nohup have it ignored
     ) as process:
-        assert process.stdout is not None
-        assert "fastkd demo" in process.stdout.readline()  # the panel is up: options are read, training is next
-        process.send_signal(signal.SIGINT)
-        _, complaints = process.communicate(timeout=60)
+        try:
+            assert process.stdout is not None
+            assert "fastkd demo" in process.stdout.readline()  # the panel is up: options are read, training is next
+            process.send_signal(signal.SIGINT)
+            _, complaints = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert complaints == "fastkd: interrupted\n"
     assert list(tmp_path.iterdir()) == []

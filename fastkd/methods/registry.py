@@ -107,7 +107,7 @@ def _at(student: nn.Module | None, teacher: nn.Module | None, images: Tensor | N
     method = AT(**{**_layers(_stages, student, teacher, settings), **settings})
     if "feature_weight" not in settings and student is not None and teacher is not None and images is not None:
         pair = ((student, method.layers), (teacher, method.teacher_layers))
-        places = min(_feature(network, layers[0], images)[0, 0].numel() for network, layers in pair)
+        places = min(_feature(network, layers[0], images).shape[2:].numel() for network, layers in pair)
         method.feature_weight *= min(1.0, places / _CIFAR_PLACES)
     return method
 

@@ -276,9 +276,8 @@ class Trainer:
     def _save(self, state: TrainingState) -> None:
         if (into := self.folder) is not None:
             whole = state.state_dict()  # on all ranks, as it gathers
-            distributed.on_first_rank(
-                lambda: checkpoint.write(into / checkpoint.CHECKPOINT, whole)
-            )  # all learn of a full disk
+            # where all learn of a full disk
+            distributed.on_first_rank(lambda: checkpoint.write(into / checkpoint.CHECKPOINT, whole))
 
     def _finish(self, state: TrainingState, into: Path) -> None:
         write_whole(into / folder.MODEL, lambda file: torch.save(state.deployed().state_dict(), file))
