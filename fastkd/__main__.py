@@ -28,8 +28,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fastkd: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # "fastkd ... | head" has read enough; what is left is for nobody
+        if not _reader_is_gone():
+            raise  # another pipe, that of a process of a study for instance
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as the shell has it of a process that SIGPIPE ends
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads the standard output: one more line shows it."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        return True
+    return False
 
 
 if __name__ == "__main__":

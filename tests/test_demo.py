@@ -243,6 +243,15 @@ def test_a_reader_that_has_enough(arguments: list[str]) -> None:
     assert process.returncode in (1, 141)  # rich ends by 1 itself
 
 
+def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: list[str]) -> int:
+        raise BrokenPipeError(32, "Broken pipe")  # of a process of a pool
+
+    monkeypatch.setattr("fastkd.cli.run", broken)
+    with pytest.raises(BrokenPipeError):
+        main(["info"])
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fastkd", "demo", "--device", "cpu", "--teacher-steps", "1000000"]
