@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd._seeding import seeded
 from fastkd.methods import AT, BSS, DML, ONE, RKD, SP, Baseline, FitNet, Hinton, Method, Objective
 from fastkd.models.convnet import ConvNet
 from fastkd.models.resnet import resnet
@@ -45,8 +46,7 @@ class Linear(nn.Module):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, CLASSES))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -76,8 +76,7 @@ METHODS: dict[str, Callable[[], Method]] = {
 
 def make_objective(method: str, seed: int = 0, make: Callable[[int], nn.Module] = small) -> Objective:
     """The teacher is always the same; the student's weights, and the method's, are of the seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         made = METHODS[method]()
         student = made.student_from(lambda i: make(100 * seed + i))  # the gate of ONE draws, too
     return Objective(made, student, small(77, (8, 8)) if made.needs_teacher else None)
