@@ -81,6 +81,20 @@ def wrap(module: nn.Module, *, find_unused_parameters: bool) -> nn.Module:
     return DistributedDataParallel(module, find_unused_parameters=find_unused_parameters)
 
 
+def unwrap(module: nn.Module) -> nn.Module:
+    """What :func:`wrap` was given. To be called while there is a group: torch's reducer must not be the last that holds it.
+
+    The group's end joins gloo's threads, which may want Python's lock to let the last tensors go. torch gives the lock up
+    where Python lets the group go, but not where a reducer does: the training would, now and then, hang at its end.
+    """
+    if not isinstance(module, DistributedDataParallel):
+        return module
+    module.logger = None  # it holds the reducer
+    del module.reducer
+    original: nn.Module = module.module
+    return original
+
+
 def sum_of_ranks(values: Tensor) -> Tensor:
     """The sum over the processes of as many values each."""
     values = values.clone()

@@ -56,6 +56,10 @@ class TrainingState:
         self.history: list[Line] = []
         self.seconds = 0.0
 
+    def close(self) -> None:
+        """No more steps: lets go of what the ranks share. The networks stay."""
+        self.trained = distributed.unwrap(self.trained)
+
     @property
     def student(self) -> nn.Module:
         """The networks as ``method.student_from`` made them."""

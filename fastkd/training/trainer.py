@@ -6,7 +6,7 @@ import importlib.util
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -135,7 +135,7 @@ class Trainer:
             about=self.description,
             find_unused_parameters=self._find_unused_parameters,
         )
-        with ExitStack() as lock:
+        with closing(state), ExitStack() as lock:
             found = distributed.on_first_rank(lambda: self._find(state, lock, resume, overwrite))
             self._state = state
             return self._fit(state, found)
