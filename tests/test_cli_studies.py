@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from training_processes import PATIENCE
 
 from fastkd.__main__ import main
 from fastkd.cli._config import expand
@@ -98,11 +99,11 @@ def test_distill_in_two_processes(tmp_path: Path) -> None:
 
 
 def until(true: Callable[[], bool]) -> None:
-    for _ in range(1200):
+    for _ in range(PATIENCE * 20):
         if true():
             return
         time.sleep(0.05)
-    pytest.fail("nothing has happened in a minute")
+    pytest.fail(f"nothing has happened in {PATIENCE} s")
 
 
 def in_session(leader: int) -> bool:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -190,16 +190,22 @@ def test_nothing_is_read_within_an_epoch(monkeypatch: pytest.MonkeyPatch) -> Non
     Trainer(make_objective("hinton"), Batches(), settings, show="off").fit()
     assert reads == ["tolist"] * settings.epochs
     reads.clear()
-    monkeypatch.setattr(progress, "_INTERVAL", 0.05)
 
     shown: list[int] = []
     show = progress.Bar.show
     monkeypatch.setattr(progress.Bar, "show", lambda self, e, b, means: (shown.append(b), show(self, e, b, means)))
     console = Console(file=io.StringIO(), force_terminal=True)
-    slow = {"on_step": lambda _: time.sleep(0.01), "show": "bar", "console": console}
-    Trainer(make_objective("hinton"), Batches(20), settings, **slow).fit()
+    now = 0.0
+
+    def on_step(_: int) -> None:
+        nonlocal now
+        now += 0.125
+
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+    Trainer(make_objective("hinton"), Batches(20), settings, on_step=on_step, show="bar", console=console).fit()
     assert reads == ["tolist"] * len(shown)  # of them the bar's last of each epoch is the epoch's own reading
-    assert 3 < len(shown) < 45
+    # every 0.25 s, two steps
+    assert shown == [*range(1, 20, 2), 20, *range(3, 20, 2), 20, *range(3, 20, 2), 20]
 
 
 def test_progress_bar() -> None:

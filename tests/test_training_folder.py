@@ -93,7 +93,7 @@ def test_two_trainings_in_one_folder(tmp_path: Path) -> None:
 
 @pytest.mark.forks
 def test_a_kill_releases_the_folder_though_a_worker_lives_on(tmp_path: Path) -> None:
-    process = start(train_slowly, tmp_path, 0)
+    process = start(train_slowly, tmp_path, 0, 0.5)
     while not (tmp_path / "checkpoint.pt").exists():
         time.sleep(0.002)
     with pytest.raises(RuntimeError, match="another training runs"), folder.locked(tmp_path, make=False):

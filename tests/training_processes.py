@@ -20,7 +20,7 @@ from training_cases import Batches, Linear, make_settings, small, small_resnet, 
 from fastkd.training import checkpoint, figures, process_group
 
 KILLED = make_settings(epochs=8, checkpoint_every=2, ema=0.9)
-PATIENCE = 60
+PATIENCE = 240  # seconds, of a busy machine
 POINTS = ("while it is written", "before it is on the disk", "before it takes its place", "after that")
 
 
@@ -40,9 +40,9 @@ def _alone(work: Callable[..., None], *arguments: Any) -> None:
     work(*arguments)
 
 
-def train_slowly(folder: Path, seed: int) -> None:
+def train_slowly(folder: Path, seed: int, pause: float = 0.02) -> None:
     """Goes on from a checkpoint, if there is one."""
-    train("bss", folder, KILLED, seed=seed, resume="auto", on_step=lambda _: time.sleep(0.005))
+    train("bss", folder, KILLED, seed=seed, resume="auto", on_step=lambda _: time.sleep(pause))
 
 
 def kill_itself(folder: Path, seed: int, point: str, times: int) -> None:
