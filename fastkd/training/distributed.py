@@ -41,6 +41,9 @@ def process_group(device: torch.device | str | None = None) -> Iterator[Process]
         device: ``cpu`` or ``cuda``; by default CUDA where there is a GPU. On CUDA each process takes the device of its local
             rank and they speak NCCL, on a CPU gloo. A group that is there already is taken as it is, and left.
 
+    :class:`fastkd.training.Trainer` leaves nothing of DistributedDataParallel behind. In a loop of your own, let go of it
+    (``del``) within the block: torch may hang where its reducer is the last that holds the group.
+
     Raises:
         ValueError: some of RANK, WORLD_SIZE and LOCAL_RANK are in the environment and others are not.
     """
