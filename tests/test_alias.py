@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from alias_cases import lambda_of, stream_of
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
@@ -346,7 +346,7 @@ def test_errors(make: object, error: type[Exception], message: str) -> None:
         make()  # type: ignore[operator]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     scores=st.lists(st.floats(width=32) | st.sampled_from([-INFINITY, 3e38, -3e38, 1e-45, 0.0, -0.0]), max_size=40),
     inverse_temperature=st.floats(0, 1e308) | st.sampled_from([0.0, 1.0, 1e300, math.nan, -1.0]),
@@ -367,7 +367,7 @@ def test_any_scores_give_a_table_or_an_error(scores: list[float], inverse_temper
 
 
 @pytest.mark.cuda_kernels
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(words=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=20, max_size=20), count=st.integers(-2, 300))
 def test_a_corrupt_table_never_crashes(device: torch.device, words: list[int], count: int) -> None:
     values = torch.tensor(words, device=device)

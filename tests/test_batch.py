@@ -282,7 +282,7 @@ def test_other_paths(shape: tuple[int, ...], n: int, size: tuple[int, int], layo
     assert torch.equal(batch, expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_batch_is_that_of_the_cpu(data: st.DataObject) -> None:
     items, channels, height, width = (data.draw(st.integers(1, most)) for most in (9000, 5, 9, 40))

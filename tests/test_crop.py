@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
@@ -350,7 +350,7 @@ def test_crop_flip_normalise_together(device: torch.device, generator: torch.Gen
 place = st.one_of(st.integers(-12, 12), st.sampled_from(HUGE), st.integers(-(2**63), 2**63 - 1))
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80)
 @given(data=st.data())
 def test_fuzz(device: torch.device, data: st.DataObject) -> None:
     batch, channels, height, width = (data.draw(st.integers(lo, hi)) for lo, hi in ((0, 3), (0, 5), (0, 9), (0, 12)))

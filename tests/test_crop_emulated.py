@@ -32,7 +32,7 @@ def same(call: Callable[[], torch.Tensor], seed: int = 0) -> None:
 # ---- bits ------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_any_crop_is_that_of_the_cpu(data: st.DataObject) -> None:
     batch, channels, height, width = (data.draw(st.integers(lo, hi)) for lo, hi in ((1, 3), (1, 9), (1, 17), (1, 40)))
@@ -56,7 +56,7 @@ def test_any_crop_is_that_of_the_cpu(data: st.DataObject) -> None:
     same(lambda: ops._crop(images, offsets, flip, *size, center, scale, out), data.draw(st.integers(0, 4)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_any_gradient_is_that_of_the_cpu(data: st.DataObject) -> None:
     batch, channels, height, width = (data.draw(st.integers(lo, hi)) for lo, hi in ((1, 4), (1, 9), (1, 17), (1, 40)))
@@ -139,7 +139,7 @@ def test_long_runs(generator: torch.Generator, shape: tuple[int, ...]) -> None:
 # ---- where threads are, against Python's integers -----------------------------------------------------
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(data=st.data())
 def test_division(data: st.DataObject) -> None:
     narrow = data.draw(st.booleans())
@@ -155,7 +155,7 @@ def test_division(data: st.DataObject) -> None:
 axis = st.one_of(st.integers(1, 2**29), st.integers(1, 40))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.tuples(axis, axis, axis), st.integers(0, 2**62), st.one_of(st.integers(-1, 2**29), st.integers(-1, 2**14)))
 def test_radix(sizes: tuple[int, int, int], index: int, step: int) -> None:
     expected, rest = [], index + max(step, 0)

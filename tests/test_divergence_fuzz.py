@@ -23,9 +23,7 @@ EXTREMES = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-44, -3e38, 3e38, 6e4, 1
 # valid three times out of four, so that calls get past the first check
 RARE = st.integers(0, 3).map(lambda i: i == 0)
 
-fuzz = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
-)
+fuzz = settings(max_examples=150, suppress_health_check=list(HealthCheck))
 
 
 @st.composite

@@ -43,7 +43,7 @@ def plan(
     return Plan(*torch.ops.fastkd_emulated.plan_rows(rows, classes, size, *options))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     rows=st.integers(0, 2**31) | st.integers(0, 5000),
     classes=st.integers(1, 2**40) | st.integers(1, 300_000),
@@ -116,7 +116,7 @@ def test_small_problems_are_one_launch() -> None:
     assert not plan(8, 32000).one_launch
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(classes=st.integers(1, 2**42) | st.integers(1, 50), offset=st.integers(0, 3), data=st.data())
 def test_parts_cover_a_row_once(classes: int, offset: int, data: st.DataObject) -> None:
     emulated.load()

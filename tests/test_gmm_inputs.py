@@ -149,7 +149,7 @@ edges = st.sampled_from([0.0, 1.0, -1.0, NAN, INF, -INF, LARGEST, -LARGEST, SMAL
 numbers = st.one_of(edges, st.floats(width=64), st.floats(0, 1), st.integers(0, 3).map(float))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     values=st.lists(numbers, max_size=40),
     weighted=st.booleans(),

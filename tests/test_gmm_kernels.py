@@ -46,7 +46,7 @@ def plan(
 # ---- geometry -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     problems=st.integers(1, 2**27 - 1) | st.integers(1, 5000),
     each=st.integers(0, 2**40) | st.integers(0, 100_000),
