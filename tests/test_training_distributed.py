@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from training_cases import (
     small_resnet,
     train,
 )
-from training_processes import CASES, errors_in_two, gradients_in_two, start_ranks, train_in_two
+from training_processes import CASES, PATIENCE, errors_in_two, gradients_in_two, start_ranks, train_in_two
 
 from fastkd.training import process_group
 
@@ -74,6 +77,23 @@ def test_errors_are_everywhere(tmp_path: Path) -> None:
         said = [(tmp_path / f"{name}{rank}").read_text() for rank in range(2)]
         assert said[0] == said[1]
         assert words in said[0]
+
+
+@pytest.mark.forks
+def test_group_ends_with_its_block() -> None:
+    """In an interpreter that has not imported torch._dynamo before; DistributedDataParallel does."""
+    code = """
+import weakref, torch, torch.distributed as dist
+from fastkd.training import process_group
+with process_group("cpu"):
+    network = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    network(torch.ones(3, 2)).sum().backward()
+    del network
+    group = weakref.ref(dist.group.WORLD)
+assert group() is None
+"""
+    one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **one}, check=True, timeout=PATIENCE)
 
 
 def test_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

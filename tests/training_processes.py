@@ -148,10 +148,12 @@ def gradients_in_two(rank: int, folder: Path) -> None:
 
     settings = make_settings(epochs=1, momentum=0.0, nesterov=False, weight_decay=0.0, learning_rate=1.0)
     with process_group("cpu"), reducers_watched() as reducers:
+        group = weakref.ref(dist.group.WORLD)
         trainer = train("hinton", folder, settings, batches=Half(), make=Linear)
         torch.save(trainer.deployed.state_dict(), folder / f"rank{rank}.pt")
         # one that outlives the group may hang at its end, once in ten times or so: the trainer is there still
         assert [reducer() for reducer in reducers] == [None]
+    assert group() is None
 
 
 @contextmanager

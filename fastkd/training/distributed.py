@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,6 +56,9 @@ def process_group(device: torch.device | str | None = None) -> Iterator[Process]
     if len(found) < len(_VARIABLES):
         missing = ", ".join(name for name in _VARIABLES if name not in found)
         raise ValueError(f"fastkd: the environment has {', '.join(found)} but no {missing}: torchrun sets all of them")
+    # its functions have as a default what is the group when they are imported, and DistributedDataParallel imports them: the
+    # group would never end, and now and then its threads would abort the process at its exit
+    importlib.import_module("torch.distributed.nn.functional")
     if kind.type == "cuda":
         kind = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(kind)
