@@ -38,12 +38,12 @@ def process_group(device: torch.device | str | None = None) -> Iterator[Process]
     ...     objective.to(process.device)
     ...     Trainer(objective, batches_of(process.rank, process.world_size), settings).fit()
 
+    :class:`fastkd.training.Trainer` leaves nothing of DistributedDataParallel behind. In a loop of your own, let go of it
+    (``del``) within the block: torch may hang where its reducer is the last that holds the group.
+
     Args:
         device: ``cpu`` or ``cuda``; by default CUDA where there is a GPU. On CUDA each process takes the device of its local
             rank and they speak NCCL, on a CPU gloo. A group that is there already is taken as it is, and left.
-
-    :class:`fastkd.training.Trainer` leaves nothing of DistributedDataParallel behind. In a loop of your own, let go of it
-    (``del``) within the block: torch may hang where its reducer is the last that holds the group.
 
     Raises:
         ValueError: some of RANK, WORLD_SIZE and LOCAL_RANK are in the environment and others are not.
@@ -56,8 +56,9 @@ def process_group(device: torch.device | str | None = None) -> Iterator[Process]
     if len(found) < len(_VARIABLES):
         missing = ", ".join(name for name in _VARIABLES if name not in found)
         raise ValueError(f"fastkd: the environment has {', '.join(found)} but no {missing}: torchrun sets all of them")
-    # its functions have as a default what is the group when they are imported, and DistributedDataParallel imports them: the
-    # group would never end, and now and then its threads would abort the process at its exit
+    # Functions in there take the default group of the moment of their import as a default argument, and
+    # DistributedDataParallel imports them: imported later, they would keep the group, and its threads, for ever. Now and
+    # then such a thread aborts the process at its exit.
     importlib.import_module("torch.distributed.nn.functional")
     if kind.type == "cuda":
         kind = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
