@@ -90,17 +90,19 @@ def js_div(
 ) -> Tensor:
     """Generalised Jensen-Shannon divergence, ``T^2 [beta KL(p || m) + (1 - beta) KL(q || m)]``, in nats.
 
-    ``m = beta p + (1 - beta) q``. At the ends it is defined by its limit as GKD uses it (Agarwal et al., 2023,
-    arXiv:2306.13649): ``beta = 0`` is forward KL, ``beta = 1`` reverse KL. ``beta = 0.5`` is the classic one, at most
-    ln 2 before T^2. Other arguments as in :func:`kl_div`.
+    ``m = beta p + (1 - beta) q``. ``beta = 0.5`` is the classic one: symmetric, at most ln 2 before T^2, and its square
+    root is a metric.
+
+    At the ends ``beta = 0`` is forward KL and ``beta = 1`` reverse KL, by the convention of GKD (Agarwal et al., 2023,
+    arXiv:2306.13649). These are not its limits: the divergence tends to 0 at both ends, and it is ``js_div / beta``
+    (at 1: ``js_div / (1 - beta)``) that tends to the KL. Other arguments as in :func:`kl_div`.
     """
     _ops.check_share("beta", beta)
-    kind = "forward" if beta == 0.0 else "reverse" if beta == 1.0 else "jensen_shannon"
     return _ops.divergence(
         student_logits,
         teacher_logits,
         target,
-        kind=kind,
+        kind="jensen_shannon",
         temperature=temperature,
         beta=beta,
         weight=weight,

@@ -217,7 +217,7 @@ def test_rows_left_out_may_hold_anything(
 
 
 @pytest.mark.parametrize("teacher_gradient", [True, False], ids=["both", "student"])
-@pytest.mark.parametrize("beta", [0.01, 0.3, 0.5, 0.99, 1e-9, 1 - 1e-9, 0.0, 1.0])
+@pytest.mark.parametrize("beta", [0.01, 0.3, 0.5, 0.99, 1e-9, 1 - 1e-9])
 def test_jsd_where_probabilities_underflow(beta: float, teacher_gradient: bool, device: torch.device) -> None:
     """Both sides, either side, or their ratio below the smallest normal number (NaN in Liger-Kernel#1453)."""
     below = torch.tensor([0.0, -80.0, -86.0, -87.5, -88.0, -90.0, -95.0, -103.0, -104.0, -120.0, -1e4, -math.inf])

@@ -142,15 +142,20 @@ def test_gradients_accumulate(pair: tuple[Tensor, Tensor]) -> None:
     torch.testing.assert_close(student.grad.cpu(), other.grad)
 
 
-def test_changed_logits_are_noticed(pair: tuple[Tensor, Tensor]) -> None:
-    """The first backward needs the logits no more; the second would be wrong, and autograd says so."""
+def test_changed_logits(pair: tuple[Tensor, Tensor]) -> None:
+    """No backward needs the logits any more, but for float16: autograd says so."""
     student = pair[0] * 1
     loss = F.kl_div(student, pair[1])
     (expected,) = torch.autograd.grad(F.kl_div(*pair), pair[0])
     student.zero_()
-    torch.testing.assert_close(torch.autograd.grad(loss, pair[0], retain_graph=True)[0], expected)
+    for retain_graph in (True, True, False):
+        (gradient,) = torch.autograd.grad(loss, pair[0], retain_graph=retain_graph)
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
+    student = pair[0].half()
+    loss = F.kl_div(student, pair[1].half())
+    student.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(loss, pair[0])
+        loss.backward()
 
 
 def test_double_backward_raises(pair: tuple[Tensor, Tensor]) -> None:
@@ -372,14 +377,14 @@ ERRORS: dict[str, Error] = {
     "rows": ({"teacher_logits": T[:2]}, ValueError, ("teacher_logits", "(2, 5)", "(3, 5)")),
     "integers": (
         {"student_logits": S.long(), "teacher_logits": T.long()},
-        RuntimeError,
-        ("student_logits", "int64", "float32, float64, bfloat16, float16"),
+        TypeError,
+        ("student_logits", "int64", "float32, float64, bfloat16 or float16"),
     ),
     "teacher elsewhere": ({"teacher_logits": T.to("meta")}, ValueError, ("teacher_logits is on meta", "be where")),
-    "T = 0": ({"temperature": 0}, RuntimeError, ("temperature is 0", "positive and finite")),
-    "T < 0": ({"temperature": -1.5}, RuntimeError, ("temperature is -1.5", "positive and finite")),
-    "T nan": ({"temperature": math.nan}, RuntimeError, ("temperature is nan", "positive and finite")),
-    "T inf": ({"temperature": math.inf}, RuntimeError, ("temperature is inf", "positive and finite")),
+    "T = 0": ({"temperature": 0}, ValueError, ("temperature is 0", "positive and finite")),
+    "T < 0": ({"temperature": -1.5}, ValueError, ("temperature is -1.5", "positive and finite")),
+    "T nan": ({"temperature": math.nan}, ValueError, ("temperature is nan", "positive and finite")),
+    "T inf": ({"temperature": math.inf}, ValueError, ("temperature is inf", "positive and finite")),
     "T string": ({"temperature": "4"}, TypeError, ("temperature is str", "number")),
     "T none": ({"temperature": None}, TypeError, ("temperature is NoneType", "number")),
     "T complex": ({"temperature": 1j}, TypeError, ("temperature is complex", "number")),
@@ -393,7 +398,7 @@ ERRORS: dict[str, Error] = {
     "weight elsewhere": ({"weight": torch.ones(3, device="meta")}, ValueError, ("weight is on meta", "be where")),
     "target list": ({"target": [0, 1, 2]}, TypeError, ("target is list", "tensor")),
     "target shape": ({"target": LABELS[:2]}, ValueError, ("target", "(2,)", "(3,)")),
-    "target dtype": ({"target": LABELS.int()}, RuntimeError, ("target", "int32", "int64")),
+    "target dtype": ({"target": LABELS.int()}, TypeError, ("target", "int32", "int64")),
     "ignore_index": ({"target": LABELS, "ignore_index": "x"}, TypeError, ("ignore_index is 'x'", "int")),
     "reduction": ({"reduction": "avg"}, ValueError, ("reduction is 'avg'", "none, sum, batchmean")),
     "reduction list": ({"reduction": []}, ValueError, ("reduction is []", "none, sum, batchmean")),

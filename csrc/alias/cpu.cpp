@@ -93,7 +93,8 @@ void pack(const Table& t, int64_t block, const uint64_t* weights, uint64_t capac
 
 constexpr int64_t kListWords = 2 * (kBlockSize + 2);
 
-Tensor inverse_temperature(Tensor scores, double iqpr) {
+Tensor inverse_temperature(Tensor scores, double iqpr, std::optional<Tensor> numbers) {
+  take_numbers(numbers, iqpr);
   check_quartiles(scores, iqpr);
   const Dtype dtype = kernel_dtype(scores);
   const double maximum = checked_maximum("scores", dtype, scores.const_data_ptr(), scores.size(0));
@@ -300,11 +301,11 @@ Tensor weights(Tensor table, Tensor block_weight) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("alias_inverse_temperature", TORCH_BOX(&inverse_temperature));
-  m.impl("alias_build", TORCH_BOX(&build));
-  m.impl("alias_update_", TORCH_BOX(&update_));
-  m.impl("alias_sample", TORCH_BOX(&sample));
-  m.impl("alias_weights", TORCH_BOX(&weights));
+  m.impl("alias_inverse_temperature", FASTKD_CPU_BOX(inverse_temperature));
+  m.impl("alias_build", FASTKD_CPU_BOX(build));
+  m.impl("alias_update_", FASTKD_CPU_BOX(update_));
+  m.impl("alias_sample", FASTKD_CPU_BOX(sample));
+  m.impl("alias_weights", FASTKD_CPU_BOX(weights));
 }
 
 }  // namespace fastkd::alias

@@ -154,7 +154,8 @@ find_digits_kernel(const QuartileParams p) {
   *p.lambda = !valid ? static_cast<double>(__builtin_nan("")) : range > 0 ? p.log_ratio / range : 0.0;
 }
 
-Tensor inverse_temperature(Tensor scores, double iqpr) {
+Tensor inverse_temperature(Tensor scores, double iqpr, std::optional<Tensor> numbers) {
+  take_numbers(numbers, iqpr);
   check_quartiles(scores, iqpr);
   const DeviceContext context(scores);
   const Dtype dtype = kernel_dtype(scores);

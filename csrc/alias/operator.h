@@ -3,6 +3,7 @@
 
 #include "alias/kernel.h"
 #include "alias/math.h"
+#include "common/numbers.h"
 #include "common/tensor.h"
 
 namespace fastkd::alias {

@@ -3,7 +3,7 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // ln(iqpr) / (Q3 - Q1) of the scores that are not -inf, float64 []; 0 where the quartiles coincide.
-  m.def("alias_inverse_temperature(Tensor scores, float iqpr) -> Tensor");
+  m.def("alias_inverse_temperature(Tensor scores, float iqpr, Tensor? numbers=None) -> Tensor");
 
   // Table of softmax(inverse_temperature * scores): bins int64 [N], block weights int64 [blocks], top table int64 [blocks, 2],
   // scale float64 [4] = (reference score, kappa, exponent, total weight).

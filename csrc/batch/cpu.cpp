@@ -26,7 +26,8 @@ void fill_nan(Dtype dtype, void* out, int64_t count) {
 std::tuple<Tensor, Tensor> draw_batch(Tensor table, Tensor block_weight, Tensor top, Tensor table_scale, Tensor stream,
                                       Tensor crop_seed, Tensor images, int64_t count, int64_t height, int64_t width,
                                       int64_t padding, double flip_probability, std::vector<double> center,
-                                      std::vector<double> scale, ScalarType dtype) {
+                                      std::vector<double> scale, ScalarType dtype, std::optional<Tensor> numbers) {
+  take_numbers(numbers, flip_probability, center, scale);
   DrawBatchCall call = make_draw_batch(crop::CpuContext(), table, block_weight, top, table_scale, stream, crop_seed, images,
                                        count, height, width, padding, flip_probability, center, scale, dtype);
   int64_t* const indices = static_cast<int64_t*>(call.indices.mutable_data_ptr());
@@ -75,6 +76,6 @@ std::tuple<Tensor, Tensor> draw_batch(Tensor table, Tensor block_weight, Tensor 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("draw_batch", TORCH_BOX(&draw_batch)); }
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("draw_batch", FASTKD_CPU_BOX(draw_batch)); }
 
 }  // namespace fastkd::batch

@@ -7,7 +7,8 @@ namespace {
 std::tuple<Tensor, Tensor> draw_batch(Tensor table, Tensor block_weight, Tensor top, Tensor table_scale, Tensor stream,
                                       Tensor crop_seed, Tensor images, int64_t count, int64_t height, int64_t width,
                                       int64_t padding, double flip_probability, std::vector<double> center,
-                                      std::vector<double> scale, ScalarType dtype) {
+                                      std::vector<double> scale, ScalarType dtype, std::optional<Tensor> numbers) {
+  take_numbers(numbers, flip_probability, center, scale);
   const DeviceContext context(table);
   const DrawBatchCall call = make_draw_batch(context, table, block_weight, top, table_scale, stream, crop_seed, images, count,
                                              height, width, padding, flip_probability, center, scale, dtype);

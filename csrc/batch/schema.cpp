@@ -9,5 +9,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   m.def(
       "draw_batch(Tensor table, Tensor block_weight, Tensor top, Tensor table_scale, Tensor stream, Tensor crop_seed, "
       "Tensor images, int count, int height, int width, int padding, float flip_probability, float[] center, float[] scale, "
-      "ScalarType dtype) -> (Tensor batch, Tensor indices)");
+      "ScalarType dtype, Tensor? numbers=None) -> (Tensor batch, Tensor indices)");
 }

@@ -83,6 +83,9 @@ class ClusterTeam {
     if (cluster_size() > 1) cluster_wait();
   }
 
+  // Whether the condition holds for anybody that must come along: all of a cluster have the same bits.
+  FASTKD_DEVICE bool any(bool condition) const { return condition; }
+
   // All that was stored before, in global memory too, is there for all threads after it.
   FASTKD_DEVICE void barrier() const {
     if (cluster_size() > 1) {
@@ -149,9 +152,6 @@ template <unsigned kNumbers>
 class LoopClusterGroup : public ClusterTeam {
  public:
   static constexpr unsigned kSharedNumbers = 2 * kNumbers;
-
-  // Whether the loop goes on for anybody that must come along: all of a cluster have the same bits.
-  FASTKD_DEVICE bool any(bool condition) const { return condition; }
 
   template <typename Op, typename V, int N>
   FASTKD_DEVICE void reduce(V (&values)[N], Op op) {

@@ -76,7 +76,7 @@ template <typename V>
 FASTKD_INLINE V maximum(V a, V b) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<V, F32>)
-    return reinterpret_cast<F32>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+    return reinterpret_cast<F32>(_mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
   if constexpr (std::is_same_v<V, F64>)  // with all lanes: gcc 12 warns of what _mm512_max_pd is made of
     return reinterpret_cast<F64>(_mm512_maskz_max_pd(0xff, reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b)));
 #endif
@@ -113,6 +113,22 @@ FASTKD_INLINE U64 multiply_low(U64 a, U64 b) {
   return reinterpret_cast<U64>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
 #else
   return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+// Whether all lanes of a comparison hold.
+template <typename Mask>
+FASTKD_INLINE bool all_of(Mask mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) == 0xffff;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8(reinterpret_cast<__m256i>(mask)) == -1;
+#elif defined(__SSE2__)
+  return _mm_movemask_epi8(reinterpret_cast<__m128i>(mask)) == 0xffff;
+#else
+  bool all = true;
+  for (int i = 0; i < static_cast<int>(sizeof(mask) / sizeof(mask[0])); ++i) all = all && mask[i] != 0;
+  return all;
 #endif
 }
 

@@ -12,10 +12,12 @@
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common/check.h"
 #include "common/dtype.h"
+#include "common/float_mode.h"
 #include "common/pages.h"
 
 namespace fastkd {
@@ -121,9 +123,26 @@ void parallel(int64_t count, int64_t grain, const Body& body) {
   if (count <= grain) {
     if (count > 0) body(int64_t{0}, count);
   } else {
-    torch::stable::parallel_for(0, count, grain, body);
+    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+      const IeeeMode mode;  // of this thread
+      body(begin, end);
+    });
   }
 }
+
+// ---- CPU kernels ---------------------------------------------------------------------------------
+
+// `function` as an operator of the CPU.
+template <auto kFunction>
+struct CpuOperator;
+template <typename Result, typename... Arguments, Result (*kFunction)(Arguments...)>
+struct CpuOperator<kFunction> {
+  static Result call(Arguments... arguments) {
+    const IeeeMode mode;
+    return kFunction(std::move(arguments)...);
+  }
+};
+#define FASTKD_CPU_BOX(function) TORCH_BOX(&::fastkd::CpuOperator<&function>::call)
 
 // ---- outputs on the CPU ------------------------------------------------------------------------
 

@@ -5,7 +5,8 @@ namespace fastkd::crop {
 namespace {
 
 Tensor crop(Tensor images, Tensor offsets, std::optional<Tensor> flip, int64_t height, int64_t width, std::vector<double> center,
-            std::vector<double> scale, ScalarType dtype) {
+            std::vector<double> scale, ScalarType dtype, std::optional<Tensor> numbers) {
+  take_numbers(numbers, center, scale);
   CropCall call = make_crop(CpuContext(), images, offsets, flip, height, width, center, scale, dtype);
   CropParams& params = call.params;
   const Geometry& g = params.geometry;
@@ -19,7 +20,8 @@ Tensor crop(Tensor images, Tensor offsets, std::optional<Tensor> flip, int64_t h
 }
 
 Tensor crop_backward(Tensor grad_patches, Tensor offsets, std::optional<Tensor> flip, int64_t height, int64_t width,
-                     std::vector<double> scale) {
+                     std::vector<double> scale, std::optional<Tensor> numbers) {
+  take_numbers(numbers, scale);
   CropBackwardCall call = make_crop_backward(CpuContext(), grad_patches, offsets, flip, height, width, scale);
   CropBackwardParams& params = call.params;
   const Geometry& g = params.geometry;
@@ -34,7 +36,8 @@ Tensor crop_backward(Tensor grad_patches, Tensor offsets, std::optional<Tensor> 
 }
 
 std::tuple<Tensor, Tensor> crop_offsets(Tensor seed, int64_t batch, int64_t patches, int64_t y_low, int64_t y_count,
-                                        int64_t x_low, int64_t x_count, double flip_probability) {
+                                        int64_t x_low, int64_t x_count, double flip_probability, std::optional<Tensor> numbers) {
+  take_numbers(numbers, flip_probability);
   PlacesCall call = make_places(CpuContext(), seed, batch, patches, y_low, y_count, x_low, x_count, flip_probability);
   call.params.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
   const PlacesParams& params = call.params;
@@ -46,9 +49,9 @@ std::tuple<Tensor, Tensor> crop_offsets(Tensor seed, int64_t batch, int64_t patc
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("crop", TORCH_BOX(&crop));
-  m.impl("crop_backward", TORCH_BOX(&crop_backward));
-  m.impl("crop_offsets", TORCH_BOX(&crop_offsets));
+  m.impl("crop", FASTKD_CPU_BOX(crop));
+  m.impl("crop_backward", FASTKD_CPU_BOX(crop_backward));
+  m.impl("crop_offsets", FASTKD_CPU_BOX(crop_offsets));
 }
 
 }  // namespace fastkd::crop

@@ -6,7 +6,8 @@ namespace fastkd::crop {
 namespace {
 
 Tensor crop(Tensor images, Tensor offsets, std::optional<Tensor> flip, int64_t height, int64_t width, std::vector<double> center,
-            std::vector<double> scale, ScalarType dtype) {
+            std::vector<double> scale, ScalarType dtype, std::optional<Tensor> numbers) {
+  take_numbers(numbers, center, scale);
   const DeviceContext context(images);
   const CropCall call = make_crop(context, images, offsets, flip, height, width, center, scale, dtype);
   if (call.out.numel() == 0) return call.out;
@@ -38,7 +39,8 @@ FASTKD_KERNEL(kThreads) places_kernel(const PlacesOnDevice p) {
 }
 
 std::tuple<Tensor, Tensor> crop_offsets(Tensor seed, int64_t batch, int64_t patches, int64_t y_low, int64_t y_count,
-                                        int64_t x_low, int64_t x_count, double flip_probability) {
+                                        int64_t x_low, int64_t x_count, double flip_probability, std::optional<Tensor> numbers) {
+  take_numbers(numbers, flip_probability);
   const DeviceContext context(seed);
   const PlacesCall call = make_places(context, seed, batch, patches, y_low, y_count, x_low, x_count, flip_probability);
   const PlacesOnDevice params{call.params, static_cast<const int64_t*>(seed.const_data_ptr()), batch * patches};

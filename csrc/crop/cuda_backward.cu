@@ -6,7 +6,8 @@ namespace fastkd::crop {
 namespace {
 
 Tensor crop_backward(Tensor grad_patches, Tensor offsets, std::optional<Tensor> flip, int64_t height, int64_t width,
-                     std::vector<double> scale) {
+                     std::vector<double> scale, std::optional<Tensor> numbers) {
+  take_numbers(numbers, scale);
   const DeviceContext context(grad_patches);
   const CropBackwardCall call = make_crop_backward(context, grad_patches, offsets, flip, height, width, scale);
   if (call.out.numel() == 0) return call.out;

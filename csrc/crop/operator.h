@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "common/numbers.h"
 #include "common/tensor.h"
 #include "crop/kernel.h"
 

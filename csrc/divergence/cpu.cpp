@@ -34,26 +34,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
                                                       std::optional<Tensor> weight, std::optional<Tensor> temperatures,
                                                       double temperature, int64_t kind, double beta, double kd_scale,
                                                       double task_scale, int64_t ignore_index, int64_t reduction,
-                                                      bool student_gradient, bool teacher_gradient) {
-  check_arguments(student, teacher, target, weight, temperatures, temperature, kind, beta, reduction);
+                                                      bool student_gradient, bool teacher_gradient,
+                                                      std::optional<Tensor> numbers) {
+  take_numbers(numbers, temperature, beta, kd_scale, task_scale);
+  check_arguments(student, teacher, target, weight, temperatures, temperature, kind, beta, kd_scale, reduction);
   const int64_t rows = student.size(0), classes = student.size(1);
 
   const std::vector<double> row_weight = row_values(weight, rows);
   const std::vector<double> row_temperature = row_values(temperatures, rows);
-  for (size_t r = 0; r < row_temperature.size(); ++r) {
-    FASTKD_CHECK(row_temperature[r] > 0 && row_temperature[r] <= std::numeric_limits<double>::max(), "temperature[", r, "] is ",
-                 row_temperature[r], ", must be positive and finite");
-  }
+  const int64_t* const labels = data_or_null<int64_t>(target);
+  const auto ignored = [&](int64_t r) { return labels != nullptr && labels[r] == ignore_index; };
   int64_t valid = rows;
-  if (target.has_value()) {
-    const int64_t* labels = data_or_null<int64_t>(target);
-    for (int64_t r = 0; r < rows; ++r) {
-      if (labels[r] == ignore_index) {
-        --valid;
-      } else {
-        FASTKD_CHECK(labels[r] >= 0 && labels[r] < classes, "target[", r, "] is ", labels[r], ", must be in [0, ", classes,
-                     ") or ignore_index (", ignore_index, ")");
-      }
+  for (int64_t r = 0; r < rows && (labels != nullptr || temperatures.has_value()); ++r) {
+    if (ignored(r)) --valid;
+    if (ignored(r) || (weight.has_value() && row_weight[r] == 0)) continue;  // left out: not looked at
+    if (labels != nullptr) {
+      FASTKD_CHECK(labels[r] >= 0 && labels[r] < classes, "target[", r, "] is ", labels[r], ", must be in [0, ", classes,
+                   ") or ignore_index (", ignore_index, ")");
+    }
+    if (temperatures.has_value()) {
+      FASTKD_CHECK(row_temperature[r] > 0 && row_temperature[r] <= std::numeric_limits<double>::max(), "temperature[", r, "] is ",
+                   row_temperature[r], ", must be positive and finite");
     }
   }
 
@@ -129,7 +130,8 @@ void divergence_backward_(Tensor gradient, Tensor grad_loss) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logit_stats(Tensor logits, double temperature) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logit_stats(Tensor logits, double temperature, std::optional<Tensor> numbers) {
+  take_numbers(numbers, temperature);
   check_logits("logits", logits);
   check_temperature(temperature);
   logits = with_packed_rows(logits);
@@ -144,7 +146,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logit_stats(Tensor logits, do
 
 Tensor logit_stats_backward(Tensor logits, double temperature, Tensor argmax, Tensor logsumexp, Tensor entropy,
                             std::optional<Tensor> grad_max, std::optional<Tensor> grad_mean, std::optional<Tensor> grad_logsumexp,
-                            std::optional<Tensor> grad_entropy) {
+                            std::optional<Tensor> grad_entropy, std::optional<Tensor> numbers) {
+  take_numbers(numbers, temperature);
   StatsGradients in{logits, argmax, logsumexp, entropy, grad_max, grad_mean, grad_logsumexp, grad_entropy};
   in.check(temperature);
   const int64_t rows = logits.size(0), classes = logits.size(1);
@@ -159,10 +162,10 @@ Tensor logit_stats_backward(Tensor logits, double temperature, Tensor argmax, Te
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("divergence", TORCH_BOX(&divergence));
-  m.impl("divergence_backward_", TORCH_BOX(&divergence_backward_));
-  m.impl("logit_stats", TORCH_BOX(&logit_stats));
-  m.impl("logit_stats_backward", TORCH_BOX(&logit_stats_backward));
+  m.impl("divergence", FASTKD_CPU_BOX(divergence));
+  m.impl("divergence_backward_", FASTKD_CPU_BOX(divergence_backward_));
+  m.impl("logit_stats", FASTKD_CPU_BOX(logit_stats));
+  m.impl("logit_stats_backward", FASTKD_CPU_BOX(logit_stats_backward));
 }
 
 }  // namespace fastkd::divergence

@@ -2,8 +2,8 @@
 //
 // Mapping: a thread takes whole rows; a row makes two or three sweeps over data that the first one brought
 // into the cache: (0) maxima, (1) exponentials and sums, kept in per-thread scratch, (2) for Jensen-Shannon
-// the log-ratios, (last) gradients. Sums are fp32 lanes folded into fp64 every 64 registers, so that the
-// error does not grow with the number of classes, and the order is fixed: the same bits on every run.
+// the log-ratios, for rows that are alike terms that do not cancel, (last) gradients. Sums are fp32 lanes folded into fp64 every
+// 64 registers, so that the error does not grow with the number of classes, and the order is fixed: the same bits on every run.
 // Sweep (1) is bound by arithmetic, the others by memory: in (1) the caches already fetch what the others will touch.
 // Bytes that must move: rows * classes * (student + teacher + gradients); the scratch stays in L2.
 #include "divergence/kernel.h"
@@ -61,19 +61,31 @@ struct Row {
     const T* const t;
     const T* const ahead[3];
     const V inverse_temperature, max_s, max_t;
-    FASTKD_INLINE explicit Inputs(const Row& row)
+    // Logits near each other are subtracted as they are, which costs no digits; others relative to their maxima.
+    const bool alike;
+    const V zero_s, zero_t, apart;
+    FASTKD_INLINE explicit Inputs(const Row& row, bool differences = false)
         : s(row.s),
           t(row.t),
           ahead{row.ahead[0], row.ahead[1], row.ahead[2]},
           inverse_temperature(row.inverse_temperature),
           max_s(row.max_s),
-          max_t(row.max_t) {}
+          max_t(row.max_t),
+          alike(differences && max_s[0] - max_t[0] <= 1 && max_t[0] - max_s[0] <= 1),
+          zero_s(alike ? V{} : max_s),
+          zero_t(alike ? V{} : max_t),
+          apart(alike ? max_s - max_t : V{}) {}
     FASTKD_INLINE void fetch_ahead(int64_t i) const {
       for (const T* row : ahead) __builtin_prefetch(row + i, 0, 2);
     }
     FASTKD_INLINE V below_max(int64_t i, int lanes) const { return load_up_to(s + i, lanes, S(kLowest)) - max_s; }
     FASTKD_INLINE V a(int64_t i, int lanes) const { return below_max(i, lanes) * inverse_temperature; }
     FASTKD_INLINE V b(int64_t i, int lanes) const { return (load_up_to(t + i, lanes, S(kLowest)) - max_t) * inverse_temperature; }
+    // c_s a - c_t b; a factor other than 1 without `differences`
+    FASTKD_INLINE V difference(int64_t i, int lanes, V c_s, V c_t) const {
+      const V from_s = load_up_to(s + i, lanes, S(kLowest)) - zero_s, from_t = load_up_to(t + i, lanes, S(kLowest)) - zero_t;
+      return (c_s * from_s - c_t * from_t - apart) * inverse_temperature;
+    }
   };
 
   void run(double* kd_loss, double* task_loss) {
@@ -91,7 +103,7 @@ struct Row {
       case Kind::kJensenShannon: divergence = jensen_shannon(task, stream); break;
     }
     if (gs != nullptr && target >= 0) subtract_one_at_target(task);
-    *kd_loss = weight * temperature * temperature * divergence;
+    *kd_loss = params.kd_scale != 0 ? weight * temperature * temperature * divergence : 0;
     if (params.task && target >= 0) {
       const double shifted = (double(load_first(s + target, 1, S(0))[0]) - double(max_s[0]));
       *task_loss = weight * (task.log_z - shifted);
@@ -122,8 +134,8 @@ struct Row {
 
   template <bool Swap, bool OwnTask>
   double linear_sweeps(double c, Task& task, bool stream) {
-    const Inputs in(*this);
-    const V c_v = broadcast<V>(c);
+    const Inputs in(*this, c == 1);
+    const V c_v = broadcast<V>(c), one = broadcast<V>(1);
     const bool keep = gs != nullptr || gt != nullptr;
     S* const e_s = buffer[0];
     S* const e_t = buffer[1];
@@ -144,8 +156,10 @@ struct Row {
         });
     const double zs = sums.value[0], zt = sums.value[1];
     const double log_s = log_of(zs), log_t = log_of(zt);
-    const double value =
+    double value =
         Swap ? divergence_value(sums.value[2] / zs, log_s, log_t, c) : divergence_value(sums.value[2] / zt, log_t, log_s, c);
+    if (c == 1 && params.kd_scale != 0 && value < kSmallDivergence<S>)
+      value = small_divergence<Swap>(in, keep, zs, zt, log_s, log_t);
     if (params.task) finish_task(task, OwnTask ? sums.value[3] : zs);
     if (!keep) return value;
 
@@ -159,8 +173,8 @@ struct Row {
       return Swap ? et * f_t - es * f_s : es * f_s - et * f_t;
     };
     const auto from_side = [&](int64_t i, int lanes) __attribute__((always_inline)) {
-      const V ai = in.a(i, lanes), bi = in.b(i, lanes);
-      return Swap ? weigh(load(e_s + i) * f_s, c_v * ai - bi + shift) : weigh(load(e_t + i) * f_t, c_v * bi - ai + shift);
+      return Swap ? weigh(load(e_s + i) * f_s, in.difference(i, lanes, c_v, one) + shift)
+                  : weigh(load(e_t + i) * f_t, shift - in.difference(i, lanes, one, c_v));
     };
     if (gs != nullptr) {
       T* const out = gs;
@@ -195,6 +209,71 @@ struct Row {
     return value;
   }
 
+  // KL of rows that are alike, as a sum of terms that are not negative.
+  template <bool Swap>
+  double small_divergence(const Inputs& in, bool kept, double zs, double zt, double log_s, double log_t) const {
+    const V inverse_zs = broadcast<V>(1.0 / zs), inverse_zt = broadcast<V>(1.0 / zt), one = broadcast<V>(1);
+    const V shift = broadcast<V>(log_t - log_s);
+    const S* const e_s = buffer[0];
+    const S* const e_t = buffer[1];
+    const auto sum = sweep_sum<V, 1>(params.classes, [&](int64_t i, int lanes, V* total) __attribute__((always_inline)) {
+      const V q = (kept ? load(e_s + i) : exp(in.a(i, lanes))) * inverse_zs;
+      const V p = (kept ? load(e_t + i) : exp(in.b(i, lanes))) * inverse_zt;
+      const V l = in.difference(i, lanes, one, one) + shift;  // log q - log p
+      total[0] += Swap ? kl_term<S>(q, p, -l) : kl_term<S>(p, q, l);
+    });
+    return sum.value[0];
+  }
+
+  // Both sides of a mixture, and where q log(q / m) and p log(p / m) go.
+  struct Mixture {
+    const V beta, one_minus_beta, inverse_zs, inverse_zt, tiny;
+    const S* const e_s;
+    const S* const e_t;
+    S* const r_q;
+    S* const r_p;
+    Mixture(double of_p, double zs, double zt, const S* es, const S* et, S* to_q, S* to_p)
+        : beta(broadcast<V>(of_p)),
+          one_minus_beta(broadcast<V>(1.0 - of_p)),
+          inverse_zs(broadcast<V>(1.0 / zs)),
+          inverse_zt(broadcast<V>(1.0 / zt)),
+          tiny(broadcast<V>(kTiny<S>)),
+          e_s(es),
+          e_t(et),
+          r_q(to_q),
+          r_p(to_p) {}
+    struct At {
+      V q, p, m, inverse_m;
+      FASTKD_INLINE V log_ratio_q() const { return weigh(q, log<true>(q * inverse_m)); }
+      FASTKD_INLINE V log_ratio_p() const { return weigh(p, log<true>(p * inverse_m)); }
+    };
+    FASTKD_INLINE At at(int64_t i) const {
+      const V q = load(e_s + i) * inverse_zs, p = load(e_t + i) * inverse_zt;
+      const V m = beta * p + one_minus_beta * q;
+      return {q, p, m, S(1) / maximum(tiny, m)};
+    }
+    FASTKD_INLINE void add(int64_t i, MixtureTerm<V> of_q, MixtureTerm<V> of_p, V* sum) const {
+      sum[0] += of_q.divergence;
+      sum[1] += of_p.divergence;
+      if (r_q != nullptr) store(r_q + i, of_q.gradient);
+      if (r_p != nullptr) store(r_p + i, of_p.gradient);
+    }
+  };
+
+  // The sums of rows that are alike, of terms that are not negative. Most registers need no logarithm.
+  Totals<V, 2> small_mixture(const Mixture& mixture) const {
+    return sweep_sum<V, 2>(params.classes, [&](int64_t i, int, V* sum) __attribute__((always_inline)) {
+      const auto at = mixture.at(i);
+      const V q_p = at.q - at.p, to_q = mixture.beta * q_p, to_p = -mixture.one_minus_beta * q_p;
+      if (all_of(is_near<S>(at.m, to_q) & is_near<S>(at.m, to_p))) {
+        mixture.add(i, near_term<S>(at.inverse_m, to_q), near_term<S>(at.inverse_m, to_p), sum);
+      } else {
+        mixture.add(i, mixture_term<S>(at.m, at.inverse_m, to_q, at.log_ratio_q()),
+                    mixture_term<S>(at.m, at.inverse_m, to_p, at.log_ratio_p()), sum);
+      }
+    });
+  }
+
   double jensen_shannon(Task& task, bool stream) {
     const Inputs in(*this);
     const bool own_task = params.task && !shared_task();
@@ -215,21 +294,17 @@ struct Row {
 
     // log-ratios to the mixture; kept for the gradients in the two other buffers. Probabilities may be subnormal, where
     // reciprocal and log overflow: both have a floor, which changes terms below 2^-126 * 100 only.
-    const V tiny = broadcast<V>(kTiny<S>);
-    const V inverse_zs = broadcast<V>(1.0 / zs), inverse_zt = broadcast<V>(1.0 / zt);
-    const V beta = broadcast<V>(params.beta), one_minus_beta = broadcast<V>(1.0 - params.beta);
-    S* const r_q = gs != nullptr ? buffer[2] : nullptr;
-    S* const r_p = gt != nullptr ? buffer[3] : nullptr;
-    const auto kl = sweep_sum<V, 2>(params.classes, [&](int64_t i, int, V* sum) __attribute__((always_inline)) {
-      const V q = load(e_s + i) * inverse_zs, p = load(e_t + i) * inverse_zt;
-      const V inverse_m = S(1) / maximum(tiny, mixture(p, q, beta, one_minus_beta));
-      const V q_term = weigh(q, log<true>(q * inverse_m)), p_term = weigh(p, log<true>(p * inverse_m));
-      sum[0] += q_term;
-      sum[1] += p_term;
-      if (r_q != nullptr) store(r_q + i, q_term);
-      if (r_p != nullptr) store(r_p + i, p_term);
+    const Mixture mixture{
+        params.beta, zs, zt, e_s, e_t, gs != nullptr ? buffer[2] : nullptr, gt != nullptr ? buffer[3] : nullptr};
+    auto kl = sweep_sum<V, 2>(params.classes, [&](int64_t i, int, V* sum) __attribute__((always_inline)) {
+      const auto at = mixture.at(i);
+      mixture.add(i, {at.log_ratio_q(), at.log_ratio_q()}, {at.log_ratio_p(), at.log_ratio_p()}, sum);
     });
+    const auto divergence = [&] { return params.beta * kl.value[1] + (1.0 - params.beta) * kl.value[0]; };
+    if (params.kd_scale != 0 && divergence() < kSmallDivergence<S>) kl = small_mixture(mixture);
     const double kq = kl.value[0], kp = kl.value[1];
+    const S* const r_q = mixture.r_q;
+    const S* const r_p = mixture.r_p;
 
     const double scale = weight * params.kd_scale * temperature;
     const V f_q = broadcast<V>(scale * (1.0 - params.beta)), f_p = broadcast<V>(scale * params.beta);
@@ -257,7 +332,7 @@ struct Row {
         write(out + i, f_p * (load(r_p + i) - load(e_t + i) * shift_p), lanes, stream);
       });
     }
-    return params.beta * kp + (1.0 - params.beta) * kq;
+    return divergence();
   }
 
   FASTKD_INLINE void subtract_one_at_target(const Task& task) {
@@ -271,7 +346,11 @@ void rows_of(const RowParams& params, int64_t begin, int64_t end, void* scratch)
   const int64_t padded = (params.classes + 15) / 16 * 16;
   for (int64_t r = begin; r < end; ++r) {
     T* const gs = params.student_gradient ? static_cast<T*>(params.student_gradient) + r * params.classes : nullptr;
-    T* const gt = params.teacher_gradient ? static_cast<T*>(params.teacher_gradient) + r * params.classes : nullptr;
+    T* gt = params.teacher_gradient ? static_cast<T*>(params.teacher_gradient) + r * params.classes : nullptr;
+    if (gt != nullptr && params.kd_scale == 0) {
+      std::memset(gt, 0, sizeof(T) * params.classes);
+      gt = nullptr;
+    }
     const double weight = params.weight != nullptr ? params.weight[r] : 1.0;
     const bool ignored = weight == 0.0 || (params.target != nullptr && params.target[r] == params.ignore_index);
     params.kd_loss[r] = 0;

@@ -60,8 +60,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
                                                       std::optional<Tensor> weight, std::optional<Tensor> temperatures,
                                                       double temperature, int64_t kind, double beta, double kd_scale,
                                                       double task_scale, int64_t ignore_index, int64_t reduction,
-                                                      bool student_gradient, bool teacher_gradient) {
-  check_arguments(student, teacher, target, weight, temperatures, temperature, kind, beta, reduction);
+                                                      bool student_gradient, bool teacher_gradient,
+                                                      std::optional<Tensor> numbers) {
+  take_numbers(numbers, temperature, beta, kd_scale, task_scale);
+  check_arguments(student, teacher, target, weight, temperatures, temperature, kind, beta, kd_scale, reduction);
   const int64_t rows = student.size(0), classes = student.size(1);
   const Reduction reduce = static_cast<Reduction>(reduction);
   const bool none = reduce == Reduction::kNone, mean = reduce == Reduction::kMean || reduce == Reduction::kBatchMean;

@@ -116,7 +116,7 @@ FASTKD_DEVICE void resident_row(const Row<T, int>& row, Group& group) {
 
   if constexpr (!kJensenShannon) {
     const LinearSums linear_sums{sums[0], sums[1], sums[2], z_task};
-    const double value = divergence_of<S>(linear_sums, row.c());
+    const double value = exact_divergence_of(row, numbers, top, linear_sums, group);
     if (group.index() == 0) row.write_divergence(value);
     const Linear<S> linear = linear_of(row, numbers, top[0], top[1], linear_sums, value);
     store_gradient(
@@ -134,9 +134,9 @@ FASTKD_DEVICE void resident_row(const Row<T, int>& row, Group& group) {
       for (int k = 0; k < N; ++k) {
         y[v][k] *= js.inverse_zy;
         const auto terms = js.terms(y[v][k], x[v][k] * js.inverse_zx);
-        sum_q += terms.q;
-        sum_p += terms.p;
-        x[v][k] = terms.q;
+        sum_q += terms.q.divergence;
+        sum_p += terms.p.divergence;
+        x[v][k] = terms.q.gradient;
       }
     }
     double k_sums[2] = {sum_q, sum_p};

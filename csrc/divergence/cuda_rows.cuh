@@ -186,7 +186,7 @@ struct Row {
   FASTKD_DEVICE void write_divergence(double divergence) const {
     if (!present()) return;
     const Numbers of = numbers();
-    const double value = of.active ? of.weight * of.temperature * of.temperature * divergence : 0;
+    const double value = of.active && p.kd_scale != 0 ? of.weight * of.temperature * of.temperature * divergence : 0;
     if (p.row_losses != nullptr) p.row_losses[p.rows + index] = value;
     if (!p.each_row) return;
     write_loss(p, p.terms, p.rows + index, value);
@@ -248,13 +248,14 @@ struct JensenShannon {
   S inverse_temperature, top_y, top_x, inverse_zy, inverse_zx, beta, one_minus_beta, f_q, f_p, kq, kp;
   FASTKD_DEVICE S q(S y) const { return exp_of<T>((y - top_y) * inverse_temperature) * inverse_zy; }
   FASTKD_DEVICE S p(S x) const { return exp_of<T>((x - top_x) * inverse_temperature) * inverse_zx; }
-  // Terms of KL(q || m) and KL(p || m). Probabilities may be subnormal, where reciprocal and log overflow: both have a floor.
+  // Of KL(q || m) and of KL(p || m).
   struct Terms {
-    S q, p;
+    MixtureTerm<S> q, p;
   };
   FASTKD_DEVICE Terms terms(S q, S p) const {
-    const S inverse_m = reciprocal(floored(mixture(p, q, beta, one_minus_beta)));
-    return {weigh(q, log_normal(floored(q * inverse_m))), weigh(p, log_normal(floored(p * inverse_m)))};
+    const S m = beta * p + one_minus_beta * q, inverse_m = reciprocal(floored(m)), difference = q - p;
+    return {mixture_term<S>(m, inverse_m, beta * difference, q * log_normal(floored(q * inverse_m))),
+            mixture_term<S>(m, inverse_m, -one_minus_beta * difference, p * log_normal(floored(p * inverse_m)))};
   }
   FASTKD_DEVICE S y_gradient(S q, S q_term) const { return f_q * (q_term - q * kq); }
   FASTKD_DEVICE S x_gradient(S p, S p_term) const { return f_p * (p_term - p * kp); }
@@ -268,6 +269,41 @@ template <typename S>
 FASTKD_DEVICE double divergence_of(const LinearSums& sums, S c) {
   return divergence_value(sums.d * inverse_sum<S>(sums.z_x), log_sum<S>(sums.z_x), log_sum<S>(sums.z_y), static_cast<double>(c));
 }
+// The divergence; where it is small, summed anew from terms that are not negative. That reads the row again, most likely from
+// the L2 cache. All of the group's threads get it, and must come.
+template <typename T, typename Index, class Group>
+FASTKD_DEVICE double exact_divergence_of(const Row<T, Index>& row, const typename Row<T, Index>::Numbers& numbers,
+                                         const Compute<T> (&top)[2], const LinearSums& sums, Group& group) {
+  using S = Compute<T>;
+  const double value = divergence_of<S>(sums, row.c());
+  const bool small = row.p.kind != Kind::kSoftCrossEntropy && row.p.kd_scale != 0 && value < kSmallDivergence<S>;
+  if (!group.any(small)) return value;
+  const S inverse_temperature = inverse_of<S>(numbers.temperature);
+  const S inverse_zy = static_cast<S>(inverse_sum<S>(sums.z_y)), inverse_zx = static_cast<S>(inverse_sum<S>(sums.z_x));
+  const S shift = static_cast<S>(log_sum<S>(sums.z_x) - log_sum<S>(sums.z_y));
+  // logits near each other are subtracted as they are, which costs no digits; others relative to their maxima
+  const S apart = top[0] - top[1];
+  const bool alike = apart <= 1 && apart >= -1;
+  const S zero_y = alike ? S(0) : top[0], zero_x = alike ? S(0) : top[1], rest = alike ? apart : S(0);
+  const auto y = row.y(), x = row.x();
+  const Index parts = small ? row.parts() : 0;
+  double total[1] = {0};
+  for (Index part = static_cast<Index>(group.index()); part < parts; part += static_cast<Index>(group.size())) {
+    const Pack<T> to = y.load(part), from = x.load(part);
+    S sum = 0;
+#pragma unroll
+    for (int k = 0; k < kPack<T>; ++k) {
+      const S of_y = to_compute(to.value[k]), of_x = to_compute(from.value[k]);
+      const S p_y = exp_of<T>((of_y - top[0]) * inverse_temperature) * inverse_zy;
+      const S p_x = exp_of<T>((of_x - top[1]) * inverse_temperature) * inverse_zx;
+      sum += kl_term<S>(p_x, p_y, ((of_y - zero_y) - (of_x - zero_x) - rest) * inverse_temperature + shift);
+    }
+    total[0] += static_cast<double>(sum);
+  }
+  group.reduce(total, Sum{});
+  return small ? total[0] : value;
+}
+
 template <typename T, typename Index>
 FASTKD_DEVICE Linear<Compute<T>> linear_of(const Row<T, Index>& row, const typename Row<T, Index>::Numbers& numbers,
                                            Compute<T> top_y, Compute<T> top_x, const LinearSums& sums, double value) {

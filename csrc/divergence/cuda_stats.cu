@@ -182,7 +182,8 @@ Plan plan_stats(const Tensor& logits, const DeviceContext& context) {
                    context.limits());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logit_stats(Tensor logits, double temperature) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logit_stats(Tensor logits, double temperature, std::optional<Tensor> numbers) {
+  take_numbers(numbers, temperature);
   check_logits("logits", logits);
   check_temperature(temperature);
   logits = with_packed_rows(logits);
@@ -199,7 +200,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logit_stats(Tensor logits, do
 
 Tensor logit_stats_backward(Tensor logits, double temperature, Tensor argmax, Tensor logsumexp, Tensor entropy,
                             std::optional<Tensor> grad_max, std::optional<Tensor> grad_mean, std::optional<Tensor> grad_logsumexp,
-                            std::optional<Tensor> grad_entropy) {
+                            std::optional<Tensor> grad_entropy, std::optional<Tensor> numbers) {
+  take_numbers(numbers, temperature);
   StatsGradients in{logits, argmax, logsumexp, entropy, grad_max, grad_mean, grad_logsumexp, grad_entropy};
   in.check(temperature);
   const int64_t rows = logits.size(0), classes = logits.size(1);

@@ -97,21 +97,21 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
 
   if constexpr (!kJensenShannon) {
     const LinearSums linear_sums{sums[0], sums[1], sums[2], z_task};
-    const double value = divergence_of<S>(linear_sums, row.c());
+    const double value = exact_divergence_of(row, numbers, top, linear_sums, group);
     if (group.index() == 0) row.write_divergence(value);
     const TaskGradient<T, int64_t> task(row, numbers, student_top, z_task);
     const Linear<S> linear = linear_of(row, numbers, top[0], top[1], linear_sums, value);
     each_part(gradients, [&](int64_t part) {
       const Pack<T> to = y.template load<true>(part), from = x.template load<true>(part);
       if (row.wants_y()) {
-        store_part(numbers.active, y_gradient, part, [&](int k, int64_t i) {
+        store_part(numbers.active && (!row.swap() || row.p.kd_scale != 0), y_gradient, part, [&](int k, int64_t i) {
           const S e_y = exp_of<T>(linear.a(to_compute(to.value[k])));
           const S g = linear.y_gradient(e_y, exp_of<T>(linear.b(to_compute(from.value[k]))));
           return row.swap() ? g : task.add(g, e_y, to.value[k], i);
         });
       }
       if (row.wants_x()) {
-        store_part(numbers.active, x_gradient, part, [&](int k, int64_t i) {
+        store_part(numbers.active && (row.swap() || row.p.kd_scale != 0), x_gradient, part, [&](int k, int64_t i) {
           const S b = linear.b(to_compute(from.value[k])), e_x = exp_of<T>(b);
           const S g = linear.x_gradient(e_x, linear.a(to_compute(to.value[k])), b);
           return row.swap() ? task.add(g, e_x, from.value[k], i) : g;
@@ -127,8 +127,8 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
 #pragma unroll
       for (int k = 0; k < kPack<T>; ++k) {
         const auto terms = js.terms(js.q(to_compute(to.value[k])), js.p(to_compute(from.value[k])));
-        sum_q += terms.q;
-        sum_p += terms.p;
+        sum_q += terms.q.divergence;
+        sum_p += terms.p.divergence;
       }
       k_sums[0] += static_cast<double>(sum_q);
       k_sums[1] += static_cast<double>(sum_p);
@@ -143,14 +143,14 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
       if (row.wants_y()) {
         store_part(numbers.active, y_gradient, part, [&](int k, int64_t i) {
           const S q = js.q(to_compute(to.value[k]));
-          const S g = js.y_gradient(q, js.terms(q, js.p(to_compute(from.value[k]))).q);
+          const S g = js.y_gradient(q, js.terms(q, js.p(to_compute(from.value[k]))).q.gradient);
           return task.add(g, q, to.value[k], i);
         });
       }
       if (row.wants_x()) {
-        store_part(numbers.active, x_gradient, part, [&](int k, int64_t) {
+        store_part(numbers.active && row.p.kd_scale != 0, x_gradient, part, [&](int k, int64_t) {
           const S p = js.p(to_compute(from.value[k]));
-          return js.x_gradient(p, js.terms(js.q(to_compute(to.value[k])), p).p);
+          return js.x_gradient(p, js.terms(js.q(to_compute(to.value[k])), p).p.gradient);
         });
       }
     });

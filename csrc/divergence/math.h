@@ -12,6 +12,13 @@
 // Jensen-Shannon, m = beta p + (1 - beta) q, Kp = KL(p || m), Kq = KL(q || m):
 //   D        = beta Kp + (1 - beta) Kq
 //   dD/ds_j  = (1 - beta) q (log(q / m) - Kq) / T,     dD/dt_j = beta p (log(p / m) - Kp) / T
+//
+// Where rows are alike, these sums cancel, and what is left may be below 0. As probabilities sum to 1, a divergence is also
+// a sum of terms that are not negative, and 0 only where the two probabilities are equal:
+//   KL(x || y) = sum_j p_x (e^l - 1 - l),               l = log p_y - log p_x
+//   KL(q || m) = sum_j m ((1 + v) log(1 + v) - v),      v = q / m - 1 = beta (q - p) / m;    KL(p || m) alike
+// An error of the normalisers in l has no effect of first order. The first forms are cheaper; the second are for rows where
+// those come out below kSmallDivergence: there an error of a few ulps is a large one.
 #pragma once
 
 #include "common/host_device.h"
@@ -33,10 +40,55 @@ FASTKD_HOST_DEVICE S divergence_value(S mean, S log_x, S log_y, S c) {
   return mean - c * log_x + log_y;
 }
 
-// (log m / p)-type factors are finite wherever their probability is positive
+template <typename S>
+constexpr double kSmallDivergence = sizeof(S) == 8 ? 0x1p-30 : 0x1p-10;
+
+// One term of KL(x || y): p_x (e^l - 1 - l), by its series where that would cancel.
+template <typename S, typename V>
+FASTKD_HOST_DEVICE V kl_term(V p_x, V p_y, V l) {
+  constexpr S kNear = sizeof(S) == 8 ? S(0x1p-6) : S(0x1p-2);
+  V series = l * S(1.0 / 5040) + S(1.0 / 720);
+  series = series * l + S(1.0 / 120);
+  series = series * l + S(1.0 / 24);
+  series = series * l + S(1.0 / 6);
+  series = series * l + S(0.5);
+  const V near = p_x * (l * l * series), far = p_y - p_x - weigh(p_x, l);
+  return (l < kNear) & (l > -kNear) ? near : far;
+}
+
+// q log(q / m), for the gradient, and m ((1 + v) log(1 + v) - v), for the divergence.
 template <typename V>
-FASTKD_HOST_DEVICE V mixture(V p, V q, V beta, V one_minus_beta) {
-  return beta * p + one_minus_beta * q;
+struct MixtureTerm {
+  V gradient, divergence;
+};
+
+// Whether q is so near to m that the series holds; difference = q - m. Probabilities may be subnormal, where reciprocal and
+// logarithm have a floor: there, too, the series has the right sign.
+template <typename S, typename V>
+FASTKD_HOST_DEVICE auto is_near(V m, V difference) {
+  constexpr S kNear = sizeof(S) == 8 ? S(0x1p-8) : S(0x1p-6), kTiniest = sizeof(S) == 8 ? S(0x1p-1022) : S(0x1p-126);
+  const V bound = m * kNear + kTiniest;
+  return (difference < bound) & (difference > -bound);
+}
+template <typename S, typename V>
+FASTKD_HOST_DEVICE MixtureTerm<V> near_term(V inverse_m, V difference) {
+  const V v = difference * inverse_m;
+  V series = v * S(1.0 / 12) - S(1.0 / 6);  // in float, v^3 / 20 is below half an ulp of 1 / 2
+  if constexpr (sizeof(S) == 8) {
+    series = v * S(-1.0 / 42) + S(1.0 / 30);
+    series = (series * v - S(1.0 / 20)) * v + S(1.0 / 12);
+    series = series * v - S(1.0 / 6);
+  }
+  const V divergence = difference * v * (series * v + S(0.5));
+  return {divergence + difference, divergence};
+}
+
+// log_ratio = q log(q / m)
+template <typename S, typename V>
+FASTKD_HOST_DEVICE MixtureTerm<V> mixture_term(V m, V inverse_m, V difference, V log_ratio) {
+  const auto near = near_term<S>(inverse_m, difference);
+  const auto use_near = is_near<S>(m, difference);
+  return {use_near ? near.gradient : log_ratio, use_near ? near.divergence : log_ratio - difference};
 }
 
 }  // namespace fastkd::FASTKD_ISA::divergence_math

@@ -1,6 +1,7 @@
 // What the launchers of both sides share: checks of the arguments, dtypes and reductions.
 #pragma once
 
+#include "common/numbers.h"
 #include "common/tensor.h"
 #include "divergence/kernel.h"
 
@@ -35,8 +36,8 @@ inline ScalarType loss_dtype(const Tensor& logits) {
 
 // Checks all of divergence's arguments that do not need their values; makes rows packed and target contiguous.
 inline void check_arguments(Tensor& student, Tensor& teacher, std::optional<Tensor>& target, const std::optional<Tensor>& weight,
-                            const std::optional<Tensor>& temperatures, double temperature, int64_t kind, double beta,
-                            int64_t reduction) {
+                            const std::optional<Tensor>& temperatures, double temperature, int64_t& kind, double beta,
+                            double kd_scale, int64_t reduction) {
   check_logits("student_logits", student);
   check_logits("teacher_logits", teacher);
   FASTKD_CHECK(teacher.size(0) == student.size(0) && teacher.size(1) == student.size(1), "teacher_logits has shape ",
@@ -47,11 +48,14 @@ inline void check_arguments(Tensor& student, Tensor& teacher, std::optional<Tens
   FASTKD_CHECK(kind >= 0 && kind <= 3, "kind is ", kind, ", must be 0 to 3");
   FASTKD_CHECK(reduction >= 0 && reduction <= 3, "reduction is ", reduction, ", must be 0 to 3");
   FASTKD_CHECK(beta >= 0 && beta <= 1, "beta is ", beta, ", must be in [0, 1]");
+  if (static_cast<Kind>(kind) == Kind::kJensenShannon && (beta == 0 || beta == 1)) {  // as GKD has it
+    kind = static_cast<int64_t>(beta == 0 ? Kind::kForward : Kind::kReverse);
+  }
   check_row_values("weight", weight, student);
   check_row_values("temperature", temperatures, student);
   if (!temperatures.has_value()) check_temperature(temperature);
   student = with_packed_rows(student);
-  teacher = with_packed_rows(teacher);
+  teacher = kd_scale != 0 ? with_packed_rows(teacher) : student;  // of weight 0: not looked at, and exactly 0 from itself
   if (!target.has_value()) return;
   check_dtype("target", *target, {ScalarType::Long});
   check_shape("target", *target, {student.size(0)});

@@ -8,7 +8,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   m.def(
       "divergence(Tensor student_logits, Tensor teacher_logits, Tensor? target, Tensor? weight, Tensor? temperatures, "
       "float temperature, int kind, float beta, float kd_scale, float task_scale, int ignore_index, int reduction, "
-      "bool student_gradient, bool teacher_gradient) "
+      "bool student_gradient, bool teacher_gradient, Tensor? numbers=None) "
       "-> (Tensor loss, Tensor terms, Tensor student_gradient, Tensor teacher_gradient)");
 
   // gradient[r, :] *= grad_loss (a scalar, or one for each row), in place; nothing is touched where it is 1.
@@ -16,9 +16,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
 
   // max, argmax, mean, logsumexp and entropy of each row of logits / temperature: [rows, classes] -> [rows] each.
   m.def(
-      "logit_stats(Tensor logits, float temperature) -> (Tensor max, Tensor argmax, Tensor mean, Tensor logsumexp, Tensor "
-      "entropy)");
+      "logit_stats(Tensor logits, float temperature, Tensor? numbers=None) "
+      "-> (Tensor max, Tensor argmax, Tensor mean, Tensor logsumexp, Tensor entropy)");
   m.def(
       "logit_stats_backward(Tensor logits, float temperature, Tensor argmax, Tensor logsumexp, Tensor entropy, "
-      "Tensor? grad_max, Tensor? grad_mean, Tensor? grad_logsumexp, Tensor? grad_entropy) -> Tensor");
+      "Tensor? grad_max, Tensor? grad_mean, Tensor? grad_logsumexp, Tensor? grad_entropy, Tensor? numbers=None) -> Tensor");
 }

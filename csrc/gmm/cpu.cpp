@@ -62,7 +62,8 @@ void fit_one(const FitParams& params, int64_t b, const Team& team) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gmm_fit(
     Tensor values, std::optional<Tensor> offsets, std::optional<Tensor> lengths, std::optional<Tensor> sample_weight,
     std::optional<Tensor> init_weights, std::optional<Tensor> init_means, std::optional<Tensor> init_deviations, bool normalize,
-    int64_t max_iter, double tol, double reg_covar) {
+    int64_t max_iter, double tol, double reg_covar, std::optional<Tensor> numbers) {
+  take_numbers(numbers, tol, reg_covar);
   Fit in{values, offsets, lengths, sample_weight, init_weights, init_means, init_deviations};
   in.check(normalize, max_iter, tol, reg_covar);
   check_values(in.params.layout);
@@ -97,7 +98,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gmm_fit(
 }
 
 std::tuple<Tensor, Tensor> gmm_posterior(Tensor values, std::optional<Tensor> offsets, std::optional<Tensor> lengths,
-                                         Tensor weights, Tensor means, Tensor deviations, bool monotone, double threshold) {
+                                         Tensor weights, Tensor means, Tensor deviations, bool monotone, double threshold,
+                                         std::optional<Tensor> numbers) {
+  take_numbers(numbers, threshold);
   Posterior in{values, offsets, lengths, weights, means, deviations};
   in.check(monotone, threshold);
   const Layout& layout = in.params.layout;
@@ -128,19 +131,21 @@ std::tuple<Tensor, Tensor> gmm_posterior(Tensor values, std::optional<Tensor> of
 
 std::tuple<Tensor, Tensor> gmm_select(Tensor values, std::optional<Tensor> offsets, std::optional<Tensor> lengths,
                                       std::optional<Tensor> sample_weight, bool normalize, int64_t max_iter, double tol,
-                                      double reg_covar, bool monotone, double threshold) {
+                                      double reg_covar, bool monotone, double threshold, std::optional<Tensor> numbers) {
+  take_numbers(numbers, tol, reg_covar, threshold);
   check_threshold(threshold);
   const auto fit = gmm_fit(values, offsets, lengths, sample_weight, std::nullopt, std::nullopt, std::nullopt, normalize, max_iter,
-                           tol, reg_covar);
-  return gmm_posterior(values, offsets, lengths, std::get<0>(fit), std::get<1>(fit), std::get<2>(fit), monotone, threshold);
+                           tol, reg_covar, std::nullopt);
+  return gmm_posterior(values, offsets, lengths, std::get<0>(fit), std::get<1>(fit), std::get<2>(fit), monotone, threshold,
+                       std::nullopt);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("gmm_fit", TORCH_BOX(&gmm_fit));
-  m.impl("gmm_posterior", TORCH_BOX(&gmm_posterior));
-  m.impl("gmm_select", TORCH_BOX(&gmm_select));
+  m.impl("gmm_fit", FASTKD_CPU_BOX(gmm_fit));
+  m.impl("gmm_posterior", FASTKD_CPU_BOX(gmm_posterior));
+  m.impl("gmm_select", FASTKD_CPU_BOX(gmm_select));
 }
 
 }  // namespace fastkd::gmm

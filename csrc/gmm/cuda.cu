@@ -133,7 +133,8 @@ auto fresh_on(const DeviceContext& context) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gmm_fit(
     Tensor values, std::optional<Tensor> offsets, std::optional<Tensor> lengths, std::optional<Tensor> sample_weight,
     std::optional<Tensor> init_weights, std::optional<Tensor> init_means, std::optional<Tensor> init_deviations, bool normalize,
-    int64_t max_iter, double tol, double reg_covar) {
+    int64_t max_iter, double tol, double reg_covar, std::optional<Tensor> numbers) {
+  take_numbers(numbers, tol, reg_covar);
   Fit in{values, offsets, lengths, sample_weight, init_weights, init_means, init_deviations};
   in.check(normalize, max_iter, tol, reg_covar);
   const DeviceContext context(in.values);
@@ -143,7 +144,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gmm_fit(
 }
 
 std::tuple<Tensor, Tensor> gmm_posterior(Tensor values, std::optional<Tensor> offsets, std::optional<Tensor> lengths,
-                                         Tensor weights, Tensor means, Tensor deviations, bool monotone, double threshold) {
+                                         Tensor weights, Tensor means, Tensor deviations, bool monotone, double threshold,
+                                         std::optional<Tensor> numbers) {
+  take_numbers(numbers, threshold);
   Posterior in{values, offsets, lengths, weights, means, deviations};
   in.check(monotone, threshold);
   const DeviceContext context(in.values);
@@ -161,7 +164,8 @@ std::tuple<Tensor, Tensor> gmm_posterior(Tensor values, std::optional<Tensor> of
 // gmm_posterior, which goes by elements, reaches it.
 std::tuple<Tensor, Tensor> gmm_select(Tensor values, std::optional<Tensor> offsets, std::optional<Tensor> lengths,
                                       std::optional<Tensor> sample_weight, bool normalize, int64_t max_iter, double tol,
-                                      double reg_covar, bool monotone, double threshold) {
+                                      double reg_covar, bool monotone, double threshold, std::optional<Tensor> numbers) {
+  take_numbers(numbers, tol, reg_covar, threshold);
   check_threshold(threshold);
   Fit in{values, offsets, lengths, sample_weight, std::nullopt, std::nullopt, std::nullopt};
   in.check(normalize, max_iter, tol, reg_covar);
@@ -169,7 +173,7 @@ std::tuple<Tensor, Tensor> gmm_select(Tensor values, std::optional<Tensor> offse
   if (in.offsets.has_value()) {
     in.make_outputs(fresh_on(context));
     launch_fit(context, DeviceFitParams{in.params});
-    return gmm_posterior(in.values, in.offsets, lengths, in.weights, in.means, in.deviations, monotone, threshold);
+    return gmm_posterior(in.values, in.offsets, lengths, in.weights, in.means, in.deviations, monotone, threshold, std::nullopt);
   }
   auto [posterior, mask] = posterior_and_mask(in.values, in.params.layout, fresh_on(context));
   DeviceFitParams params{in.params};

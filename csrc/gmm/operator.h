@@ -2,6 +2,7 @@
 // the numbers in tensors: the CPU launcher looks at those itself, a GPU gives such a problem a status instead.
 #pragma once
 
+#include "common/numbers.h"
 #include "common/tensor.h"
 #include "gmm/kernel.h"
 

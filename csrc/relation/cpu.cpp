@@ -60,7 +60,8 @@ void write(const Tensor& out, int64_t index, double value) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> relation(Tensor student, Tensor teacher, double distance_weight, double angle_weight,
-                                                    bool student_gradient, bool teacher_gradient) {
+                                                    bool student_gradient, bool teacher_gradient, std::optional<Tensor> numbers) {
+  take_numbers(numbers, distance_weight, angle_weight);
   Relation in(student, teacher, distance_weight, angle_weight, {student_gradient, teacher_gradient}, fresh);
   Params& params = in.params;
   const Kernels& k = kernels();
@@ -123,8 +124,8 @@ Tensor relation_backward(Tensor features, Tensor pairs, Tensor grad_loss) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("relation", TORCH_BOX(&relation));
-  m.impl("relation_backward", TORCH_BOX(&relation_backward));
+  m.impl("relation", FASTKD_CPU_BOX(relation));
+  m.impl("relation_backward", FASTKD_CPU_BOX(relation_backward));
 }
 
 }  // namespace fastkd::relation

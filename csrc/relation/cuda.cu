@@ -97,7 +97,8 @@ sum_of_all(const DeviceParams p) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> relation(Tensor student, Tensor teacher, double distance_weight, double angle_weight,
-                                                    bool student_gradient, bool teacher_gradient) {
+                                                    bool student_gradient, bool teacher_gradient, std::optional<Tensor> numbers) {
+  take_numbers(numbers, distance_weight, angle_weight);
   const DeviceContext context(student);
   const auto fresh = [&](std::initializer_list<int64_t> shape, ScalarType type) { return context.empty(shape, type); };
   const Relation in(student, teacher, distance_weight, angle_weight, {student_gradient, teacher_gradient}, fresh);

@@ -1,6 +1,7 @@
 // What the launchers of both sides share: checks of the arguments, outputs, parameters.
 #pragma once
 
+#include "common/numbers.h"
 #include "common/tensor.h"
 #include "relation/kernel.h"
 
@@ -39,6 +40,7 @@ struct Relation {
     check_device("teacher_features", teacher, "student_features", student);
     check_weight("distance_weight", distance_weight);
     check_weight("angle_weight", angle_weight);
+    if (distance_weight == 0 && angle_weight == 0) features[1] = features[0];  // the teacher is not looked at
     const bool wide = student.scalar_type() == ScalarType::Double || teacher.scalar_type() == ScalarType::Double;
     const ScalarType type = wide ? ScalarType::Double : ScalarType::Float;
     loss = empty({}, type);

@@ -7,7 +7,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // respect to half the squared distance of each pair of points (symmetric; 0 on the diagonal); not asked for: empty.
   m.def(
       "relation(Tensor student_features, Tensor teacher_features, float distance_weight, float angle_weight, "
-      "bool student_gradient, bool teacher_gradient) "
+      "bool student_gradient, bool teacher_gradient, Tensor? numbers=None) "
       "-> (Tensor loss, Tensor terms, Tensor student_pairs, Tensor teacher_pairs)");
 
   // The gradient of the features, [B, d] in their dtype: grad_loss * sum_j pairs[i, j] (x_i - x_j).

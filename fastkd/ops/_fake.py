@@ -15,13 +15,17 @@ Fake = TypeVar("Fake", bound=Callable[..., Any])
 def register_fake(name: str) -> Callable[[Fake], Fake]:
     """``torch.library.register_fake`` for ``fastkd::<name>``, which first refuses tensors on different devices.
 
-    A meta tensor among real ones comes to the fake too, whose results would be real, and uninitialised.
+    A meta tensor among real ones comes to the fake too, whose results would be real, and uninitialised. The fake does not
+    get ``numbers``, the last argument of some: they are on the CPU, and no result's shape depends on them.
     """
     names = [argument.name for argument in getattr(torch.ops.fastkd, name).default._schema.arguments]
+    names = [name for name in names if name != "numbers"]
 
     def decorate(fake: Fake) -> Fake:
         @functools.wraps(fake)
         def checked(*args: Any, **kwargs: Any) -> Any:
+            args = args[: len(names)]
+            kwargs.pop("numbers", None)
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             tensors = [(key, value) for key, value in given.items() if isinstance(value, Tensor)]
             for key, value in tensors[1:]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastkd import _library as _library  # registers the operators
 from fastkd.ops._fake import register_fake
+from fastkd.ops._numbers import call_by_name
 
 BLOCK_SIZE = 4096
 
@@ -27,7 +28,7 @@ class Table(NamedTuple):
 
 def inverse_temperature(scores: Tensor, iqpr: float) -> Tensor:
     """``ln(iqpr) / (Q3 - Q1)`` of the finite scores ``[N]``, float64 ``[]``; 0 (uniform) where the quartiles coincide."""
-    return torch.ops.fastkd.alias_inverse_temperature.default(scores.detach(), iqpr)  # type: ignore[no-any-return]
+    return call_by_name("alias_inverse_temperature", scores.detach(), iqpr)  # type: ignore[no-any-return]
 
 
 def build(scores: Tensor, inverse_temperature: Tensor) -> Table:

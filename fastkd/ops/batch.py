@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastkd import _library as _library  # registers the operators
 from fastkd.ops._fake import register_fake
+from fastkd.ops._numbers import call_by_name
 from fastkd.ops.alias import Table
 from fastkd.ops.crop import new_images
 
@@ -48,8 +49,19 @@ def draw_batch(
         batch: ``[count, C, height, width]``, in the memory format of images. NaN where a table that is broken, or without
         weight, gives an index outside of ``[0, N)``; indices: int64 ``[count]``.
     """
-    batch, indices = torch.ops.fastkd.draw_batch.default(
-        *table, stream, crop_seed, images, count, *size, padding, flip_probability, list(center), list(scale), dtype
+    batch, indices = call_by_name(
+        "draw_batch",
+        *table,
+        stream,
+        crop_seed,
+        images,
+        count,
+        *size,
+        padding,
+        flip_probability,
+        list(center),
+        list(scale),
+        dtype,
     )
     return batch, indices
 

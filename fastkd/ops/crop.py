@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from fastkd import _library as _library  # registers the operators
-from fastkd.ops._autograd import call_in_backward, register_autograd
+from fastkd.ops._autograd import call_in_backward, register_autograd, save_tensors
 from fastkd.ops._fake import register_fake
+from fastkd.ops._numbers import call_by_name
 
 _crop = torch.ops.fastkd.crop.default
 _crop_backward = torch.ops.fastkd.crop_backward.default
-_crop_offsets = torch.ops.fastkd.crop_offsets.default
 
 
 def crop(
@@ -46,7 +46,7 @@ def crop(
     """
     height, width = size
     dtype = images.dtype if dtype is None else dtype
-    out: Tensor = _crop(images, offsets, flip, height, width, list(center), list(scale), dtype)
+    out: Tensor = call_by_name("crop", images, offsets, flip, height, width, list(center), list(scale), dtype)
     return out
 
 
@@ -68,7 +68,7 @@ def crop_offsets(
     Returns:
         offsets: int64 ``[batch, patches, 2]``, (y, x); flip: bool ``[batch, patches]``.
     """
-    offsets, flip = _crop_offsets(seed, batch, patches, *y_range, *x_range, flip_probability)
+    offsets, flip = call_by_name("crop_offsets", seed, batch, patches, *y_range, *x_range, flip_probability)
     return offsets, flip
 
 
@@ -96,7 +96,12 @@ def _crop_fake(
 
 @register_fake("crop_backward")
 def _crop_backward_fake(
-    grad_patches: Tensor, offsets: Tensor, flip: Tensor | None, height: int, width: int, scale: Sequence[float]
+    grad_patches: Tensor,
+    offsets: Tensor,
+    flip: Tensor | None,
+    height: int,
+    width: int,
+    scale: Sequence[float],
 ) -> Tensor:
     return new_images(grad_patches, offsets.shape[0], height, width, grad_patches.dtype)
 
@@ -119,28 +124,28 @@ def _crop_offsets_fake(
 
 
 def _crop_setup_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
-    images, offsets, flip, _, _, _, scale, _ = inputs
-    ctx.save_for_backward(offsets, flip)
+    images, offsets, flip, _, _, center, scale, _, numbers = inputs
+    save_tensors(ctx, (offsets, flip, None if numbers is None else numbers[len(center) :]))
     ctx.size, ctx.scale = images.shape[2:], scale
 
 
 def _crop_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    offsets, flip = ctx.saved_tensors
-    return call_in_backward(_crop_backward, grad, offsets, flip, *ctx.size, ctx.scale), *(None,) * 7
+    offsets, flip, numbers = ctx.saved_tensors
+    return call_in_backward(_crop_backward, grad, offsets, flip, *ctx.size, ctx.scale, numbers), *(None,) * 8
 
 
 register_autograd("crop", _crop_gradient, setup_context=_crop_setup_context)
 
 
 def _crop_backward_setup_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
-    grad_patches, offsets, flip, _, _, scale = inputs
-    ctx.save_for_backward(offsets, flip)
+    grad_patches, offsets, flip, _, _, scale, numbers = inputs
+    save_tensors(ctx, (offsets, flip, numbers))
     ctx.size, ctx.scale = grad_patches.shape[2:], scale
 
 
 def _crop_backward_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    offsets, flip = ctx.saved_tensors
-    return call_in_backward(_crop, grad, offsets, flip, *ctx.size, [], ctx.scale, grad.dtype), *(None,) * 5
+    offsets, flip, numbers = ctx.saved_tensors
+    return call_in_backward(_crop, grad, offsets, flip, *ctx.size, [], ctx.scale, grad.dtype, numbers), *(None,) * 6
 
 
 register_autograd("crop_backward", _crop_backward_gradient, setup_context=_crop_backward_setup_context)

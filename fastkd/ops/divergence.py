@@ -1,10 +1,10 @@
 """Fused divergences of temperature-softmaxed logits: ``torch.ops.fastkd.divergence`` and ``logit_stats``.
 
-The gradients are produced in the forward pass, where both rows are in registers or cache anyway; the backward pass
-scales them by the incoming gradient, in place, and touches nothing where that is 1. In-place is safe because each
-gradient is handed out once: a second backward through the same graph (``retain_graph=True``) computes it anew. So does
-the first one for float16, whose gradients must not be rounded before a loss scale (GradScaler) has multiplied them:
-those of a mean over a large batch are below its smallest number.
+The gradients are produced in the forward pass, where both rows are in registers or cache anyway, and are what is kept for
+the backward pass, in the place of the logits. It scales them by the incoming gradient, in place where nobody can ask for
+them again (no ``retain_graph``), and touches nothing where that is 1. For float16 the logits are kept, and the backward
+pass computes the gradients: they must not be rounded before a loss scale (GradScaler) has multiplied them, as those of a
+mean over a large batch are below its smallest number.
 """
 
 from __future__ import annotations
@@ -18,14 +18,22 @@ import torch
 from torch import Tensor
 
 from fastkd import _library as _library  # registers the operators
-from fastkd.ops._autograd import call_in_backward, register_autograd, save_tensors, saved_tensors
+from fastkd.ops._autograd import (
+    call_in_backward,
+    may_change_in_place,
+    once,
+    register_autograd,
+    save_tensors,
+    transforms_active,
+)
 from fastkd.ops._fake import register_fake
+from fastkd.ops._numbers import call_by_name
 
 KINDS = {"forward": 0, "reverse": 1, "jensen_shannon": 2, "soft_cross_entropy": 3}
 REDUCTIONS = {"none": 0, "sum": 1, "batchmean": 2, "mean": 3}
 
 _divergence = torch.ops.fastkd.divergence.default
-_logit_stats = torch.ops.fastkd.logit_stats.default
+_scale_in_place = torch.ops.fastkd.divergence_backward_.default
 
 
 _ONCE = (
@@ -66,7 +74,7 @@ def divergence(
         detached; the task term is 0 where ``task_scale`` is.
     """
     check_logits("student_logits", student_logits)
-    check_tensor("teacher_logits", teacher_logits)
+    check_logits("teacher_logits", teacher_logits)
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"fastkd: teacher_logits has shape {tuple(teacher_logits.shape)}, must be that of student_logits, "
@@ -85,20 +93,23 @@ def divergence(
         _no_gradient("temperature", temperature)
         row_temperature, temperature = _rows("temperature", temperature, rows_shape), 1.0
     else:
-        check_number("temperature", temperature)
+        check_temperature(temperature)
     if weight is not None:
         check_tensor("weight", weight)
         _no_gradient("weight", weight)
         weight = _rows("weight", weight, rows_shape)
     if target is not None:
         check_tensor("target", target)
+        if target.dtype != torch.int64:
+            raise TypeError(f"fastkd: target has dtype {target.dtype}, must be torch.int64")
         if target.shape != rows_shape:
             raise ValueError(f"fastkd: target has shape {tuple(target.shape)}, must be {tuple(rows_shape)}")
         target = target.reshape(-1)
     flat = student_logits.dim() == 2
     _check_devices(student_logits, teacher_logits, target, weight, row_temperature)
     ahead = torch.is_grad_enabled() and student_logits.dtype != torch.float16
-    loss, terms, _, _ = _divergence(
+    loss, terms, _, _ = call_by_name(
+        "divergence",
         student_logits if flat else student_logits.reshape(-1, student_logits.shape[-1]),
         teacher_logits if flat else teacher_logits.reshape(-1, student_logits.shape[-1]),
         target,
@@ -124,8 +135,13 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be a tensor")
 
 
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
 def check_logits(name: str, value: Tensor) -> None:
     check_tensor(name, value)
+    if value.dtype not in _FLOATS:
+        raise TypeError(f"fastkd: {name} has dtype {value.dtype}, must be float32, float64, bfloat16 or float16")
     if value.dim() < 1 or value.shape[-1] == 0:
         raise ValueError(f"fastkd: {name} has shape {tuple(value.shape)}, must be [..., classes], classes > 0")
 
@@ -218,17 +234,22 @@ def _divergence_backward_fake(gradient: Tensor, grad_loss: Tensor) -> None:
 
 
 def _divergence_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, terms, student_gradient, teacher_gradient = output
+    loss, terms, *gradients = output
     ctx.set_materialize_grads(False)
-    save_tensors(ctx, inputs[:5])  # for gradients that the forward did not produce
-    ctx.scalars = inputs[5:12]
-    if torch._C._are_functorch_transforms_active():  # an outer transform must not take the gradients for constants
+    if transforms_active():  # an outer level must not take the gradients for constants
         ctx.mark_non_differentiable(terms)
-        ctx.gradients = None
+        ctx.ahead = False
     else:
-        ctx.mark_non_differentiable(terms, student_gradient, teacher_gradient)
-        # detached aliases: an output kept on its own node would be a reference cycle
-        ctx.gradients = (student_gradient.detach(), teacher_gradient.detach())
+        ctx.mark_non_differentiable(terms, *gradients)
+        student_logits, teacher_logits, *_, student_gradient, teacher_gradient, _ = inputs
+        ctx.ahead = (student_gradient or not student_logits.requires_grad) and (
+            teacher_gradient or not teacher_logits.requires_grad
+        )
+    if ctx.ahead:
+        ctx.save_for_backward(*gradients, loss)
+    else:
+        ctx.scalars = inputs[5:12]
+        save_tensors(ctx, (*inputs[:5], inputs[-1]))
 
 
 def _divergence_backward(
@@ -237,40 +258,47 @@ def _divergence_backward(
     if any(g is not None for g in second):
         raise RuntimeError(_DIVERGENCE_ONCE)
     needed = ctx.needs_input_grad[:2]
+    result: list[Tensor | None] = [None] * 15
     if grad_loss is None or not any(needed):
-        return (None,) * 14
-    gradients, ctx.gradients = ctx.gradients, None
-    result: list[Tensor | None] = [None] * 14
-    if gradients is None or any(needed[i] and gradients[i].dim() != 2 for i in (0, 1)):
-        # the incoming gradient is one more weight of the rows
-        student_logits, teacher_logits, target, weight, temperatures = saved_tensors(ctx)
-        grad_loss = grad_loss.expand(student_logits.shape[0])  # type: ignore[union-attr]
-        weight = grad_loss if weight is None else grad_loss * weight
-        tensors = student_logits, teacher_logits, target, weight, temperatures
-        gradients = _divergence(*tensors, *ctx.scalars, *needed)[2:]
-        result[:2] = (g if n else None for g, n in zip(gradients, needed, strict=True))
-    else:
-        result[:2] = (_scale(g, grad_loss) if n else None for g, n in zip(gradients, needed, strict=True))
+        return tuple(result)
+    if ctx.ahead:
+        *gradients, loss = ctx.saved_tensors
+        for i in (0, 1):
+            if needed[i]:
+                result[i] = _scale(gradients[i], grad_loss, loss)
+        return tuple(result)
+    # the incoming gradient is one more weight of the rows
+    student_logits, teacher_logits, target, weight, temperatures, numbers = ctx.saved_tensors
+    row_weight = grad_loss.expand(student_logits.shape[0])
+    row_weight = row_weight if weight is None else row_weight * weight
+    tensors = student_logits, teacher_logits, target, row_weight, temperatures
+    with torch.set_grad_enabled(transforms_active()):  # outer levels want their graph
+        gradients = _divergence(*tensors, *ctx.scalars, *needed, numbers)[2:]
+    for i in (0, 1):
+        if needed[i]:
+            result[i] = once(_DIVERGENCE_ONCE, gradients[i], student_logits, teacher_logits, grad_loss)
     return tuple(result)
 
 
-def _scale(gradient: Tensor, grad_loss: Tensor) -> Tensor:
-    if type(gradient) is not Tensor:  # being traced: the functional form, which a compiler fuses with what follows
-        rows = grad_loss if grad_loss.dim() == 0 else grad_loss[:, None]
-        return (gradient * rows).to(gradient.dtype)
-    torch.ops.fastkd.divergence_backward_.default(gradient, grad_loss)
-    return gradient
+def _scale(gradient: Tensor, grad_loss: Tensor, loss: Tensor) -> Tensor:
+    """``gradient * grad_loss``, which may be differentiated with respect to grad_loss alone."""
+    if may_change_in_place(gradient, grad_loss):
+        _scale_in_place(gradient, grad_loss)
+        return gradient
+    rows = grad_loss.reshape(-1, 1)  # of two dimensions, so that its dtype counts
+    return (once(_DIVERGENCE_ONCE, gradient, loss) * rows).to(gradient.dtype)
 
 
-register_autograd("divergence", _divergence_backward, setup_context=_divergence_setup_context, once=_DIVERGENCE_ONCE)
+register_autograd("divergence", _divergence_backward, setup_context=_divergence_setup_context)
 
 
 def logit_stats(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Statistics of ``z = logits / temperature`` over the last dimension: max, argmax, mean, logsumexp, entropy."""
     check_logits("logits", logits)
-    check_number("temperature", temperature)
+    check_temperature(temperature)
     shape = logits.shape[:-1]
-    stats = _logit_stats(logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1]), temperature)
+    flat = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+    stats = call_by_name("logit_stats", flat, temperature)
     if logits.dim() == 2:
         return stats  # type: ignore[no-any-return]
     return tuple(value.reshape(shape) for value in stats)
@@ -290,27 +318,25 @@ def _logit_stats_backward_fake(logits: Tensor, *_: Any) -> Tensor:
 
 
 def _logit_stats_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, ctx.temperature = inputs
+    logits, ctx.temperature, numbers = inputs
     _, argmax, _, logsumexp, entropy = output
     ctx.mark_non_differentiable(argmax)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, argmax, logsumexp, entropy)
+    save_tensors(ctx, (logits, argmax, logsumexp, entropy, numbers))
 
 
-def _logit_stats_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
-    logits, argmax, logsumexp, entropy = ctx.saved_tensors
+def _logit_stats_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None]:
+    logits, argmax, logsumexp, entropy, numbers = ctx.saved_tensors
     grad_max, _, grad_mean, grad_logsumexp, grad_entropy = grads
     op = torch.ops.fastkd.logit_stats_backward.default
     grads = grad_max, grad_mean, grad_logsumexp, grad_entropy
-    gradient = call_in_backward(op, logits, ctx.temperature, argmax, logsumexp, entropy, *grads)
-    return gradient, None
+    gradient = call_in_backward(op, logits, ctx.temperature, argmax, logsumexp, entropy, *grads, numbers)
+    return gradient, None, None
 
 
 def _no_second_derivative(*_: Any) -> None:
     raise RuntimeError(_LOGIT_STATS_ONCE)
 
 
-register_autograd(
-    "logit_stats", _logit_stats_backward, setup_context=_logit_stats_setup_context, once=_LOGIT_STATS_ONCE
-)
+register_autograd("logit_stats", _logit_stats_backward, setup_context=_logit_stats_setup_context)
 register_autograd("logit_stats_backward", _no_second_derivative, setup_context=lambda *_: None)

@@ -16,10 +16,7 @@ from torch import Tensor
 
 from fastkd import _library as _library  # registers the operators
 from fastkd.ops._fake import register_fake
-
-_gmm_fit = torch.ops.fastkd.gmm_fit.default
-_gmm_posterior = torch.ops.fastkd.gmm_posterior.default
-_gmm_select = torch.ops.fastkd.gmm_select.default
+from fastkd.ops._numbers import call_by_name
 
 
 class Mixtures(NamedTuple):
@@ -68,8 +65,19 @@ def gmm_fit(
         problems = rows.shape[0] if offsets is None else offsets.shape[0] - 1
         weights, means, deviations = (_pairs(name, t, problems) for name, t in zip(_INIT, init, strict=True))
     return Mixtures(
-        *_gmm_fit(
-            rows, offsets, lengths, sample_weight, weights, means, deviations, normalize, max_iter, tol, reg_covar
+        *call_by_name(
+            "gmm_fit",
+            rows,
+            offsets,
+            lengths,
+            sample_weight,
+            weights,
+            means,
+            deviations,
+            normalize,
+            max_iter,
+            tol,
+            reg_covar,
         )
     )
 
@@ -102,7 +110,7 @@ def gmm_posterior(
         raise ValueError(
             f"fastkd: values hold {problems} problems, must be as many as mixtures, {mixtures.weights.shape[0]}"
         )
-    posterior, mask = _gmm_posterior(rows, offsets, lengths, *mixtures[:3], monotone, threshold)
+    posterior, mask = call_by_name("gmm_posterior", rows, offsets, lengths, *mixtures[:3], monotone, threshold)
     return (posterior, mask) if rows.dim() == values.dim() else (posterior.squeeze(0), mask.squeeze(0))
 
 
@@ -124,8 +132,8 @@ def gmm_select(
     _check_threshold(threshold)
     rows, lengths, offsets = _problems(values, lengths, offsets)
     sample_weight = _sample_weight(sample_weight, values, rows)
-    posterior, mask = _gmm_select(
-        rows, offsets, lengths, sample_weight, normalize, max_iter, tol, reg_covar, monotone, threshold
+    posterior, mask = call_by_name(
+        "gmm_select", rows, offsets, lengths, sample_weight, normalize, max_iter, tol, reg_covar, monotone, threshold
     )
     return (posterior, mask) if rows.dim() == values.dim() else (posterior.squeeze(0), mask.squeeze(0))
 

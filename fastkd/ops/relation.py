@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fastkd import _library as _library  # registers the operators
-from fastkd.ops._autograd import call_in_backward, register_autograd, save_tensors, saved_tensors
+from fastkd.ops._autograd import call_in_backward, register_autograd, save_tensors, transforms_active
 from fastkd.ops._fake import register_fake
+from fastkd.ops._numbers import call_by_name
 from fastkd.ops.divergence import check_number, check_tensor
 
 _relation = torch.ops.fastkd.relation.default
@@ -55,7 +56,8 @@ def relation(
     check_weight("distance_weight", distance_weight)
     check_weight("angle_weight", angle_weight)
     gradients = torch.is_grad_enabled()
-    loss, terms, _, _ = _relation(
+    loss, terms, _, _ = call_by_name(
+        "relation",
         student_features if student_features.dim() == 2 else student_features.flatten(1),
         teacher_features if teacher_features.dim() == 2 else teacher_features.flatten(1),
         distance_weight,
@@ -106,17 +108,20 @@ def _relation_backward_fake(features: Tensor, pairs: Tensor, grad_loss: Tensor) 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, terms, student_pairs, teacher_pairs = output
+    _, terms, *pairs = output
+    student_features, teacher_features, *ctx.weights, student_gradient, teacher_gradient, numbers = inputs
+    features, made = (student_features, teacher_features), (student_gradient, teacher_gradient)
     ctx.set_materialize_grads(False)
-    save_tensors(ctx, inputs[:2])
-    ctx.weights = inputs[2:4]
-    if torch._C._are_functorch_transforms_active():  # an outer transform must not take the pairs for constants
+    if transforms_active():  # an outer level must not take the pairs for constants
         ctx.mark_non_differentiable(terms)
-        ctx.pairs = None
+        ctx.ahead = False
     else:
-        ctx.mark_non_differentiable(terms, student_pairs, teacher_pairs)
-        # detached aliases: an output kept on its own node would be a reference cycle
-        ctx.pairs = (student_pairs.detach(), teacher_pairs.detach())
+        ctx.mark_non_differentiable(terms, *pairs)
+        ctx.ahead = all(made[i] or not features[i].requires_grad for i in (0, 1))
+    if ctx.ahead:
+        save_tensors(ctx, (*(features[i] if made[i] else None for i in (0, 1)), None, *pairs))
+    else:
+        save_tensors(ctx, (*features, numbers))
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, _terms: None, *second: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -124,19 +129,19 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _terms: None, *second: Tensor 
         raise RuntimeError(_ONCE)
     needed = ctx.needs_input_grad[:2]
     if grad_loss is None or not any(needed):
-        return (None,) * 6
-    features = saved_tensors(ctx)
-    pairs = ctx.pairs
-    if pairs is None or any(needed[i] and pairs[i].dim() != 2 for i in (0, 1)):
-        pairs = _relation(*features, *ctx.weights, *needed)[2:]
+        return (None,) * 7
+    student_features, teacher_features, numbers, *pairs = ctx.saved_tensors
+    features = student_features, teacher_features
+    if not ctx.ahead:
+        pairs = _relation(*features, *ctx.weights, *needed, numbers)[2:]
     gradients = (
         call_in_backward(_relation_backward, x, p, grad_loss) if n else None
         for x, p, n in zip(features, pairs, needed, strict=True)
     )
-    return (*gradients, None, None, None, None)
+    return (*gradients, *(None,) * 5)
 
 
-register_autograd("relation", _backward, setup_context=_setup_context, once=_ONCE)
+register_autograd("relation", _backward, setup_context=_setup_context)
 
 
 def _no_second_derivative(*_: Any) -> None:
