@@ -54,13 +54,14 @@ def kl_div(
         reduction: ``none`` -> ``[...]``; ``sum``; ``batchmean`` = sum / valid rows (the mathematical KL);
             ``mean`` = sum / (valid rows * K), as ``torch.nn.functional.kl_div`` has it.
         target: int64 ``[...]``; rows whose target is ``ignore_index`` are left out of loss, gradient and count.
-        weight: ``[...]``, float32 or float64, factor of each row; does not change the count.
+        weight: broadcasts to ``[...]``, a float dtype, factor of each row; does not change the count.
 
     Returns:
         float32 (float64 for float64 logits), scalar or ``[...]``.
 
     Raises:
         TypeError, ValueError, RuntimeError: shapes that differ, logits that are not floats, T <= 0, a target out of range.
+        Rows that are left out, by ignore_index or weight 0, may hold anything, in temperature and target too.
         On a GPU, numbers in tensors are not looked at before the launch, as that would wait for the device: a target or a
         temperature of a row that is out of range makes the loss and the gradients of that row NaN there.
     """
@@ -186,10 +187,10 @@ def kd_loss(
 
     Args:
         target: int64 ``[...]``, classes; rows whose target is ``ignore_index`` are left out of both terms.
-        alpha: weight of the distillation term, in [0, 1].
+        alpha: weight of the distillation term, in [0, 1]. At 0 the teacher's logits are not looked at.
         reduction: ``batchmean`` = sum / valid rows for both terms; ``sum``; ``none`` -> ``[...]``.
         return_terms: also return ``{"task_loss": ..., "kd_loss": ...}``, the unweighted terms, detached, for logging
-            (where ``alpha`` is 1 the task loss is not computed, and 0).
+            (where ``alpha`` is 1 the task loss is not computed, and 0; so is the distillation loss where it is 0).
         Other arguments as in :func:`kl_div`.
     """
     _ops.check_tensor("target", target)

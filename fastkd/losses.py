@@ -21,12 +21,13 @@ class _Loss(nn.Module):
 
     def __init__(self, temperature: float | Tensor, reduction: Reduction, ignore_index: int) -> None:
         super().__init__()
+        _ops.check_temperature(temperature)
         if isinstance(temperature, Tensor):
             self.register_buffer("temperature", temperature)  # moves with the module
         else:
-            _ops.check_temperature(temperature)
             self.temperature = temperature
         _ops.check_choice("reduction", reduction, _ops.REDUCTIONS)
+        _ops.check_ignore_index(ignore_index)
         self.reduction: Reduction = reduction
         self.ignore_index = ignore_index
 

@@ -284,7 +284,7 @@ def _channel_values(name: str, value: float | Sequence[float], channels: int) ->
         raise ValueError(
             f"fastkd: {name} has {len(values)} values, must have one, or one for each of the {channels} channels"
         )
-    if not all(math.isfinite(v) for v in values):
+    if not all(-math.inf < v < math.inf for v in values):
         raise ValueError(f"fastkd: {name} is {value}, must be finite")
     return values
 

@@ -245,6 +245,9 @@ FASTKD_DEVICE float log(float x) { return ::logf(x); }
 FASTKD_DEVICE double log(double x) { return ::log(x); }
 FASTKD_DEVICE float maximum(float a, float b) { return ::fmaxf(a, b); }  // the other one where one is NaN
 FASTKD_DEVICE double maximum(double a, double b) { return ::fmax(a, b); }
+// a * b, rounded: never part of a fused multiply-add, which would tell equal products from each other
+FASTKD_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
+FASTKD_DEVICE double product(double a, double b) { return __dmul_rn(a, b); }
 // 1 / x for normal x > 0, within an ulp
 FASTKD_DEVICE float reciprocal(float x) {
   float result;

@@ -166,11 +166,12 @@ struct Row {
     // gradients: of the "to" side it is p_y - p_x, of the "from" side p_x (c log p_x - log p_y - D)
     const double scale = weight * params.kd_scale * temperature;
     const V f_s = broadcast<V>(scale / zs), f_t = broadcast<V>(scale / zt);
+    const V f = Swap ? f_t : f_s, ratio = broadcast<V>(Swap ? zt / zs : zs / zt);
     const V f_task = broadcast<V>(weight * params.task_scale * task.inverse_z);
     const V shift = broadcast<V>(Swap ? -c * log_s + log_t - value : -c * log_t + log_s - value);
     const auto to_side = [&](int64_t i) __attribute__((always_inline)) {
       const V es = load(e_s + i), et = load(e_t + i);
-      return Swap ? et * f_t - es * f_s : es * f_s - et * f_t;
+      return f * (Swap ? et - es * ratio : es - et * ratio);  // exactly 0 for equal rows, contracted or not
     };
     const auto from_side = [&](int64_t i, int lanes) __attribute__((always_inline)) {
       return Swap ? weigh(load(e_s + i) * f_s, in.difference(i, lanes, c_v, one) + shift)
@@ -227,7 +228,7 @@ struct Row {
 
   // Both sides of a mixture, and where q log(q / m) and p log(p / m) go.
   struct Mixture {
-    const V beta, one_minus_beta, inverse_zs, inverse_zt, tiny;
+    const V beta, one_minus_beta, inverse_zs, inverse_zt, ratio, tiny;
     const S* const e_s;
     const S* const e_t;
     S* const r_q;
@@ -237,6 +238,7 @@ struct Row {
           one_minus_beta(broadcast<V>(1.0 - of_p)),
           inverse_zs(broadcast<V>(1.0 / zs)),
           inverse_zt(broadcast<V>(1.0 / zt)),
+          ratio(broadcast<V>(zs / zt)),
           tiny(broadcast<V>(kTiny<S>)),
           e_s(es),
           e_t(et),
@@ -252,6 +254,8 @@ struct Row {
       const V m = beta * p + one_minus_beta * q;
       return {q, p, m, S(1) / maximum(tiny, m)};
     }
+    // q - p, exactly 0 for equal rows, contracted or not
+    FASTKD_INLINE V difference(int64_t i) const { return (load(e_s + i) - load(e_t + i) * ratio) * inverse_zs; }
     FASTKD_INLINE void add(int64_t i, MixtureTerm<V> of_q, MixtureTerm<V> of_p, V* sum) const {
       sum[0] += of_q.divergence;
       sum[1] += of_p.divergence;
@@ -264,7 +268,7 @@ struct Row {
   Totals<V, 2> small_mixture(const Mixture& mixture) const {
     return sweep_sum<V, 2>(params.classes, [&](int64_t i, int, V* sum) __attribute__((always_inline)) {
       const auto at = mixture.at(i);
-      const V q_p = at.q - at.p, to_q = mixture.beta * q_p, to_p = -mixture.one_minus_beta * q_p;
+      const V q_p = mixture.difference(i), to_q = mixture.beta * q_p, to_p = -mixture.one_minus_beta * q_p;
       if (all_of(is_near<S>(at.m, to_q) & is_near<S>(at.m, to_p))) {
         mixture.add(i, near_term<S>(at.inverse_m, to_q), near_term<S>(at.inverse_m, to_p), sum);
       } else {

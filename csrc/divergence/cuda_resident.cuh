@@ -58,7 +58,7 @@ FASTKD_DEVICE void resident_row(const Row<T, int>& row, Group& group) {
 
   double sums[4];  // exponentials of y and x, terms of the divergence, exponentials of the cross-entropy
   {
-    const Linear<S> linear{inverse_of<S>(early.temperature), row.c(), top[0], top[1], S(0), S(0), S(0)};
+    const Linear<S> linear{inverse_of<S>(early.temperature), row.c(), top[0], top[1], S(0), S(0), S(0), S(0)};
     S sum_y = 0, sum_x = 0, sum_d = 0, sum_task = 0;
     if (early.own_task) {
 #pragma unroll
@@ -132,8 +132,8 @@ FASTKD_DEVICE void resident_row(const Row<T, int>& row, Group& group) {
     for (int v = 0; v < kPacks; ++v) {
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        y[v][k] *= js.inverse_zy;
-        const auto terms = js.terms(y[v][k], x[v][k] * js.inverse_zx);
+        y[v][k] = product(y[v][k], js.inverse_zy);
+        const auto terms = js.terms(y[v][k], product(x[v][k], js.inverse_zx));
         sum_q += terms.q.divergence;
         sum_p += terms.p.divergence;
         x[v][k] = terms.q.gradient;

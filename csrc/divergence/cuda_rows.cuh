@@ -234,10 +234,10 @@ struct TaskGradient {
 // Forward and reverse KL, soft cross-entropy.
 template <typename S>
 struct Linear {
-  S inverse_temperature, c, top_y, top_x, f_y, f_x, shift;
+  S inverse_temperature, c, top_y, top_x, f_y, f_x, ratio, shift;
   FASTKD_DEVICE S a(S y) const { return (y - top_y) * inverse_temperature; }
   FASTKD_DEVICE S b(S x) const { return (x - top_x) * inverse_temperature; }
-  FASTKD_DEVICE S y_gradient(S e_y, S e_x) const { return e_y * f_y - e_x * f_x; }
+  FASTKD_DEVICE S y_gradient(S e_y, S e_x) const { return f_y * (e_y - e_x * ratio); }  // exactly 0 for equal rows
   FASTKD_DEVICE S x_gradient(S e_x, S a, S b) const { return weigh(e_x * f_x, c * b - a + shift); }
 };
 
@@ -246,8 +246,8 @@ template <typename T>
 struct JensenShannon {
   using S = Compute<T>;
   S inverse_temperature, top_y, top_x, inverse_zy, inverse_zx, beta, one_minus_beta, f_q, f_p, kq, kp;
-  FASTKD_DEVICE S q(S y) const { return exp_of<T>((y - top_y) * inverse_temperature) * inverse_zy; }
-  FASTKD_DEVICE S p(S x) const { return exp_of<T>((x - top_x) * inverse_temperature) * inverse_zx; }
+  FASTKD_DEVICE S q(S y) const { return product(exp_of<T>((y - top_y) * inverse_temperature), inverse_zy); }
+  FASTKD_DEVICE S p(S x) const { return product(exp_of<T>((x - top_x) * inverse_temperature), inverse_zx); }
   // Of KL(q || m) and of KL(p || m).
   struct Terms {
     MixtureTerm<S> q, p;
@@ -316,6 +316,7 @@ FASTKD_DEVICE Linear<Compute<T>> linear_of(const Row<T, Index>& row, const typen
           top_x,
           static_cast<S>(kd_scale * inverse_sum<S>(sums.z_y)),
           static_cast<S>(kd_scale * inverse_sum<S>(sums.z_x)),
+          static_cast<S>(sizeof(S) == 8 ? sums.z_y / sums.z_x : sums.z_y * inverse(sums.z_x)),
           static_cast<S>(shift)};
 }
 

@@ -62,11 +62,11 @@ struct MixtureTerm {
   V gradient, divergence;
 };
 
-// Whether q is so near to m that the series holds; difference = q - m. Probabilities may be subnormal, where reciprocal and
-// logarithm have a floor: there, too, the series has the right sign.
+// Whether q is so near to m that the series holds; difference = q - m. Also where 1 / m has its floor (m may be subnormal) and
+// q log(q / m) could be too small: there the series is wrong, by less than 2^-124, but as positive as it is everywhere.
 template <typename S, typename V>
 FASTKD_HOST_DEVICE auto is_near(V m, V difference) {
-  constexpr S kNear = sizeof(S) == 8 ? S(0x1p-8) : S(0x1p-6), kTiniest = sizeof(S) == 8 ? S(0x1p-1022) : S(0x1p-126);
+  constexpr S kNear = sizeof(S) == 8 ? S(0x1p-10) : S(0x1p-6), kTiniest = sizeof(S) == 8 ? S(0x1p-1020) : S(0x1p-124);
   const V bound = m * kNear + kTiniest;
   return (difference < bound) & (difference > -bound);
 }
@@ -75,9 +75,8 @@ FASTKD_HOST_DEVICE MixtureTerm<V> near_term(V inverse_m, V difference) {
   const V v = difference * inverse_m;
   V series = v * S(1.0 / 12) - S(1.0 / 6);  // in float, v^3 / 20 is below half an ulp of 1 / 2
   if constexpr (sizeof(S) == 8) {
-    series = v * S(-1.0 / 42) + S(1.0 / 30);
-    series = (series * v - S(1.0 / 20)) * v + S(1.0 / 12);
-    series = series * v - S(1.0 / 6);
+    series = v * S(1.0 / 30) - S(1.0 / 20);
+    series = (series * v + S(1.0 / 12)) * v - S(1.0 / 6);
   }
   const V divergence = difference * v * (series * v + S(0.5));
   return {divergence + difference, divergence};

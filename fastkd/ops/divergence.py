@@ -85,18 +85,15 @@ def divergence(
         student_logits, teacher_logits = student_logits.to(wide), teacher_logits.to(wide)
     check_choice("kind", kind, KINDS)
     check_choice("reduction", reduction, REDUCTIONS)
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"fastkd: ignore_index is {ignore_index!r}, must be an int")
+    check_ignore_index(ignore_index)
     rows_shape = student_logits.shape[:-1]
     row_temperature = None
     if isinstance(temperature, Tensor):
-        _no_gradient("temperature", temperature)
         row_temperature, temperature = _rows("temperature", temperature, rows_shape), 1.0
     else:
         check_temperature(temperature)
     if weight is not None:
         check_tensor("weight", weight)
-        _no_gradient("weight", weight)
         weight = _rows("weight", weight, rows_shape)
     if target is not None:
         check_tensor("target", target)
@@ -152,9 +149,22 @@ def check_number(name: str, value: object) -> None:
 
 
 def check_temperature(value: object) -> None:
+    """A number, or a tensor whose values this looks at: for what is kept, not for a call, which must not wait."""
+    if isinstance(value, Tensor):
+        _check_row_values("temperature", value)
+        if type(value) is not Tensor or value.is_meta or torch.compiler.is_compiling():
+            return  # it has no values yet
+        if not bool(((value > 0.0) & value.isfinite()).all()):
+            raise ValueError(f"fastkd: temperature is {value}, must be positive and finite")
+        return
     check_number("temperature", value)
     if not 0.0 < value < math.inf:  # type: ignore[operator]
         raise ValueError(f"fastkd: temperature is {value}, must be positive and finite")
+
+
+def check_ignore_index(value: object) -> None:
+    if not isinstance(value, int):
+        raise TypeError(f"fastkd: ignore_index is {value!r}, must be an int")
 
 
 def check_share(name: str, value: object) -> None:
@@ -183,8 +193,7 @@ def _vocabulary_hint(student_logits: Tensor, teacher_logits: Tensor) -> str:
 
 
 def _rows(name: str, value: Tensor, shape: torch.Size) -> Tensor:
-    if not value.is_floating_point():
-        raise TypeError(f"fastkd: {name} has dtype {value.dtype}, must be a float dtype")
+    _check_row_values(name, value)
     if value.dtype not in (torch.float32, torch.float64):
         value = value.float()
     try:
@@ -195,7 +204,9 @@ def _rows(name: str, value: Tensor, shape: torch.Size) -> Tensor:
         ) from None
 
 
-def _no_gradient(name: str, value: Tensor) -> None:
+def _check_row_values(name: str, value: Tensor) -> None:
+    if value.dtype not in _FLOATS:
+        raise TypeError(f"fastkd: {name} has dtype {value.dtype}, must be float32, float64, bfloat16 or float16")
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"fastkd: {name} requires grad, but has no gradient here; pass {name}.detach()")
 

@@ -155,6 +155,10 @@ S maximum(S a, S b) {
   return std::fmax(a, b);
 }
 template <typename S>
+S product(S a, S b) {
+  return a * b;
+}
+template <typename S>
 S reciprocal(S x) {
   return S(1) / x;
 }

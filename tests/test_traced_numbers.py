@@ -1,0 +1,137 @@
+"""Python numbers that change from call to call under ``torch.compile``: the value and the gradient of each, in two graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fastkd
+from fastkd import functional as F  # noqa: N812
+from fastkd.ops import crop as crop_ops
+from fastkd.patches import seeded_crop_flip
+
+pytestmark = [pytest.mark.compiles, pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
+
+S, T = torch.randn(2, 8, 10, generator=torch.Generator().manual_seed(0)).unbind()
+Y = torch.arange(8)
+IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+BYTES = (IMAGES * 255).to(torch.uint8)
+LOSSES = torch.rand(100, generator=torch.Generator().manual_seed(2))
+SEED = torch.tensor([7])
+VALUES = [w / 16 for w in range(1, 13)]  # more than there may be graphs of a function
+
+# of w in (0, 1), from logits or images: anything that can be differentiated, or not
+CASES: dict[str, tuple[Tensor, Callable[[Tensor, float], Tensor]]] = {
+    "kl_div temperature": (S, lambda x, w: F.kl_div(x, T, w)),
+    "kl_div both": (S, lambda x, w: F.kl_div(x * w, T, 1 / w)),
+    "js_div beta": (S, lambda x, w: F.js_div(x * w, T, beta=w / 10)),
+    "js_div temperature": (S, lambda x, w: F.js_div(x, T, 1 + w, beta=1 - w)),
+    "soft_cross_entropy": (S, lambda x, w: F.soft_cross_entropy(x, T, 2 * w)),
+    "kd_loss alpha": (S, lambda x, w: F.kd_loss(x, T, Y, alpha=w)),
+    "kd_loss 1 - alpha": (S, lambda x, w: F.kd_loss(x, T, Y, 4 * w, alpha=1 - w)),
+    "float16": (S.half(), lambda x, w: F.kl_div(x, T.half(), w)),
+    "logit_stats": (S, lambda x, w: torch.stack(fastkd.logit_stats(x, w)[2:])),
+    "relation_loss": (S, lambda x, w: F.relation_loss(x, T, w, 2 * w)),
+    "select_clean threshold": (LOSSES, lambda x, w: fastkd.select_clean(x, w)[0]),
+    "select_clean options": (LOSSES, lambda x, w: fastkd.select_clean(x, tol=w / 1000, reg_covar=w / 50)[1]),
+    "TwoGaussianMixture": (LOSSES, lambda x, w: fastkd.TwoGaussianMixture(reg_covar=w / 9, tol=0.0).fit(x).means_),
+    "flip_probability": (IMAGES, lambda x, w: crop_ops.crop_offsets(SEED, 50, 2, (0, 3), (0, 3), w)[1]),
+    "seeded_crop_flip": (BYTES, lambda x, w: seeded_crop_flip(x, 3, 2, w, w, (w, 1.0, 2.0), torch.float32)),
+    "normalised images": (IMAGES, lambda x, w: seeded_crop_flip(x, 3, 2, 0.5, None, w, torch.float32)),
+    "inverse_temperature": (S.flatten(), lambda x, w: fastkd.AliasTable(x, w, seed=1).probabilities()),
+    "iqpr": (S.flatten(), lambda x, w: fastkd.AliasTable(x, iqpr=1 + w, seed=1).probabilities()),
+}
+
+
+def gradient_of(function: Callable[[Tensor, float], Tensor], x: Tensor, w: float) -> tuple[Tensor, Tensor | None]:
+    x = x.clone().requires_grad_(x.is_floating_point())
+    y = function(x, w)
+    if not y.requires_grad:
+        return y, None
+    return y, torch.autograd.grad(y.square().sum(), x)[0]
+
+
+def check(compiled: Callable[[Tensor, float], Tensor], eager: Callable[[Tensor, float], Tensor], x: Tensor) -> None:
+    for w in VALUES:
+        for ours, expected in zip(gradient_of(compiled, x, w), gradient_of(eager, x, w), strict=True):
+            torch.testing.assert_close(ours, expected, msg=lambda text, w=w: f"at {w}: {text}")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_numbers(name: str) -> None:
+    x, function = CASES[name]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    check(torch.compile(function, fullgraph=True, backend=counter), function, x)
+    assert counter.frame_count <= 2  # one of the first number, one of any
+
+
+@pytest.mark.parametrize("name", ["js_div beta", "relation_loss", "seeded_crop_flip", "inverse_temperature"])
+def test_numbers_under_inductor(name: str) -> None:
+    """It makes tensors of symbols where it can, and constants where it cannot: that is where values went stale."""
+    x, function = CASES[name]
+    torch._dynamo.reset()
+    check(torch.compile(function, fullgraph=True), function, x)
+
+
+ATTRIBUTES: dict[str, tuple[torch.nn.Module, str, tuple[Tensor, ...]]] = {
+    "KLDivLoss": (fastkd.KLDivLoss(), "temperature", (T,)),
+    "JSDivLoss": (fastkd.JSDivLoss(), "beta", (T,)),
+    "KDLoss temperature": (fastkd.KDLoss(), "temperature", (T, Y)),
+    "KDLoss alpha": (fastkd.KDLoss(), "alpha", (T, Y)),
+    "RelationLoss": (fastkd.RelationLoss(), "angle_weight", (T,)),
+}
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_annealed_attributes(name: str) -> None:
+    module, attribute, rest = ATTRIBUTES[name]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for w in VALUES:
+        setattr(module, attribute, w)
+        torch.testing.assert_close(compiled(S, *rest), module(S, *rest))
+    assert counter.frame_count <= 2
+
+
+def test_constants_stay_constants() -> None:
+    """Numbers that do not change need no tensor, which would keep a program out of CUDA graphs."""
+    torch._dynamo.reset()
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., object]:
+        seen.extend(str(node) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.compile(lambda s: F.kd_loss(s, T, Y, 3.0, 0.5), fullgraph=True, backend=backend)(S)
+    assert any("call_by_name" in name for name in seen)
+    assert not any("ones" in name or "stack" in name for name in seen)
+
+
+@pytest.mark.parametrize("bad", [-1.0, 0.0])
+def test_bad_numbers_raise(bad: float) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda s, w: F.kl_div(s, T, w), backend="aot_eager")
+    for w in (1.0, 2.0, 3.0):
+        compiled(S, w)
+    with pytest.raises(Exception, match="temperature is"):
+        compiled(S, bad)
+
+
+def test_numbers_in_a_tensor_are_checked() -> None:
+    op = torch.ops.fastkd.logit_stats.default
+    expected = op(S, 2.0)
+    for ours, theirs in zip(op(S, 1.0, torch.tensor([2.0], dtype=torch.float64)), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    for numbers, message in (
+        (torch.tensor([2.0]), "numbers has dtype float32"),
+        (torch.ones(2, dtype=torch.float64), r"numbers has shape \(2,\), must be \(1,\)"),
+        (torch.tensor([-2.0], dtype=torch.float64), "temperature is -2"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op(S, 1.0, numbers)
