@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from fastkd import _checks
 from fastkd.methods.method import WeightedMethod
 
 __all__ = ["AT", "FSP", "FitNet"]
@@ -44,9 +45,12 @@ class FitNet(WeightedMethod):
     ) -> None:
         super().__init__(task_weight, kd_weight, feature_weight, temperature, layers, teacher_layers)
         self.check_layers(1, 1)
-        self.student_channels, self.teacher_channels = student_channels, teacher_channels
+        self.student_channels = _checks.check_count("student_channels", student_channels, 1)
+        self.teacher_channels = _checks.check_count("teacher_channels", teacher_channels, 1)
         self.regressor = nn.Sequential(
-            nn.Conv2d(student_channels, teacher_channels, 1, bias=False), nn.BatchNorm2d(teacher_channels), nn.ReLU()
+            nn.Conv2d(self.student_channels, self.teacher_channels, 1, bias=False),
+            nn.BatchNorm2d(self.teacher_channels),
+            nn.ReLU(),
         )
 
     def distance(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
