@@ -34,7 +34,10 @@ def check_number(name: str, value: object) -> float:
         return value  # type: ignore[return-value]
     if isinstance(value, Tensor) or not isinstance(value, Real):
         raise TypeError(f"fastkd: {name} is {_shown(value)}, must be a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"fastkd: {name} is {value}, must be a number that a float holds") from None
 
 
 def check_between(name: str, value: object, least: float, most: float) -> float:
@@ -67,8 +70,10 @@ def check_flag(name: str, value: object) -> bool:
 
 
 def names(dtypes: Sequence[torch.dtype]) -> str:
+    if len(dtypes) == 1:
+        return str(dtypes[0])
     *first, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-    return f"{', '.join(first)} or {last}" if first else last
+    return f"{', '.join(first)} or {last}"
 
 
 def _shown(value: object) -> str:

@@ -276,10 +276,9 @@ def _optional(name: str, values: Values | None) -> Tensor | None:
 
 
 def _deviations(variances: Tensor) -> Tensor:
-    """With the sign of the variance, and NaN of NaN: the operator looks at that."""
-    if variances.is_complex():
-        return variances  # refused there
-    return variances.double().abs().sqrt().copysign(variances)
+    """With the sign of the variance, at which the operator looks."""
+    exact = _ops.check_start("init_variances", variances).double()
+    return exact.abs().sqrt().copysign(exact)
 
 
 def _rows(pair: Tensor, single: bool) -> Tensor:

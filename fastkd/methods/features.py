@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastkd._checks import check_tensor
 
-__all__ = ["FeatureTap", "JointLogits", "Outputs", "layer_names", "logits_of", "logits_of_one"]
+__all__ = ["FeatureTap", "JointLogits", "Outputs", "check_module", "layer_names", "logits_of", "logits_of_one"]
 
 _NONE: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -53,7 +53,7 @@ class FeatureTap(nn.Module):
     The hooks stay on the model until :meth:`remove`, and do nothing but while the tap runs.
 
     Raises:
-        TypeError: a string for the names.
+        TypeError: a model that is no module, a string for the names.
         ValueError: a name that the model does not have; the message lists those that it has.
         RuntimeError: at the call, where a module did not run, ran twice, returned something else than a tensor, or its
             output was changed in place afterwards (``ReLU(inplace=True)`` after a tapped batch norm; not noticed inside
@@ -62,7 +62,7 @@ class FeatureTap(nn.Module):
 
     def __init__(self, model: nn.Module, layers: Iterable[str] = ()) -> None:
         super().__init__()
-        self.model = model
+        self.model = check_module("model", model)
         self.training = model.training
         self._hooks: list[RemovableHandle] = []
         self.retap(layers)
@@ -106,6 +106,12 @@ class _Tap:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.outputs is not None:
             self.outputs.append((output, _version(output)))
+
+
+def check_module(name: str, module: object) -> nn.Module:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"fastkd: {name} is {type(module).__name__}, must be a torch.nn.Module")
+    return module
 
 
 def layer_names(argument: str, layers: Iterable[str]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from fastkd.methods.features import FeatureTap
+from fastkd.methods.features import FeatureTap, check_module
 from fastkd.methods.method import Loss, Method
 
 __all__ = ["Objective"]
@@ -36,6 +36,9 @@ class Objective(nn.Module):
 
     def __init__(self, method: Method, student: nn.Module, teacher: nn.Module | None = None) -> None:
         super().__init__()
+        if not isinstance(method, Method):
+            raise TypeError(f"fastkd: method is {method!r}, must be a Method (registry.create makes one by name)")
+        check_module("student", student)
         self.method = method
         self.student = FeatureTap(student)
         tap = None
@@ -43,6 +46,7 @@ class Objective(nn.Module):
             if method.reads_teacher:
                 raise ValueError(f"fastkd: teacher is None, must be a network for {type(method).__name__}")
         elif method.needs_teacher:
+            check_module("teacher", teacher)
             _check_apart(student, teacher)
             tap = FeatureTap(teacher.eval().requires_grad_(False))
         self._teacher = (tap,)  # in a tuple, nn.Module does not see it

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastkd import _checks, functional
 from fastkd._seeding import seeded
-from fastkd.methods.features import JointLogits, Outputs, logits_of, logits_of_one
+from fastkd.methods.features import JointLogits, Outputs, check_module, logits_of, logits_of_one
 from fastkd.methods.loop import evaluating
 from fastkd.methods.method import Loss, Method, check_logits, check_number, check_progress, cross_entropy
 
@@ -131,7 +131,7 @@ class MultiBranch(nn.Module):
     Args:
         trunk: images to maps ``[B, C, H, W]``.
         branches: modules of their own, maps to logits ``[B, K]``.
-        channels: C.
+        channels: C, 1 or more.
         seed: of the gate's initial weights; torch's global generator stays as it is.
 
     Shape: images ``[B, ...]`` -> :class:`fastkd.methods.JointLogits` of the branches and, last, of the ensemble, ``[B, K]``
@@ -140,14 +140,14 @@ class MultiBranch(nn.Module):
 
     def __init__(self, trunk: nn.Module, branches: Sequence[nn.Module], channels: int, *, seed: int = 0) -> None:
         super().__init__()
-        _checks.check_count("the number of branches", len(branches), 2)
-        self.trunk = trunk
-        self.branches = nn.ModuleList(branches)
+        self.trunk = check_module("trunk", trunk)
+        self.branches = _several("branches", branches)
+        channels, seed = _checks.check_count("channels", channels, 1), _checks.check_count("seed", seed, -(2**63))
         self._frame: _Frame | None = None
         with seeded(seed):
-            linear = nn.Linear(channels, len(branches))
+            linear = nn.Linear(channels, len(self.branches))
         self.gate = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear, nn.BatchNorm1d(len(branches)), nn.ReLU(), nn.Softmax(1)
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear, nn.BatchNorm1d(len(self.branches)), nn.ReLU(), nn.Softmax(1)
         )
 
     def forward(self, images: Tensor) -> JointLogits:
@@ -187,7 +187,7 @@ class MultiBranch(nn.Module):
                 "make trunk and branches by hand, MultiBranch(trunk, branches, channels)"
             )
         maps = _in_evaluation(trunk, example)
-        student = MultiBranch(trunk, [branch for _, branch in parts], 0 if maps is None else maps.shape[1])
+        student = MultiBranch(trunk, [branch for _, branch in parts], 1 if maps is None else maps.shape[1])
         student._frame = _Frame(networks[0])
         return student
 
@@ -222,8 +222,7 @@ class Cohort(nn.Module):
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         super().__init__()
-        _checks.check_count("the number of networks", len(networks), 2)
-        self.networks = nn.ModuleList(networks)
+        self.networks = _several("networks", networks)
 
     def forward(self, images: Tensor) -> JointLogits:
         results = [logits_of(network(images)) for network in self.networks]  # no generator, for torch.compile's sake
@@ -280,3 +279,12 @@ def _logits_of_several(logits: object) -> list[Tensor]:
                 f"{tuple(each[0].shape)}"
             )
     return each
+
+
+def _several(name: str, modules: Iterable[nn.Module]) -> nn.ModuleList:
+    """Two modules or more."""
+    if isinstance(modules, str) or not isinstance(modules, Iterable):
+        raise TypeError(f"fastkd: {name} is {modules!r}, must be a sequence of modules")
+    every = [check_module(f"{name}[{i}]", module) for i, module in enumerate(modules)]
+    _checks.check_count(f"the number of {name}", len(every), 2)
+    return nn.ModuleList(every)

@@ -74,7 +74,7 @@ class BSS(Method):
     ``attacked.images``, ``method.loss(...)``.
 
     Args:
-        temperature: T > 0.
+        temperature: T, from 1e-18 to 1e18: beyond, T^2 leaves the range of float32.
         attack_size: samples of a batch that are attacked, at most.
         attack_steps: steps of the attack.
         step_size: length of a step, over the difference of the two logits.
@@ -92,6 +92,8 @@ class BSS(Method):
     ) -> None:
         super().__init__()
         self.temperature = check_number("temperature", temperature, above=True)
+        if not 1e-18 <= self.temperature <= 1e18:  # losses are divided by its square
+            raise ValueError(f"fastkd: temperature is {temperature}, must be from 1e-18 to 1e18 for BSS")
         self.step_size = check_number("step_size", step_size, above=True)
         self.attack_size = _checks.check_count("attack_size", attack_size, 1)
         self.attack_steps = _checks.check_count("attack_steps", attack_steps, 1)

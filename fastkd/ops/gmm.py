@@ -158,8 +158,13 @@ def _sample_weight(sample_weight: Tensor | None, name: str, values: Tensor, rows
 _INIT = ("init_weights", "init_means", "init_deviations")
 
 
+def check_start(name: str, t: Tensor) -> Tensor:
+    """A parameter to start from, of any real dtype."""
+    return _checks.check_dtype(name, t, (*_checks.FLOATS, *_INDICES))
+
+
 def _pairs(name: str, t: Tensor, problems: int) -> Tensor:
-    _checks.check_dtype(name, t, (*_checks.FLOATS, *_INDICES))
+    check_start(name, t)
     if t.shape != (problems, 2):
         raise ValueError(f"fastkd: {name} has shape {tuple(t.shape)}, must be ({problems}, 2)")
     return t.detach().double()
