@@ -32,8 +32,9 @@ class FitStatus(enum.IntEnum):
 
     CONVERGED = 0  #: the mean log-likelihood changed by less than tol
     MAX_ITER = 1  #: it still changed by more after max_iter iterations
-    CONSTANT = 2  #: the values that take part are all equal: every finite value is selected, with posterior 1
-    TOO_FEW = 3  #: fewer than two values take part: with one every finite value is selected, with none nothing is
+    #: the values that take part are all equal: every finite value has posterior 1, and is selected but at threshold 1
+    CONSTANT = 2
+    TOO_FEW = 3  #: fewer than two values take part: with one as CONSTANT, with none nothing is selected
     NON_FINITE = 4  #: fitted without the NaN or infinite values among them
     #: on a GPU only, where the CPU raises: a sample weight that is not finite or negative, negative initial parameters,
     #: lengths or offsets out of range; weights and means are 0, nothing is selected
@@ -240,7 +241,8 @@ def select_clean(
 
     Returns:
         mask: bool, the shape of losses; posterior: float32 (float64 for float64 losses), the same shape. Equal losses
-        are all selected; see :class:`FitStatus` for this and the other special cases.
+        are all selected, but at threshold 1, above which nothing is; see :class:`FitStatus` for this and the other
+        special cases.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :meth:`TwoGaussianMixture.fit`.

@@ -245,6 +245,15 @@ def test_select_clean_is_the_posterior_of_a_normalised_fit_above_the_threshold(l
         assert torch.equal(mask, posterior > threshold)
 
 
+@pytest.mark.parametrize("values", [[0.7] * 4, [0.7], [0.7, 0.7, math.nan, math.inf]])
+def test_equal_losses_are_all_selected_but_at_threshold_1(values: list[float]) -> None:
+    losses = torch.tensor(values)
+    for threshold in (0.0, 0.5, 0.999, 1.0):
+        mask, posterior = select_clean(losses, threshold)
+        assert torch.equal(posterior, losses.isfinite().float())
+        assert torch.equal(mask, losses.isfinite() & torch.tensor(threshold < 1.0))
+
+
 def test_predict_is_posterior_below_half(losses: Tensor) -> None:
     mixture = TwoGaussianMixture().fit(losses)
     proba = mixture.predict_proba(losses)

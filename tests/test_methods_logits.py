@@ -172,8 +172,13 @@ def test_several_networks_in_any_sequence(name: str, several: Any) -> None:
 @pytest.mark.parametrize("leading", [(), (B, T)])
 def test_bss_takes_whole_images(leading: tuple[int, ...]) -> None:
     given = Outputs(torch.zeros(*leading, K))
+    target = torch.zeros(leading, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"student.logits has shape \(.*7,?\), must be \[B, "):
-        BSS()(given, given, torch.zeros(leading, dtype=torch.int64))
+        BSS()(given, given, target)
+    tap = FeatureTap(nn.Linear(2, 2))
+    for wrong in ((given.logits, STACK[0]), (STACK[0], given.logits), (JointLogits(STACK), STACK[0])):
+        with pytest.raises(ValueError, match=r"fastkd: (student|teacher)_logits .*must be (\[B, |those of one)"):
+            BSS().attack(tap, torch.zeros(B, 2), *wrong, target)
 
 
 # shapes of student.logits, teacher.logits and target, and what the message says of Baseline, of Hinton and of BSS

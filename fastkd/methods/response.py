@@ -125,11 +125,7 @@ class BSS(Method):
         check_progress(progress)
         if teacher is None:
             raise ValueError("fastkd: teacher is None, must be its outputs for BSS")
-        logits = check_logits("student.logits", student.logits)
-        if logits.dim() != 2:
-            raise ValueError(
-                f"fastkd: student.logits has shape {tuple(logits.shape)}, must be [B, K] for BSS, which moves whole images"
-            )
+        logits = _of_images("student.logits", student.logits)
         given = check_teacher_logits(logits, teacher.logits)
         task = cross_entropy(logits, target)
         kd = self._soft_cross_entropy(logits, given)
@@ -159,6 +155,8 @@ class BSS(Method):
             student_logits, teacher_logits: ``[B, K]``, on the images.
             target: int64 ``[B]``.
         """
+        student_logits = _of_images("student_logits", student_logits)
+        teacher_logits = _of_images("teacher_logits", teacher_logits)
         with torch.no_grad():
             exact = torch.promote_types(teacher_logits.dtype, torch.float32)  # 16 bits are too few to draw by
             p, q = teacher_logits.softmax(1, dtype=exact), student_logits.softmax(1, dtype=exact)
@@ -200,6 +198,15 @@ class BSS(Method):
     def extra_repr(self) -> str:
         size = f"attack_size={self.attack_size}, attack_steps={self.attack_steps}"
         return f"temperature={self.temperature}, {size}, step_size={self.step_size}, bounds={self.bounds}"
+
+
+def _of_images(name: str, logits: object) -> Tensor:
+    one = check_logits(name, logits)
+    if one.dim() != 2:
+        raise ValueError(
+            f"fastkd: {name} has shape {tuple(one.shape)}, must be [B, K] for BSS, which moves whole images"
+        )
+    return one
 
 
 def _bounds(bounds: tuple[float, float]) -> tuple[float, float]:
