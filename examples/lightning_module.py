@@ -26,7 +26,7 @@ class Distillation(lightning.LightningModule):
         progress = self.current_epoch / (self.trainer.max_epochs or 1)  # BSS and ONE change with it
         loss, logits = self.objective(images, target, progress)
         self.log_dict(
-            {**loss.terms, "loss": loss.total.detach(), "accuracy": (logits.argmax(1) == target).float().mean()}
+            {**loss.terms, "loss": loss.total.detach(), "accuracy": (logits.argmax(-1) == target).float().mean()}
         )
         return loss.total
 

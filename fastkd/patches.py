@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
+from fastkd import _checks
 from fastkd.ops import crop as _ops
 
 Size = int | tuple[int, int]
 
 __all__ = ["crop_patches", "random_crop_flip", "random_patches"]
 
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_FLOATS = _checks.FLOATS
+_INTEGERS = (*_checks.INTEGERS, torch.bool)
 
 
 def random_patches(
@@ -54,7 +56,7 @@ def random_patches(
     """
     check_images(images, _FLOATS + _INTEGERS)
     height, width = pair_of(size)
-    _check_count("patches_per_image", patches_per_image, 1)
+    patches_per_image = _checks.check_count("patches_per_image", patches_per_image, 1)
     offsets, _ = _draw(images, height, width, patches_per_image, padding, 0.0, generator)
     return _ops.crop(images, offsets, (height, width)), offsets
 
@@ -174,9 +176,8 @@ def _crop_flip(
 
 def check_augmentation(flip_probability: float, dtype: torch.dtype) -> None:
     if dtype not in _FLOATS:
-        raise TypeError(f"fastkd: dtype is {dtype}, must be {_names(_FLOATS)}")
-    if not 0.0 <= flip_probability <= 1.0:
-        raise ValueError(f"fastkd: flip_probability is {flip_probability}, must be in [0, 1]")
+        raise TypeError(f"fastkd: dtype is {dtype}, must be {_checks.names(_FLOATS)}")
+    _checks.check_between("flip_probability", flip_probability, 0.0, 1.0)
 
 
 def normalisation(
@@ -186,8 +187,8 @@ def normalisation(
     unit = 255.0 if byte else 1.0
     center = [] if mean is None else [unit * m for m in _channel_values("mean", mean, channels)]
     spread = [] if std is None else _channel_values("std", std, channels)
-    if any(s <= 0.0 for s in spread):
-        raise ValueError(f"fastkd: std is {std}, must be positive")
+    if any(s <= 0.0 or 1.0 / (unit * s) == math.inf for s in spread):
+        raise ValueError(f"fastkd: std is {std}, must be positive, and 1 / std finite")
     return center, [1.0 / (unit * s) for s in spread] if spread or not byte else [1.0 / unit] * channels
 
 
@@ -213,7 +214,7 @@ def _draw(
 
 
 def check_window(images: Tensor, height: int, width: int, padding: int, generator: torch.Generator | None) -> None:
-    _check_count("padding", padding, 0)
+    _checks.check_count("padding", padding, 0)
     padded_height, padded_width = images.shape[2] + 2 * padding, images.shape[3] + 2 * padding
     if height > padded_height or width > padded_width:
         raise ValueError(
@@ -224,6 +225,8 @@ def check_window(images: Tensor, height: int, width: int, padding: int, generato
                 else f", ({padded_height}, {padded_width})"
             )
         )
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"fastkd: generator is {type(generator).__name__}, must be a torch.Generator")
     if generator is not None and not _same_device(generator.device, images.device):
         raise ValueError(
             f"fastkd: generator is on {generator.device}, must be on the device of images, {images.device}"
@@ -240,38 +243,31 @@ def _same_device(a: torch.device, b: torch.device) -> bool:
 
 
 def check_images(images: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(images, Tensor):
-        raise TypeError(f"fastkd: images is {type(images).__name__}, must be a tensor")
+    _checks.check_tensor("images", images)
     if images.dim() != 4:
         hint = "; give a mask [B, H, W] a channel: mask[:, None]" if images.dim() == 3 else ""
         raise ValueError(f"fastkd: images has shape {tuple(images.shape)}, must be [B, C, H, W]{hint}")
-    if images.dtype not in dtypes:
-        raise TypeError(f"fastkd: images has dtype {images.dtype}, must be {_names(dtypes)}")
+    _checks.check_dtype("images", images, dtypes)
 
 
 def _check_places(name: str, value: Tensor, dtype: torch.dtype, images: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be a tensor")
-    if value.dtype != dtype:
-        raise TypeError(f"fastkd: {name} has dtype {value.dtype}, must be {dtype}")
+    _checks.check_dtype(name, value, (dtype,))
     if value.device != images.device:
         raise ValueError(f"fastkd: {name} is on {value.device}, must be on the device of images, {images.device}")
 
 
-def _check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int):
-        raise TypeError(f"fastkd: {name} is {value!r}, must be an int")
-    if value < least:
-        raise ValueError(f"fastkd: {name} is {value}, must be at least {least}")
-
-
 def pair_of(size: Size) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
-    if len(pair) != 2 or not all(isinstance(side, int) for side in pair):
+    pair = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(pair) != 2 or not all(_is_count(side) for side in pair):
         raise TypeError(f"fastkd: size is {size!r}, must be an int or a pair of them, (height, width)")
     if min(pair) < 1:
         raise ValueError(f"fastkd: size is {size!r}, must be positive")
-    return pair
+    height, width = (side if isinstance(side, (int, torch.SymInt)) else int(side) for side in pair)
+    return height, width
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
 
 
 def _channel_values(name: str, value: float | Sequence[float], channels: int) -> list[float]:
@@ -279,7 +275,13 @@ def _channel_values(name: str, value: float | Sequence[float], channels: int) ->
         raise TypeError(
             f"fastkd: {name} is a tensor, must be numbers, so that nothing waits for a device: {name}.tolist()"
         )
-    values = [float(value)] * channels if isinstance(value, (int, float)) else [float(v) for v in value]
+    try:
+        given: list[object] = [value] * channels if isinstance(value, Real) else list(value)  # type: ignore[arg-type]
+        values = [_checks.check_number(name, v) for v in given]
+    except TypeError:
+        raise TypeError(
+            f"fastkd: {name} is {value!r}, must be a number, or a sequence of one for each channel"
+        ) from None
     if len(values) != channels:
         raise ValueError(
             f"fastkd: {name} has {len(values)} values, must have one, or one for each of the {channels} channels"
@@ -287,8 +289,3 @@ def _channel_values(name: str, value: float | Sequence[float], channels: int) ->
     if not all(-math.inf < v < math.inf for v in values):
         raise ValueError(f"fastkd: {name} is {value}, must be finite")
     return values
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    names = [str(d).removeprefix("torch.") for d in dtypes]
-    return ", ".join(names[:-1]) + " or " + names[-1]

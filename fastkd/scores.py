@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastkd._checks import check_dtype
 from fastkd.functional import logit_stats
 
 __all__ = ["t1000"]
@@ -22,9 +23,12 @@ def t1000(logits: Tensor) -> Tensor:
     Returns:
         float64 ``[...]``.
 
+    Raises:
+        TypeError, ValueError: another dtype, no tensor, or no classes.
+
     Source: Liang et al., "Enhancing the reliability of out-of-distribution image detection in neural networks" (ICLR
     2018), without their input perturbation, as Begon & Geurts use it in "Distillation from heterogeneous unlabeled
     collections", section 2.1.
     """
-    stats = logit_stats(logits)
+    stats = logit_stats(check_dtype("logits", logits))
     return (1.0 + (stats.max.double() - stats.mean.double()) / 1000.0) / logits.shape[-1]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
+from fastkd import _checks
 from fastkd.ops import gmm as _ops
 
 if TYPE_CHECKING:
@@ -31,8 +32,9 @@ class FitStatus(enum.IntEnum):
 
     CONVERGED = 0  #: the mean log-likelihood changed by less than tol
     MAX_ITER = 1  #: it still changed by more after max_iter iterations
-    CONSTANT = 2  #: the values that take part are all equal: every finite value is selected, with posterior 1
-    TOO_FEW = 3  #: fewer than two values take part: with one every finite value is selected, with none nothing is
+    #: the values that take part are all equal: every finite value has posterior 1, and is selected but at threshold 1
+    CONSTANT = 2
+    TOO_FEW = 3  #: fewer than two values take part: with one as CONSTANT, with none nothing is selected
     NON_FINITE = 4  #: fitted without the NaN or infinite values among them
     #: on a GPU only, where the CPU raises: a sample weight that is not finite or negative, negative initial parameters,
     #: lengths or offsets out of range; weights and means are 0, nothing is selected
@@ -73,13 +75,10 @@ class TwoGaussianMixture:
         monotone: bool = False,
         warm_start: bool = False,
     ) -> None:
-        _ops.check_options(max_iter, tol, reg_covar)
-        self.max_iter = max_iter
-        self.tol = tol
-        self.reg_covar = reg_covar
-        self.normalize = normalize
-        self.monotone = monotone
-        self.warm_start = warm_start
+        self.max_iter, self.tol, self.reg_covar = _ops.check_options(max_iter, tol, reg_covar)
+        self.normalize = _checks.check_flag("normalize", normalize)
+        self.monotone = _checks.check_flag("monotone", monotone)
+        self.warm_start = _checks.check_flag("warm_start", warm_start)
         self._mixtures: _ops.Mixtures | None = None
         self._single = False
 
@@ -96,8 +95,10 @@ class TwoGaussianMixture:
 
         Args:
             values: ``[n]`` (one problem), ``[B, n]``, or with ``offsets`` flat ``[total]``: float32, float64, bfloat16
-                or float16 tensor, or numpy array. Non-finite values are left out.
-            sample_weight: the shape of values, finite, not negative: how often each value counts.
+                or float16 tensor, or numpy array. Non-finite values are left out. A column ``[n, 1]`` is refused: it
+                would be n problems of one value.
+            sample_weight: the shape of values, of a float or integer dtype or bool, finite, not negative: how often each
+                value counts.
             lengths: integer ``[B]``: only the first ``lengths[b]`` values of row b count.
             offsets: integer ``[B + 1]``: problem b is ``values[offsets[b] : offsets[b + 1]]``.
             init: weights, means and variances to start from, ``[B, 2]`` each (``[2]`` for one problem); a problem for
@@ -107,26 +108,23 @@ class TwoGaussianMixture:
             ValueError, TypeError, RuntimeError: shapes or dtypes that do not fit, lengths or offsets out of range,
                 a negative sample weight; on a GPU numbers in tensors never raise, see FitStatus.INVALID.
         """
-        data = _tensor(values)
-        if data.dim() == 2 and data.shape[1] == 1 and data.shape[0] > 1:
-            raise ValueError(
-                f"fastkd: values has shape {tuple(data.shape)}, which is {data.shape[0]} problems of one value each; "
-                "one problem is [n] (values.squeeze(1)), many are [B, n]"
-            )
+        data = _tensor("values", values)
         single = data.dim() == 1 and offsets is None
         start = None
         if init is not None:
-            weights, means, variances = (_rows(_tensor(t), single) for t in init)
-            start = (weights, means, variances.double().abs().sqrt().copysign(variances))  # the sign is checked below
+            if not isinstance(init, (tuple, list)) or len(init) != 3:
+                raise ValueError("fastkd: init must be three tensors, of weights, means and variances")
+            weights, means, variances = (_rows(_tensor("init", t), single) for t in init)
+            start = (weights, means, _deviations(variances))
         elif self.warm_start and self._mixtures is not None:
             last = self._mixtures
             fitted = (last.iterations > 0)[:, None]
             start = (last.weights, last.means.where(fitted, torch.nan), last.deviations)
         self._mixtures = _ops.gmm_fit(
             data,
-            sample_weight=_optional(sample_weight),
-            lengths=_optional(lengths),
-            offsets=_optional(offsets),
+            sample_weight=_optional("sample_weight", sample_weight),
+            lengths=_optional("lengths", lengths),
+            offsets=_optional("offsets", offsets),
             init=start,
             normalize=self.normalize,
             max_iter=self.max_iter,
@@ -154,10 +152,10 @@ class TwoGaussianMixture:
         if self._mixtures is None:
             raise RuntimeError("fastkd: this TwoGaussianMixture is not fitted, must be: call fit first")
         return _ops.gmm_posterior(
-            _tensor(values),
+            _tensor("values", values),
             self._mixtures,
-            lengths=_optional(lengths),
-            offsets=_optional(offsets),
+            lengths=_optional("lengths", lengths),
+            offsets=_optional("offsets", offsets),
             monotone=self.monotone,
         )
 
@@ -236,19 +234,24 @@ def select_clean(
 
     Args:
         losses: ``[n]``, ``[B, n]`` for B independent batches, or with ``offsets`` flat ``[total]``; float32, float64,
-            bfloat16 or float16 tensor, or numpy array. Non-finite losses are left out of the fit and never selected.
+            bfloat16 or float16 tensor, or numpy array. Non-finite losses are left out of the fit and never selected. A
+            column ``[n, 1]`` is refused.
         threshold: in [0, 1].
         Other arguments as in :class:`TwoGaussianMixture` and its ``fit``.
 
     Returns:
         mask: bool, the shape of losses; posterior: float32 (float64 for float64 losses), the same shape. Equal losses
-        are all selected; see :class:`FitStatus` for this and the other special cases.
+        are all selected, but at threshold 1, above which nothing is; see :class:`FitStatus` for this and the other
+        special cases.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :meth:`TwoGaussianMixture.fit`.
     """
     posterior, mask = _ops.gmm_select(
-        _tensor(losses),
-        sample_weight=_optional(sample_weight),
-        lengths=_optional(lengths),
-        offsets=_optional(offsets),
+        _tensor("losses", losses),
+        sample_weight=_optional("sample_weight", sample_weight),
+        lengths=_optional("lengths", lengths),
+        offsets=_optional("offsets", offsets),
         normalize=normalize,
         max_iter=max_iter,
         tol=tol,
@@ -259,12 +262,25 @@ def select_clean(
     return mask, posterior
 
 
-def _tensor(values: Values) -> Tensor:
-    return values if isinstance(values, Tensor) else torch.as_tensor(values)
+def _tensor(name: str, values: Values) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"fastkd: {name} is {type(values).__name__}, must be a tensor or an array of numbers: {error}"
+        ) from None
 
 
-def _optional(values: Values | None) -> Tensor | None:
-    return None if values is None else _tensor(values)
+def _optional(name: str, values: Values | None) -> Tensor | None:
+    return None if values is None else _tensor(name, values)
+
+
+def _deviations(variances: Tensor) -> Tensor:
+    """With the sign of the variance, at which the operator looks."""
+    exact = _ops.check_start("init_variances", variances).double()
+    return exact.abs().sqrt().copysign(exact)
 
 
 def _rows(pair: Tensor, single: bool) -> Tensor:

@@ -3,6 +3,7 @@
 ``counts`` says how often each item was drawn, int64 ``[N]``; :func:`draw_counts` makes it. Every function returns a
 float64 tensor ``[]`` on the device of its argument, without waiting for the device and with shapes that depend on shapes
 alone, so that all can be captured in a CUDA graph and compiled into one; ``.item()`` is left to who wants to see a number.
+TypeError and ValueError say which argument has another dtype or shape than here.
 
 Skip ratio and uniformity are those of "Distillation from heterogeneous unlabeled collections" (Begon & Geurts, Tables 4
 and 6).
@@ -10,8 +11,12 @@ and 6).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from fastkd import _checks
 
 __all__ = [
     "draw_counts",
@@ -38,14 +43,12 @@ def draw_counts(indices: Tensor, items: int | None = None, *, out: Tensor | None
         TypeError, ValueError: indices or out not int64, out not a vector or on another device, neither or both of
         items and out, negative items.
     """
-    _check_int64("indices", indices)
+    _check("indices", indices, _INT64)
     if (items is None) == (out is None):
         raise ValueError(f"fastkd: items and out are {'neither' if out is None else 'both'} given, must be one of them")
     if items is not None:
-        if items < 0:
-            raise ValueError(f"fastkd: items is {items}, must be at least 0")
-        out = torch.zeros(items, dtype=torch.int64, device=indices.device)
-    out = _check_int64("out", out)
+        out = torch.zeros(_checks.check_count("items", items, 0), dtype=torch.int64, device=indices.device)
+    out = _check("out", out, _INT64)
     if out.dim() != 1 or out.device != indices.device:
         raise ValueError(
             f"fastkd: out has shape {tuple(out.shape)} on {out.device}, must have one dimension, on {indices.device}"
@@ -59,16 +62,23 @@ def draw_counts(indices: Tensor, items: int | None = None, *, out: Tensor | None
 
 def skip_ratio(counts: Tensor) -> Tensor:
     """Share of the collection that was never drawn; NaN of an empty one."""
-    return (counts == 0).double().mean()
+    return (_check_vector("counts", counts, _INT64) == 0).double().mean()
 
 
 def expected_skip_ratio(probabilities: Tensor, draws: int | Tensor) -> Tensor:
     """Mean of ``(1 - q_i)^draws``: the skip ratio to expect of ``draws`` draws with replacement.
 
     Args:
-        probabilities: q, ``[N]``, each in [0, 1].
-        draws: their number, or a tensor ``[]`` of it, such as ``counts.sum()``.
+        probabilities: q, ``[N]``, a float dtype, each in [0, 1].
+        draws: their number, an int of at least 0, or an integer tensor ``[]`` of it, such as ``counts.sum()``.
     """
+    _check_vector("probabilities", probabilities, _checks.FLOATS)
+    if isinstance(draws, Tensor):
+        _check("draws", draws, _checks.INTEGERS)
+        if draws.dim() != 0:
+            raise ValueError(f"fastkd: draws has shape {tuple(draws.shape)}, must be (), one number")
+    else:
+        draws = _checks.check_count("draws", draws, 0)
     # xlog1py: 0 log 0 = 0, where nothing is drawn of an item that is certain
     return torch.exp(torch.special.xlog1py(draws, -probabilities.double())).mean()
 
@@ -78,6 +88,7 @@ def uniformity(counts: Tensor) -> Tensor:
 
     Items never drawn do not count. 1 where a single item was drawn, NaN where none was.
     """
+    _check_vector("counts", counts, _INT64)
     share = counts.double() / counts.sum()
     drawn = (counts > 0).sum()
     ratio = -torch.xlogy(share, share).sum() / drawn.double().log()
@@ -90,12 +101,14 @@ def irrelevant_proportion(counts: Tensor, relevant: Tensor) -> Tensor:
     Args:
         relevant: bool ``[N]``. Only an experiment that made its collection knows it; the method never does.
     """
+    _check_pair("counts", counts, _INT64, "relevant", relevant, (torch.bool,))
     drawn = counts > 0
     return (drawn & ~relevant).sum().double() / drawn.sum()
 
 
 def relevant_draws(counts: Tensor, relevant: Tensor) -> Tensor:
     """Share of relevant items among all draws, repetitions included; NaN where there was none."""
+    _check_pair("counts", counts, _INT64, "relevant", relevant, (torch.bool,))
     return torch.where(relevant, counts, 0).sum().double() / counts.sum()
 
 
@@ -105,9 +118,12 @@ def effective_sample_size(weights: Tensor) -> Tensor:
     Kish, "Survey Sampling" (1965). One over it is the chance that two draws give the same item.
 
     Args:
-        weights: ``[N]``, >= 0, of any scale and dtype: probabilities, integer weights or counts. NaN where all are 0.
+        weights: ``[N]``, >= 0, of any scale and any float or integer dtype: probabilities, integer weights or counts. NaN
+            where all are 0.
     """
-    w = weights.double()
+    w = _check_vector("weights", weights, (*_checks.FLOATS, *_checks.INTEGERS)).double()
+    if w.shape[0] == 0:
+        return w.sum() / 0.0
     w = w / w.amax()  # squares of anything that float64 holds stay within its range
     return w.sum() ** 2 / (w * w).sum()
 
@@ -116,9 +132,10 @@ def underflowed(scores: Tensor, weights: Tensor) -> Tensor:
     """Items of finite score that are never drawn, as their weight rounded to 0: bool ``[N]``.
 
     Args:
-        scores: ``[N]``, of which the table was built.
-        weights: ``[N]``, integers, :meth:`fastkd.AliasTable.weights`.
+        scores: ``[N]``, of which the table was built, a float dtype.
+        weights: int64 ``[N]``, :meth:`fastkd.AliasTable.weights`.
     """
+    _check_pair("scores", scores, _checks.FLOATS, "weights", weights, _INT64)
     return scores.isfinite() & (weights == 0)
 
 
@@ -127,9 +144,28 @@ def underflow_ratio(scores: Tensor, weights: Tensor) -> Tensor:
     return underflowed(scores, weights).sum().double() / scores.isfinite().sum()
 
 
-def _check_int64(name: str, value: Tensor | None) -> Tensor:
-    if not isinstance(value, Tensor):
+_INT64 = (torch.int64,)
+
+
+def _check(name: str, value: object, dtypes: Sequence[torch.dtype]) -> Tensor:
+    if not isinstance(value, Tensor) and dtypes is _INT64:
         raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be an int64 tensor")
-    if value.dtype != torch.int64:
-        raise TypeError(f"fastkd: {name} has dtype {value.dtype}, must be torch.int64")
-    return value
+    return _checks.check_dtype(name, value, dtypes)
+
+
+def _check_vector(name: str, value: object, dtypes: Sequence[torch.dtype]) -> Tensor:
+    vector = _check(name, value, dtypes)
+    if vector.dim() != 1:
+        raise ValueError(f"fastkd: {name} has shape {tuple(vector.shape)}, must be [N], one for each item")
+    return vector
+
+
+def _check_pair(
+    name: str, value: object, dtypes: Sequence[torch.dtype], other: str, its: object, its_dtypes: Sequence[torch.dtype]
+) -> None:
+    """Vectors over the same items."""
+    first, second = _check_vector(name, value, dtypes), _check_vector(other, its, its_dtypes)
+    if first.shape != second.shape:
+        raise ValueError(
+            f"fastkd: {other} has shape {tuple(second.shape)}, must be that of {name}, {tuple(first.shape)}"
+        )

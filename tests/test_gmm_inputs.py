@@ -257,14 +257,14 @@ ERRORS = {  # name: call, exception, what the message says
     "reg_covar": (lambda x: TwoGaussianMixture(reg_covar=-1.0), ValueError, "reg_covar is -1.0, must be"),
     "reg_covar_inf": (lambda x: select_clean(x, reg_covar=INF), ValueError, "reg_covar is inf, must be finite"),
     "threshold": (lambda x: select_clean(x, 1.5), ValueError, r"threshold is 1.5, must be in \[0, 1\]"),
-    "scalar": (lambda x: select_clean(x[0, 0]), ValueError, r"values has shape \(\), must be \[n\] or \[B, n\]"),
-    "dims": (lambda x: select_clean(x[None]), ValueError, r"values has shape \(1, 2, 6\), must be \[n\]"),
-    "dtype": (lambda x: select_clean(x.int()), TypeError, "values has dtype torch.int32, must be a float dtype"),
-    "complex": (lambda x: select_clean(x.cfloat()), TypeError, "values has dtype torch.complex64"),
+    "scalar": (lambda x: select_clean(x[0, 0]), ValueError, r"losses has shape \(\), must be \[n\] or \[B, n\]"),
+    "dims": (lambda x: select_clean(x[None]), ValueError, r"losses has shape \(1, 2, 6\), must be \[n\]"),
+    "dtype": (lambda x: select_clean(x.int()), TypeError, "losses has dtype torch.int32, must be a float dtype"),
+    "complex": (lambda x: select_clean(x.cfloat()), TypeError, "losses has dtype torch.complex64"),
     "weight_shape": (
         lambda x: select_clean(x, sample_weight=x[0]),
         ValueError,
-        r"sample_weight has shape \(6,\), must be that of values, \(2, 6\)",
+        r"sample_weight has shape \(6,\), must be that of losses, \(2, 6\)",
     ),
     "negative_weight": (
         lambda x: select_clean(x, sample_weight=torch.tensor([[1.0] * 6, [1.0, -1, 1, 1, 1, 1]])),
@@ -275,7 +275,7 @@ ERRORS = {  # name: call, exception, what the message says
     "lengths_shape": (
         lambda x: select_clean(x, lengths=torch.tensor([1, 2, 3])),
         ValueError,
-        r"values and lengths have shapes \(2, 6\) and \(3,\), must be \[B, n\] and \[B\]",
+        r"losses and lengths have shapes \(2, 6\) and \(3,\), must be \[B, n\] and \[B\]",
     ),
     "lengths_flat": (
         lambda x: select_clean(x[0], lengths=torch.tensor([1])),

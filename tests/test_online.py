@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastkd.methods import DML, ONE, Cohort, FeatureTap, Method, MultiBranch, Outputs
+from fastkd.methods import DML, ONE, Cohort, FeatureTap, JointLogits, Method, MultiBranch, Outputs
 from fastkd.models.convnet import ConvNet
 from fastkd.models.resnet import resnet
 
@@ -25,7 +25,7 @@ def logits(networks: int) -> Tensor:
 
 
 def check(method: Method, given: Tensor, expected: Tensor, progress: float = 0.0) -> None:
-    loss = method(Outputs(given), None, TARGET, progress)
+    loss = method(Outputs(JointLogits(given)), None, TARGET, progress)
     torch.testing.assert_close(loss.total, expected)
     for ours, theirs in zip(torch.autograd.grad(loss.total, given), torch.autograd.grad(expected, given), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -56,7 +56,8 @@ def test_a_network_is_split_into_branches() -> None:
     student = MultiBranch.split(makes, "layer3").eval()
     images = torch.randn(4, 1, 28, 28)
     every = student(images)
-    assert every.shape == (4, 4, 10)
+    assert isinstance(every, JointLogits)
+    assert [logits.shape for logits in every] == [(4, 10)] * 4
     assert torch.equal(every[0], makes[0].eval()(images))
     trunk = makes[0].layer2(makes[0].layer1(makes[0].relu(makes[0].bn1(makes[0].conv1(images)))))
     second = makes[1].eval()
@@ -167,7 +168,16 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="networks is 0, must be at least 2"):
         Cohort([])
     for method in (ONE(), DML()):
-        with pytest.raises(ValueError, match=r"student.logits has shape \(6, 10\), must be \[networks, B, K\]"):
-            method(Outputs(torch.zeros(6, 10)), None, TARGET)
+        for given, message in (
+            (torch.zeros(6, 10), r"student.logits has shape \(6, 10\), must be JointLogits"),
+            (
+                torch.zeros(3, 6, 10),
+                r"student.logits has shape \(3, 6, 10\), must be JointLogits.*JointLogits\(stack\)",
+            ),
+            (JointLogits([torch.zeros(6, 10)]), "student.logits holds 1 networks, must be JointLogits"),
+            (JointLogits([torch.zeros(6, 10), torch.zeros(6, 9)]), r"student.logits\[1\] has shape \(6, 9\), must be"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                method(Outputs(given), None, TARGET)
         with pytest.raises(TypeError, match="student is ResNet, must be a"):
             method.deployed(resnet(8))

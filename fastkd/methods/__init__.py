@@ -5,7 +5,7 @@ FitNet, FSP and AT (:mod:`.representation`), RKD and SP (:mod:`.relational`), ON
 unlabeled collections: :mod:`.collections`.
 """
 
-from fastkd.methods.features import FeatureTap, Outputs
+from fastkd.methods.features import FeatureTap, JointLogits, Outputs
 from fastkd.methods.method import Loss, Method, WeightedMethod
 from fastkd.methods.objective import Objective
 from fastkd.methods.online import DML, ONE, Cohort, MultiBranch
@@ -27,6 +27,7 @@ __all__ = [
     "FeatureTap",
     "FitNet",
     "Hinton",
+    "JointLogits",
     "Loss",
     "Method",
     "MultiBranch",

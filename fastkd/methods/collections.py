@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastkd import statistics
 from fastkd.losses import KDLoss, KLDivLoss
+from fastkd.methods.features import logits_of, logits_of_one
 from fastkd.methods.loop import optimise
 from fastkd.sampling import AliasTable
 
@@ -57,8 +58,8 @@ def distill(
         drawn = table.sample(batch_size)
         statistics.draw_counts(drawn, out=counts)
         labels = None if target is None else target[drawn]
-        student_logits = student(images[drawn.to(images.device)]).to(teacher_logits.device)
-        return criterion(student_logits, teacher_logits[drawn], labels)  # type: ignore[no-any-return]
+        logits = logits_of_one("the student's logits", logits_of(student(images[drawn.to(images.device)])))
+        return criterion(logits.to(teacher_logits.device), teacher_logits[drawn], labels)  # type: ignore[no-any-return]
 
     optimise(student, loss_of_batch, steps=steps, learning_rate=learning_rate, on_step=on_step)
     return counts

@@ -9,17 +9,31 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-__all__ = ["FeatureTap", "Outputs", "layer_names", "logits_of"]
+from fastkd._checks import check_tensor
+
+__all__ = ["FeatureTap", "JointLogits", "Outputs", "check_module", "layer_names", "logits_of", "logits_of_one"]
 
 _NONE: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class JointLogits(tuple[Tensor, ...]):
+    """The logits of networks that learn together (:class:`fastkd.methods.ONE`, ``DML``), ``[B, ..., K]`` each.
+
+    A tuple with a name of its own, as a network may return any tuple, and one network's logits any number of dimensions. Of
+    logits in one tensor, ``[networks, B, ..., K]``, it is ``JointLogits(logits)``.
+    """
+
+    __slots__ = ()
 
 
 class Outputs(NamedTuple):
     """What a network put out for a batch."""
 
-    logits: Tensor
-    """``[B, K]``; ``[networks, B, K]`` where several learn together (:class:`fastkd.methods.ONE`, ``DML``)."""
+    logits: Tensor | JointLogits
+    """``[B, ..., K]``, classes last: ``[B, K]`` of a classifier, ``[B, T, K]`` of a language model; :class:`JointLogits` of
+    several networks that learn together, of which other methods take none."""
     features: Mapping[str, Tensor] = _NONE
     """By the name of the module that returned them, ``[B, ...]``."""
 
@@ -32,14 +46,14 @@ class FeatureTap(nn.Module):
     >>> features["layer1"].shape
 
     Args:
-        model: any network that returns logits, or an object that has them as ``.logits``.
+        model: any network that returns logits (one tensor, or :class:`JointLogits`), or an object that has them as ``.logits``.
         layers: names of modules as in ``model.named_modules()``, each to run once in a forward pass. Where the model or a
             part of it is compiled, as they were before (without ``_orig_mod.``).
 
     The hooks stay on the model until :meth:`remove`, and do nothing but while the tap runs.
 
     Raises:
-        TypeError: a string for the names.
+        TypeError: a model that is no module, a string for the names.
         ValueError: a name that the model does not have; the message lists those that it has.
         RuntimeError: at the call, where a module did not run, ran twice, returned something else than a tensor, or its
             output was changed in place afterwards (``ReLU(inplace=True)`` after a tapped batch norm; not noticed inside
@@ -48,18 +62,22 @@ class FeatureTap(nn.Module):
 
     def __init__(self, model: nn.Module, layers: Iterable[str] = ()) -> None:
         super().__init__()
-        names = layer_names("layers", layers)
-        modules = _modules_by_name(model)
+        self.model = check_module("model", model)
+        self.training = model.training
+        self._hooks: list[RemovableHandle] = []
+        self.retap(layers)
+
+    def retap(self, layers: Iterable[str]) -> None:
+        """Keeps the outputs of these modules from now on, in the place of those before; errors as of the class."""
+        names = tuple(dict.fromkeys(layer_names("layers", layers)))
+        modules = _modules_by_name(self.model)
         for name in names:
             if name not in modules:
                 raise ValueError(_unknown_layer(name, list(modules)))
-        self.model = model
-        self.training = model.training
-        self.layers = tuple(dict.fromkeys(names))
-        self._taps = [_Tap() for _ in self.layers]
-        self._hooks = [
-            modules[name].register_forward_hook(tap) for name, tap in zip(self.layers, self._taps, strict=True)
-        ]
+        self.remove()
+        self.layers = names
+        self._taps = [_Tap() for _ in names]
+        self._hooks = [modules[name].register_forward_hook(tap) for name, tap in zip(names, self._taps, strict=True)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Outputs:
         """Runs the model on these arguments."""
@@ -74,7 +92,7 @@ class FeatureTap(nn.Module):
         return Outputs(logits_of(result), features)
 
     def remove(self) -> None:
-        """Takes the hooks off the model; the tap is of no use afterwards."""
+        """Takes the hooks off the model; the tap is of no use afterwards, but for :meth:`retap`."""
         for hook in self._hooks:
             hook.remove()
 
@@ -90,19 +108,52 @@ class _Tap:
             self.outputs.append((output, _version(output)))
 
 
+def check_module(name: str, module: object) -> nn.Module:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"fastkd: {name} is {type(module).__name__}, must be a torch.nn.Module")
+    return module
+
+
 def layer_names(argument: str, layers: Iterable[str]) -> tuple[str, ...]:
-    """These names as a tuple; of a string they would be its letters."""
+    """These names as a tuple, in their order; of a string they would be its letters."""
     if isinstance(layers, str):
         raise TypeError(f"fastkd: {argument} is the string {layers!r}, must be a sequence of names: [{layers!r}]")
-    return tuple(layers)
+    if not isinstance(layers, Iterable) or isinstance(layers, (set, frozenset)):  # a set has no order to pair them by
+        raise TypeError(f"fastkd: {argument} is {layers!r}, must be a sequence of names")
+    names = tuple(layers)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"fastkd: {argument} holds {name!r}, must be names of modules")
+    return names
 
 
-def logits_of(result: Any) -> Tensor:
-    """The logits among what a network returned: itself, or its ``.logits``."""
+def logits_of(result: Any) -> Tensor | JointLogits:
+    """The logits among what a network returned: itself, or its ``.logits``.
+
+    Raises:
+        TypeError: they are no tensor and no :class:`JointLogits`.
+    """
     logits = getattr(result, "logits", result)
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"fastkd: the model returned {type(result).__name__}, must be logits or have them as .logits")
+    if not isinstance(logits, (Tensor, JointLogits)):
+        raise TypeError(
+            f"fastkd: the model returned {type(result).__name__}, must be logits or have them as .logits: a tensor, or "
+            "JointLogits of networks that learn together"
+        )
     return logits
+
+
+def logits_of_one(name: str, logits: object) -> Tensor:
+    """These logits, where they are those of a single network.
+
+    Raises:
+        ValueError, TypeError: they are those of several, or no tensor.
+    """
+    if isinstance(logits, (tuple, list)):
+        raise ValueError(
+            f"fastkd: {name} are the logits of {len(logits)} networks, must be those of one, a tensor [B, ..., K]: "
+            "networks that learn together are trained by ONE or DML, and kept by method.deployed(student)"
+        )
+    return check_tensor(name, logits)
 
 
 def _the_one(name: str, tap: _Tap) -> Tensor:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fastkd.methods.features import logits_of, logits_of_one
+
 __all__ = ["evaluating", "one_thread", "optimise", "predict"]
 
 
@@ -41,9 +43,17 @@ def optimise(
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, *, batch_size: int = 1024) -> Tensor:
-    """Logits ``[N, K]`` of all images in evaluation mode; the mode of each module is put back afterwards."""
+    """Logits ``[N, ..., K]`` of all images in evaluation mode; the mode of each module is put back afterwards.
+
+    Args:
+        model: one network that returns logits, or an object that has them as ``.logits``.
+
+    Raises:
+        ValueError: it returns the logits of several.
+    """
     with evaluating(model):
-        return torch.cat([model(batch) for batch in torch.split(images, batch_size)])
+        parts = (logits_of(model(batch)) for batch in torch.split(images, batch_size))
+        return torch.cat([logits_of_one("the model's logits", part) for part in parts])
 
 
 @contextmanager

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Real
 from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from fastkd import functional
-from fastkd.methods.features import FeatureTap, Outputs, layer_names
+from fastkd import _checks, functional
+from fastkd.methods.features import FeatureTap, JointLogits, Outputs, layer_names, logits_of_one
 
 __all__ = [
     "Loss",
     "Method",
     "WeightedMethod",
+    "check_logits",
     "check_number",
+    "check_progress",
     "cross_entropy",
     "features_of",
     "main_logits",
+    "nothing_of",
     "response",
 ]
 
@@ -35,7 +37,7 @@ class Loss(NamedTuple):
     total: Tensor
     """Scalar, to call ``backward`` on."""
     terms: dict[str, Tensor]
-    """Its terms by name, with their weights, detached, for logging; their sum is the total."""
+    """Its terms by name, with their weights, detached, for logging; their sum is the total. One of weight 0 is not there."""
 
     def plus(self, name: str, term: Tensor) -> Loss:
         """With one term more."""
@@ -53,20 +55,39 @@ class Method(nn.Module):
     """
 
     needs_teacher: ClassVar[bool] = True
+    """Whether methods of this class learn from a teacher that is there before."""
     layers: tuple[str, ...] = ()
     """The student's features that it reads: those to tap."""
     teacher_layers: tuple[str, ...] = ()
     """The teacher's, in the same order."""
 
+    @property
+    def reads_features(self) -> bool:
+        """Whether it reads those layers, as it is: not where all that is made of them has weight 0."""
+        return bool(self.layers)
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether the teacher has to run, as the method is: not where all that is made of it has weight 0."""
+        return self.needs_teacher
+
     def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: float = 0.0) -> Loss:
-        """The loss.
+        """The loss: a mean over the rows, of which logits ``[B, ..., K]`` have ``B * ...`` (each token is one).
+
+        A term of weight 0 is not computed, and nothing is looked at for its sake: its inputs may be missing, not finite, or
+        of any shape, and get gradients of 0. It is not among ``terms``.
 
         Args:
-            student: logits ``[B, K]`` and the features named by ``layers``.
-            teacher: logits ``[B, K]`` and the features named by ``teacher_layers``; None where there is no teacher. Taken
-                as given: wrap the teacher in ``torch.no_grad()``.
-            target: int64 ``[B]``, classes: no row is left out, -100 is refused (on the CPU; a GPU is not waited for to look).
-            progress: share of the training that is done, in [0, 1]; for methods that change over time.
+            student: logits ``[B, ..., K]``, float32, float64, bfloat16 or float16, and the features named by ``layers``, of
+                those dtypes, too. For ONE and DML :class:`fastkd.methods.JointLogits`.
+            teacher: logits of the same shape and the features named by ``teacher_layers``; None where there is no teacher, or
+                not :attr:`reads_teacher`. Taken as given: wrap the teacher in ``torch.no_grad()``.
+            target: int64 ``[B, ...]``, classes: no row is left out, -100 is refused (on the CPU; a GPU is not waited for to
+                look).
+            progress: share of the training that is done, a number in [0, 1]; for methods that change over time.
+
+        Raises:
+            TypeError, ValueError: dtypes, shapes and numbers other than these, no teacher where one is needed.
         """
         raise NotImplementedError
 
@@ -78,14 +99,14 @@ class Method(nn.Module):
         target: Tensor,
         progress: float = 0.0,
     ) -> tuple[Loss, Tensor]:
-        """Runs the networks on a batch: the loss, and the student's logits ``[B, K]``."""
+        """Runs the networks on a batch: the loss, and the student's logits ``[B, ..., K]``, of several those of the first."""
         student_outputs = student(images)
         loss = self(student_outputs, self.ask(teacher, images), target, progress)
         return loss, main_logits(student_outputs.logits)
 
     def ask(self, teacher: FeatureTap | None, images: Tensor) -> Outputs | None:
-        """The teacher's outputs, without a graph."""
-        if not self.needs_teacher:
+        """The teacher's outputs, without a graph; None where nothing of them is read."""
+        if not self.reads_teacher:
             return None
         if teacher is None:
             raise ValueError(f"fastkd: teacher is None, must be a network for {type(self).__name__}")
@@ -112,6 +133,9 @@ class WeightedMethod(Method):
         temperature: T > 0.
         layers: the student's features.
         teacher_layers: the teacher's; the same names if None.
+
+    Weights and T are numbers, no tensors. Weights may be changed in the course of a training; with a = b = 0 no teacher is
+    needed, and with b = 0 no features.
     """
 
     term: ClassVar[str] = "feature_loss"
@@ -138,15 +162,27 @@ class WeightedMethod(Method):
                 "they are compared in pairs"
             )
 
+    @property
+    def reads_features(self) -> bool:
+        return super().reads_features and self.feature_weight != 0.0
+
+    @property
+    def reads_teacher(self) -> bool:
+        return self.needs_teacher and (self.kd_weight != 0.0 or self.reads_features)
+
     def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: float = 0.0) -> Loss:
-        if teacher is None and self.needs_teacher:
+        check_progress(progress)
+        if teacher is None and self.reads_teacher:
             raise ValueError(f"fastkd: teacher is None, must be its outputs for {type(self).__name__}")
+        kd_weight = self.kd_weight if self.reads_teacher else 0.0
         teacher_logits = None if teacher is None else teacher.logits
-        loss = response(student.logits, teacher_logits, target, self.task_weight, self.kd_weight, self.temperature)
-        if not self.layers or teacher is None:
-            return loss
+        loss = response(student.logits, teacher_logits, target, self.task_weight, kd_weight, self.temperature)
+        if not self.reads_features or teacher is None:
+            # DistributedDataParallel wants a gradient for each parameter
+            unused = [nothing_of(p) for p in self.parameters() if p.requires_grad]
+            return loss._replace(total=sum(unused, loss.total)) if unused else loss
         pair = (features_of("student", student, self.layers), features_of("teacher", teacher, self.teacher_layers))
-        with torch.autocast(student.logits.device.type, enabled=False):  # whose products would be rounded to 16 bits
+        with torch.autocast(loss.total.device.type, enabled=False):  # whose products would be rounded to 16 bits
             distance = self.distance(*pair)
         return loss.plus(self.term, self.feature_weight * distance)
 
@@ -194,17 +230,25 @@ class WeightedMethod(Method):
 
 
 def response(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
+    student_logits: Tensor | JointLogits,
+    teacher_logits: Tensor | JointLogits | None,
     target: Tensor,
     task_weight: float,
     kd_weight: float,
     temperature: float,
 ) -> Loss:
-    """``r CE + a T^2 KL``, both in one pass over the logits."""
-    if kd_weight == 0.0 or teacher_logits is None:
+    """``r CE + a T^2 KL``, both in one pass over the logits; what has weight 0 is not looked at."""
+    student_logits = check_logits("student.logits", student_logits)
+    if kd_weight == 0.0:
+        if task_weight == 0.0:
+            return Loss(nothing_of(student_logits), {})
         loss = task_weight * cross_entropy(student_logits, target)
         return Loss(loss, {"task_loss": loss.detach()})
+    teacher_logits = check_teacher_logits(student_logits, teacher_logits)
+    if task_weight == 0.0:
+        loss = kd_weight * functional.kl_div(student_logits, teacher_logits, temperature)
+        return Loss(loss, {"kd_loss": loss.detach()})
+    _check_target(student_logits, target)
     whole = task_weight + kd_weight
     alpha = kd_weight / whole
     try:
@@ -214,18 +258,35 @@ def response(
     except RuntimeError:
         _check_classes(student_logits, target)  # says it as cross_entropy does
         raise
-    task = {"task_loss": task_weight * terms["task_loss"]} if task_weight else {}
-    return Loss(loss if whole == 1.0 else whole * loss, {**task, "kd_loss": kd_weight * terms["kd_loss"]})
+    return Loss(
+        loss if whole == 1.0 else whole * loss,
+        {"task_loss": task_weight * terms["task_loss"], "kd_loss": kd_weight * terms["kd_loss"]},
+    )
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """``torch.nn.functional.cross_entropy``, with a clear error for classes out of range where that costs no waiting."""
+    """``torch.nn.functional.cross_entropy`` of logits ``[B, ..., K]`` and classes ``[B, ...]``, no row left out.
+
+    With a clear error for classes out of range where that costs no waiting.
+    """
+    _check_target(logits, target)
     _check_classes(logits, target)
-    return F.cross_entropy(logits, target)
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1), ignore_index=_NO_LABEL)
+
+
+def _check_target(logits: Tensor, target: Tensor) -> None:
+    _checks.check_dtype("target", target, (torch.int64,))
+    if target.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"fastkd: target has shape {tuple(target.shape)}, must be {tuple(logits.shape[:-1])}, a class for each row of "
+            f"student.logits, {tuple(logits.shape)}"
+        )
 
 
 def _check_classes(logits: Tensor, target: Tensor) -> None:
-    if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
+    # neither a program that is traced nor a transform of torch.func lets values be read
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if target.device.type == "cpu" and target.numel() and not traced:
         low, high = (int(t) for t in target.aminmax())
         if low < 0 or high >= logits.shape[-1]:
             raise ValueError(
@@ -233,9 +294,34 @@ def _check_classes(logits: Tensor, target: Tensor) -> None:
             )
 
 
-def main_logits(logits: Tensor) -> Tensor:
-    """``[B, K]`` of the network that is kept, where several learn together."""
-    return logits if logits.dim() == 2 else logits[0]
+def check_logits(name: str, logits: object) -> Tensor:
+    """Logits ``[B, ..., K]`` of one network."""
+    one = _checks.check_dtype(name, logits_of_one(name, logits))
+    if one.dim() < 2 or one.shape[-1] == 0:
+        raise ValueError(f"fastkd: {name} has shape {tuple(one.shape)}, must be [B, ..., K], K classes, 1 or more")
+    return one
+
+
+def check_teacher_logits(student_logits: Tensor, teacher_logits: object) -> Tensor:
+    """The teacher's logits, for those of the student."""
+    one = check_logits("teacher.logits", teacher_logits)
+    if one.shape != student_logits.shape:
+        raise ValueError(
+            f"fastkd: teacher.logits has shape {tuple(one.shape)}, must be that of student.logits, "
+            f"{tuple(student_logits.shape)}"
+        )
+    return one
+
+
+def main_logits(logits: Tensor | JointLogits) -> Tensor:
+    """Those of the network that is kept: of several that learn together, the first."""
+    return logits[0] if isinstance(logits, JointLogits) else logits
+
+
+def nothing_of(tensor: Tensor) -> Tensor:
+    """0, float32 or better, whose gradient is 0 whatever the tensor holds."""
+    exact = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.flatten()[:0].sum(dtype=exact)
 
 
 def features_of(whose: str, outputs: Outputs, layers: Sequence[str]) -> list[Tensor]:
@@ -246,14 +332,20 @@ def features_of(whose: str, outputs: Outputs, layers: Sequence[str]) -> list[Ten
             f"fastkd: the {whose}'s features lack {', '.join(map(repr, missing))}; "
             f"there are {', '.join(outputs.features) or 'none'}: FeatureTap(model, {list(layers)}) takes them"
         )
-    chosen = [outputs.features[name] for name in layers]
+    chosen = [_checks.check_dtype(f"the {whose}'s layer {name!r}", outputs.features[name]) for name in layers]
     return [f.float() if f.dtype in (torch.bfloat16, torch.float16) else f for f in chosen]
 
 
 def check_number(name: str, value: float, *, above: bool = False) -> float:
     """The value, at least 0, or above it, and finite."""
-    if not isinstance(value, Real) or not math.isfinite(value) or value < 0.0 or (above and value == 0.0):
+    number = _checks.check_number(name, value)
+    if not math.isfinite(number) or number < 0.0 or (above and number == 0.0):
         raise ValueError(
             f"fastkd: {name} is {value!r}, must be a finite number {'above' if above else 'of at least'} 0"
         )
-    return float(value)
+    return number
+
+
+def check_progress(progress: float) -> float:
+    """A share of the training."""
+    return _checks.check_between("progress", progress, 0.0, 1.0)

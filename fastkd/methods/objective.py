@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from fastkd.methods.features import FeatureTap
+from fastkd.methods.features import FeatureTap, check_module
 from fastkd.methods.method import Loss, Method
 
 __all__ = ["Objective"]
@@ -24,30 +24,47 @@ class Objective(nn.Module):
     where the student runs twice (BSS) or the method has weights of its own (FitNet).
 
     Args:
-        method: any.
+        method: any. Layers are tapped and the teacher runs only while their terms have weights above 0.
         student: what ``method.student_from`` made.
         teacher: images to logits; it is put into evaluation mode, is never trained, and is no part of this module's state, but
             moves with it (``to``).
 
     Raises:
-        ValueError: no teacher for a method that needs one, or one that shares parameters with the student.
+        ValueError: no teacher for a method that reads one, one that shares parameters with the student, or a network without
+            a layer that is read.
     """
 
     def __init__(self, method: Method, student: nn.Module, teacher: nn.Module | None = None) -> None:
         super().__init__()
+        if not isinstance(method, Method):
+            raise TypeError(f"fastkd: method is {method!r}, must be a Method (registry.create makes one by name)")
+        check_module("student", student)
         self.method = method
-        self.student = FeatureTap(student, method.layers)
+        self.student = FeatureTap(student)
         tap = None
-        if method.needs_teacher:
-            if teacher is None:
+        if teacher is None:
+            if method.reads_teacher:
                 raise ValueError(f"fastkd: teacher is None, must be a network for {type(method).__name__}")
+        elif method.needs_teacher:
+            check_module("teacher", teacher)
             _check_apart(student, teacher)
-            tap = FeatureTap(teacher.eval().requires_grad_(False), method.teacher_layers)
+            tap = FeatureTap(teacher.eval().requires_grad_(False))
         self._teacher = (tap,)  # in a tuple, nn.Module does not see it
+        self._tap_what_is_read()
 
     def forward(self, images: Tensor, target: Tensor, progress: float = 0.0) -> tuple[Loss, Tensor]:
-        """``Loss`` and logits ``[B, K]`` of a batch."""
+        """``Loss`` and logits ``[B, ..., K]`` of a batch."""
+        self._tap_what_is_read()
         return self.method.step(self.student, self._teacher[0], images, target, progress)
+
+    def _tap_what_is_read(self) -> None:
+        """The method's weights may be changed in the course of a training, to 0 and from there."""
+        layers, teacher_layers = self.method.layers, self.method.teacher_layers
+        if not self.method.reads_features:
+            layers = teacher_layers = ()
+        for tap, wanted in ((self.student, layers), (self._teacher[0], teacher_layers)):
+            if tap is not None and tap.layers != tuple(dict.fromkeys(wanted)):
+                tap.retap(wanted)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Objective:
         """``to``, ``cuda``, ``double`` and their like move the teacher, too."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fastkd import functional
+from fastkd import _checks, functional
 from fastkd._seeding import seeded
-from fastkd.methods.features import Outputs, logits_of
+from fastkd.methods.features import JointLogits, Outputs, check_module, logits_of, logits_of_one
 from fastkd.methods.loop import evaluating
-from fastkd.methods.method import Loss, Method, check_number, cross_entropy
+from fastkd.methods.method import Loss, Method, check_logits, check_number, check_progress, cross_entropy
 
 __all__ = ["DML", "ONE", "Cohort", "MultiBranch"]
 
@@ -41,23 +41,29 @@ class ONE(Method):
         self, temperature: float = 3.0, *, branches: int = 3, branch_at: str = "layer3", ramp_share: float = 80 / 300
     ) -> None:
         super().__init__()
-        _check_several("branches", branches)
+        self.branches = _checks.check_count("branches", branches, 2)
+        if not isinstance(branch_at, str):
+            raise TypeError(f"fastkd: branch_at is {branch_at!r}, must be the name of a child module")
+        self.branch_at = branch_at
         self.temperature = check_number("temperature", temperature, above=True)
         self.ramp_share = check_number("ramp_share", ramp_share)
         if self.ramp_share > 1.0:
             raise ValueError(f"fastkd: ramp_share is {ramp_share}, must be a share of the training, in [0, 1]")
-        self.branches, self.branch_at = branches, branch_at
 
     def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: float = 0.0) -> Loss:
-        logits = _logits_of_several(student.logits)
-        *branches, ensemble = logits.unbind()
+        weight = self.ramp(progress)
+        *branches, ensemble = _logits_of_several(student.logits)
         task = torch.stack([cross_entropy(one, target) for one in (*branches, ensemble)]).sum()
+        loss = Loss(task, {"task_loss": task.detach()})
+        if weight == 0.0:  # a ramp of a subclass
+            return loss
         given = ensemble.detach()
         kd = torch.stack([functional.kl_div(one, given, self.temperature) for one in branches]).sum()
-        return Loss(task, {"task_loss": task.detach()}).plus("kd_loss", self.ramp(progress) * kd)
+        return loss.plus("kd_loss", weight * kd)
 
     def ramp(self, progress: float) -> float:
-        """w."""
+        """w, of a progress in [0, 1]: from exp(-5) to 1."""
+        check_progress(progress)
         left = 1.0 - progress / self.ramp_share if progress < self.ramp_share else 0.0
         return math.exp(-5.0 * left**2)
 
@@ -90,12 +96,12 @@ class DML(Method):
 
     def __init__(self, networks: int = 2, *, temperature: float = 1.0) -> None:
         super().__init__()
-        _check_several("networks", networks)
+        self.networks = _checks.check_count("networks", networks, 2)
         self.temperature = check_number("temperature", temperature, above=True)
-        self.networks = networks
 
     def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: float = 0.0) -> Loss:
-        cohort = _logits_of_several(student.logits).unbind()
+        check_progress(progress)
+        cohort = _logits_of_several(student.logits)
         given = [logits.detach() for logits in cohort]
         task = torch.stack([cross_entropy(logits, target) for logits in cohort]).sum()
         pairs = [
@@ -125,30 +131,30 @@ class MultiBranch(nn.Module):
     Args:
         trunk: images to maps ``[B, C, H, W]``.
         branches: modules of their own, maps to logits ``[B, K]``.
-        channels: C.
+        channels: C, 1 or more.
         seed: of the gate's initial weights; torch's global generator stays as it is.
 
-    Shape: images ``[B, ...]`` -> logits ``[branches + 1, B, K]``, the last being the ensemble's: ``sum_i g_i z_i`` with
-    ``g = softmax(ReLU(BN(Linear(mean_hw map))))``.
+    Shape: images ``[B, ...]`` -> :class:`fastkd.methods.JointLogits` of the branches and, last, of the ensemble, ``[B, K]``
+    each: ``sum_i g_i z_i`` with ``g = softmax(ReLU(BN(Linear(mean_hw map))))``.
     """
 
     def __init__(self, trunk: nn.Module, branches: Sequence[nn.Module], channels: int, *, seed: int = 0) -> None:
         super().__init__()
-        _check_several("branches", len(branches))
-        self.trunk = trunk
-        self.branches = nn.ModuleList(branches)
+        self.trunk = check_module("trunk", trunk)
+        self.branches = _several("branches", branches)
+        channels, seed = _checks.check_count("channels", channels, 1), _checks.check_count("seed", seed, -(2**63))
         self._frame: _Frame | None = None
         with seeded(seed):
-            linear = nn.Linear(channels, len(branches))
+            linear = nn.Linear(channels, len(self.branches))
         self.gate = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear, nn.BatchNorm1d(len(branches)), nn.ReLU(), nn.Softmax(1)
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear, nn.BatchNorm1d(len(self.branches)), nn.ReLU(), nn.Softmax(1)
         )
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> JointLogits:
         maps = self.trunk(images)
         logits = torch.stack([branch(maps) for branch in self.branches])
-        ensemble = torch.einsum("bm,mbk->bk", self.gate(maps).to(logits.dtype), logits)
-        return torch.cat([logits, ensemble[None]])
+        ensemble = torch.einsum("bm,mb...k->b...k", self.gate(maps).to(logits.dtype), logits)
+        return JointLogits((*logits, ensemble))
 
     def branch(self, i: int) -> nn.Module:
         """One network, images to logits; it shares the weights. After :meth:`split`, of the class that was split."""
@@ -181,7 +187,7 @@ class MultiBranch(nn.Module):
                 "make trunk and branches by hand, MultiBranch(trunk, branches, channels)"
             )
         maps = _in_evaluation(trunk, example)
-        student = MultiBranch(trunk, [branch for _, branch in parts], 0 if maps is None else maps.shape[1])
+        student = MultiBranch(trunk, [branch for _, branch in parts], 1 if maps is None else maps.shape[1])
         student._frame = _Frame(networks[0])
         return student
 
@@ -209,15 +215,18 @@ class _Flatten(nn.Flatten):
 
 
 class Cohort(nn.Module):
-    """Networks side by side on the same images. Shape: images ``[B, ...]`` -> logits ``[networks, B, K]``."""
+    """Networks side by side on the same images.
+
+    Shape: images ``[B, ...]`` -> :class:`fastkd.methods.JointLogits` of the networks, ``[B, ..., K]`` each.
+    """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         super().__init__()
-        _check_several("networks", len(networks))
-        self.networks = nn.ModuleList(networks)
+        self.networks = _several("networks", networks)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.stack([logits_of(network(images)) for network in self.networks])
+    def forward(self, images: Tensor) -> JointLogits:
+        results = [logits_of(network(images)) for network in self.networks]  # no generator, for torch.compile's sake
+        return JointLogits([logits_of_one("the logits of a network of the cohort", result) for result in results])
 
 
 def _split(network: nn.Module, at: str) -> tuple[nn.Module, nn.Module]:
@@ -248,15 +257,34 @@ def _in_evaluation(network: nn.Module, images: Tensor) -> Tensor | None:
     return result
 
 
-def _logits_of_several(logits: Tensor) -> Tensor:
-    if logits.dim() != 3 or len(logits) < 2:
-        raise ValueError(
-            f"fastkd: student.logits has shape {tuple(logits.shape)}, must be [networks, B, K]: "
-            "the student is what student_from makes"
+def _logits_of_several(logits: object) -> list[Tensor]:
+    """Of two networks or more, ``[B, ..., K]`` each."""
+    if not isinstance(logits, (tuple, list)) or len(logits) < 2:
+        given = (
+            f"has shape {tuple(logits.shape)}"
+            if isinstance(logits, Tensor)
+            else f"holds {len(logits)} networks"
+            if isinstance(logits, (tuple, list))
+            else f"is {type(logits).__name__}"
         )
-    return logits
+        raise ValueError(
+            f"fastkd: student.logits {given}, must be JointLogits, [B, ..., K] of each of 2 networks or more: the student is "
+            "what student_from makes; of a stack [networks, B, ..., K] they are JointLogits(stack)"
+        )
+    each = [check_logits(f"student.logits[{i}]", one) for i, one in enumerate(logits)]
+    for i, one in enumerate(each):
+        if one.shape != each[0].shape:
+            raise ValueError(
+                f"fastkd: student.logits[{i}] has shape {tuple(one.shape)}, must be that of student.logits[0], "
+                f"{tuple(each[0].shape)}"
+            )
+    return each
 
 
-def _check_several(name: str, count: int) -> None:
-    if count < 2:
-        raise ValueError(f"fastkd: {name} is {count}, must be at least 2")
+def _several(name: str, modules: Iterable[nn.Module]) -> nn.ModuleList:
+    """Two modules or more."""
+    if isinstance(modules, str) or not isinstance(modules, Iterable):
+        raise TypeError(f"fastkd: {name} is {modules!r}, must be a sequence of modules")
+    every = [check_module(f"{name}[{i}]", module) for i, module in enumerate(modules)]
+    _checks.check_count(f"the number of {name}", len(every), 2)
+    return nn.ModuleList(every)

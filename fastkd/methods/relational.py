@@ -45,6 +45,10 @@ class RKD(WeightedMethod):
         self.distance_weight = check_number("distance_weight", distance_weight)
         self.angle_weight = check_number("angle_weight", angle_weight)
 
+    @property
+    def reads_features(self) -> bool:
+        return super().reads_features and (self.distance_weight != 0.0 or self.angle_weight != 0.0)
+
     def distance(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         ours, theirs = self.embeddings(0, student, teacher)
         return functional.relation_loss(

@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from fastkd import _checks
 from fastkd.methods.method import WeightedMethod
 
 __all__ = ["AT", "FSP", "FitNet"]
@@ -44,9 +46,12 @@ class FitNet(WeightedMethod):
     ) -> None:
         super().__init__(task_weight, kd_weight, feature_weight, temperature, layers, teacher_layers)
         self.check_layers(1, 1)
-        self.student_channels, self.teacher_channels = student_channels, teacher_channels
+        self.student_channels = _checks.check_count("student_channels", student_channels, 1)
+        self.teacher_channels = _checks.check_count("teacher_channels", teacher_channels, 1)
         self.regressor = nn.Sequential(
-            nn.Conv2d(student_channels, teacher_channels, 1, bias=False), nn.BatchNorm2d(teacher_channels), nn.ReLU()
+            nn.Conv2d(self.student_channels, self.teacher_channels, 1, bias=False),
+            nn.BatchNorm2d(self.teacher_channels),
+            nn.ReLU(),
         )
 
     def distance(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
@@ -135,12 +140,15 @@ class AT(WeightedMethod):
 
 def attention(feature_map: Tensor) -> Tensor:
     """``[B, C, H, W]`` -> ``[B, H W]``: the energy of each place, of norm 1 over the image."""
-    energy: Tensor = _Energy.apply(feature_map)  # type: ignore[no-untyped-call]
+    forward_mode = forward_ad._current_level >= 0  # of a Function torch.compile does not take it
+    energy: Tensor = (feature_map * feature_map).mean(1) if forward_mode else _Energy.apply(feature_map)  # type: ignore[no-untyped-call]
     return F.normalize(energy.flatten(1))
 
 
 class _Energy(torch.autograd.Function):
-    """``mean_c F^2``, whose gradient is one pass over F (of ``F * F`` it is three)."""
+    """``mean_c F^2``, whose gradient is one pass over F (of ``F * F`` it is three). Differentiable any number of times."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(feature_map: Tensor) -> Tensor:

@@ -3,16 +3,26 @@ teacher's decision boundary runs (BSS). And the baseline, which has labels alone
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from fastkd import functional
+from fastkd import _checks, functional
 from fastkd.methods.features import FeatureTap, Outputs
 from fastkd.methods.loop import evaluating
-from fastkd.methods.method import Loss, Method, WeightedMethod, check_number, cross_entropy, main_logits
+from fastkd.methods.method import (
+    Loss,
+    Method,
+    WeightedMethod,
+    check_logits,
+    check_number,
+    check_progress,
+    check_teacher_logits,
+    cross_entropy,
+)
 
 __all__ = ["BSS", "Attacked", "Baseline", "Hinton"]
 
@@ -64,7 +74,7 @@ class BSS(Method):
     ``attacked.images``, ``method.loss(...)``.
 
     Args:
-        temperature: T > 0.
+        temperature: T, from 1e-18 to 1e18: beyond, T^2 leaves the range of float32.
         attack_size: samples of a batch that are attacked, at most.
         attack_steps: steps of the attack.
         step_size: length of a step, over the difference of the two logits.
@@ -82,14 +92,12 @@ class BSS(Method):
     ) -> None:
         super().__init__()
         self.temperature = check_number("temperature", temperature, above=True)
+        if not 1e-18 <= self.temperature <= 1e18:  # losses are divided by its square
+            raise ValueError(f"fastkd: temperature is {temperature}, must be from 1e-18 to 1e18 for BSS")
         self.step_size = check_number("step_size", step_size, above=True)
-        for name, count in (("attack_size", attack_size), ("attack_steps", attack_steps)):
-            if count < 1:
-                raise ValueError(f"fastkd: {name} is {count}, must be at least 1")
-        if not bounds[0] < bounds[1]:
-            raise ValueError(f"fastkd: bounds is {bounds}, must be a lower and a higher number")
-        self.attack_size, self.attack_steps = attack_size, attack_steps
-        self.bounds = (float(bounds[0]), float(bounds[1]))
+        self.attack_size = _checks.check_count("attack_size", attack_size, 1)
+        self.attack_steps = _checks.check_count("attack_steps", attack_steps, 1)
+        self.bounds = _bounds(bounds)
 
     def step(
         self,
@@ -102,25 +110,30 @@ class BSS(Method):
         teacher_outputs = self.ask(teacher, images)
         student_outputs = student(images)
         loss = self(student_outputs, teacher_outputs, target, progress)
+        logits = check_logits("student.logits", student_outputs.logits)
         if teacher is not None and teacher_outputs is not None and self.attack_weight(progress) > 0.0:
-            attacked = self.attack(teacher, images, student_outputs.logits, teacher_outputs.logits, target)
+            given = check_logits("teacher.logits", teacher_outputs.logits)
+            attacked = self.attack(teacher, images, logits, given, target)
             with torch.no_grad():
                 teacher_logits = teacher(attacked.images).logits
             term = self.boundary_loss(student(attacked.images).logits, teacher_logits, attacked.weight)
             loss = loss.plus("boundary_loss", self.attack_weight(progress) * term)
-        return loss, main_logits(student_outputs.logits)
+        return loss, logits
 
     def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: float = 0.0) -> Loss:
         """The loss without the boundary supporting samples: ``CE + rho softCE``."""
+        check_progress(progress)
         if teacher is None:
             raise ValueError("fastkd: teacher is None, must be its outputs for BSS")
-        task = cross_entropy(student.logits, target)
-        kd = self._soft_cross_entropy(student.logits, teacher.logits)
+        logits = _of_images("student.logits", student.logits)
+        given = check_teacher_logits(logits, teacher.logits)
+        task = cross_entropy(logits, target)
+        kd = self._soft_cross_entropy(logits, given)
         return Loss(task, {"task_loss": task.detach()}).plus("kd_loss", (3.0 * (1.0 - progress) + 1.0) * kd)
 
     def attack_weight(self, progress: float) -> float:
-        """``rho_a``; from 0 on there is nothing to attack for."""
-        return max(2.0 * (1.0 - 4.0 / 3.0 * progress), 0.0)
+        """``rho_a``, of a progress in [0, 1]; from 0 on there is nothing to attack for."""
+        return max(2.0 * (1.0 - 4.0 / 3.0 * check_progress(progress)), 0.0)
 
     def boundary_loss(self, student_logits: Tensor, teacher_logits: Tensor, weight: Tensor) -> Tensor:
         """Soft cross-entropy on attacked samples: its mean over those that count, 0 where none does."""
@@ -142,6 +155,8 @@ class BSS(Method):
             student_logits, teacher_logits: ``[B, K]``, on the images.
             target: int64 ``[B]``.
         """
+        student_logits = _of_images("student_logits", student_logits)
+        teacher_logits = _of_images("teacher_logits", teacher_logits)
         with torch.no_grad():
             exact = torch.promote_types(teacher_logits.dtype, torch.float32)  # 16 bits are too few to draw by
             p, q = teacher_logits.softmax(1, dtype=exact), student_logits.softmax(1, dtype=exact)
@@ -183,6 +198,24 @@ class BSS(Method):
     def extra_repr(self) -> str:
         size = f"attack_size={self.attack_size}, attack_steps={self.attack_steps}"
         return f"temperature={self.temperature}, {size}, step_size={self.step_size}, bounds={self.bounds}"
+
+
+def _of_images(name: str, logits: object) -> Tensor:
+    one = check_logits(name, logits)
+    if one.dim() != 2:
+        raise ValueError(
+            f"fastkd: {name} has shape {tuple(one.shape)}, must be [B, K] for BSS, which moves whole images"
+        )
+    return one
+
+
+def _bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    if not isinstance(bounds, Sequence) or isinstance(bounds, str) or len(bounds) != 2:
+        raise TypeError(f"fastkd: bounds is {bounds!r}, must be a pair of numbers, a lower and a higher")
+    low, high = (_checks.check_number("bounds", bound) for bound in bounds)
+    if not low < high:  # infinite ones bound nothing
+        raise ValueError(f"fastkd: bounds is {bounds}, must be a lower and a higher number")
+    return low, high
 
 
 def _draw(odds: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ differentiable; values are detached.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastkd import _checks
 from fastkd import _library as _library  # registers the operators
 from fastkd.ops._fake import register_fake
 from fastkd.ops._numbers import call_by_name
@@ -36,7 +37,7 @@ def gmm_fit(
     sample_weight: Tensor | None = None,
     lengths: Tensor | None = None,
     offsets: Tensor | None = None,
-    init: tuple[Tensor, Tensor, Tensor] | None = None,
+    init: Sequence[Tensor] | None = None,
     normalize: bool = False,
     max_iter: int = 10,
     tol: float = 1e-2,
@@ -47,7 +48,8 @@ def gmm_fit(
     Args:
         values: ``[n]`` (B = 1), ``[B, n]``, or with ``offsets`` flat ``[total]``; float32, float64, bfloat16 or
             float16. NaN and infinite values are left out.
-        sample_weight: the shape of values, finite, not negative; values of weight 0 are left out.
+        sample_weight: the shape of values, a float or integer dtype or bool, finite, not negative; values of weight 0 are
+            left out.
         lengths: integer ``[B]``: only the first ``lengths[b]`` values of row b count.
         offsets: integer ``[B + 1]``: problem b is ``values[offsets[b] : offsets[b + 1]]``.
         init: weights, means and standard deviations, ``[B, 2]`` each, to start EM from instead of Lloyd's algorithm;
@@ -57,11 +59,14 @@ def gmm_fit(
         tol: a problem stops once its mean log-likelihood changes by less than this.
         reg_covar: added to each variance.
     """
-    check_options(max_iter, tol, reg_covar)
-    rows, lengths, offsets = _problems(values, lengths, offsets)
-    sample_weight = _sample_weight(sample_weight, values, rows)
+    max_iter, tol, reg_covar = check_options(max_iter, tol, reg_covar)
+    normalize = _checks.check_flag("normalize", normalize)
+    rows, lengths, offsets = _problems_to_fit("values", values, lengths, offsets)
+    sample_weight = _sample_weight(sample_weight, "values", values, rows)
     weights, means, deviations = None, None, None
     if init is not None:
+        if not isinstance(init, (tuple, list)) or len(init) != 3:
+            raise ValueError("fastkd: init must be three tensors, of weights, means and variances")
         problems = rows.shape[0] if offsets is None else offsets.shape[0] - 1
         weights, means, deviations = (_pairs(name, t, problems) for name, t in zip(_INIT, init, strict=True))
     return Mixtures(
@@ -103,8 +108,9 @@ def gmm_posterior(
         posterior: the shape of values, float32 (float64 for float64 values); 0 for values that are not finite or beyond
         their problem's length; mask: bool, the same shape.
     """
-    _check_threshold(threshold)
-    rows, lengths, offsets = _problems(values, lengths, offsets)
+    threshold = _checks.check_between("threshold", threshold, 0.0, 1.0)
+    monotone = _checks.check_flag("monotone", monotone)
+    rows, lengths, offsets = _problems("values", values, lengths, offsets)
     problems = rows.shape[0] if offsets is None else offsets.shape[0] - 1
     if mixtures.weights.shape[0] != problems:
         raise ValueError(
@@ -115,7 +121,7 @@ def gmm_posterior(
 
 
 def gmm_select(
-    values: Tensor,
+    losses: Tensor,
     *,
     sample_weight: Tensor | None = None,
     lengths: Tensor | None = None,
@@ -127,29 +133,29 @@ def gmm_select(
     monotone: bool = False,
     threshold: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`gmm_posterior` of the values by their own :func:`gmm_fit`; on a GPU rows take one launch."""
-    check_options(max_iter, tol, reg_covar)
-    _check_threshold(threshold)
-    rows, lengths, offsets = _problems(values, lengths, offsets)
-    sample_weight = _sample_weight(sample_weight, values, rows)
+    """:func:`gmm_posterior` of the losses by their own :func:`gmm_fit`; on a GPU rows take one launch."""
+    max_iter, tol, reg_covar = check_options(max_iter, tol, reg_covar)
+    threshold = _checks.check_between("threshold", threshold, 0.0, 1.0)
+    normalize, monotone = _checks.check_flag("normalize", normalize), _checks.check_flag("monotone", monotone)
+    rows, lengths, offsets = _problems_to_fit("losses", losses, lengths, offsets)
+    sample_weight = _sample_weight(sample_weight, "losses", losses, rows)
     posterior, mask = call_by_name(
         "gmm_select", rows, offsets, lengths, sample_weight, normalize, max_iter, tol, reg_covar, monotone, threshold
     )
-    return (posterior, mask) if rows.dim() == values.dim() else (posterior.squeeze(0), mask.squeeze(0))
+    return (posterior, mask) if rows.dim() == losses.dim() else (posterior.squeeze(0), mask.squeeze(0))
 
 
-def _check_threshold(threshold: float) -> None:
-    if not 0.0 <= threshold <= 1.0:
-        raise ValueError(f"fastkd: threshold is {threshold}, must be in [0, 1]")
+_INDICES = (*_checks.INTEGERS, torch.uint16, torch.uint32, torch.uint64)
 
 
-def _sample_weight(sample_weight: Tensor | None, values: Tensor, rows: Tensor) -> Tensor | None:
+def _sample_weight(sample_weight: Tensor | None, name: str, values: Tensor, rows: Tensor) -> Tensor | None:
     """Weights of a float dtype, in the shape of rows, which is how the operators take the values."""
     if sample_weight is None:
         return None
+    _checks.check_dtype("sample_weight", sample_weight, (*_checks.FLOATS, *_INDICES, torch.bool))
     if sample_weight.shape != values.shape:
         raise ValueError(
-            f"fastkd: sample_weight has shape {tuple(sample_weight.shape)}, must be that of values, "
+            f"fastkd: sample_weight has shape {tuple(sample_weight.shape)}, must be that of {name}, "
             f"{tuple(values.shape)}"
         )
     if not sample_weight.is_floating_point():
@@ -160,46 +166,66 @@ def _sample_weight(sample_weight: Tensor | None, values: Tensor, rows: Tensor) -
 _INIT = ("init_weights", "init_means", "init_deviations")
 
 
+def check_start(name: str, t: Tensor) -> Tensor:
+    """A parameter to start from, of any real dtype."""
+    return _checks.check_dtype(name, t, (*_checks.FLOATS, *_INDICES))
+
+
 def _pairs(name: str, t: Tensor, problems: int) -> Tensor:
+    check_start(name, t)
     if t.shape != (problems, 2):
         raise ValueError(f"fastkd: {name} has shape {tuple(t.shape)}, must be ({problems}, 2)")
     return t.detach().double()
 
 
-def check_options(max_iter: int, tol: float, reg_covar: float) -> None:
-    """Raises where a fit cannot run with these."""
-    if max_iter < 1:
-        raise ValueError(f"fastkd: max_iter is {max_iter}, must be at least 1")
-    for name, value in (("tol", tol), ("reg_covar", reg_covar)):
-        if not 0.0 <= value < math.inf:
-            raise ValueError(f"fastkd: {name} is {value}, must be finite and not negative")
+def check_options(max_iter: int, tol: float, reg_covar: float) -> tuple[int, float, float]:
+    """These, where a fit can run with them."""
+    max_iter = _checks.check_count("max_iter", max_iter, 1)
+    if max_iter >= 2**63:
+        raise ValueError(f"fastkd: max_iter is {max_iter}, must be below 2^63")
+    return max_iter, _checks.check_not_negative("tol", tol), _checks.check_not_negative("reg_covar", reg_covar)
+
+
+def _problems_to_fit(
+    name: str, values: Tensor, lengths: Tensor | None, offsets: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """:func:`_problems`, of which each is more than a row of a column that is meant as one."""
+    rows, lengths, offsets = _problems(name, values, lengths, offsets)
+    if offsets is None and rows.shape[1] == 1 and rows.shape[0] > 1:
+        raise ValueError(
+            f"fastkd: {name} has shape {tuple(values.shape)}, which is {rows.shape[0]} problems of one value each; one "
+            f"problem is [n] ({name}.squeeze(1)), many are [B, n]"
+        )
+    return rows, lengths, offsets
 
 
 def _problems(
-    values: Tensor, lengths: Tensor | None, offsets: Tensor | None
+    name: str, values: Tensor, lengths: Tensor | None, offsets: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Values as the operators take them: ``[B, n]``, or flat with offsets; lengths and offsets as int64."""
-    if not values.is_floating_point():
-        raise TypeError(f"fastkd: values has dtype {values.dtype}, must be a float dtype")
+    if _checks.check_tensor(name, values).dtype not in _checks.FLOATS:
+        raise TypeError(
+            f"fastkd: {name} has dtype {values.dtype}, must be a float dtype, {_checks.names(_checks.FLOATS)}"
+        )
     if lengths is not None and offsets is not None:
         raise ValueError("fastkd: lengths and offsets are both given, must be at most one of them")
-    for name, index in (("lengths", lengths), ("offsets", offsets)):
-        if index is not None and (index.is_floating_point() or index.dtype == torch.bool):
-            raise TypeError(f"fastkd: {name} has dtype {index.dtype}, must be an integer dtype")
+    for argument, index in (("lengths", lengths), ("offsets", offsets)):
+        if index is not None and _checks.check_tensor(argument, index).dtype not in _INDICES:
+            raise TypeError(f"fastkd: {argument} has dtype {index.dtype}, must be an integer dtype")
     values = values.detach()
     if offsets is not None:
         if values.dim() != 1 or offsets.dim() != 1 or offsets.shape[0] < 1:
             raise ValueError(
-                f"fastkd: values and offsets have shapes {tuple(values.shape)} and {tuple(offsets.shape)}, "
+                f"fastkd: {name} and offsets have shapes {tuple(values.shape)} and {tuple(offsets.shape)}, "
                 "must be [total] and [B + 1]"
             )
         return values, None, offsets.to(torch.int64)
     if values.dim() not in (1, 2):
-        raise ValueError(f"fastkd: values has shape {tuple(values.shape)}, must be [n] or [B, n]")
+        raise ValueError(f"fastkd: {name} has shape {tuple(values.shape)}, must be [n] or [B, n]")
     if lengths is not None:
         if values.dim() != 2 or lengths.shape != values.shape[:1]:
             raise ValueError(
-                f"fastkd: values and lengths have shapes {tuple(values.shape)} and {tuple(lengths.shape)}, "
+                f"fastkd: {name} and lengths have shapes {tuple(values.shape)} and {tuple(lengths.shape)}, "
                 "must be [B, n] and [B]"
             )
         lengths = lengths.to(torch.int64)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from fastkd.methods.loop import predict
+from fastkd.methods.method import cross_entropy
 
 __all__ = ["evaluate", "evaluator"]
 
@@ -17,20 +17,23 @@ def evaluate(network: nn.Module, images: Tensor, target: Tensor, *, batch_size: 
     cross-entropy; in evaluation mode, without gradients.
 
     Args:
+        network: images to logits ``[N, ..., K]``, or to an object that has them as ``.logits``; a single one: of several that
+            learn together, ``method.deployed(student)``.
         images: float ``[N, C, H, W]``, normalised as in the training, where the network is.
-        target: int64 ``[N]``.
+        target: int64 ``[N, ...]``, a class for each row of the logits.
 
     Raises:
-        ValueError: no images, or not as many as targets.
+        ValueError: no images, not as many as targets, a class out of range, or the logits of several networks.
     """
     if len(images) != len(target) or len(images) == 0:
         raise ValueError(
             f"fastkd: there are {len(images)} images and {len(target)} in target, must be as many, 1 or more"
         )
     logits = predict(network, images, batch_size=batch_size).float()
+    loss = cross_entropy(logits, target)
     return {
-        "test_accuracy": (logits.argmax(1) == target).double().mean().item(),
-        "test_loss": F.cross_entropy(logits, target).item(),
+        "test_accuracy": (logits.argmax(-1) == target).double().mean().item(),
+        "test_loss": loss.item(),
     }
 
 

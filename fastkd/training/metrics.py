@@ -30,8 +30,8 @@ class Running:
 
     @torch.no_grad()
     def add(self, loss: Loss, logits: Tensor, target: Tensor) -> None:
-        """A batch."""
-        right = (logits.argmax(1) == target).float().mean()
+        """A batch: logits ``[B, ..., K]`` of one network, and classes ``[B, ...]``."""
+        right = (logits.argmax(-1) == target).float().mean()
         values = {"loss": loss.total.detach(), **loss.terms, "accuracy": right}
         new = [name for name in values if name not in self._names]
         if new:  # a term may begin, or end, within the training

@@ -1,0 +1,80 @@
+"""Checks of arguments that modules and operators share; messages name the argument, what was given and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be a tensor")
+    return value
+
+
+def check_dtype(name: str, value: object, allowed: Sequence[torch.dtype] = FLOATS) -> Tensor:
+    """A tensor of one of these dtypes."""
+    tensor = check_tensor(name, value)
+    if tensor.dtype not in allowed:
+        raise TypeError(f"fastkd: {name} has dtype {tensor.dtype}, must be {names(allowed)}")
+    return tensor
+
+
+def check_number(name: str, value: object) -> float:
+    """A number; a tensor is none, as its value may be on a device that would have to be waited for."""
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):  # a number of a program that is traced
+        return value  # type: ignore[return-value]
+    if isinstance(value, Tensor) or not isinstance(value, Real):
+        raise TypeError(f"fastkd: {name} is {_shown(value)}, must be a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"fastkd: {name} is {value}, must be a number that a float holds") from None
+
+
+def check_between(name: str, value: object, least: float, most: float) -> float:
+    number = check_number(name, value)
+    if not least <= number <= most:  # nor is NaN
+        raise ValueError(f"fastkd: {name} is {value}, must be in [{least:g}, {most:g}]")
+    return number
+
+
+def check_not_negative(name: str, value: object) -> float:
+    number = check_number(name, value)
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"fastkd: {name} is {value}, must be finite and not negative")
+    return number
+
+
+def check_count(name: str, value: object, least: int) -> int:
+    """An integer: Python's, numpy's, or that of a program that is traced."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Integral)):
+        raise TypeError(f"fastkd: {name} is {_shown(value)}, must be an int")
+    if value < least:
+        raise ValueError(f"fastkd: {name} is {value}, must be at least {least}")
+    return value if isinstance(value, (int, torch.SymInt)) else operator.index(value)  # type: ignore[return-value]
+
+
+def check_flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):  # numpy's, by two names
+        raise TypeError(f"fastkd: {name} is {_shown(value)}, must be True or False")
+    return bool(value)
+
+
+def names(dtypes: Sequence[torch.dtype]) -> str:
+    if len(dtypes) == 1:
+        return str(dtypes[0])
+    *first, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{', '.join(first)} or {last}"
+
+
+def _shown(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
