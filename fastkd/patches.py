@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastkd._numbers import index_of
+from fastkd._seeding import check_generator
 from fastkd.ops import crop as _ops
 
 Size = int | tuple[int, int]
@@ -54,7 +56,8 @@ def random_patches(
     """
     check_images(images, _FLOATS + _INTEGERS)
     height, width = pair_of(size)
-    _check_count("patches_per_image", patches_per_image, 1)
+    patches_per_image = count_of("patches_per_image", patches_per_image, 1)
+    padding = count_of("padding", padding, 0)
     offsets, _ = _draw(images, height, width, patches_per_image, padding, 0.0, generator)
     return _ops.crop(images, offsets, (height, width)), offsets
 
@@ -161,6 +164,7 @@ def _crop_flip(
     check_images(images, (*_FLOATS, torch.uint8))
     channels = images.shape[1]
     height, width = (images.shape[2], images.shape[3]) if size is None else pair_of(size)
+    padding = count_of("padding", padding, 0)
     byte = images.dtype == torch.uint8
     dtype = dtype if dtype is not None else torch.float32 if byte else images.dtype
     check_augmentation(flip_probability, dtype)
@@ -213,7 +217,6 @@ def _draw(
 
 
 def check_window(images: Tensor, height: int, width: int, padding: int, generator: torch.Generator | None) -> None:
-    _check_count("padding", padding, 0)
     padded_height, padded_width = images.shape[2] + 2 * padding, images.shape[3] + 2 * padding
     if height > padded_height or width > padded_width:
         raise ValueError(
@@ -224,6 +227,7 @@ def check_window(images: Tensor, height: int, width: int, padding: int, generato
                 else f", ({padded_height}, {padded_width})"
             )
         )
+    check_generator(generator)
     if generator is not None and not _same_device(generator.device, images.device):
         raise ValueError(
             f"fastkd: generator is on {generator.device}, must be on the device of images, {images.device}"
@@ -258,20 +262,24 @@ def _check_places(name: str, value: Tensor, dtype: torch.dtype, images: Tensor) 
         raise ValueError(f"fastkd: {name} is on {value.device}, must be on the device of images, {images.device}")
 
 
-def _check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int):
+def count_of(name: str, value: int, least: int) -> int:
+    """A number of pixels or patches as Python's int."""
+    count = index_of(value)
+    if count is None:
         raise TypeError(f"fastkd: {name} is {value!r}, must be an int")
-    if value < least:
-        raise ValueError(f"fastkd: {name} is {value}, must be at least {least}")
+    if count < least:
+        raise ValueError(f"fastkd: {name} is {count}, must be at least {least}")
+    return count
 
 
 def pair_of(size: Size) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
-    if len(pair) != 2 or not all(isinstance(side, int) for side in pair):
+    pair = size if isinstance(size, Sequence) and len(size) == 2 else (size, size)
+    height, width = map(index_of, pair)
+    if height is None or width is None:
         raise TypeError(f"fastkd: size is {size!r}, must be an int or a pair of them, (height, width)")
-    if min(pair) < 1:
+    if height < 1 or width < 1:
         raise ValueError(f"fastkd: size is {size!r}, must be positive")
-    return pair
+    return height, width
 
 
 def _channel_values(name: str, value: float | Sequence[float], channels: int) -> list[float]:
