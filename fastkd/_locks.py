@@ -1,4 +1,4 @@
-"""A lock that goes with what it guards: through copies, pickles and forks."""
+"""A lock that survives forks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Lock"]
 
 
 class Lock:
-    """A re-entrant lock. What holds one can be copied and pickled: the copy gets a lock of its own.
+    """A re-entrant lock.
 
     A fork waits until no other thread holds one, so that a child never meets a lock that nobody will release, or what it
     guards in the middle of a change. Whoever holds one must not wait for another.
@@ -28,9 +28,6 @@ class Lock:
 
     def __exit__(self, *exception: object) -> None:
         self._lock.release()
-
-    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
-        return Lock, ()
 
 
 _guard = threading.Lock()  # of the set

@@ -13,9 +13,9 @@ from fastkd.patches import (
     check_augmentation,
     check_images,
     check_window,
-    count_of,
     crop_seed,
     normalisation,
+    padding_of,
     pair_of,
 )
 from fastkd.sampling import AliasTable
@@ -84,7 +84,7 @@ def draw_batch(
     window = (images.shape[2], images.shape[3]) if size is None else pair_of(size)
     check_augmentation(flip_probability, dtype)
     center, scale = normalisation(mean, std, images.shape[1], byte=True)
-    padding = count_of("padding", padding, 0)
+    padding = padding_of(padding)
     check_window(images, *window, padding, generator)
     return table._draw(
         n,

@@ -57,7 +57,7 @@ def random_patches(
     check_images(images, _FLOATS + _INTEGERS)
     height, width = pair_of(size)
     patches_per_image = count_of("patches_per_image", patches_per_image, 1)
-    padding = count_of("padding", padding, 0)
+    padding = padding_of(padding)
     offsets, _ = _draw(images, height, width, patches_per_image, padding, 0.0, generator)
     return _ops.crop(images, offsets, (height, width)), offsets
 
@@ -164,7 +164,7 @@ def _crop_flip(
     check_images(images, (*_FLOATS, torch.uint8))
     channels = images.shape[1]
     height, width = (images.shape[2], images.shape[3]) if size is None else pair_of(size)
-    padding = count_of("padding", padding, 0)
+    padding = padding_of(padding)
     byte = images.dtype == torch.uint8
     dtype = dtype if dtype is not None else torch.float32 if byte else images.dtype
     check_augmentation(flip_probability, dtype)
@@ -270,6 +270,14 @@ def count_of(name: str, value: int, least: int) -> int:
     if count < least:
         raise ValueError(f"fastkd: {name} is {count}, must be at least {least}")
     return count
+
+
+def padding_of(padding: int) -> int:
+    """A padding that the operators can count with."""
+    padding = count_of("padding", padding, 0)
+    if padding > 2**60:
+        raise ValueError(f"fastkd: padding is {padding}, must be at most 2^60")
+    return padding
 
 
 def pair_of(size: Size) -> tuple[int, int]:

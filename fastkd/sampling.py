@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from multiprocessing.context import get_spawning_popen
 from typing import Any, TypeVar
 
 import torch
@@ -102,6 +103,23 @@ class AliasTable:
             raise ValueError("fastkd: weights must be finite and at least 0, and not all 0")
         return cls(weights.detach().double().log(), 1.0, seed=seed)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of copies and pickles: the stream as numbers, no lock, and weights that no update changes any more.
+
+        A process that is being spawned reads the weights where they are, in shared memory, as it does any tensor.
+        """
+        with self._alone():
+            state = {**vars(self), "_stream": self._stream.tolist(), "_numbering": self._numbering.copy()}
+            if get_spawning_popen() is None:
+                state["_table"] = _ops.Table(*(t.clone() for t in self._table))
+        state.pop("_lock", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        with torch.inference_mode(False):
+            self._stream = torch.tensor(state["_stream"], dtype=torch.int64, device=self.device)
+
     def __len__(self) -> int:
         return self._table.bins.shape[0]
 
@@ -119,7 +137,7 @@ class AliasTable:
         """The same table, at the same place of its stream, on another device; draws there are the same numbers.
 
         The stream is a copy and goes on by itself. The weights are copied to another device; on the same one they are
-        shared, so that an update of either table is one of both (``copy.deepcopy`` shares nothing).
+        shared, so that an update of either table is one of both; copies by ``copy.deepcopy`` share nothing.
         """
         moved = AliasTable.__new__(AliasTable)
         with self._alone():

@@ -260,7 +260,7 @@ def select_clean(
 
 
 def _tensor(values: Values) -> Tensor:
-    return values if isinstance(values, Tensor) else torch.as_tensor(values)
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
 
 
 def _optional(values: Values | None) -> Tensor | None:

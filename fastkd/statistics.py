@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastkd._numbers import whole
+
 __all__ = [
     "draw_counts",
     "effective_sample_size",
@@ -42,9 +44,7 @@ def draw_counts(indices: Tensor, items: int | None = None, *, out: Tensor | None
     if (items is None) == (out is None):
         raise ValueError(f"fastkd: items and out are {'neither' if out is None else 'both'} given, must be one of them")
     if items is not None:
-        if items < 0:
-            raise ValueError(f"fastkd: items is {items}, must be at least 0")
-        out = torch.zeros(items, dtype=torch.int64, device=indices.device)
+        out = torch.zeros(whole("items", items, 0), dtype=torch.int64, device=indices.device)
     out = _check_int64("out", out)
     if out.dim() != 1 or out.device != indices.device:
         raise ValueError(
