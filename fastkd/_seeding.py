@@ -36,17 +36,16 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def mixed_seed(purpose: str, seed: int, *numbers: int) -> int:
-    """A seed in [0, 2^63) for this purpose, this seed and these numbers (epoch, rank, ...).
+def mixed_seed(purpose: str, *numbers: int) -> int:
+    """A seed in [0, 2^63) for this purpose and these numbers: a seed, then epoch, rank, ...
 
     A hash: sums would give (seed 0, epoch 1) and (seed 1, epoch 0) the same numbers, and without the purpose labels would
     be changed by the numbers that order the batches.
     """
-    mixed = (whole("seed", seed), *(whole("number of a stream", number) for number in numbers))
-    words = "/".join([purpose, *map(str, mixed)])
-    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little") >> 1
+    words = [purpose, *(str(whole("number of a stream" if i else "seed", number)) for i, number in enumerate(numbers))]
+    return int.from_bytes(hashlib.blake2b("/".join(words).encode(), digest_size=8).digest(), "little") >> 1
 
 
-def mixed_generator(purpose: str, seed: int, *numbers: int) -> torch.Generator:
+def mixed_generator(purpose: str, *numbers: int) -> torch.Generator:
     """A generator on the CPU, where every device gets the same numbers from, of :func:`mixed_seed`."""
-    return torch.Generator("cpu").manual_seed(mixed_seed(purpose, seed, *numbers))
+    return torch.Generator("cpu").manual_seed(mixed_seed(purpose, *numbers))

@@ -55,7 +55,7 @@ class Batches:
         if not isinstance(image_set, ImageSet):
             raise TypeError(f"fastkd: image_set is {type(image_set).__name__}, must be an ImageSet")
         batch_size, seed = whole("batch_size", batch_size, 1), whole("seed", seed)
-        rank, world_size = whole("rank", rank), whole("world_size", world_size, 1)
+        rank, world_size = whole("rank", rank), whole("world_size", world_size)
         if not 0 <= rank < world_size:
             raise ValueError(f"fastkd: rank is {rank}, must be in [0, world_size), world_size is {world_size}")
         if world_size > 1 and not drop_last:
