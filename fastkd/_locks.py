@@ -5,29 +5,25 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from typing import Any
 
 __all__ = ["Lock"]
 
 
-class Lock:
-    """A re-entrant lock.
+_RLock: Any = type(threading.RLock())
+
+
+class Lock(_RLock):  # type: ignore[misc]
+    """A re-entrant lock, threading.RLock, whose steps are C: an object around one would double what it costs.
 
     A fork waits until no other thread holds one, so that a child never meets a lock that nobody will release, or what it
     guards in the middle of a change. Whoever holds one must not wait for another.
     """
 
-    __slots__ = ("__weakref__", "_lock")
-
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        super().__init__()
         with _guard:
             _all.add(self)
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *exception: object) -> None:
-        self._lock.release()
 
 
 _guard = threading.Lock()  # of the set
@@ -39,12 +35,12 @@ def _before_fork() -> None:
     with _guard:
         _forking.held = sorted(_all, key=id)  # one order, so that two threads can fork at once
     for lock in _forking.held:
-        lock.__enter__()
+        lock.acquire()
 
 
 def _after_fork() -> None:
     for lock in _forking.held:
-        lock.__exit__()
+        lock.release()
     _forking.held = []
 
 

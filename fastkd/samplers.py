@@ -12,7 +12,7 @@ from torch.utils.data import DistributedSampler
 from fastkd._numbers import whole
 from fastkd._ranks import Part, Ranks
 from fastkd._seeding import seed_of
-from fastkd.sampling import AliasTable
+from fastkd.sampling import AliasTable, new_stream
 
 __all__ = ["CollectionBatchSampler", "CollectionSampler"]
 
@@ -311,10 +311,10 @@ class _Iteration(Iterator[T_co], Generic[T_co]):
     def __init__(self, draws: _Draws, size: int) -> None:
         self._draws = draws
         self._size = size
-        self._seed = 0
         self._from: tuple[int, int] | None = None  # of a state that was loaded
         self._part: Part | None = None
-        self._epoch = 0
+        self._stream: Tensor | None = None  # seed, 0
+        self._total = self._epoch = 0
         self._made = 0  # position behind the draws made
 
     def __iter__(self) -> _Iteration[T_co]:
@@ -330,15 +330,16 @@ class _Iteration(Iterator[T_co], Generic[T_co]):
         draws = self._draws
         if self._part is None:
             self._epoch, self._made = self._from or draws.upcoming()
-            self._seed = draws.seed
             self._part = draws.begin(self, self._epoch, self._made)
-        part, total = self._part, draws.total(self._part)
+            self._stream, self._total = new_stream(draws.seed, draws.table.device), draws.total(self._part)
+        assert self._stream is not None
+        part, total = self._part, self._total
         n = min(self._size, -(-(total - self._made) // part.stride))
         if n <= 0:
             draws.end(self)
             return None
         start = self._epoch * total + self._made + part.rank
-        piece = draws.table.sample_at(self._seed, start, n, part.stride)
+        piece = draws.table._draw_at(self._stream, start, n, part.stride)
         self._made += n * part.stride
         return piece
 

@@ -87,7 +87,7 @@ class AliasTable:
                 1.0 if inverse_temperature is None else inverse_temperature, scores.device
             )
         self._table = _ops.build(scores, self.inverse_temperature)
-        self._stream = _new_stream(seed, scores.device)
+        self._stream = new_stream(seed, scores.device)
         self._numbering = _Numbering()
 
     @classmethod
@@ -191,7 +191,9 @@ class AliasTable:
         """
         n, stride = whole("n", n, 0), whole("stride", stride, 1, 2**63)
         start = whole("start", start, 0, 2**63)
-        stream = _new_stream(seed, self.device)
+        return self._draw_at(new_stream(seed, self.device), start, n, stride)
+
+    def _draw_at(self, stream: Tensor, start: int, n: int, stride: int) -> Tensor:
         with self._alone():
             return _ops.sample(self._table, stream, n, start, stride)
 
@@ -341,7 +343,7 @@ def _is_recorded(t: Tensor) -> bool:
     return torch.compiler.is_compiling() or (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _new_stream(seed: int | None, device: torch.device) -> Tensor:
+def new_stream(seed: int | None, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a table made in inference mode can be drawn from outside of it
         if seed is None:
             return _stream_of(torch.randint(2**62, (1,), dtype=torch.int64, device="cpu"), device)
