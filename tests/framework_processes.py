@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+import fastkd
 from fastkd import AliasTable, CollectionBatchSampler, CollectionSampler
 
 ITEMS, BATCH, BATCHES, RANKS = 500, 4, 6, 2  # batches of an epoch on each rank
@@ -134,7 +136,13 @@ def beside(rank: int, kind: str) -> dict[str, Any]:
 # ---- Lightning ----------------------------------------------------------------------------------------
 
 
-def fitted(rank: int, kind: str, options: dict[str, Any], hook: bool) -> dict[str, Any]:
+QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+IN_TWO = {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "max_epochs": 2, **QUIET}
+
+
+def fitted(
+    rank: int, kind: str, options: dict[str, Any], hook: bool, trainer: Any = None, loader: Any = None
+) -> dict[str, Any]:
     """Two epochs of a fit; ``hook``: the loader comes from train_dataloader. Or what Lightning says."""
     import lightning
 
@@ -159,11 +167,10 @@ def fitted(rank: int, kind: str, options: dict[str, Any], hook: bool) -> dict[st
             def train_dataloader(self) -> DataLoader[int]:
                 return make_loader(kind)
 
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, **quiet, **options)
+    trainer = trainer or lightning.Trainer(**IN_TWO, **options)
     module = Reader()
     try:
-        trainer.fit(module, *([] if hook else [make_loader(kind)]))
+        trainer.fit(module, *([] if hook else [loader or make_loader(kind)]))
     except TypeError as error:
         return {"said": str(error)}
     return {"epochs": module.epochs, "length": trainer.num_training_batches}
@@ -190,3 +197,32 @@ def stateful(rank: int, kind: str, workers: int, done: int, every: int) -> list[
     again.load_state_dict(state)
     second += indices(again)
     return [first, second, indices(again)]
+
+
+# ---- the recipes of docs/samplers.md --------------------------------------------------------------------
+
+
+def followed(rank: int, recipe: str) -> list[list[int]]:
+    """Two epochs of the loader that the recipe makes."""
+    names: dict[str, Any] = {"fastkd": fastkd, "dist": dist, "DataLoader": DataLoader}
+    names |= {"table": make_table(), "collection": Keyed()}
+    if "Accelerator" in recipe:
+        from accelerate import Accelerator
+
+        names["Accelerator"] = partial(Accelerator, cpu=True)
+    if "lightning" in recipe:
+        import lightning
+
+        names["lightning"] = SimpleNamespace(Trainer=partial(lightning.Trainer, **IN_TWO))
+    if "StatefulDataLoader" in recipe:
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        names["StatefulDataLoader"] = partial(StatefulDataLoader, multiprocessing_context="fork")
+        dist.init_process_group("gloo")
+    for shown, here in {"512000": EPOCH, "256": BATCH, "1000": BATCHES}.items():
+        recipe = recipe.replace(shown, str(here))
+    exec(recipe, names)
+    if "trainer" in names:
+        epochs: list[list[int]] = fitted(rank, "", {}, False, names["trainer"], names["loader"])["epochs"]
+        return epochs
+    return [indices(names["loader"]), indices(names["loader"])]

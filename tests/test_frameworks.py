@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -121,3 +122,27 @@ def test_stateful_data_loader(tmp_path: Path, kind: str, workers: int) -> None:
     places = [(0, 1), (2, 1), (BATCHES, 1), (4, 3)]  # batches done, batches between snapshots
     for ranks in results(tmp_path, *((work.stateful, (kind, workers, *place)) for place in places)):
         assert_drawn_once(ranks, epochs=3)
+
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "samplers.md"
+PACKAGES = {
+    "torchrun": "torch",
+    "Accelerate": "accelerate",
+    "Lightning": "lightning",
+    "StatefulDataLoader": "torchdata",
+}
+
+
+@pytest.mark.parametrize("heading", PACKAGES)
+def test_recipes(tmp_path: Path, heading: str) -> None:
+    """Three lines each, as they stand in the document."""
+    needs(PACKAGES[heading])
+    section = DOCUMENT.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    recipes = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert recipes
+    for place, recipe in enumerate(recipes):
+        assert recipe.count("\n") == 3
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        [ranks] = results(folder, (work.followed, (recipe,)))
+        assert_drawn_once(ranks)
