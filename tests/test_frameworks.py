@@ -54,12 +54,14 @@ ACCELERATE: list[tuple[Any, ...]] = [  # options, workers, arguments of the samp
     ({"dispatch_batches": True},),
     ({"dispatch_batches": True, "split_batches": True},),
     ({"use_seedable_sampler": False},),
+    ({"use_stateful_dataloader": True},),
 ]
 
 
 @by_kind
 def test_accelerate(tmp_path: Path, kind: str) -> None:
     needs("accelerate")
+    needs("torchdata")
     for case, ranks in zip(
         ACCELERATE, results(tmp_path, *((work.accelerated, (kind, *case)) for case in ACCELERATE)), strict=True
     ):
