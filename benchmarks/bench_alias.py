@@ -1,4 +1,4 @@
-"""Alias tables against scipy, numpy and torch: lambda from the IQPR, building from scores, drawing, updating."""
+"""Alias tables against scipy, numpy and torch: lambda from the IQPR, building from scores, drawing, updating, and samplers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import BatchSampler, WeightedRandomSampler
 
 import fastkd
 from benchmarks import floors
@@ -19,6 +20,7 @@ QUICK = (10**7,)
 FULL = (10**4, 10**5, 10**6, 10**8)
 GPU = (10**6, 10**7, 10**8, 10**9)
 DRAWS, GPU_DRAWS = 10**6, 2**24
+BATCH, BATCHES = 256, 100  # of samplers, which hand out Python's ints
 CHANGES, GPU_CHANGES = 256, 10**5  # the losses of a training batch; of an epoch
 MULTINOMIAL_ITEMS = 2**24  # torch.multinomial and torch.quantile refuse more
 CDF_ITEMS = 10**8  # of a sum in fp64 and what it takes to make it
@@ -36,12 +38,13 @@ BYTES_OF_AN_ITEM = 60  # scores, tables, and those of peers in fp64
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    """All four for collections of growing size."""
+    """All of them for collections of growing size."""
     for items in settings.pick(QUICK, FULL, sorted({min(n, settings.nbytes) for n in GPU})):
         for make in (_iqpr, _build, _draw, _update):
             yield make(settings, items)
     if settings.sizes != "gpu":
         yield _draw(settings, MULTINOMIAL_ITEMS)
+        yield _sampler(settings, MULTINOMIAL_ITEMS)
     if settings.sizes == "full":
         yield from on_threads(_build(settings, 10**7), thread_counts())
         yield from on_threads(_draw(settings, 10**7), thread_counts())
@@ -144,7 +147,7 @@ def _draw(settings: Settings, items: int) -> Case:
         weights = scores.exp()
         peers["torch.multinomial"] = lambda: torch.multinomial(weights, draws, replacement=True)
         if _on_cpu(settings) and items <= MULTINOMIAL_ITEMS:
-            sampler = torch.utils.data.WeightedRandomSampler(weights.double(), draws)
+            sampler = WeightedRandomSampler(weights.double(), draws)
             peers["WeightedRandomSampler"] = lambda: list(sampler)
         rate = None  # wanted, of draws in a second
         if _on_cpu(settings):
@@ -169,6 +172,32 @@ def _draw(settings: Settings, items: int) -> Case:
         return work
 
     return Case(f"alias draw {short_count(draws)} of N={short_count(items)}", build, BYTES_OF_AN_ITEM * items)
+
+
+def _sampler(settings: Settings, items: int) -> Case:
+    draws = BATCH * BATCHES
+
+    def build() -> Work:
+        scores = _scores(settings, items)
+        table = fastkd.AliasTable(scores, 1.0, seed=0)
+        batches = fastkd.CollectionBatchSampler(table, BATCH, BATCHES)
+        one_by_one = BatchSampler(fastkd.CollectionSampler(table, draws), BATCH, drop_last=False)
+        peer = BatchSampler(WeightedRandomSampler(scores.exp().double(), draws), BATCH, drop_last=False)
+        return Work(
+            lambda: list(batches),
+            {
+                "its tensors": lambda: torch.cat(list(batches.tensors())),
+                "CollectionSampler in a BatchSampler": lambda: list(one_by_one),
+                "WeightedRandomSampler in a BatchSampler": lambda: list(peer),
+            },
+            _error_of_draws(scores, table.probabilities(), draws),
+            0.0,
+            OF_SINGLE_SUMS,
+            own=("its tensors", "CollectionSampler in a BatchSampler"),
+        )
+
+    name = f"alias sampler, {BATCHES} batches of {BATCH} of N={short_count(items)}"
+    return Case(name, build, BYTES_OF_AN_ITEM * items)
 
 
 def _update(settings: Settings, items: int) -> Case:
@@ -215,13 +244,13 @@ def _urn(probabilities: np.ndarray) -> Any:
         return DiscreteAliasUrn(probabilities, random_state=np.random.default_rng(0))
 
 
-def _error_of_draws(scores: Tensor, probabilities: Tensor, draws: int) -> Callable[[Tensor | list[int]], float]:
+def _error_of_draws(scores: Tensor, probabilities: Tensor, draws: int) -> Callable[[Any], float]:
     """0 where the mean score of the draws lies within 6 deviations of what the probabilities say."""
     mean = (probabilities * scores).sum()
     deviation = (probabilities * (scores - mean).square()).sum().sqrt()
 
-    def error(indices: Tensor | list[int]) -> float:
-        indices = torch.as_tensor(indices)
+    def error(handed_out: Any) -> float:
+        indices = torch.as_tensor(handed_out).flatten()
         off = float(((scores[indices].double().mean() - mean) / deviation).abs())
         return 0.0 if off <= 6 / math.sqrt(min(draws, len(indices))) else off
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Real
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,10 +31,12 @@ def check_dtype(name: str, value: object, allowed: Sequence[torch.dtype] = FLOAT
 
 
 def check_number(name: str, value: object) -> float:
-    """A number; a tensor is none, as its value may be on a device that would have to be waited for."""
+    """A number, NaN and infinities included; a tensor is none: its value may be on a device that would be waited for."""
+    if type(value) is float:
+        return value
     if isinstance(value, (torch.SymFloat, torch.SymInt)):  # a number of a program that is traced
         return value  # type: ignore[return-value]
-    if isinstance(value, Tensor) or not isinstance(value, Real):
+    if isinstance(value, (bool, np.bool_, Tensor)) or not isinstance(value, Real):
         raise TypeError(f"fastkd: {name} is {_shown(value)}, must be a number")
     try:
         return float(value)
@@ -54,13 +58,28 @@ def check_not_negative(name: str, value: object) -> float:
     return number
 
 
-def check_count(name: str, value: object, least: int) -> int:
-    """An integer: Python's, numpy's, or that of a program that is traced."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Integral)):
+def index_of(value: Any) -> int | None:
+    """The value as Python's int, or None where it is no whole number. True is none, and neither is 1.0."""
+    if type(value) is int or isinstance(value, torch.SymInt):  # the latter under torch.compile, which keeps it variable
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dim() > 0 or value.dtype == torch.bool)):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def check_count(name: str, value: object, least: int | None = None, below: int | None = None) -> int:
+    """The value as Python's int: Python's own, numpy's, or a tensor of one integer."""
+    number = index_of(value)
+    if number is None:
         raise TypeError(f"fastkd: {name} is {_shown(value)}, must be an int")
-    if value < least:
-        raise ValueError(f"fastkd: {name} is {value}, must be at least {least}")
-    return value if isinstance(value, (int, torch.SymInt)) else operator.index(value)  # type: ignore[return-value]
+    if least is not None and number < least:
+        raise ValueError(f"fastkd: {name} is {number}, must be at least {least}")
+    if below is not None and number >= below:
+        raise ValueError(f"fastkd: {name} is {number}, must be less than {below}")
+    return number
 
 
 def check_flag(name: str, value: object) -> bool:

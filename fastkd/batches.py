@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import batch as _ops
-from fastkd.patches import Size, check_augmentation, check_images, check_window, crop_seed, normalisation, pair_of
+from fastkd.patches import (
+    Size,
+    check_augmentation,
+    check_images,
+    check_window,
+    crop_seed,
+    normalisation,
+    padding_of,
+    pair_of,
+)
 from fastkd.sampling import AliasTable
 
 __all__ = ["draw_batch"]
@@ -75,11 +84,12 @@ def draw_batch(
     window = (images.shape[2], images.shape[3]) if size is None else pair_of(size)
     check_augmentation(flip_probability, dtype)
     center, scale = normalisation(mean, std, images.shape[1], byte=True)
+    padding = padding_of(padding)
     check_window(images, *window, padding, generator)
     return table._draw(
         n,
         generator,
-        lambda stream: _ops.draw_batch(
+        lambda stream, n: _ops.draw_batch(
             table._table,
             stream,
             crop_seed(images.device, generator),

@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple, overload
 
 from torch import Tensor
 
+from fastkd._checks import check_tensor
 from fastkd.ops import divergence as _ops
 from fastkd.ops import relation as _relation_ops
 
@@ -98,7 +99,7 @@ def js_div(
     arXiv:2306.13649). These are not its limits: the divergence tends to 0 at both ends, and it is ``js_div / beta``
     (at 1: ``js_div / (1 - beta)``) that tends to the KL. Other arguments as in :func:`kl_div`.
     """
-    _ops.check_share("beta", beta)
+    beta = _ops.check_share("beta", beta)
     return _ops.divergence(
         student_logits,
         teacher_logits,
@@ -193,9 +194,9 @@ def kd_loss(
             (where ``alpha`` is 1 the task loss is not computed, and 0; so is the distillation loss where it is 0).
         Other arguments as in :func:`kl_div`.
     """
-    _ops.check_tensor("target", target)
+    check_tensor("target", target)
     _ops.check_choice("direction", direction, DIRECTIONS)
-    _ops.check_share("alpha", alpha)
+    alpha = _ops.check_share("alpha", alpha)
     if reduction == "mean":  # type: ignore[comparison-overlap]
         raise ValueError(
             "fastkd: reduction is 'mean', must be 'batchmean', 'sum' or 'none': a mean over rows and classes "

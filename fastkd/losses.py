@@ -7,9 +7,9 @@ from typing import Literal
 from torch import Tensor, nn
 
 from fastkd import functional
+from fastkd._checks import check_not_negative
 from fastkd.functional import Direction, Reduction
 from fastkd.ops import divergence as _ops
-from fastkd.ops import relation as _relation_ops
 
 __all__ = ["JSDivLoss", "KDLoss", "KLDivLoss", "RelationLoss"]
 
@@ -21,15 +21,14 @@ class _Loss(nn.Module):
 
     def __init__(self, temperature: float | Tensor, reduction: Reduction, ignore_index: int) -> None:
         super().__init__()
-        _ops.check_temperature(temperature)
+        temperature = _ops.check_temperature(temperature)
         if isinstance(temperature, Tensor):
             self.register_buffer("temperature", temperature)  # moves with the module
         else:
             self.temperature = temperature
         _ops.check_choice("reduction", reduction, _ops.REDUCTIONS)
-        _ops.check_ignore_index(ignore_index)
         self.reduction: Reduction = reduction
-        self.ignore_index = ignore_index
+        self.ignore_index = _ops.check_ignore_index(ignore_index)
 
 
 class KLDivLoss(_Loss):
@@ -164,8 +163,8 @@ class RelationLoss(nn.Module):
 
     def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0) -> None:
         super().__init__()
-        _relation_ops.check_weight("distance_weight", distance_weight)
-        _relation_ops.check_weight("angle_weight", angle_weight)
+        check_not_negative("distance_weight", distance_weight)
+        check_not_negative("angle_weight", angle_weight)
         self.distance_weight = distance_weight
         self.angle_weight = angle_weight
 

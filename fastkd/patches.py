@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from fastkd import _checks
+from fastkd._seeding import check_generator
 from fastkd.ops import crop as _ops
 
 Size = int | tuple[int, int]
@@ -57,6 +58,7 @@ def random_patches(
     check_images(images, _FLOATS + _INTEGERS)
     height, width = pair_of(size)
     patches_per_image = _checks.check_count("patches_per_image", patches_per_image, 1)
+    padding = padding_of(padding)
     offsets, _ = _draw(images, height, width, patches_per_image, padding, 0.0, generator)
     return _ops.crop(images, offsets, (height, width)), offsets
 
@@ -163,6 +165,7 @@ def _crop_flip(
     check_images(images, (*_FLOATS, torch.uint8))
     channels = images.shape[1]
     height, width = (images.shape[2], images.shape[3]) if size is None else pair_of(size)
+    padding = padding_of(padding)
     byte = images.dtype == torch.uint8
     dtype = dtype if dtype is not None else torch.float32 if byte else images.dtype
     check_augmentation(flip_probability, dtype)
@@ -214,7 +217,6 @@ def _draw(
 
 
 def check_window(images: Tensor, height: int, width: int, padding: int, generator: torch.Generator | None) -> None:
-    _checks.check_count("padding", padding, 0)
     padded_height, padded_width = images.shape[2] + 2 * padding, images.shape[3] + 2 * padding
     if height > padded_height or width > padded_width:
         raise ValueError(
@@ -225,8 +227,7 @@ def check_window(images: Tensor, height: int, width: int, padding: int, generato
                 else f", ({padded_height}, {padded_width})"
             )
         )
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"fastkd: generator is {type(generator).__name__}, must be a torch.Generator")
+    check_generator(generator)
     if generator is not None and not _same_device(generator.device, images.device):
         raise ValueError(
             f"fastkd: generator is on {generator.device}, must be on the device of images, {images.device}"
@@ -256,18 +257,22 @@ def _check_places(name: str, value: Tensor, dtype: torch.dtype, images: Tensor) 
         raise ValueError(f"fastkd: {name} is on {value.device}, must be on the device of images, {images.device}")
 
 
+def padding_of(padding: int) -> int:
+    """A padding that the operators can count with."""
+    padding = _checks.check_count("padding", padding, 0)
+    if padding > 2**60:
+        raise ValueError(f"fastkd: padding is {padding}, must be at most 2^60")
+    return padding
+
+
 def pair_of(size: Size) -> tuple[int, int]:
-    pair = tuple(size) if isinstance(size, Sequence) else (size, size)
-    if len(pair) != 2 or not all(_is_count(side) for side in pair):
+    pair = size if isinstance(size, Sequence) and len(size) == 2 else (size, size)
+    height, width = map(_checks.index_of, pair)
+    if height is None or width is None:
         raise TypeError(f"fastkd: size is {size!r}, must be an int or a pair of them, (height, width)")
-    if min(pair) < 1:
+    if height < 1 or width < 1:
         raise ValueError(f"fastkd: size is {size!r}, must be positive")
-    height, width = (side if isinstance(side, (int, torch.SymInt)) else int(side) for side in pair)
     return height, width
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
 
 
 def _channel_values(name: str, value: float | Sequence[float], channels: int) -> list[float]:

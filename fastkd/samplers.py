@@ -1,35 +1,88 @@
-"""Samplers for ``torch.utils.data`` on top of :class:`fastkd.AliasTable`: epochs, ranks, resume."""
+"""Samplers for ``torch.utils.data`` on top of :class:`fastkd.AliasTable`: epochs, ranks, threads, resume."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
 
-import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DistributedSampler
 
-from fastkd.sampling import AliasTable, check_count
+from fastkd._checks import check_count
+from fastkd._ranks import Part, Ranks
+from fastkd._seeding import seed_of
+from fastkd.sampling import AliasTable, new_stream
 
 __all__ = ["CollectionBatchSampler", "CollectionSampler"]
 
+T_co = TypeVar("T_co", covariant=True)
+
 _CHUNK = 1 << 16  # draws made at a time where indices are handed out one by one
+_STATE = ("seed", "epoch", "draws_done", "num_samples")
 
 
-class CollectionSampler(Sampler[int]):
+class _Sampler(DistributedSampler[T_co]):
+    """What both samplers have in common.
+
+    Lightning and others leave samplers of torch's DistributedSampler alone, as these take care of the ranks themselves.
+    """
+
+    _draws: _Draws  # the constructor of the base, which asks for a dataset, is not called
+
+    @property
+    def table(self) -> AliasTable:
+        """The table that is drawn from."""
+        return self._draws.table
+
+    @property
+    def num_samples(self) -> int:  # type: ignore[override]
+        """Draws of an epoch, over all ranks, before they are rounded up to a multiple of the number of ranks."""
+        return self._draws.num_samples(self._draws.ranks.own()[1])
+
+    @property
+    def rank(self) -> int:  # type: ignore[override]
+        """Which of ``num_replicas`` processes this is."""
+        return self._draws.ranks.own()[0]
+
+    @property
+    def num_replicas(self) -> int:  # type: ignore[override]
+        """Processes that share an epoch."""
+        return self._draws.ranks.own()[1]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lets the next iteration be this epoch; where a state of this epoch was just loaded, it goes on from there."""
+        self._draws.set_epoch(check_count("epoch", epoch, 0))
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Lets the next iteration go on where ``state`` was taken, on as many ranks or another number of them."""
+        self._draws.load_state_dict(state)
+
+
+class CollectionSampler(_Sampler[int]):
     """A ``torch.utils.data`` sampler that draws ``num_samples`` items an epoch from an :class:`AliasTable`.
 
     Epoch e consists of the draws ``[e * num_samples, (e + 1) * num_samples)`` of ``seed``; rank r of w takes every w-th of
     them, from r on. So ranks are independent, and their union is the same for any number of ranks (``num_samples`` is
-    rounded up to a multiple of w).
+    rounded up to a multiple of w). A reader that divides what it reads among the processes by itself, as Accelerate does,
+    gets all draws of the epoch: docs/samplers.md.
 
     Each iteration is one epoch, the one after the last, also where that was left early. After ``load_state_dict`` the
-    next iteration goes on where the state was taken; after ``set_epoch`` it is that epoch.
+    next iteration goes on where the state was taken; after ``set_epoch`` it is that epoch. Iterations may overlap, and
+    threads may share one: no draw comes twice. The state is that of the iteration that began last.
 
     Args:
         table: the table to draw from; updates of it take effect at the next chunk of draws.
         num_samples: draws in an epoch, over all ranks.
-        seed: of the draws, the same on all ranks; by default the table's own.
-        rank, world_size: by default those of ``torch.distributed``, or 0 and 1.
+        seed: of the draws, any int, modulo 2^64, the same on all ranks. By default it follows from that of the table, and
+            each sampler of a table has another one: the first takes the table's own. So ranks that make their samplers
+            in the same order draw from the same streams.
+        rank, world_size: by default those of ``torch.distributed`` when an iteration begins, or 0 and 1.
+
+    Raises:
+        TypeError: a table that is none, numbers that are no ints.
+        ValueError: num_samples below 1, a rank outside [0, world_size), or none without a process group.
+        RuntimeError: when iterated or asked for its length, a rank of several was given, and the reader divides again.
     """
 
     def __init__(
@@ -41,54 +94,51 @@ class CollectionSampler(Sampler[int]):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        check_count("num_samples", num_samples, 1)
-        self.table = table
-        self.num_samples = num_samples
-        self._draws = _Draws(table, num_samples, seed, rank, world_size)
+        self._draws = _Draws(table, check_count("num_samples", num_samples, 1), None, seed, Ranks(rank, world_size))
+
+    @classmethod
+    def _of(cls, draws: _Draws) -> CollectionSampler:
+        made = cls.__new__(cls)
+        made._draws = draws
+        return made
 
     def __len__(self) -> int:
-        return self._draws.per_rank
+        return self._draws.length(self._draws.ranks.part())
 
     def __iter__(self) -> Iterator[int]:
-        for chunk in self._draws.epoch_in_chunks(_CHUNK):
-            start = self._draws.position - len(chunk)
-            for taken, index in enumerate(chunk.tolist(), start + 1):
-                self._draws.position = taken  # a state saved between two items continues with the second
-                yield index
+        return _Items(self._draws)
 
     def __repr__(self) -> str:
         return f"CollectionSampler({self.table}, num_samples={self.num_samples}, {self._draws})"
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lets the next iteration be this epoch; where a state of this epoch was just loaded, it goes on from there."""
-        self._draws.set_epoch(epoch)
 
     def state_dict(self, done: int | None = None) -> dict[str, int]:
         """Where the epoch under way stands.
 
         Args:
-            done: how many items of it the loop has finished. By default all that were handed out, which is too many
-                where DataLoader workers prefetch: count the loop's own and pass them.
+            done: how many items of it the loop has finished, on this rank. By default all that were handed out, which is
+                too many where DataLoader workers prefetch: count the loop's own and pass them.
         """
-        return self._draws.state_dict(done)
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Lets the next iteration go on where ``state`` was taken, on as many ranks or another number of them."""
-        self._draws.load_state_dict(state)
+        return self._draws.state_dict(done, 1, "at_once")
 
 
-class CollectionBatchSampler(Sampler[Tensor]):
-    """Whole batches of indices, int64 ``[batch_size]``, as ``batch_sampler`` of a DataLoader or to index tensors directly.
+class CollectionBatchSampler(_Sampler[list[int]]):
+    """Whole batches of indices, lists of ``batch_size`` ints, as ``batch_sampler`` of a DataLoader.
 
-    ``for batch in CollectionBatchSampler(table, 256, 20): x = images[batch]`` spares the million Python integers of a
-    per-item sampler. Distribution over ranks, epochs and resume as in :class:`CollectionSampler`, with
+    :meth:`tensors` gives them as tensors, to index others with: ``for batch in sampler.tensors(): x = images[batch]``.
+    Distribution over ranks, epochs, threads and resume as in :class:`CollectionSampler`, with
     ``num_samples = batch_size * num_batches * world_size``.
 
     Args:
-        table: the table to draw from.
+        table: the table to draw from; updates of it take effect at the next batch.
         batch_size: items of a batch, on each rank.
         num_batches: batches of an epoch, on each rank.
         seed, rank, world_size: as in :class:`CollectionSampler`.
+
+    Attributes:
+        sampler: the same draws one by one, a :class:`CollectionSampler`: where trainers look for ``set_epoch``.
+
+    Raises:
+        As :class:`CollectionSampler`.
     """
 
     def __init__(
@@ -101,19 +151,20 @@ class CollectionBatchSampler(Sampler[Tensor]):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        check_count("batch_size", batch_size, 1)
-        check_count("num_batches", num_batches, 1)
-        self.table = table
-        self.batch_size = batch_size
-        self.num_batches = num_batches
-        rank, world_size = _ranks(rank, world_size)
-        self._draws = _Draws(table, batch_size * num_batches * world_size, seed, rank, world_size)
+        self.batch_size = check_count("batch_size", batch_size, 1)
+        self.num_batches = check_count("num_batches", num_batches, 1)
+        self._draws = _Draws(table, None, self.batch_size * self.num_batches, seed, Ranks(rank, world_size))
+        self.sampler = CollectionSampler._of(self._draws)
 
     def __len__(self) -> int:
-        return self.num_batches
+        return self._draws.length(self._draws.ranks.part()) // self.batch_size
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return self._draws.epoch_in_chunks(self.batch_size)
+    def __iter__(self) -> Iterator[list[int]]:
+        return _Batches(self._draws, self.batch_size, Tensor.tolist)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """An iteration, as ``iter(sampler)`` is, whose batches are int64 ``[batch_size]`` on the device of the table."""
+        return _Batches(self._draws, self.batch_size, _itself)
 
     def __repr__(self) -> str:
         return (
@@ -121,88 +172,231 @@ class CollectionBatchSampler(Sampler[Tensor]):
             f"{self._draws})"
         )
 
-    def set_epoch(self, epoch: int) -> None:
-        """As :meth:`CollectionSampler.set_epoch`."""
-        self._draws.set_epoch(epoch)
-
     def state_dict(self, done: int | None = None) -> dict[str, int]:
         """As :meth:`CollectionSampler.state_dict`, with ``done`` in batches."""
-        return self._draws.state_dict(None if done is None else done * self.batch_size)
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """As :meth:`CollectionSampler.load_state_dict`."""
-        self._draws.load_state_dict(state)
+        return self._draws.state_dict(done, self.batch_size, "batches_at_once")
 
 
 class _Draws:
-    """The draws of one rank, epoch by epoch: what both samplers hand out."""
+    """The draws of one seed, epoch by epoch, and how far they have come: what a sampler and its iterators share.
+
+    Positions count the draws of an epoch over all ranks. The lock is the table's.
+    """
 
     def __init__(
-        self, table: AliasTable, num_samples: int, seed: int | None, rank: int | None, world_size: int | None
+        self, table: AliasTable, num_samples: int | None, per_rank: int | None, seed: int | None, ranks: Ranks
     ) -> None:
+        if not isinstance(table, AliasTable):
+            raise TypeError(f"fastkd: table is {type(table).__name__}, must be an AliasTable")
         self.table = table
-        self.num_samples = num_samples
-        self.rank, self.world_size = _ranks(rank, world_size)
-        self.per_rank = -(-num_samples // self.world_size)
-        self.seed = int(table.state_dict()["seed"]) if seed is None else seed
+        self.ranks = ranks
+        self._num_samples = num_samples
+        self._per_rank = per_rank
+        self.seed = table._new_seed(ranks.rank) if seed is None else seed_of(seed)
         self.epoch = 0  # the one under way, or that the next iteration begins with
-        self.position = 0  # draws of this rank handed out in it
-        self.under_way = False
+        self._position = 0  # in it
+        self._under_way = False
+        self._part: Part | None = None  # of the iteration that began last
+        self._current: _Iteration[Any] | None = None  # that iteration, while it lasts: it knows the position
 
     def __repr__(self) -> str:
-        return f"seed={self.seed}, rank={self.rank} of {self.world_size}, epoch={self.epoch}"
+        rank, world_size = self.ranks.own()
+        return f"seed={self.seed}, rank={rank} of {world_size}, epoch={self.epoch}"
 
-    def epoch_in_chunks(self, size: int) -> Iterator[Tensor]:
-        if self.under_way:  # ended, or left early
-            self.epoch, self.position = self.epoch + 1, 0
-        self.under_way = True
-        epoch, position = self.epoch, self.position
-        while position < self.per_rank:
-            n = min(size, self.per_rank - position)
-            start = (epoch * self.per_rank + position) * self.world_size + self.rank
-            position += n
-            self.position = position
-            yield self.table.sample_at(self.seed, start, n, self.world_size)
+    def __getstate__(self) -> dict[str, Any]:
+        with self.table._alone():
+            return {**vars(self), "_position": self.position, "_current": None}
+
+    @property
+    def position(self) -> int:
+        return self._position if self._current is None else self._current.position
+
+    def num_samples(self, world_size: int) -> int:
+        if self._num_samples is not None:
+            return self._num_samples
+        assert self._per_rank is not None
+        return self._per_rank * world_size
+
+    def total(self, part: Part) -> int:
+        """Draws of an epoch over all ranks."""
+        return -(-self.num_samples(part.world_size) // part.world_size) * part.world_size
+
+    def length(self, part: Part) -> int:
+        """Draws of an epoch that are handed out."""
+        return self.total(part) // part.stride
+
+    def upcoming(self) -> tuple[int, int]:
+        """Epoch and position of the next iteration."""
+        return (self.epoch + 1, 0) if self._under_way else (self.epoch, self._position)
+
+    def begin(self, iteration: _Iteration[Any], epoch: int, position: int) -> Part:
+        part = self.ranks.part()
+        total = self.total(part)
+        if position % part.stride:
+            raise ValueError(
+                f"fastkd: state['draws_done'] is {position}, which {part.stride} ranks cannot share equally"
+            )
+        if self._per_rank is not None and position > total:
+            raise ValueError(f"fastkd: state['draws_done'] is {position}, but this sampler draws {total} an epoch")
+        self.epoch, self._under_way, self._part, self._current = epoch, True, part, iteration
+        return part
+
+    def end(self, iteration: _Iteration[Any]) -> None:
+        if self._current is iteration:
+            self._position, self._current = iteration.position, None
 
     def set_epoch(self, epoch: int) -> None:
-        if epoch != self.epoch or self.under_way:
-            self.epoch, self.position, self.under_way = epoch, 0, False
+        with self.table._alone():
+            if epoch != self.epoch or self._under_way:
+                self._go_to(epoch, 0)
 
-    def state_dict(self, done: int | None) -> dict[str, int]:
-        position = self.position if done is None else done
-        if not 0 <= position <= self.per_rank:
-            raise ValueError(f"fastkd: done is {position} draws, must be from 0 to the epoch's {self.per_rank}")
+    def _go_to(self, epoch: int, position: int) -> None:
+        self.epoch, self._position, self._under_way, self._current = epoch, position, False, None
+
+    def state_dict(self, done: int | None, unit: int, at_once: str) -> dict[str, int]:
+        with self.table._alone():
+            part = self._part if self._part is not None and self._under_way else self.ranks.part()
+            if done is None:
+                position = self.position
+            else:
+                draws, factor, total = check_count("done", done) * unit, getattr(part, at_once), self.total(part)
+                position = draws * factor
+                if not 0 <= position <= total:
+                    raise ValueError(f"fastkd: done is {draws} draws, must be from 0 to the epoch's {total // factor}")
+            return self.state_at(self.epoch, position, part)
+
+    def state_at(self, epoch: int, position: int, part: Part) -> dict[str, int]:
         return {
             "seed": self.seed,
-            "epoch": self.epoch,
-            "draws_done": position * self.world_size,
-            "num_samples": self.num_samples,
+            "epoch": epoch,
+            "draws_done": position,
+            "num_samples": self.num_samples(part.world_size),
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        missing = {"seed", "epoch", "draws_done", "num_samples"} - set(state)
+        seed, epoch, position, num_samples = self.checked(state)
+        with self.table._alone():
+            self.seed = seed
+            # the last draw of an epoch is followed by the first of the next one
+            self._go_to(*((epoch + 1, 0) if position >= num_samples else (epoch, position)))
+
+    def checked(self, state: dict[str, int]) -> tuple[int, int, int, int]:
+        missing = set(_STATE) - set(state)
         if missing:
             raise ValueError(
                 f"fastkd: state has no {', '.join(sorted(missing))}; it is not that of a collection sampler"
             )
-        if state["num_samples"] != self.num_samples:
+        seed = seed_of(state["seed"], "state['seed']")
+        epoch, position, num_samples = (check_count(f"state['{name}']", state[name], 0) for name in _STATE[1:])
+        _, world_size = self.ranks.own()
+        own = self.num_samples(world_size)
+        # where the process group may still come, batches may be for any number of ranks
+        fits = num_samples == own if self.ranks.settled or self._per_rank is None else num_samples % own == 0
+        if not fits:
+            raise ValueError(f"fastkd: state['num_samples'] is {num_samples}, but this sampler draws {own} an epoch")
+        if self.ranks.world_size is not None and position % world_size:
             raise ValueError(
-                f"fastkd: state['num_samples'] is {state['num_samples']}, but this sampler draws {self.num_samples} an epoch"
+                f"fastkd: state['draws_done'] is {position}, which {world_size} ranks cannot share equally"
             )
-        if state["draws_done"] % self.world_size != 0:
-            raise ValueError(
-                f"fastkd: state['draws_done'] is {state['draws_done']}, which {self.world_size} ranks cannot share equally"
-            )
-        self.seed, self.epoch, self.under_way = state["seed"], state["epoch"], False
-        self.position = state["draws_done"] // self.world_size
-        if self.position >= self.per_rank:
-            self.epoch, self.position = self.epoch + 1, 0
+        return seed, epoch, position, num_samples
 
 
-def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    distributed = dist.is_available() and dist.is_initialized()
-    world_size = world_size if world_size is not None else dist.get_world_size() if distributed else 1
-    rank = rank if rank is not None else dist.get_rank() if distributed else 0
-    if not 0 <= rank < world_size:
-        raise ValueError(f"fastkd: rank is {rank}, must be in [0, {world_size})")
-    return rank, world_size
+class _Iteration(Iterator[T_co], Generic[T_co]):
+    """An epoch in pieces of ``size`` draws. It begins with the first piece: an iterator that nobody asks changes nothing.
+
+    Its state is what torchdata's StatefulDataLoader saves besides the sampler's. A state that was taken at the end of an
+    epoch makes an iteration without draws.
+    """
+
+    def __init__(self, draws: _Draws, size: int) -> None:
+        self._draws = draws
+        self._size = size
+        self._from: tuple[int, int] | None = None  # of a state that was loaded
+        self._part: Part | None = None
+        self._stream: Tensor | None = None  # seed, 0
+        self._total = self._epoch = 0
+        self._made = 0  # position behind the draws made
+
+    def __iter__(self) -> _Iteration[T_co]:
+        return self
+
+    @property
+    def position(self) -> int:
+        """Draws of the epoch that were handed out, on all ranks."""
+        return self._made
+
+    def _piece(self) -> Tensor | None:
+        """The next draws, or None at the end; with the lock of the table."""
+        draws = self._draws
+        if self._part is None:
+            self._epoch, self._made = self._from or draws.upcoming()
+            self._part = draws.begin(self, self._epoch, self._made)
+            self._stream, self._total = new_stream(draws.seed, draws.table.device), draws.total(self._part)
+        assert self._stream is not None
+        part, total = self._part, self._total
+        n = min(self._size, -(-(total - self._made) // part.stride))
+        if n <= 0:
+            draws.end(self)
+            return None
+        start = self._epoch * total + self._made + part.rank
+        piece = draws.table._draw_at(self._stream, start, n, part.stride)
+        self._made += n * part.stride
+        return piece
+
+    def state_dict(self) -> dict[str, int]:
+        """Of this iteration, whatever others the sampler has begun."""
+        with self._draws.table._alone():
+            if self._part is not None:
+                return self._draws.state_at(self._epoch, self.position, self._part)
+            return self._draws.state_at(*(self._from or self._draws.upcoming()), self._draws.ranks.part())
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on where the state was taken, to the end of that epoch."""
+        seed, epoch, position, _ = self._draws.checked(state)
+        with self._draws.table._alone():
+            self._draws.seed, self._from, self._part = seed, (epoch, position), None
+
+
+class _Batches(_Iteration[T_co]):
+    def __init__(self, draws: _Draws, size: int, made_of: Callable[[Tensor], T_co]) -> None:
+        super().__init__(draws, size)
+        self._made_of = made_of
+
+    def __next__(self) -> T_co:
+        with self._draws.table._alone():
+            piece = self._piece()
+        if piece is None:
+            raise StopIteration
+        return self._made_of(piece)
+
+
+class _Items(_Iteration[int]):
+    def __init__(self, draws: _Draws) -> None:
+        super().__init__(draws, _CHUNK)
+        self._chunk: Iterator[int] = iter(())
+
+    def __next__(self) -> int:
+        for index in self._chunk:  # one step of the interpreter, so that threads can share the iterator
+            return index
+        with self._draws.table._alone():
+            for index in self._chunk:  # another thread has been here
+                return index
+            piece = self._piece()
+            if piece is None:
+                raise StopIteration
+            index, *rest = piece.tolist()
+            self._chunk = iter(rest)
+        return index  # type: ignore[no-any-return]
+
+    @property
+    def position(self) -> int:
+        left = operator.length_hint(self._chunk)
+        return self._made - left * (1 if self._part is None else self._part.stride)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        super().load_state_dict(state)
+        self._chunk = iter(())
+
+
+def _itself(batch: Tensor) -> Tensor:
+    return batch

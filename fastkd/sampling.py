@@ -10,13 +10,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from multiprocessing.context import get_spawning_popen
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastkd import statistics
+from fastkd._checks import check_count, check_dtype, check_number
+from fastkd._locks import Lock
+from fastkd._seeding import check_generator, mixed_seed, seed_of
 from fastkd.ops import alias as _ops
+from fastkd.ops._numbers import number_tensor
 
 __all__ = ["AliasTable"]
 
@@ -34,6 +40,9 @@ class AliasTable:
     or on whether n draws come in one call or in many. A table takes ``8 N + 24 ceil(N / 4096) + 32`` bytes: 8,005,859,416
     for 1e9 items.
 
+    Threads may share a table: each draw has numbers of its own, and none meets an update half done. Not so under
+    torch.compile, whose programs hold no locks, and on CUDA streams that do not wait for one another.
+
     On a GPU nothing waits for the device: building (with a seed; without, one is drawn on the host), drawing and updating
     can be captured in a CUDA graph. What the CPU
     refuses by the values of scores or lambda (below) cannot raise there: every draw of such a table is -2^63, which is an
@@ -45,11 +54,16 @@ class AliasTable:
             neither it is 1, the plain softmax of the scores.
         iqpr: the ratio, >= 1, of the probabilities of the items at the third and at the first quartile of the scores.
             1 is uniform. Where the quartiles coincide no lambda can give it: the table is then uniform (lambda = 0).
-        seed: of the table's own stream of draws; by default drawn from torch's default generator.
+        seed: of the table's own stream of draws, any int, modulo 2^64; by default drawn from torch's default generator
+            of the CPU. With several ranks, give them all the same.
 
     Raises:
+        TypeError: scores of another dtype, an inverse_temperature that is neither a number nor a float tensor, an iqpr
+        that is no number, a seed that is no int.
         ValueError, RuntimeError: no item, scores that are NaN or +inf or all -inf, lambda < 0, iqpr < 1.
     """
+
+    _lock: Lock | None = None  # made at first use: a traced program cannot make one
 
     def __init__(
         self,
@@ -59,33 +73,51 @@ class AliasTable:
         iqpr: float | None = None,
         seed: int | None = None,
     ) -> None:
-        if not isinstance(scores, Tensor):
-            raise TypeError(f"fastkd: scores is {type(scores).__name__}, must be a float tensor [N]")
+        check_dtype("scores", scores)
         if inverse_temperature is not None and iqpr is not None:
             raise ValueError(
                 f"fastkd: inverse_temperature is {inverse_temperature} and iqpr is {iqpr}, must be given one at a time"
             )
+        seed = None if seed is None else seed_of(seed)
         if iqpr is not None:
-            self.inverse_temperature = _ops.inverse_temperature(scores, iqpr)
+            self.inverse_temperature = _ops.inverse_temperature(scores, check_number("iqpr", iqpr))
         else:
             self.inverse_temperature = _lambda(
                 1.0 if inverse_temperature is None else inverse_temperature, scores.device
             )
         self._table = _ops.build(scores, self.inverse_temperature)
-        self._stream = _new_stream(seed, scores.device)
+        self._stream = new_stream(seed, scores.device)
+        self._numbering = _Numbering()
 
     @classmethod
     def from_weights(cls, weights: Tensor, *, seed: int | None = None) -> AliasTable:
-        """A table that draws item i with probability ``weights[i] / weights.sum()``; weights ``[N]``, >= 0, any float dtype."""
-        if not isinstance(weights, Tensor) or not weights.is_floating_point():
-            given = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
-            raise TypeError(f"fastkd: weights is {given}, must be a float tensor [N]")
+        """A table that draws item i with probability ``weights[i] / weights.sum()``; weights ``[N]``, >= 0, float."""
+        check_dtype("weights", weights)
+        if weights.dim() != 1:
+            raise ValueError(f"fastkd: weights has shape {tuple(weights.shape)}, must be [N]")
         # (a traced or captured program cannot branch on values: there the build finds the NaN of their logarithm)
         if not _is_recorded(weights) and not (
             bool((weights >= 0).all()) and bool((weights < math.inf).all()) and bool((weights > 0).any())
         ):
             raise ValueError("fastkd: weights must be finite and at least 0, and not all 0")
         return cls(weights.detach().double().log(), 1.0, seed=seed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of copies and pickles: the stream as numbers, no lock, and weights that no update changes any more.
+
+        A process that is being spawned reads the weights where they are, in shared memory, as it does any tensor.
+        """
+        with self._alone():
+            state = {**vars(self), "_stream": self._stream.tolist(), "_numbering": self._numbering.copy()}
+            if get_spawning_popen() is None:
+                state["_table"] = _ops.Table(*(t.clone() for t in self._table))
+        state.pop("_lock", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        with torch.inference_mode(False):
+            self._stream = torch.tensor(state["_stream"], dtype=torch.int64, device=self.device)
 
     def __len__(self) -> int:
         return self._table.bins.shape[0]
@@ -101,12 +133,20 @@ class AliasTable:
         return sum(t.numel() * t.element_size() for t in self._table)
 
     def to(self, device: torch.device | str) -> AliasTable:
-        """The same table, at the same place of its stream, on another device; draws there are the same numbers."""
+        """The same table, at the same place of its stream, on another device; draws there are the same numbers.
+
+        The stream is a copy and goes on by itself. The weights are copied to another device; on the same one they are
+        shared, so that an update of either table is one of both; copies by ``copy.deepcopy`` share nothing.
+        """
         moved = AliasTable.__new__(AliasTable)
-        moved._table = _ops.Table(*(t.to(device) for t in self._table))
-        with torch.inference_mode(False):
-            moved._stream = self._stream.clone().to(device)
-        moved.inverse_temperature = self.inverse_temperature.to(device)
+        with self._alone():
+            moved._table = _ops.Table(*(t.to(device) for t in self._table))
+            with torch.inference_mode(False):
+                moved._stream = self._stream.clone().to(device)
+            moved.inverse_temperature = self.inverse_temperature.to(device)
+            moved._numbering = self._numbering.copy()
+            if moved.device == self.device:
+                moved._lock = self._lock  # which guards the weights, too
         return moved
 
     def __repr__(self) -> str:
@@ -121,23 +161,46 @@ class AliasTable:
         draws are the first ``n`` of that seed; the own stream stays where it is. Draw in the main process: each
         DataLoader worker has a stream of its own, which begins at the same place (use :meth:`sample_at`, or a sampler).
         """
-        return self._draw(n, generator, lambda stream: _ops.sample(self._table, stream, n))
+        return self._draw(n, generator, lambda stream, n: _ops.sample(self._table, stream, n))
 
-    def _draw(self, n: int, generator: torch.Generator | None, draws: Callable[[Tensor], Drawn]) -> Drawn:
-        """``draws(stream)``: the next n of the own stream, or the first n of a seed from the generator."""
-        check_count("n", n, 0)
-        if generator is not None:
-            seed = torch.randint(2**62, (1,), dtype=torch.int64, generator=generator, device=generator.device)
-            return draws(_stream_of(seed, self.device))
-        drawn = draws(self._stream)
-        self._stream[1:].add_(n)
-        return drawn
+    def _draw(self, n: int, generator: torch.Generator | None, draws: Callable[[Tensor, int], Drawn]) -> Drawn:
+        """``draws(stream, n)``: the next n of the own stream, or the first n of a seed from the generator."""
+        n = check_count("n", n, 0)
+        check_generator(generator)
+        with self._alone():
+            if (
+                generator is not None
+            ):  # one call of randint is one step, so threads that share it get seeds of their own
+                seed = torch.randint(2**62, (1,), dtype=torch.int64, generator=generator, device=generator.device)
+                return draws(_stream_of(seed, self.device), n)
+            drawn = draws(self._stream, n)
+            self._stream[1:].add_(n)
+            return drawn
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """No other thread draws from, updates or reads this table meanwhile; but a traced program cannot hold a lock."""
+        if torch.compiler.is_compiling():
+            return nullcontext()
+        return self._lock or self.__dict__.setdefault("_lock", Lock())
 
     def sample_at(self, seed: int, start: int, n: int, stride: int = 1) -> Tensor:
-        """The draws number ``start, start + stride, ...`` (``n`` of them) of ``seed``, int64 ``[n]``; changes no state."""
-        check_count("n", n, 0)
-        check_count("stride", stride, 1)
-        return _ops.sample(self._table, _new_stream(seed, self.device), n, start, stride)
+        """The draws number ``start, start + stride, ...`` (``n`` of them) of ``seed``, int64 ``[n]``; changes no state.
+
+        ``seed`` is any int, modulo 2^64; ``start`` in [0, 2^63); ``n`` >= 0; ``stride`` >= 1.
+        """
+        n, stride = check_count("n", n, 0), check_count("stride", stride, 1, 2**63)
+        start = check_count("start", start, 0, 2**63)
+        return self._draw_at(new_stream(seed, self.device), start, n, stride)
+
+    def _draw_at(self, stream: Tensor, start: int, n: int, stride: int) -> Tensor:
+        with self._alone():
+            return _ops.sample(self._table, stream, n, start, stride)
+
+    def _new_seed(self, rank: int | None) -> int:
+        """The default seed of the next sampler on this table: the table's own for the first, another for each other."""
+        with self._alone():
+            seed, number = int(self._stream[0]), self._numbering.next(rank)
+        return mixed_seed("sampler", seed, number) if number else seed
 
     def update(self, indices: Tensor, scores: Tensor) -> None:
         """Gives some items new scores, rebuilding only their blocks of 4096 (and the small table over blocks).
@@ -152,25 +215,28 @@ class AliasTable:
             scores: float ``[n]``, their new scores; ``-inf`` takes an item out.
 
         Raises:
+            TypeError: indices that are not int64, scores that are no floats.
             RuntimeError: an index out of range, NaN or +inf, no item left, or scores so far above the old largest that
                 they cannot be put in scale; the table is then unchanged. On a GPU all later draws are -2^63 instead.
         """
-        for name, value in (("indices", indices), ("scores", scores)):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be a tensor")
-        _ops.update(self._table, indices, scores)
-        if self.device.type == "cpu" and not torch.compiler.is_compiling():
-            total = self._table.scale[3].item()
-            if len(self) > 1e-6 * total:
-                warnings.warn(
-                    f"fastkd: after this update the table's weights sum to {total:.0f} for {len(self)} items, too few for "
-                    "exact probabilities; build a new AliasTable from the scores",
-                    stacklevel=2,
-                )
+        check_dtype("indices", indices, (torch.int64,))
+        check_dtype("scores", scores)
+        total = math.inf
+        with self._alone():
+            _ops.update(self._table, indices, scores)
+            if self.device.type == "cpu" and not torch.compiler.is_compiling():
+                total = self._table.scale[3].item()
+        if len(self) > 1e-6 * total:
+            warnings.warn(
+                f"fastkd: after this update the table's weights sum to {total:.0f} for {len(self)} items, too few for "
+                "exact probabilities; build a new AliasTable from the scores",
+                stacklevel=2,
+            )
 
     def weights(self) -> Tensor:
         """The exact integer weights that the draws follow: int64 ``[N]``; probability = weight / sum."""
-        return _ops.weights(self._table)
+        with self._alone():
+            return _ops.weights(self._table)
 
     def probabilities(self) -> Tensor:
         """The probability of each item: float64 ``[N]``."""
@@ -190,13 +256,15 @@ class AliasTable:
 
     def state_dict(self) -> dict[str, Any]:
         """Seed and position of the own stream, lambda, and a fingerprint of the table; not the table, which the scores give."""
-        seed, position = self._stream.tolist()
+        with self._alone():
+            seed, position = self._stream.tolist()
+            total = int(self._table.block_weight.sum())
         return {
             "seed": seed,
             "next_index": position,
             "inverse_temperature": float(self.inverse_temperature),
             "items": len(self),
-            "total_weight": int(self._table.block_weight.sum()),
+            "total_weight": total,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -204,27 +272,56 @@ class AliasTable:
 
         The table must be the one it was saved from: built from the same scores and lambda, and updated alike.
         """
-        own = self.state_dict()
-        for key in ("items", "total_weight", "inverse_temperature"):
-            if state[key] != own[key]:
-                raise ValueError(
-                    f"fastkd: state['{key}'] is {state[key]}, but this table has {own[key]}; rebuild the table from the "
-                    "scores it was saved with, and repeat its updates"
-                )
-        self._stream.copy_(torch.tensor([state["seed"], state["next_index"]], dtype=torch.int64))
+        missing = {"seed", "next_index", "items", "total_weight", "inverse_temperature"} - set(state)
+        if missing:
+            raise ValueError(f"fastkd: state has no {', '.join(sorted(missing))}; it is not that of an AliasTable")
+        seed, position = (
+            seed_of(state["seed"], "state['seed']"),
+            check_count("state['next_index']", state["next_index"], 0, 2**63),
+        )
+        stream = torch.tensor([seed, position], dtype=torch.int64, device="cpu")
+        with self._alone():
+            own = self.state_dict()
+            for key in ("items", "total_weight", "inverse_temperature"):
+                if state[key] != own[key]:
+                    raise ValueError(
+                        f"fastkd: state['{key}'] is {state[key]}, but this table has {own[key]}; rebuild the table from "
+                        "the scores it was saved with, and repeat its updates"
+                    )
+            self._stream.copy_(stream)
 
 
-def check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be an int")
-    if value < least:
-        raise ValueError(f"fastkd: {name} is {value}, must be at least {least}")
+class _Numbering:
+    """Numbers the samplers of a table, so that each has a stream of its own, which is the same on every rank.
+
+    Every process makes its samplers in the same order, so they count alike. Samplers of given ranks are counted by rank:
+    those that one process makes for several ranks are parts of one.
+    """
+
+    def __init__(self) -> None:
+        self._least = 0
+        self._of_rank: dict[int, int] = {}
+
+    def next(self, rank: int | None) -> int:
+        if rank is None:
+            number = max(self._of_rank.values(), default=self._least)
+            self._least, self._of_rank = number + 1, {}
+            return number
+        number = self._of_rank.get(rank, self._least)
+        self._of_rank[rank] = number + 1
+        return number
+
+    def copy(self) -> _Numbering:
+        made = _Numbering()
+        made._least, made._of_rank = self._least, dict(self._of_rank)
+        return made
 
 
 def _lambda(value: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
+        check_dtype("inverse_temperature", value)
         return value.detach().to(device, torch.float64)
-    return torch.full((), value, dtype=torch.float64, device=device)  # no copy from the host, which a graph cannot hold
+    return number_tensor(check_number("inverse_temperature", value), device)
 
 
 def _is_recorded(t: Tensor) -> bool:
@@ -232,17 +329,12 @@ def _is_recorded(t: Tensor) -> bool:
     return torch.compiler.is_compiling() or (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _as_int64(seed: int) -> int:
-    """The seed modulo 2^64, as torch.Generator takes it, in int64."""
-    return (seed + 2**63) % 2**64 - 2**63
-
-
-def _new_stream(seed: int | None, device: torch.device) -> Tensor:
+def new_stream(seed: int | None, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a table made in inference mode can be drawn from outside of it
         if seed is None:
-            return _stream_of(torch.randint(2**62, (1,), dtype=torch.int64), device)
+            return _stream_of(torch.randint(2**62, (1,), dtype=torch.int64, device="cpu"), device)
         stream = torch.zeros(2, dtype=torch.int64, device=device)
-        stream[:1].fill_(_as_int64(seed))  # no copy from the host
+        stream[:1].fill_(seed_of(seed))  # no copy from the host
         return stream
 
 

@@ -266,7 +266,7 @@ def _tensor(name: str, values: Values) -> Tensor:
     if isinstance(values, Tensor):
         return values
     try:
-        return torch.as_tensor(values)
+        return torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"fastkd: {name} is {type(values).__name__}, must be a tensor or an array of numbers: {error}"

@@ -108,11 +108,11 @@ def test_second_derivatives_are_right_or_refused(name: str, pair: tuple[Tensor, 
     else:
         with pytest.raises(RuntimeError, match="differentiated again"):
             hvp(total, student, direction)
-    try:
-        _, tangent = jvp(function, student, direction)
-    except RuntimeError as error:
-        assert "differentiated again" in str(error)
+    if name in ("logit_stats", "relation_loss") or (student.dtype == torch.float16 and name not in TWICE):
+        with pytest.raises(RuntimeError, match="differentiated again"):
+            jvp(function, student, direction)
         return
+    _, tangent = jvp(function, student, direction)
     y, pulled = vjp(function, student, torch.ones_like(function(student)))
     assert y.shape == tangent.shape
     if student.dtype in (torch.float32, torch.float64):

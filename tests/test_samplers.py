@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fastkd import AliasTable, CollectionBatchSampler, CollectionSampler
 
@@ -98,7 +100,7 @@ def test_resume_what_the_loop_has_done_whatever_was_prefetched(table: AliasTable
     if done < 10:
         resumed.set_epoch(state["epoch"])  # as a training loop does, which does not rewind it
     rest = table.sample_at(9, 640 + 64 * done, 640 - 64 * done if done < 10 else 640)
-    assert torch.equal(torch.cat(list(resumed)), rest)
+    assert torch.equal(torch.cat(list(resumed.tensors())), rest)
 
 
 def test_resume_on_another_number_of_ranks(table: AliasTable) -> None:
@@ -129,7 +131,7 @@ def test_states_that_do_not_fit(table: AliasTable) -> None:
 
 def test_batches(table: AliasTable) -> None:
     sampler = CollectionBatchSampler(table, 64, 10, rank=1, world_size=2)
-    batches = list(sampler)
+    batches = list(sampler.tensors())
     assert len(batches) == len(sampler) == 10
     assert all(b.dtype == torch.int64 and b.shape == (64,) for b in batches)
     assert torch.equal(torch.cat(batches), table.sample_at(9, 1, 640, 2))
@@ -137,7 +139,9 @@ def test_batches(table: AliasTable) -> None:
     next(iterator)
     resumed = CollectionBatchSampler(table, 64, 10, rank=1, world_size=2)
     resumed.load_state_dict(sampler.state_dict())
-    assert torch.equal(torch.cat(list(resumed)), torch.cat(list(iterator)))
+    rest = list(iterator)
+    assert list(resumed) == rest
+    assert [index for batch in rest for index in batch] == table.sample_at(9, 1281 + 128, 640 - 64, 2).tolist()
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -146,8 +150,51 @@ def test_data_loader(table: AliasTable, workers: int) -> None:
     expected = table.sample_at(9, 0, 640)
     by_item = DataLoader(data, sampler=CollectionSampler(table, 640), batch_size=64, num_workers=workers)
     assert torch.equal(torch.cat([x for (x,) in by_item]), expected)
-    by_batch = DataLoader(data, batch_sampler=CollectionBatchSampler(table, 64, 10), num_workers=workers)
+    by_batch = DataLoader(data, batch_sampler=CollectionBatchSampler(table, 64, 10, seed=9), num_workers=workers)
     assert torch.equal(torch.cat([x for (x,) in by_batch]), expected)
+
+
+class Keyed(Dataset[int]):
+    """Items by Python's ints: neither a tensor nor a number of numpy is a key, as its hash or type is another."""
+
+    def __init__(self, keep: bool) -> None:
+        self.items: dict[int, int] = {} if keep else {i: i for i in range(5000)}
+        self.keep = keep
+
+    def __getitem__(self, index: int) -> int:
+        assert type(index) is int
+        return self.items.setdefault(index, index) if self.keep else self.items[index]
+
+    def __len__(self) -> int:
+        return 5000
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("keep", [False, True], ids=["filled", "kept"])
+@pytest.mark.parametrize("by", ["items", "batches", "items of the batches"])
+def test_a_dataset_that_is_keyed_by_index(table: AliasTable, by: str, keep: bool, workers: int) -> None:
+    data, batch_sampler = Keyed(keep), CollectionBatchSampler(table, 64, 10, seed=9)
+    options: dict[str, Any] = {
+        "items": {"sampler": CollectionSampler(table, 640, seed=9), "batch_size": 64},
+        "batches": {"batch_sampler": batch_sampler},
+        "items of the batches": {"sampler": batch_sampler.sampler, "batch_size": 64},
+    }[by]
+    drawn = torch.cat(list(DataLoader(data, num_workers=workers, **options)))
+    assert torch.equal(drawn, table.sample_at(9, 0, 640))
+    if keep and workers == 0:
+        assert len(data.items) == len(drawn.unique())
+
+
+def test_tensors_and_lists_are_the_same_epochs(table: AliasTable) -> None:
+    sampler = CollectionBatchSampler(table, 64, 10)
+    first = list(sampler)
+    assert all(type(batch) is list and {type(index) for index in batch} == {int} for batch in first)
+    iterator = sampler.tensors()
+    for _ in range(3):
+        next(iterator)
+    assert sampler.state_dict() == {"seed": 9, "epoch": 1, "draws_done": 192, "num_samples": 640}
+    sampler.set_epoch(0)
+    assert [batch.tolist() for batch in sampler.tensors()] == first
 
 
 def test_updates_take_effect(table: AliasTable) -> None:
@@ -155,7 +202,7 @@ def test_updates_take_effect(table: AliasTable) -> None:
     iterator = iter(sampler)
     next(iterator)
     table.update(torch.arange(4999), torch.full((4999,), -torch.inf))
-    assert (next(iterator) == 4999).all()
+    assert next(iterator) == [4999] * 256
 
 
 @pytest.mark.parametrize(

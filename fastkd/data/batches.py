@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastkd._checks import check_count
 from fastkd.data.images import ImageSet
 from fastkd.data.seeds import mixed_generator, mixed_seed
-from fastkd.patches import check_augmentation, seeded_crop_flip
+from fastkd.patches import check_augmentation, padding_of, seeded_crop_flip
 
 __all__ = ["Batches"]
 
@@ -51,8 +52,10 @@ class Batches:
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"fastkd: batch_size is {batch_size}, must be at least 1")
+        if not isinstance(image_set, ImageSet):
+            raise TypeError(f"fastkd: image_set is {type(image_set).__name__}, must be an ImageSet")
+        batch_size, seed = check_count("batch_size", batch_size, 1), check_count("seed", seed)
+        rank, world_size = check_count("rank", rank), check_count("world_size", world_size)
         if not 0 <= rank < world_size:
             raise ValueError(f"fastkd: rank is {rank}, must be in [0, world_size), world_size is {world_size}")
         if world_size > 1 and not drop_last:
@@ -63,13 +66,12 @@ class Batches:
                 f"fastkd: batch_size is {batch_size}{ranks}, must be at most the {len(image_set)} images "
                 "of image_set in all, or drop_last=False"
             )
-        if padding is not None and padding < 0:
-            raise ValueError(f"fastkd: padding is {padding}, must be at least 0")
+        padding = image_set.padding if padding is None else padding_of(padding)
         check_augmentation(0.0, dtype)
         self.image_set = image_set
         self.batch_size = batch_size
         self.seed = seed
-        self.padding = image_set.padding if padding is None else padding
+        self.padding = padding
         self.flip = image_set.flip if flip is None else flip
         self.rank = rank
         self.world_size = world_size
@@ -95,15 +97,17 @@ class Batches:
             indices: int64 ``[B]``, which images of the set these are.
 
         Raises:
-            ValueError: at once, a start outside [0, len(self)].
+            TypeError, ValueError: at once, numbers that are no ints, a negative epoch, a start outside [0, len(self)].
         """
+        epoch, start = check_count("epoch", epoch, 0), check_count("start", start)
         if not 0 <= start <= len(self):
             raise ValueError(f"fastkd: start is {start}, must be in [0, {len(self)}], the batches of an epoch")
         return self._iterate(epoch, start)
 
     def _iterate(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         data = self.image_set
-        order = torch.randperm(len(data), generator=mixed_generator("order", self.seed, epoch)).to(data.device)
+        generator = mixed_generator("order", self.seed, epoch)
+        order = torch.randperm(len(data), generator=generator, device="cpu").to(data.device)
         for number in range(start, len(self)):
             first = (number * self.world_size + self.rank) * self.batch_size
             indices = order[first : first + self.batch_size]

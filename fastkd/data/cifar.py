@@ -57,7 +57,7 @@ def _pickled(path: Path, key: str) -> tuple[Tensor, Tensor]:
     if not isinstance(labels, list) or len(labels) != len(data) or not all(isinstance(i, int) for i in labels):
         found = f"a list of {len(labels)}" if isinstance(labels, list) else type(labels).__name__
         raise ValueError(f"fastkd: {path} has {found} as {key!r}, must have a list of {len(data)} ints")
-    return torch.from_numpy(data.copy()).reshape(-1, 3, 32, 32), torch.tensor(labels, dtype=torch.int64)
+    return torch.from_numpy(data.copy()).reshape(-1, 3, 32, 32), torch.tensor(labels, dtype=torch.int64, device="cpu")
 
 
 def _pickled_names(path: Path, key: str) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ class Collection(NamedTuple):
 def split(generator: torch.Generator) -> tuple[Labelled, Labelled, Labelled]:
     """The digits in three parts of 599: training, unlabeled (its targets are for curiosity only) and test."""
     images, target = _load()
-    shuffled = torch.randperm(len(target), generator=generator)
+    shuffled = torch.randperm(len(target), generator=generator, device="cpu")
     by_class = shuffled[torch.sort(target[shuffled], stable=True).indices]
     first, second, third = (Labelled(images[part], target[part]) for part in (by_class[i::3] for i in range(3)))
     return first, second, third
@@ -70,7 +70,7 @@ def image_sets(*, test_share: float = 0.2, seed: int = 0) -> tuple[ImageSet, Ima
 
 def vary(digits: Labelled, count: int, generator: torch.Generator) -> Labelled:
     """``count`` variations, each digit equally often: +-15 degrees, +-15 % size, +-1 pixel, Gaussian noise of 5 %."""
-    source = torch.arange(count) % len(digits.images)
+    source = torch.arange(count, device="cpu") % len(digits.images)
     angle = _within(math.radians(15), count, generator=generator)
     scale = 1 + _within(0.15, count, generator=generator)
     shift = _within(1.0, count, 2, generator=generator) * 2 / SIZE  # affine_grid's unit is half the image
@@ -78,7 +78,7 @@ def vary(digits: Labelled, count: int, generator: torch.Generator) -> Labelled:
     matrix = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1).reshape(count, 2, 3)
     grid = F.affine_grid(matrix, [count, 1, SIZE, SIZE], align_corners=False)
     images = F.grid_sample(digits.images[source], grid, align_corners=False)
-    images = images + 0.05 * torch.randn(images.shape, generator=generator)
+    images = images + 0.05 * torch.randn(images.shape, generator=generator, device="cpu", dtype=images.dtype)
     return Labelled(images.clamp(0, 1), digits.target[source])
 
 
@@ -87,15 +87,17 @@ def photo_patches(count: int, generator: torch.Generator) -> Tensor:
     from sklearn.datasets import load_sample_images
 
     scenes = [
-        F.avg_pool2d(torch.tensor(photo, dtype=torch.float32).mean(2)[None] / 255.0, reduction)[0]
+        F.avg_pool2d(torch.tensor(photo, dtype=torch.float32, device="cpu").mean(2)[None] / 255.0, reduction)[0]
         for photo in load_sample_images().images
         for reduction in (1, 2, 4, 8)
     ]
-    pixel = torch.arange(SIZE)
+    pixel = torch.arange(SIZE, device="cpu")
     patches = []
     for i, scene in enumerate(scenes):
         share = len(range(i, count, len(scenes)))
-        top, left = (torch.randint(side - SIZE + 1, (share, 1, 1), generator=generator) for side in scene.shape)
+        top, left = (
+            torch.randint(side - SIZE + 1, (share, 1, 1), generator=generator, device="cpu") for side in scene.shape
+        )
         patches.append(scene[top + pixel[:, None], left + pixel])
     return torch.cat(patches)[:, None]
 
@@ -104,7 +106,7 @@ def collection(unlabeled: Labelled, size: int, relevant_share: float, generator:
     """``size`` images: ``relevant_share`` of them variations of the unlabeled digits, the others photo patches."""
     relevant = round(size * relevant_share)
     images = torch.cat([vary(unlabeled, relevant, generator).images, photo_patches(size - relevant, generator)])
-    return Collection(images, torch.arange(size) < relevant)
+    return Collection(images, torch.arange(size, device="cpu") < relevant)
 
 
 def _load() -> tuple[Tensor, Tensor]:
@@ -117,4 +119,4 @@ def _load() -> tuple[Tensor, Tensor]:
 
 
 def _within(limit: float, *shape: int, generator: torch.Generator) -> Tensor:
-    return (torch.rand(*shape, generator=generator) * 2 - 1) * limit
+    return (torch.rand(*shape, generator=generator, device="cpu", dtype=torch.float32) * 2 - 1) * limit

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastkd.data.stacking import stacked
-from fastkd.patches import random_crop_flip
+from fastkd.patches import padding_of, random_crop_flip
 
 __all__ = ["ImageSet", "channel_statistics"]
 
@@ -63,8 +63,7 @@ class ImageSet:
                     f"fastkd: {name} is {tuple(numbers)}, must have {self.images.shape[1]} "
                     f"{'' if name == 'mean' else 'positive '}numbers, one a channel"
                 )
-        if self.padding < 0:
-            raise ValueError(f"fastkd: padding is {self.padding}, must be at least 0")
+        object.__setattr__(self, "padding", padding_of(self.padding))
         check_labels(self.target, self.num_classes)
 
     def __len__(self) -> int:
@@ -154,7 +153,7 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     Exact, from counts of the 256 values, then rounded to 4 digits as they are published. A channel of one value has the
     standard deviation 1, so that it can be divided by.
     """
-    levels = torch.arange(256, dtype=torch.float64) / 255
+    levels = torch.arange(256, dtype=torch.float64, device="cpu") / 255
     mean, std = [], []
     for channel in range(images.shape[1]):
         counts = torch.bincount(images[:, channel].reshape(-1), minlength=256).cpu().double()

@@ -35,9 +35,9 @@ def symmetric_noise(target: Tensor, rate: float, num_classes: int, seed: int) ->
     """
     _check(target, rate, num_classes)
     generator = mixed_generator("symmetric noise", seed)
-    changed = torch.zeros(len(target), dtype=torch.bool)
-    changed[torch.randperm(len(target), generator=generator)[: round(rate * len(target))]] = True
-    step = torch.randint(1, num_classes, (len(target),), generator=generator)
+    changed = torch.zeros(len(target), dtype=torch.bool, device="cpu")
+    changed[torch.randperm(len(target), generator=generator, device="cpu")[: round(rate * len(target))]] = True
+    step = torch.randint(1, num_classes, (len(target),), generator=generator, device="cpu")
     return _changed(target, changed, (target.cpu() + step) % num_classes)
 
 
@@ -70,11 +70,11 @@ def asymmetric_noise(
             )
     generator = mixed_generator("asymmetric noise", seed)
     labels = target.cpu()
-    changed = torch.zeros(len(labels), dtype=torch.bool)
+    changed = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     confused = labels.clone()
     for source, other in sorted(mapping.items()):
         members = (labels == source).nonzero().flatten()
-        shuffled = members[torch.randperm(len(members), generator=generator)]
+        shuffled = members[torch.randperm(len(members), generator=generator, device="cpu")]
         changed[shuffled[: round(rate * len(members))]] = True
         confused[members] = other
     return _changed(target, changed, confused)
@@ -126,14 +126,14 @@ def imbalanced(target: Tensor, counts: Sequence[int], seed: int) -> Tensor:
     check_labels(target, len(counts))
     generator = mixed_generator("imbalanced", seed)
     labels = target.cpu()
-    kept = torch.zeros(len(labels), dtype=torch.bool)
+    kept = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     for label, count in enumerate(counts):
         members = (labels == label).nonzero().flatten()
         if not 0 <= count <= len(members):
             raise ValueError(
                 f"fastkd: counts[{label}] is {count}, must be in [0, {len(members)}]: the samples of class {label}"
             )
-        kept[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+        kept[members[torch.randperm(len(members), generator=generator, device="cpu")[:count]]] = True
     return kept.nonzero().flatten().to(target.device)
 
 

@@ -21,9 +21,9 @@ def stratified_split(target: Tensor, test_share: float, seed: int) -> tuple[Tens
     if not 0.0 < test_share < 1.0:
         raise ValueError(f"fastkd: test_share is {test_share}, must be in (0, 1)")
     generator = mixed_generator("split", seed)
-    test = torch.zeros(len(target), dtype=torch.bool)
+    test = torch.zeros(len(target), dtype=torch.bool, device="cpu")
     for label in target.unique().tolist():
         members = (target == label).nonzero().flatten()
-        chosen = torch.randperm(len(members), generator=generator)[: round(test_share * len(members))]
+        chosen = torch.randperm(len(members), generator=generator, device="cpu")[: round(test_share * len(members))]
         test[members[chosen]] = True
     return (~test).nonzero().flatten(), test.nonzero().flatten()

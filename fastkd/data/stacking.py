@@ -27,13 +27,13 @@ def stacked(dataset: Any) -> tuple[Tensor, Tensor]:
         raise TypeError(f"fastkd: dataset is a {type(dataset).__name__} without a length, must have one") from None
     if count == 0:
         raise ValueError("fastkd: dataset is empty, must have at least one image")
-    target = torch.empty(count, dtype=torch.int64)
-    images = torch.empty(0)
+    target = torch.empty(count, dtype=torch.int64, device="cpu")
+    images = torch.empty(0, device="cpu")
     for i in range(count):
         image, label = dataset[i]
         pixels = _pixels(image, i)
         if i == 0:
-            images = torch.empty(count, *pixels.shape, dtype=torch.uint8)
+            images = torch.empty(count, *pixels.shape, dtype=torch.uint8, device="cpu")
         elif pixels.shape != images.shape[1:]:
             raise ValueError(
                 f"fastkd: dataset[{i}] has an image of shape {tuple(pixels.shape)}, must be that of dataset[0], "

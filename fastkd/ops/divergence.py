@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd import _library as _library  # registers the operators
+from fastkd._checks import check_between, check_count, check_dtype, check_number
 from fastkd.ops._autograd import (
     call_in_backward,
     may_change_in_place,
@@ -85,20 +85,17 @@ def divergence(
         student_logits, teacher_logits = student_logits.to(wide), teacher_logits.to(wide)
     check_choice("kind", kind, KINDS)
     check_choice("reduction", reduction, REDUCTIONS)
-    check_ignore_index(ignore_index)
+    ignore_index = check_ignore_index(ignore_index)
     rows_shape = student_logits.shape[:-1]
     row_temperature = None
     if isinstance(temperature, Tensor):
         row_temperature, temperature = _rows("temperature", temperature, rows_shape), 1.0
     else:
-        check_temperature(temperature)
+        temperature = check_temperature(temperature)
     if weight is not None:
-        check_tensor("weight", weight)
         weight = _rows("weight", weight, rows_shape)
     if target is not None:
-        check_tensor("target", target)
-        if target.dtype != torch.int64:
-            raise TypeError(f"fastkd: target has dtype {target.dtype}, must be torch.int64")
+        check_dtype("target", target, (torch.int64,))
         if target.shape != rows_shape:
             raise ValueError(f"fastkd: target has shape {tuple(target.shape)}, must be {tuple(rows_shape)}")
         target = target.reshape(-1)
@@ -127,50 +124,33 @@ def divergence(
     return loss, terms
 
 
-def check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be a tensor")
-
-
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
 def check_logits(name: str, value: Tensor) -> None:
-    check_tensor(name, value)
-    if value.dtype not in _FLOATS:
-        raise TypeError(f"fastkd: {name} has dtype {value.dtype}, must be float32, float64, bfloat16 or float16")
+    check_dtype(name, value)
     if value.dim() < 1 or value.shape[-1] == 0:
         raise ValueError(f"fastkd: {name} has shape {tuple(value.shape)}, must be [..., classes], classes > 0")
 
 
-def check_number(name: str, value: object) -> None:
-    if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt, Real)):
-        raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be a number")
-
-
-def check_temperature(value: object) -> None:
+def check_temperature(value: object) -> float | Tensor:
     """A number, or a tensor whose values this looks at: for what is kept, not for a call, which must not wait."""
     if isinstance(value, Tensor):
         _check_row_values("temperature", value)
         if type(value) is not Tensor or value.is_meta or torch.compiler.is_compiling():
-            return  # it has no values yet
+            return value  # it has no values yet
         if not bool(((value > 0.0) & value.isfinite()).all()):
             raise ValueError(f"fastkd: temperature is {value}, must be positive and finite")
-        return
-    check_number("temperature", value)
-    if not 0.0 < value < math.inf:  # type: ignore[operator]
+        return value
+    number = check_number("temperature", value)
+    if not 0.0 < number < math.inf:
         raise ValueError(f"fastkd: temperature is {value}, must be positive and finite")
+    return number
 
 
-def check_ignore_index(value: object) -> None:
-    if not isinstance(value, int):
-        raise TypeError(f"fastkd: ignore_index is {value!r}, must be an int")
+def check_ignore_index(value: object) -> int:
+    return check_count("ignore_index", value, -(2**63), 2**63)
 
 
-def check_share(name: str, value: object) -> None:
-    check_number(name, value)
-    if not 0.0 <= value <= 1.0:  # type: ignore[operator]
-        raise ValueError(f"fastkd: {name} is {value}, must be in [0, 1]")
+def check_share(name: str, value: object) -> float:
+    return check_between(name, value, 0.0, 1.0)
 
 
 def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
@@ -205,8 +185,7 @@ def _rows(name: str, value: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _check_row_values(name: str, value: Tensor) -> None:
-    if value.dtype not in _FLOATS:
-        raise TypeError(f"fastkd: {name} has dtype {value.dtype}, must be float32, float64, bfloat16 or float16")
+    check_dtype(name, value)
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"fastkd: {name} requires grad, but has no gradient here; pass {name}.detach()")
 
@@ -306,7 +285,7 @@ register_autograd("divergence", _divergence_backward, setup_context=_divergence_
 def logit_stats(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Statistics of ``z = logits / temperature`` over the last dimension: max, argmax, mean, logsumexp, entropy."""
     check_logits("logits", logits)
-    check_temperature(temperature)
+    temperature = check_temperature(temperature)  # type: ignore[assignment]
     shape = logits.shape[:-1]
     flat = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
     stats = call_by_name("logit_stats", flat, temperature)

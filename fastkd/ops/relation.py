@@ -7,17 +7,16 @@ scale (GradScaler) finds what float16 alone would have lost.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd import _library as _library  # registers the operators
+from fastkd._checks import check_dtype, check_not_negative
 from fastkd.ops._autograd import call_in_backward, register_autograd, save_tensors, transforms_active
 from fastkd.ops._fake import register_fake
 from fastkd.ops._numbers import call_by_name
-from fastkd.ops.divergence import check_number, check_tensor
 
 _relation = torch.ops.fastkd.relation.default
 _relation_backward = torch.ops.fastkd.relation_backward.default
@@ -53,8 +52,8 @@ def relation(
             f"fastkd: teacher_features is on {teacher_features.device}, must be where student_features is, "
             f"on {student_features.device}"
         )
-    check_weight("distance_weight", distance_weight)
-    check_weight("angle_weight", angle_weight)
+    distance_weight = check_not_negative("distance_weight", distance_weight)
+    angle_weight = check_not_negative("angle_weight", angle_weight)
     gradients = torch.is_grad_enabled()
     loss, terms, _, _ = call_by_name(
         "relation",
@@ -69,17 +68,9 @@ def relation(
 
 
 def check_features(name: str, value: Tensor) -> None:
-    check_tensor(name, value)
+    check_dtype(name, value)
     if value.dim() < 2 or value.numel() == 0:
         raise ValueError(f"fastkd: {name} has shape {tuple(value.shape)}, must be [batch, features...], none of them 0")
-    if not value.is_floating_point():
-        raise TypeError(f"fastkd: {name} has dtype {value.dtype}, must be float32, float64, bfloat16 or float16")
-
-
-def check_weight(name: str, value: object) -> None:
-    check_number(name, value)
-    if not 0.0 <= value < math.inf:  # type: ignore[operator]
-        raise ValueError(f"fastkd: {name} is {value}, must be finite and not negative")
 
 
 @register_fake("relation")

@@ -66,7 +66,7 @@ def prepare(settings: DataSettings, seed: int) -> tuple[ImageSet, ImageSet]:
         if settings.test_size > len(test):
             raise ValueError(f"fastkd: test_size is {settings.test_size}, must be at most the {len(test)} test images")
         # the same ones for every seed
-        order = torch.randperm(len(test), generator=mixed_generator("test part", settings.test_size))
+        order = torch.randperm(len(test), generator=mixed_generator("test part", settings.test_size), device="cpu")
         test = test.subset(order[: settings.test_size].sort().values)
     if settings.imbalance:
         train = _imbalanced(train, settings, seed)
@@ -91,7 +91,7 @@ def _imbalanced(images: ImageSet, settings: DataSettings, seed: int) -> ImageSet
     smallest = max(1, round(largest / settings.imbalance_ratio))
     counts = labels.power_law_counts(images.num_classes, settings.imbalance, largest, smallest)
     # which classes are the small ones is chosen by the seed
-    places = torch.randperm(len(counts), generator=mixed_generator("class sizes", seed)).tolist()
+    places = torch.randperm(len(counts), generator=mixed_generator("class sizes", seed), device="cpu").tolist()
     return images.subset(labels.imbalanced(images.target, [counts[place] for place in places], seed))
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
+from fastkd._checks import check_count
 from fastkd._seeding import seeded
 from fastkd.data.seeds import mixed_seed
 
@@ -45,6 +47,7 @@ class LoaderBatches:
         seed: of the workers.
 
     Raises:
+        TypeError: a seed that is no int.
         ValueError: a sampler whose order is another each time, as that of ``shuffle=True``.
     """
 
@@ -60,7 +63,7 @@ class LoaderBatches:
             )
         samplers = (decides, getattr(decides, "sampler", None))
         self._with_epochs: list[Any] = [sampler for sampler in samplers if hasattr(sampler, "set_epoch")]
-        self._loader, self._seed = loader, seed
+        self._loader, self._seed = loader, check_count("seed", seed)
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -69,7 +72,8 @@ class LoaderBatches:
         """As in :class:`BatchSource`."""
         for sampler in self._with_epochs:
             sampler.set_epoch(epoch)
-        with seeded(mixed_seed("workers", self._seed, epoch)):  # the loader draws theirs
+        # the loader draws theirs, of the default device, which may be another than the one that is seeded
+        with torch.device("cpu"), seeded(mixed_seed("workers", self._seed, epoch)):
             batches: Iterator[tuple[Tensor, ...]] = iter(self._loader)
         for _ in range(start):  # now, not at the first next(): these may draw from the global generators
             next(batches)
