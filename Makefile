@@ -108,11 +108,15 @@ sdist: $(VENV)/.tools  ## dist/fastkd-*.tar.gz, the sources
 	@egg=$$(mktemp -d); $(BIN)/python setup.py --quiet egg_info --egg-base $$egg sdist; status=$$?; rm -rf $$egg; exit $$status
 
 # What pip compiles it does in silence, so all is compiled before; the sources are those of the sdist.
-wheel: sdist  ## dist/fastkd-*.whl, for any torch >= 2.10, with CUDA kernels where nvcc is
+dist/.wheel: $(VENV)/.tools $(VENV)/.asked setup.py README.md LICENSE MANIFEST.in $(CSRC) $(shell find fastkd -name '*.py*' -not -name '*.pyc')
+	@$(MAKE) --no-print-directory sdist
 	$(say) "compiling fastkd, what changed: all of it in a minute, and with CUDA kernels two more for each kind of GPU"
 	@$(BIN)/python setup.py --quiet build_ext
 	$(say) "packing the wheel, from the sources that were packed: half a minute"
 	@FASTKD_OBJECTS=$(CURDIR)/build/objects $(PIP) wheel --no-deps --wheel-dir dist dist/fastkd-*.tar.gz
+	@touch $@
+
+wheel: dist/.wheel  ## dist/fastkd-*.whl, for any torch >= 2.10, with CUDA kernels where nvcc is
 
 compat: wheel  ## dist/fastkd-*.whl beside the oldest, a middle and the newest torch: results/compat/; gigabytes, half an hour
 	$(BIN)/python .ci/compat.py
