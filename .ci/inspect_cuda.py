@@ -222,7 +222,10 @@ def main(arguments: list[str] | None = None) -> int:
         resources.update(parse_report(report.read_text(), report.parent.name))
     libraries = list(ROOT.glob("fastkd/_cuda*.so"))
     if not resources or not libraries:
-        sys.exit("error: nvcc is here, but no report of ptxas in build/, or no fastkd/_cuda*.so: run make build")
+        sys.exit(
+            "error: nvcc is here, but no report of ptxas in build/, or no fastkd/_cuda*.so: run make build, with FASTKD_CUDA=1 "
+            "or the GPUs to build for in TORCH_CUDA_ARCH_LIST where there is no GPU"
+        )
     sass = parse_sass("".join(map(disassemble, libraries)))
     rules = [rule for path in sorted(ROOT.glob("csrc/*/*.cu*")) for rule in parse_rules(path)]
     errors = inspect(resources, sass, rules, [f"sm_{version.replace('.', '')}" for version in options.architectures])

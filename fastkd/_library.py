@@ -31,7 +31,7 @@ def _load_cuda() -> bool:
         return False
     paths = sorted(Path(__file__).parent.glob("_cuda*.so"))
     if not paths:
-        _cuda_error = "fastkd was built without nvcc"
+        _cuda_error = "fastkd was built without CUDA kernels"
         return False
     try:
         torch.ops.load_library(str(paths[0]))
@@ -71,7 +71,7 @@ def build_info() -> dict[str, Any]:
 
     Returns a dict: ``version``, ``torch`` (running), ``torch_target`` (oldest that this build serves), ``compiler``,
     ``cpu_instruction_set`` (in use: ``baseline``, ``avx2`` or ``avx512``), ``cpu_instruction_set_best`` (of this machine),
-    ``threads``, ``cuda_architectures`` (built in; empty without nvcc), ``cuda_loaded``, ``cuda_operators`` (operators
+    ``threads``, ``cuda_architectures`` (built in; empty without CUDA kernels), ``cuda_loaded``, ``cuda_operators`` (operators
     that have a CUDA kernel), and ``cuda_why_not`` where they are not loaded.
     """
     info: dict[str, Any] = dict(_C.build_info())

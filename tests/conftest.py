@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import emulated
 import pytest
@@ -36,6 +37,33 @@ _CUDA_KERNELS = [
         "cuda", marks=[] if torch.cuda.is_available() else [pytest.mark.skip(reason="this machine has no CUDA device")]
     ),
 ]
+
+
+# What programs keep for a user: data sets, settings, caches. XDG_CONFIG_DIRS and XDG_DATA_DIRS are the machine's own.
+_OF_THE_USER = (
+    "FASTKD_DATA",
+    "XDG_CACHE_HOME",
+    "XDG_CONFIG_HOME",
+    "XDG_DATA_HOME",
+    "XDG_STATE_HOME",
+    "XDG_RUNTIME_DIR",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An empty home, for the tests and the processes that they start: none finds, or changes, what the user has.
+
+    Of the session, so that the fixtures of modules see it, too; what a test wants there it puts into a home of its own.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name in _OF_THE_USER:
+            patch.delenv(name, raising=False)
+        # matplotlib's list of fonts, which takes a second to make: not in the home, which stays empty
+        patch.setenv("MPLCONFIGDIR", str(tmp_path_factory.mktemp("matplotlib")))
+        folder = tmp_path_factory.mktemp("home")
+        patch.setenv("HOME", str(folder))
+        yield folder
 
 
 @contextmanager

@@ -177,9 +177,9 @@ def test_operators_run_where_their_kernels_are(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(demo, "CUDA_OPERATORS", OPERATORS)
     assert demo._choose_devices("auto") == demo._choose_devices("cuda") == (cuda, cuda)
     assert demo._choose_devices("cpu") == (cpu, cpu)
-    monkeypatch.setattr(demo, "build_info", lambda: {"cuda_why_not": "fastkd was built without nvcc"})
+    monkeypatch.setattr(demo, "build_info", lambda: {"cuda_why_not": "fastkd was built without CUDA kernels"})
     assert demo._choose_devices("cuda") == (cuda, cpu)
-    assert demo._why_no_kernels() == "fastkd was built without nvcc"
+    assert demo._why_no_kernels() == "fastkd was built without CUDA kernels"
 
 
 def test_cuda_operators_asked_for_are_those_called() -> None:

@@ -34,7 +34,7 @@ def run(arguments: list[str]) -> int:
     name = "".join(arguments[:1])
     try:
         arguments = expand(arguments)
-        with _one_line():
+        with _one_line(name):
             command = _parse(name, arguments)
         return command(Console()) or 0
     except UsageError as error:
@@ -62,18 +62,48 @@ def _parse(name: str, arguments: list[str]) -> Callable[[Console], int | None]:
 
 
 @contextmanager
-def _one_line() -> Iterator[None]:
-    """tyro answers a value that fastkd refuses with a box that names its own internals: what fastkd said is enough."""
+def _one_line(name: str) -> Iterator[None]:
+    """tyro answers with a box, which for a value that fastkd refuses also names its own internals: one line says it.
+
+    Raises:
+        UsageError: a value that is refused.
+        SystemExit: on help, and on unknown options, after the line.
+    """
     said = io.StringIO()
-    said.isatty = sys.stderr.isatty  # type: ignore[method-assign]  # colours, where there would be some
     try:
         with redirect_stderr(said):
             yield
-    except SystemExit:
-        text = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", said.getvalue())
-        refused = re.search(r"Error parsing .*?: fastkd: (.*?) For full helptext", " ".join(text.split()))
-        if refused:
-            raise UsageError(refused[1]) from None
+    except SystemExit as ended:
+        if not ended.code or not said.getvalue():
+            sys.stderr.write(said.getvalue())
+            raise
+        message = _message(said.getvalue())
+        if not message.startswith("unrecognized options"):
+            raise UsageError(message) from None
+        print(f"fastkd {name}: {message}", file=sys.stderr)
         raise
-    finally:
-        sys.stderr.write("" if sys.exc_info()[0] is UsageError else said.getvalue())
+
+
+def _message(box: str) -> str:
+    """What tyro's box says, in one line."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()
+    parts: list[list[str]] = [[]]  # between the rules across the box, as lines
+    for line in lines[1 if lines[0].startswith("╭") else 2 :]:  # after the title; without UTF-8 it is no frame
+        bare = line.strip("│╰╯ ")
+        if bare and not bare.strip("─-"):
+            parts.append([])
+        elif bare:
+            parts[-1].append(bare)
+    first, *more = [part for part in parts if part and not part[0].startswith("For full helptext")]
+    message = " ".join(first)
+    if refused := re.fullmatch(r"Error parsing .*?: fastkd: (.*)", message):
+        return refused[1]
+    kind = re.search(
+        r"Argument helptext: (--?\S+ .*?)(?: [A-Z][a-z]|$)", " ".join(line for part in more for line in part)
+    )
+    if wrong := re.fullmatch(r"Error parsing (.*?): (.*)", message):
+        return f"{wrong[1]}: {wrong[2]}" + (f"; must be {kind[1]}" if kind else "")
+    hints = [part for part in more if part[0].startswith(("Perhaps", "Available"))]
+    # of an option like it only the name and the kind of its value: the line after is its help
+    hint = "; ".join(" ".join(part[:2]) for part in hints)
+    return message[:1].lower() + message[1:] + (f"; {hint[:1].lower()}{hint[1:]}" if hint else "")

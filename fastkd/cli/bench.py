@@ -53,6 +53,7 @@ class Bench:
     """Print the table as markdown, as in the README, and draw nothing."""
 
     def __call__(self, console: Console) -> int:
+        self._check()
         if not (ROOT / "benchmarks" / "conftest.py").is_file():
             raise UsageError(
                 "the suite is in the source tree, not in the package: clone the repository, then `make bench`"
@@ -62,7 +63,9 @@ class Bench:
             from benchmarks import compare, suite
         except ModuleNotFoundError as error:
             raise UsageError(f'the suite needs {error.name}: pip install "fastkd[bench]"') from None
-        self._check(suite.primitives())
+        for name in self.primitives:
+            if name not in suite.primitives():
+                raise UsageError(f"nothing is measured for {name!r}; choose from {', '.join(suite.primitives())}")
         screen = Console(stderr=True) if self.markdown else console  # what is not the markdown
         old = None if self.compare is None else _read(suite, self.compare, "--compare")
         path, complete = (self.show, True) if self.show is not None else self._measure(suite, screen)
@@ -85,10 +88,7 @@ class Bench:
             raise UsageError(str(error)) from None
         return finished
 
-    def _check(self, known: list[str]) -> None:
-        for name in self.primitives:
-            if name not in known:
-                raise UsageError(f"nothing is measured for {name!r}; choose from {', '.join(known)}")
+    def _check(self) -> None:
         for option, good, allowed in (
             ("seconds", self.seconds >= 0, "0 or more"),
             ("case_seconds", self.case_seconds >= 0, "0 or more"),

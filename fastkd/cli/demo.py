@@ -60,6 +60,7 @@ class Demo(experiment.Settings):
         if self.quick:
             settings = replace(settings, **{name: min(getattr(settings, name), tiny) for name, tiny in QUICK.items()})
         console.print(report.introduction(settings, devices.networks))
+        figure_path.parent.mkdir(parents=True, exist_ok=True)
         if devices.networks != devices.operators:
             console.print(f"fastkd's operators run on the {devices.operators.type.upper()}: {_why_no_kernels()}.\n")
         with _progress(console) as progress:
@@ -116,7 +117,7 @@ def _choose_devices(choice: str) -> experiment.Devices:
 
 
 def _prepare_output(output: Path) -> Path:
-    """The figure's path; its folder is made and tried, so that a bad one is known before the training."""
+    """The figure's path; that it can be written is known before the training."""
     if output.suffix.lower() in (".jpg", ".jpeg", ".pdf", ".svg", ".json"):
         raise UsageError(f"--output is {output}, must be a name that ends in .png, or a folder")
     path = output if output.suffix.lower() == ".png" else output / FILE_NAME

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fastkd.cli._errors import UsageError, usage_errors
 from fastkd.cli._output import check_writable
-from fastkd.studies.distillation import Distillation, run
+from fastkd.studies.distillation import Distillation, check, run
 from fastkd.training import process_group
 
 
@@ -34,13 +34,16 @@ class Distill(Distillation):
     """Of the CPU; 0: as many as torch takes."""
 
     def __call__(self, console: Console) -> None:
+        settings = Distillation(**{f.name: getattr(self, f.name) for f in fields(Distillation)})
+        # first what was said, then the files that it names, then the images, then the work
+        with usage_errors():
+            check(settings)
         check_device(self.device)
         if self.threads < 0:
             raise UsageError(f"--threads is {self.threads}, must be 0 (as torch takes) or more")
         if self.threads:
             torch.set_num_threads(self.threads)
         check_writable("--output", self.output, self.output / "result.json")
-        settings = Distillation(**{f.name: getattr(self, f.name) for f in fields(Distillation)})
         with usage_errors(), process_group(None if self.device == "auto" else self.device) as process:
             result = run(settings, self.output, process)
             if process.rank == 0:

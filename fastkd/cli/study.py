@@ -18,7 +18,7 @@ from fastkd.cli._output import check_writable
 from fastkd.cli.distill import check_device
 from fastkd.methods.registry import NAMES
 from fastkd.studies import zoo
-from fastkd.studies.distillation import Networks, Result, check
+from fastkd.studies.distillation import Networks, Result, check, check_data
 
 MOST_SEEDS = 20  # of which results of earlier calls are looked for
 _OF_THE_MACHINE = ("config", "output", "runs", "device", "jobs", "data_root")  # which the results do not depend on
@@ -51,7 +51,7 @@ class Zoo(Networks):
     """Where the networks train; auto takes CUDA where there is a GPU."""
 
     def __call__(self, console: Console) -> int:
-        check_device(self.device)
+        # first what was said, then the files that it names, then the images, then the work
         for name, least in (("seeds", 1), ("jobs", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name} is {getattr(self, name)}, must be {least} or more")
@@ -62,12 +62,19 @@ class Zoo(Networks):
         ):
             if without_effect:
                 raise UsageError(f"--{option} has no effect here: {instead}")
-        check_writable("--output", self.output, self.output / "table.md")
-        device = torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
-        folder = self.runs or self.output / "runs"
         with usage_errors():
             runs = zoo.grid(self, self.methods, self.settings, self.seeds)
-            check(runs[0].distillation)
+            for run in runs:
+                if run.seed == 0 and (run.setting == runs[0].setting or run.method == runs[0].method):
+                    # networks that one method does not take are among what failed; those of the first stand for all
+                    check(run.distillation, step=run is runs[0])
+        check_device(self.device)
+        device = torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+        folder = self.runs or self.output / "runs"
+        check_writable("--output", self.output, self.output / "table.md")
+        check_writable("--runs", folder, folder / "tried")
+        with usage_errors():
+            check_data(runs[0].distillation)
             failures = self._run(runs, folder, device, console)
             # what earlier calls have run is part of the study, too
             every = zoo.grid(self, NAMES, zoo.SETTINGS, max(self.seeds, MOST_SEEDS))

@@ -4,21 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from fastkd._names import unknown_name
 from fastkd.data import cifar, digits, idx, quickdraw
 from fastkd.data.images import ImageSet
 
-__all__ = ["load", "names"]
+__all__ = ["Outline", "load", "names", "outline"]
 
-_SETS: dict[str, Callable[[str | Path | None], tuple[ImageSet, ImageSet]]] = {
-    "cifar10": cifar.cifar10,
-    "cifar100": cifar.cifar100,
-    "mnist": idx.mnist,
-    "fashion-mnist": idx.fashion_mnist,
-    "kmnist": idx.kmnist,
-    "quickdraw": quickdraw.quickdraw,
-    "digits": lambda root: digits.image_sets(),  # inside scikit-learn
+
+class Outline(NamedTuple):
+    """What is known of a set before its files are read; None where only they tell."""
+
+    shape: tuple[int, int, int]
+    """[C, H, W] of its images."""
+    num_classes: int | None
+    train_size: int | None
+    """Training images."""
+    smallest_class: int | None
+    """Of the training images."""
+    test_size: int | None
+    """Test images."""
+
+
+class _Set(NamedTuple):
+    read: Callable[[str | Path | None], tuple[ImageSet, ImageSet]]
+    outline: Outline
+
+
+_SETS: dict[str, _Set] = {
+    "cifar10": _Set(cifar.cifar10, Outline((3, 32, 32), 10, 50_000, 5_000, 10_000)),
+    "cifar100": _Set(cifar.cifar100, Outline((3, 32, 32), 100, 50_000, 500, 10_000)),
+    "mnist": _Set(idx.mnist, Outline((1, 28, 28), 10, 60_000, 5_421, 10_000)),
+    "fashion-mnist": _Set(idx.fashion_mnist, Outline((1, 28, 28), 10, 60_000, 6_000, 10_000)),
+    "kmnist": _Set(idx.kmnist, Outline((1, 28, 28), 10, 60_000, 6_000, 10_000)),
+    "quickdraw": _Set(quickdraw.quickdraw, Outline((1, 28, 28), None, None, None, None)),
+    # inside scikit-learn
+    "digits": _Set(lambda root: digits.image_sets(), Outline((1, digits.SIZE, digits.SIZE), 10, None, None, None)),
 }
 
 
@@ -42,7 +64,20 @@ def load(name: str, root: str | Path | None = None) -> tuple[ImageSet, ImageSet]
         ValueError: an unknown name, answered with the nearest right ones; a broken file.
         FileNotFoundError: the set, or a file of it, is not there.
     """
-    reader = _SETS.get(name.lower())
-    if reader is None:
+    return _named(name).read(root)
+
+
+def outline(name: str) -> Outline:
+    """What is known of the set of a name without its files.
+
+    Raises:
+        ValueError: an unknown name, as by :func:`load`.
+    """
+    return _named(name).outline
+
+
+def _named(name: str) -> _Set:
+    found = _SETS.get(name.lower())
+    if found is None:
         raise unknown_name("name", name, names())
-    return reader(root)
+    return found

@@ -12,9 +12,10 @@ import torch.nn.functional as F  # noqa: N812
 from fastkd.data import labels
 from fastkd.data import registry as data_sets
 from fastkd.data.images import ImageSet
+from fastkd.data.registry import Outline
 from fastkd.data.seeds import mixed_generator
 
-__all__ = ["DataSettings", "prepare"]
+__all__ = ["DataSettings", "check", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,57 @@ class DataSettings:
                 raise ValueError(f"fastkd: {name} is {getattr(self, name)}, must be {allowed}")
 
 
+def check(settings: DataSettings) -> Outline:
+    """What the images of these settings will be, without a look at the files.
+
+    Raises:
+        ValueError: an unknown name; more images than the set has, or smaller ones than of a pixel.
+    """
+    try:
+        outline = data_sets.outline(settings.data)
+    except ValueError as error:
+        raise ValueError(str(error).replace("fastkd: name", "fastkd: data name", 1)) from None
+    classes, train_size, smallest = (
+        outline.num_classes,
+        settings.train_size or outline.train_size,
+        outline.smallest_class,
+    )
+    if classes is not None and settings.train_size:
+        _check_train_size(settings.train_size, classes, None if smallest is None else smallest * classes)
+        smallest = settings.train_size // classes
+    if classes is not None and smallest is not None and settings.imbalance:
+        train_size = sum(_class_sizes(settings, classes, smallest))
+    if outline.test_size is not None:
+        _check_test_size(settings.test_size, outline.test_size)
+    channels, height, width = outline.shape
+    _check_shrink(settings.shrink, height, width)
+    return Outline(
+        shape=(channels, height // settings.shrink, width // settings.shrink),
+        num_classes=classes,
+        train_size=train_size,
+        smallest_class=None if settings.imbalance else smallest,
+        test_size=settings.test_size or outline.test_size,
+    )
+
+
+def _check_train_size(size: int, num_classes: int, most: int | None) -> None:
+    if size % num_classes or (most is not None and size > most):
+        at_most = "" if most is None else f" and at most {most}"
+        raise ValueError(f"fastkd: train_size is {size}, must be a multiple of the {num_classes} classes{at_most}")
+
+
+def _check_test_size(size: int, there: int) -> None:
+    if size > there:
+        raise ValueError(f"fastkd: test_size is {size}, must be at most the {there} test images")
+
+
+def _check_shrink(factor: int, height: int, width: int) -> None:
+    if factor > min(height, width):
+        raise ValueError(
+            f"fastkd: shrink is {factor}, must be at most the side of the images, {min(height, width)} pixels"
+        )
+
+
 def prepare(settings: DataSettings, seed: int) -> tuple[ImageSet, ImageSet]:
     """Training and test set on the CPU; the seed says which images are taken and which labels are wrong.
 
@@ -63,8 +115,7 @@ def prepare(settings: DataSettings, seed: int) -> tuple[ImageSet, ImageSet]:
     if settings.train_size:
         train = _equal_part(train, settings.train_size, seed)
     if settings.test_size:
-        if settings.test_size > len(test):
-            raise ValueError(f"fastkd: test_size is {settings.test_size}, must be at most the {len(test)} test images")
+        _check_test_size(settings.test_size, len(test))
         # the same ones for every seed
         order = torch.randperm(len(test), generator=mixed_generator("test part", settings.test_size), device="cpu")
         test = test.subset(order[: settings.test_size].sort().values)
@@ -76,23 +127,23 @@ def prepare(settings: DataSettings, seed: int) -> tuple[ImageSet, ImageSet]:
 
 
 def _equal_part(images: ImageSet, size: int, seed: int) -> ImageSet:
-    share, rest = divmod(size, images.num_classes)
-    smallest = int(torch.bincount(images.target, minlength=images.num_classes).min())
-    if rest or share > smallest:
-        raise ValueError(
-            f"fastkd: train_size is {size}, must be a multiple of the {images.num_classes} classes "
-            f"and at most {smallest * images.num_classes}"
-        )
-    return images.subset(labels.imbalanced(images.target, [share] * images.num_classes, seed))
+    classes = images.num_classes
+    smallest = int(torch.bincount(images.target, minlength=classes).min())
+    _check_train_size(size, classes, smallest * classes)
+    return images.subset(labels.imbalanced(images.target, [size // classes] * classes, seed))
 
 
 def _imbalanced(images: ImageSet, settings: DataSettings, seed: int) -> ImageSet:
     largest = int(torch.bincount(images.target, minlength=images.num_classes).min())
-    smallest = max(1, round(largest / settings.imbalance_ratio))
-    counts = labels.power_law_counts(images.num_classes, settings.imbalance, largest, smallest)
+    counts = _class_sizes(settings, images.num_classes, largest)
     # which classes are the small ones is chosen by the seed
     places = torch.randperm(len(counts), generator=mixed_generator("class sizes", seed), device="cpu").tolist()
     return images.subset(labels.imbalanced(images.target, [counts[place] for place in places], seed))
+
+
+def _class_sizes(settings: DataSettings, num_classes: int, largest: int) -> list[int]:
+    smallest = max(1, round(largest / settings.imbalance_ratio))
+    return labels.power_law_counts(num_classes, settings.imbalance, largest, smallest)
 
 
 def _mislabelled(images: ImageSet, settings: DataSettings, seed: int) -> ImageSet:
@@ -108,7 +159,6 @@ def _mislabelled(images: ImageSet, settings: DataSettings, seed: int) -> ImageSe
 def _shrunk(images: ImageSet, factor: int) -> ImageSet:
     if factor == 1:
         return images
-    if min(images.images.shape[2:]) < factor:
-        raise ValueError(f"fastkd: shrink is {factor}, must be at most the side of the images")
+    _check_shrink(factor, *images.images.shape[2:])
     pixels = torch.cat([F.avg_pool2d(part.float(), factor) for part in images.images.split(4096)])
     return replace(images, images=pixels.round().to(torch.uint8), padding=-(-images.padding // factor))

@@ -17,13 +17,25 @@ from fastkd.data.batches import Batches
 from fastkd.data.images import ImageSet
 from fastkd.methods import Method, Objective
 from fastkd.methods import registry as methods
+from fastkd.methods.loop import evaluating
 from fastkd.models import registry as models
+from fastkd.studies import data as images
 from fastkd.studies.data import DataSettings, prepare
 from fastkd.training import Process, Trainer, TrainingSettings, evaluator
 from fastkd.training.distributed import on_first_rank
 from fastkd.training.progress import Show
 
-__all__ = ["Distillation", "Networks", "Result", "check", "read_result", "run", "train_teacher"]
+__all__ = [
+    "Distillation",
+    "Networks",
+    "Result",
+    "check",
+    "check_data",
+    "check_files",
+    "read_result",
+    "run",
+    "train_teacher",
+]
 
 RESULT = "result.json"
 WEIGHTS = "model.pt"  # as the trainer calls it
@@ -130,6 +142,11 @@ class _Data(NamedTuple):
     test_images: Tensor
     test_target: Tensor
 
+    @property
+    def outline(self) -> tuple[int, ...]:
+        """Number of classes, channels, height, width: what networks depend on."""
+        return (self.train.num_classes, *self.train.images.shape[1:])
+
 
 def run(
     settings: Distillation, folder: Path, process: Process, *, teachers: Path | None = None, show: Show = "auto"
@@ -147,15 +164,14 @@ def run(
         ValueError, FileNotFoundError, ImportError: settings that cannot be, data that is not there, a folder that holds
             another run.
     """
+    check(settings, process.world_size)
     done = on_first_rank(lambda: read_result(settings, folder))
     if done is not None:
         return done
-    if settings.teacher_weights is not None and settings.teacher_weights.resolve().parent == folder.resolve():
-        raise ValueError(
-            f"fastkd: teacher_weights is {settings.teacher_weights}, must not lie in the folder that is written to, {folder}"
-        )
+    check_files(settings, folder)
     data = _load(settings, process.device)
-    check(settings, data)
+    if data.outline != _made_up(settings).outline:  # files of another kind than the usual ones of that name
+        _check_step(settings, data)
     teacher, teacher_accuracy = None, None
     if methods.needs_teacher(settings.method):
         teacher, teacher_accuracy = _teacher(settings, teachers or folder, data, process, show)
@@ -165,22 +181,61 @@ def run(
     return result
 
 
-def check(settings: Distillation, data: _Data | None = None) -> None:
-    """One step of the method with new networks: what does not fit is known before the teacher is trained.
+def check(settings: Distillation, world_size: int = 1, *, step: bool = True) -> None:
+    """What can be known from the settings alone: no file is looked at.
+
+    Args:
+        world_size: processes, each of which takes batches.
+        step: one step of the method, too, with new networks and images that are made up: what does not fit together is
+            known before the teacher is trained.
 
     Raises:
-        ValueError, ImportError: unknown names, settings that a method does not have, networks that it cannot compare.
+        ValueError, ImportError: unknown names, settings that a method does not have, sizes that the set does not have,
+            networks that do not take its images, or that the method cannot compare.
     """
     make_method(settings)
-    for role in ("student", "teacher"):
-        if role == "student" or methods.needs_teacher(settings.method):
-            _create(getattr(settings, role), role, 1, 2, 0)
-    if data is None:
-        data = _load(settings, torch.device("cpu"))
-    teacher = _network(settings, "teacher", data, 0) if methods.needs_teacher(settings.method) else None
-    objective = _objective(settings, data, teacher, 0)
-    with torch.no_grad():
-        objective(data.test_images[:4], data.test_target[:4])
+    teacher = methods.needs_teacher(settings.method)
+    for role in ("student", "teacher") if teacher else ("student",):
+        _create(getattr(settings, role), role, 1, 2, 0)
+    outline = images.check(settings.data)
+    if outline.train_size is not None and settings.batch_size * world_size > outline.train_size:
+        ranks = f" on each of {world_size} ranks" if world_size > 1 else ""
+        raise ValueError(
+            f"fastkd: batch_size is {settings.batch_size}{ranks}, must be at most the {outline.train_size} images"
+        )
+    if teacher:
+        settings.of_teacher()  # the schedule must fit its epochs, too
+    made_up = _made_up(settings)
+    next(_batches(settings, made_up.train, 2).epoch(0))  # whether crops can be that large
+    for role in ("student", "teacher") if teacher else ("student",):
+        _check_network(settings, role, made_up)
+    if step:
+        _check_step(settings, made_up)
+
+
+def check_files(settings: Distillation, folder: Path) -> None:
+    """The weights of a teacher: whether they are there, and the teacher's.
+
+    Raises:
+        ValueError, FileNotFoundError: they are not, or lie in ``folder``, which is written to.
+    """
+    path = settings.teacher_weights
+    if path is None or not methods.needs_teacher(settings.method):
+        return
+    if path.resolve().parent == folder.resolve():
+        raise ValueError(f"fastkd: teacher_weights is {path}, must not lie in the folder that is written to, {folder}")
+    state = _state_dict(path)
+    if images.check(settings.data).num_classes is not None:
+        _take_weights(_network(settings, "teacher", _made_up(settings), 0), state, path)
+
+
+def check_data(settings: Distillation) -> None:
+    """The images: whether they are there, and enough.
+
+    Raises:
+        ValueError, FileNotFoundError: they are not.
+    """
+    prepare(settings.data, settings.training.seed)
 
 
 def train_teacher(settings: Distillation, folder: Path, process: Process, *, show: Show = "auto") -> Result:
@@ -247,6 +302,62 @@ def _network(settings: Distillation, role: str, data: _Data, seed: int) -> nn.Mo
     return _create(name, role, data.train.images.shape[1], data.train.num_classes, seed).to(data.test_images.device)
 
 
+MADE_UP_CLASSES = 10  # where only the files tell
+
+
+def _made_up(settings: Distillation) -> _Data:
+    """Four images of noise in the place of the set, on the CPU."""
+    outline = images.check(settings.data)
+    classes = outline.num_classes or MADE_UP_CLASSES
+    channels = outline.shape[0]
+    noise = torch.randint(256, (4, *outline.shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    names = tuple(str(i) for i in range(classes))
+    few = ImageSet(noise, torch.arange(4) % classes, names, (0.5,) * channels, (0.25,) * channels)
+    return _Data(few, few.normalised(), few.target)
+
+
+def _batches(settings: Distillation, train: ImageSet, size: int, rank: int = 0, world_size: int = 1) -> Batches:
+    return Batches(
+        train,
+        size,
+        seed=settings.training.seed,
+        padding=settings.padding,
+        flip=None if settings.flip else False,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def _check_network(settings: Distillation, role: str, data: _Data) -> None:
+    """Whether it takes the images, and has a logit for each class."""
+    network = _network(settings, role, data, 0)
+    expected = (len(data.test_images), data.train.num_classes)
+    try:
+        with torch.no_grad(), evaluating(network):
+            logits = network(data.test_images)
+        why = "" if getattr(logits, "shape", None) == expected else "its output is not one logit for each class"
+    except Exception as error:  # what torch says of maps that have become too small, for instance
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+    if why:
+        size = "x".join(map(str, data.test_images.shape[1:]))
+        raise ValueError(f"fastkd: {role} {getattr(settings, role)!r} does not take images of {size}: {why}")
+
+
+def _check_step(settings: Distillation, data: _Data) -> None:
+    """One step of the method."""
+    teacher = _network(settings, "teacher", data, 0) if methods.needs_teacher(settings.method) else None
+    try:
+        objective = _objective(settings, data, teacher, 0)
+        with torch.no_grad():
+            objective(data.test_images[:4], data.test_target[:4])
+    except Exception as error:
+        if str(error).startswith("fastkd: "):
+            raise
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        pair = f"student {settings.student!r}" + (f" and teacher {settings.teacher!r}" if teacher is not None else "")
+        raise ValueError(f"fastkd: method {settings.method!r} does not take the {pair}: {why}") from error
+
+
 def _load(settings: Distillation, device: torch.device) -> _Data:
     train, test = prepare(settings.data, settings.training.seed)
     test = test.to(device)
@@ -284,15 +395,7 @@ def _train(
     """Test accuracy after the last epoch; the weights are in the folder then."""
     seed = settings.training.seed if weights_seed is None else weights_seed
     objective = _objective(settings, data, teacher, seed)
-    batches = Batches(
-        data.train,
-        settings.batch_size,
-        seed=settings.training.seed,
-        padding=settings.padding,
-        flip=None if settings.flip else False,
-        rank=process.rank,
-        world_size=process.world_size,
-    )
+    batches = _batches(settings, data.train, settings.batch_size, process.rank, process.world_size)
     trainer = Trainer(
         objective,
         batches,
@@ -316,15 +419,24 @@ def _objective(settings: Distillation, data: _Data, teacher: nn.Module | None, s
 
 
 def _read_weights(network: nn.Module, path: Path) -> None:
+    _take_weights(network, _state_dict(path), path)
+
+
+def _state_dict(path: Path) -> object:
     """A state dict, whole or under ``model``, ``state_dict`` or ``net``, as checkpoints of others have it."""
     if not path.is_file():
         raise FileNotFoundError(f"fastkd: there are no weights {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever pickle and torch make of a damaged file
-        raise ValueError(f"fastkd: the weights {path} cannot be read: {str(error).splitlines()[0]}") from None
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"fastkd: the weights {path} cannot be read: {why}") from None
     for key in ("model", "state_dict", "net"):
         state = state.get(key, state) if isinstance(state, dict) else state
+    return state
+
+
+def _take_weights(network: nn.Module, state: Any, path: Path) -> None:
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
