@@ -37,7 +37,7 @@ def check_number(name: str, value: object) -> float:
     if isinstance(value, (torch.SymFloat, torch.SymInt)):  # a number of a program that is traced
         return value  # type: ignore[return-value]
     if isinstance(value, (bool, np.bool_, Tensor)) or not isinstance(value, Real):
-        raise TypeError(f"fastkd: {name} is {_shown(value)}, must be a number")
+        raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be a number")
     try:
         return float(value)
     except OverflowError:
@@ -74,7 +74,7 @@ def check_count(name: str, value: object, least: int | None = None, below: int |
     """The value as Python's int: Python's own, numpy's, or a tensor of one integer."""
     number = index_of(value)
     if number is None:
-        raise TypeError(f"fastkd: {name} is {_shown(value)}, must be an int")
+        raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be an int")
     if least is not None and number < least:
         raise ValueError(f"fastkd: {name} is {number}, must be at least {least}")
     if below is not None and number >= below:
@@ -84,7 +84,7 @@ def check_count(name: str, value: object, least: int | None = None, below: int |
 
 def check_flag(name: str, value: object) -> bool:
     if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):  # numpy's, by two names
-        raise TypeError(f"fastkd: {name} is {_shown(value)}, must be True or False")
+        raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be True or False")
     return bool(value)
 
 
@@ -93,7 +93,3 @@ def names(dtypes: Sequence[torch.dtype]) -> str:
         return str(dtypes[0])
     *first, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
     return f"{', '.join(first)} or {last}"
-
-
-def _shown(value: object) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)

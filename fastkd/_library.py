@@ -72,11 +72,15 @@ def build_info() -> dict[str, Any]:
     Returns a dict: ``version``, ``torch`` (running), ``torch_target`` (oldest that this build serves), ``compiler``,
     ``cpu_instruction_set`` (in use: ``baseline``, ``avx2`` or ``avx512``), ``cpu_instruction_set_best`` (of this machine),
     ``threads``, ``cuda_architectures`` (built in; empty without CUDA kernels), ``cuda_loaded``, ``cuda_operators`` (operators
-    that have a CUDA kernel), and ``cuda_why_not`` where they are not loaded.
+    that have a CUDA kernel), ``cuda_why_not`` where they are not loaded, and ``autograd``: ``direct``, or why the operators
+    are registered by ``torch.library.register_autograd``, which makes small calls slower.
     """
+    from fastkd.ops._autograd import HOW
+
     info: dict[str, Any] = dict(_C.build_info())
     info["torch"] = torch.__version__
     info["threads"] = torch.get_num_threads()
+    info["autograd"] = HOW
     info["cuda_loaded"] = CUDA_LOADED
     info["cuda_operators"] = CUDA_OPERATORS
     if not CUDA_LOADED:

@@ -197,11 +197,7 @@ def kd_loss(
     check_tensor("target", target)
     _ops.check_choice("direction", direction, DIRECTIONS)
     alpha = _ops.check_share("alpha", alpha)
-    if reduction == "mean":  # type: ignore[comparison-overlap]
-        raise ValueError(
-            "fastkd: reduction is 'mean', must be 'batchmean', 'sum' or 'none': a mean over rows and classes "
-            "would divide the cross-entropy by the number of classes"
-        )
+    _ops.check_row_reduction(reduction)
     loss, terms = _ops.divergence(
         student_logits,
         teacher_logits,

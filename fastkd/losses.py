@@ -125,6 +125,7 @@ class KDLoss(_Loss):
         ignore_index: int = -100,
     ) -> None:
         super().__init__(temperature, reduction, ignore_index)
+        _ops.check_row_reduction(reduction)
         _ops.check_share("alpha", alpha)
         _ops.check_choice("direction", direction, functional.DIRECTIONS)
         self.alpha = alpha

@@ -40,13 +40,19 @@ def loss_and_gradients(student: Tensor, teacher: Tensor, both: bool, **options: 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_equal_rows(kind: str, dtype: torch.dtype, device: torch.device, few: bool, generator: torch.Generator) -> None:
+def test_equal_rows(
+    kind: str, dtype: torch.dtype, device: torch.device, few: bool, reads_values: bool, generator: torch.Generator
+) -> None:
+    """Losses are 0, and gradients, but for Jensen-Shannon's on a GPU, which are within a few ulps of a probability."""
+    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     for classes in CLASSES:
         x = rows_of(classes, dtype, device, few, generator)
         for temperature in (1.0, 0.07):
             for both in (True, False):
-                for part in loss_and_gradients(x, x.clone(), both, temperature=temperature, **KINDS[kind]):
-                    assert (part == 0).all()
+                rows, *gradients = loss_and_gradients(x, x.clone(), both, temperature=temperature, **KINDS[kind])
+                assert (rows == 0).all()
+                for gradient in gradients:
+                    assert gradient.abs().max() <= (0.0 if reads_values or "jsd" not in kind else 4 * eps)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -462,3 +462,159 @@ def test_errors_of_one_function(
     case: tuple[str, dict[str, object], type[Exception], tuple[str, ...]], device: torch.device
 ) -> None:
     check_error(*case, device)
+
+
+# ---- what has weight 0 is not looked at -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_alpha_of_zero(direction: str, dtype: torch.dtype, bad: float, device: torch.device) -> None:
+    """The teacher has no part in the loss, whatever it holds, and no gradient."""
+    student = torch.linspace(-2, 3, 33).view(3, 11).to(device, dtype).requires_grad_()
+    teacher = torch.full_like(student, bad).requires_grad_()
+    labels, kinds = torch.tensor([1, -100, 3], device=device), ("batchmean", "none")
+    for reduction in kinds:
+        loss, terms = F.kd_loss(
+            student, teacher, labels, 3.0, 0.0, direction=direction, reduction=reduction, return_terms=True
+        )
+        ours = torch.autograd.grad(loss.sum(), (student, teacher))
+        expected = nn.functional.cross_entropy(
+            student.float(), labels, reduction="mean" if reduction == "batchmean" else "none"
+        )
+        torch.testing.assert_close(loss.float(), expected.detach(), rtol=1e-5, atol=1e-6)
+        assert (terms["kd_loss"] == 0).all()
+        (theirs,) = torch.autograd.grad(expected.sum(), student)
+        torch.testing.assert_close(ours[0], theirs.to(dtype))
+        assert (ours[1] == 0).all()
+    alone = F.kd_loss(student, teacher.detach(), labels, 3.0, 0.0)
+    torch.testing.assert_close(torch.autograd.grad(alone, student)[0], ours[0] / 2)
+
+
+def test_all_terms_of_weight_zero(pair: tuple[Tensor, Tensor]) -> None:
+    student, teacher = pair[0], torch.full_like(pair[1], math.nan)
+    for kind in ("forward", "reverse", "jensen_shannon", "soft_cross_entropy"):
+        loss, terms = divergence(student, teacher, kind=kind, kd_scale=0.0)
+        assert loss == 0
+        assert (terms == 0).all()
+        assert (torch.autograd.grad(loss, student)[0] == 0).all()
+
+
+def test_relation_of_weight_zero(pair: tuple[Tensor, Tensor]) -> None:
+    student, teacher = pair[0], torch.full_like(pair[1], math.nan)
+    loss = F.relation_loss(student, teacher, 0.0, 0.0)
+    assert loss == 0
+    assert (torch.autograd.grad(loss, student)[0] == 0).all()
+
+
+@pytest.mark.parametrize("left_out", ["weight", "ignore_index", "both"])
+@pytest.mark.parametrize("kind", ["kl", "js", "kd"])
+def test_rows_left_out_may_hold_anything(
+    kind: str, left_out: str, device: torch.device, generator: torch.Generator
+) -> None:
+    """Logits, temperature and target of a row of weight 0, or whose target is ignore_index: as if it were not there."""
+    student, teacher = torch.randn(2, 4, 11, generator=generator).to(device).unbind()
+    student.requires_grad_()
+    target, weight, temperature = torch.tensor([1, 2, 3, 4]), torch.tensor([1.0, 2.0, 1.0, 0.5]), torch.ones(4)
+    if left_out in ("ignore_index", "both"):
+        target[1] = -7
+    if left_out in ("weight", "both"):
+        weight[1] = 0.0
+
+    def run(t: Tensor, labels: Tensor, temperatures: Tensor) -> tuple[Tensor, ...]:
+        options = {"weight": weight.to(device), "ignore_index": -7, "reduction": "none"}
+        temperatures, labels = temperatures.to(device), labels.to(device)
+        if kind == "kd":
+            rows = F.kd_loss(student, t, labels, temperatures, **options)
+        else:
+            function = F.kl_div if kind == "kl" else F.js_div
+            rows = function(student, t, temperatures, target=labels, **options)
+        return rows.detach(), torch.autograd.grad(rows.sum(), student)[0]
+
+    expected = run(teacher, target, temperature)
+    assert expected[0][1] == 0
+    for value in (0.0, -1.0, math.nan, math.inf):
+        odd_temperature, odd_teacher = temperature.clone(), teacher.clone()
+        odd_temperature[1] = value
+        odd_teacher[1] = value
+        labels = [target]
+        if left_out == "weight":
+            labels += [torch.tensor([1, 999, 3, 4]), torch.tensor([1, -1, 3, 4])]
+        for each in labels:
+            for ours, theirs in zip(run(odd_teacher, each, odd_temperature), expected, strict=True):
+                assert torch.equal(ours, theirs)
+
+
+# ---- what a constructor takes, a call takes -------------------------------------------------------
+
+REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    f"{name} {what}": (lambda make=make, value=value: make(value), error, message)
+    for name, make in {
+        "KLDivLoss": fastkd.KLDivLoss,
+        "JSDivLoss": fastkd.JSDivLoss,
+        "KDLoss": fastkd.KDLoss,
+        "kl_div": lambda t: F.kl_div(S, T, t),
+        "js_div": lambda t: F.js_div(S, T, t),
+        "kd_loss": lambda t: F.kd_loss(S, T, LABELS, t),
+        "soft_cross_entropy": lambda t: F.soft_cross_entropy(S, T, t),
+    }.items()
+    for what, (value, error, message) in {
+        "T = 0": (0, ValueError, "temperature is 0, must be positive"),
+        "T nan": (math.nan, ValueError, "temperature is nan, must be positive"),
+        "T True": (True, TypeError, "temperature is True, must be a number"),
+        "T 10^400": (10**400, ValueError, "temperature is 1000"),
+        "T string": ("4", TypeError, "temperature is '4', must be a number"),
+        "T of dtype int64": (torch.tensor(4), TypeError, "temperature has dtype torch.int64"),
+        "T learned": (torch.tensor(4.0, requires_grad=True), ValueError, "temperature requires grad"),
+    }.items()
+} | {
+    f"{name} tensor {value}": (
+        lambda make=make, value=value: make(torch.tensor([1.0, value])),
+        ValueError,
+        "temperature is .*must be positive and finite",
+    )
+    for name, make in {"KLDivLoss": fastkd.KLDivLoss, "JSDivLoss": fastkd.JSDivLoss, "KDLoss": fastkd.KDLoss}.items()
+    for value in (0.0, -1.0, math.nan, math.inf)
+}
+REFUSED |= {
+    "ignore_index string": (lambda: fastkd.KLDivLoss(ignore_index="a"), TypeError, "ignore_index is 'a'"),
+    "ignore_index float": (lambda: fastkd.JSDivLoss(ignore_index=1.5), TypeError, "ignore_index is 1.5"),
+    "ignore_index True": (lambda: fastkd.KDLoss(ignore_index=True), TypeError, "ignore_index is True"),
+    "ignore_index 2^70": (lambda: fastkd.KLDivLoss(ignore_index=2**70), ValueError, "ignore_index is"),
+    "kl_div ignore_index 2^70": (lambda: F.kl_div(S, T, ignore_index=2**70), ValueError, "ignore_index is"),
+    "KDLoss mean": (lambda: fastkd.KDLoss(reduction="mean"), ValueError, "reduction is 'mean'"),
+    "beta": (lambda: fastkd.JSDivLoss(beta=True), TypeError, "beta is True"),
+    "alpha": (lambda: fastkd.KDLoss(alpha=math.nan), ValueError, "alpha is nan"),
+    "RelationLoss": (lambda: fastkd.RelationLoss(-1.0), ValueError, "distance_weight is -1"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_constructors_refuse_what_calls_refuse(name: str) -> None:
+    make, error, message = REFUSED[name]
+    with pytest.raises(error, match="fastkd: .*" + message):
+        make()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.int32, torch.complex64, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("name", ["kl_div", "js_div", "soft_cross_entropy", "kd_loss", "relation_loss", "logit_stats"])
+def test_dtypes(name: str, dtype: torch.dtype) -> None:
+    """A teacher of one-hot integers is no logits."""
+    odd = nn.functional.one_hot(LABELS, 5).to(dtype)
+    rest = (LABELS,) if name == "kd_loss" else ()
+    what = "features" if name == "relation_loss" else "logits"
+    calls: dict[str, Callable[[], object]] = {
+        f"student_{what}": lambda: getattr(F, name)(odd, T, *rest),
+        f"teacher_{what}": lambda: getattr(F, name)(S, odd, *rest),
+    }
+    if name == "logit_stats":
+        calls = {"logits": lambda: F.logit_stats(odd)}
+    if name in ("kl_div", "js_div", "soft_cross_entropy", "kd_loss"):
+        calls["weight"] = lambda: getattr(F, name)(S, T, *rest, weight=odd[:, 0])
+        calls["temperature"] = lambda: getattr(F, name)(S, T, *rest, temperature=odd[:, 0])
+    if name in ("kl_div", "js_div", "soft_cross_entropy") and dtype != torch.int64:
+        calls["target"] = lambda: getattr(F, name)(S, T, target=odd[:, 0])
+    for argument, call in calls.items():
+        with pytest.raises(TypeError, match=f"fastkd: {argument} has dtype {dtype}, must be"):
+            call()

@@ -84,7 +84,7 @@ inline Plan plan_rows(int64_t rows, int64_t classes, int element_size, bool jens
     return Plan{in_registers,
                 false,
                 Team::kCluster,
-                {one_cluster_each("rows", rows, cluster), threads, cluster, cluster_shared_bytes(threads, cluster, 8)}};
+                {one_cluster_each("rows", rows, cluster), threads, cluster, cluster_shared_bytes(threads, cluster, 10)}};
   };
   for (unsigned cluster = 1; resident && cluster <= limits.max_cluster; cluster *= 2) {
     const int64_t each = (longest + cluster - 1) / cluster,

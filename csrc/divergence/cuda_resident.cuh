@@ -134,13 +134,14 @@ FASTKD_DEVICE void resident_row(const Row<T, int>& row, Group& group) {
       for (int k = 0; k < N; ++k) {
         y[v][k] = product(y[v][k], js.inverse_zy);
         const auto terms = js.terms(y[v][k], product(x[v][k], js.inverse_zx));
-        sum_q += terms.q.divergence;
-        sum_p += terms.p.divergence;
-        x[v][k] = terms.q.gradient;
+        sum_q += terms.q;
+        sum_p += terms.p;
+        x[v][k] = terms.q;
       }
     }
     double k_sums[2] = {sum_q, sum_p};
     group.reduce(k_sums, Sum{});
+    make_exact(row, js, k_sums, group);
     if (group.index() == 0) row.write_divergence(row.p.beta * k_sums[1] + (1.0 - row.p.beta) * k_sums[0]);
     finish(js, row.p.beta, row.kd_scale(numbers), k_sums[0], k_sums[1]);
     store_gradient(

@@ -248,14 +248,21 @@ struct JensenShannon {
   S inverse_temperature, top_y, top_x, inverse_zy, inverse_zx, beta, one_minus_beta, f_q, f_p, kq, kp;
   FASTKD_DEVICE S q(S y) const { return product(exp_of<T>((y - top_y) * inverse_temperature), inverse_zy); }
   FASTKD_DEVICE S p(S x) const { return product(exp_of<T>((x - top_x) * inverse_temperature), inverse_zx); }
-  // Of KL(q || m) and of KL(p || m).
+  FASTKD_DEVICE S m(S q, S p) const { return beta * p + one_minus_beta * q; }
+  // Terms of KL(q || m) and KL(p || m). Probabilities may be subnormal, where reciprocal and log overflow: both have a floor.
   struct Terms {
-    MixtureTerm<S> q, p;
+    S q, p;
   };
   FASTKD_DEVICE Terms terms(S q, S p) const {
-    const S m = beta * p + one_minus_beta * q, inverse_m = reciprocal(floored(m)), difference = q - p;
-    return {mixture_term<S>(m, inverse_m, beta * difference, q * log_normal(floored(q * inverse_m))),
-            mixture_term<S>(m, inverse_m, -one_minus_beta * difference, p * log_normal(floored(p * inverse_m)))};
+    const S inverse_m = reciprocal(floored(m(q, p)));
+    return {weigh(q, log_normal(floored(q * inverse_m))), weigh(p, log_normal(floored(p * inverse_m)))};
+  }
+  // The same, as terms that are not negative.
+  FASTKD_DEVICE Terms exact_terms(S q, S p) const {
+    const S mixture = m(q, p), inverse_m = reciprocal(floored(mixture)), difference = q - p;
+    const S q_log = q * log_normal(floored(q * inverse_m)), p_log = p * log_normal(floored(p * inverse_m));
+    return {mixture_term<S>(mixture, inverse_m, beta * difference, q_log).divergence,
+            mixture_term<S>(mixture, inverse_m, -one_minus_beta * difference, p_log).divergence};
   }
   FASTKD_DEVICE S y_gradient(S q, S q_term) const { return f_q * (q_term - q * kq); }
   FASTKD_DEVICE S x_gradient(S p, S p_term) const { return f_p * (p_term - p * kp); }
@@ -269,15 +276,33 @@ template <typename S>
 FASTKD_DEVICE double divergence_of(const LinearSums& sums, S c) {
   return divergence_value(sums.d * inverse_sum<S>(sums.z_x), log_sum<S>(sums.z_x), log_sum<S>(sums.z_y), static_cast<double>(c));
 }
-// The divergence; where it is small, summed anew from terms that are not negative. That reads the row again, most likely from
-// the L2 cache. All of the group's threads get it, and must come.
+// Where a divergence is small it is summed anew, from terms that are not negative: term(y, x, n) of each element of the row,
+// added to sums[n]. All of the group's threads get the sums, and must come. The row is read again, most likely from the L2
+// cache, an element at a time: registers are full of the row.
+template <typename T, typename Index, class Group, int N, typename Term>
+FASTKD_DEVICE void sum_again(const Row<T, Index>& row, Group& group, bool small, double (&sums)[N], const Term& term) {
+  if (!group.any(small)) return;
+  const auto y = row.y(), x = row.x();
+  double total[N] = {};
+  const Index count = small && row.present() ? y.count : 0;
+#pragma unroll 1
+  for (Index i = static_cast<Index>(group.index()); i < count; i += static_cast<Index>(group.size())) {
+    Compute<T> values[N];
+    term(to_compute(y.data[i]), to_compute(x.data[i]), values);
+#pragma unroll
+    for (int n = 0; n < N; ++n) total[n] += static_cast<double>(values[n]);
+  }
+  group.reduce(total, Sum{});
+#pragma unroll
+  for (int n = 0; n < N; ++n) sums[n] = small ? total[n] : sums[n];
+}
+
 template <typename T, typename Index, class Group>
 FASTKD_DEVICE double exact_divergence_of(const Row<T, Index>& row, const typename Row<T, Index>::Numbers& numbers,
                                          const Compute<T> (&top)[2], const LinearSums& sums, Group& group) {
   using S = Compute<T>;
-  const double value = divergence_of<S>(sums, row.c());
-  const bool small = row.p.kind != Kind::kSoftCrossEntropy && row.p.kd_scale != 0 && value < kSmallDivergence<S>;
-  if (!group.any(small)) return value;
+  double value[1] = {divergence_of<S>(sums, row.c())};
+  const bool small = row.p.kind != Kind::kSoftCrossEntropy && row.p.kd_scale != 0 && value[0] < kSmallDivergence<S>;
   const S inverse_temperature = inverse_of<S>(numbers.temperature);
   const S inverse_zy = static_cast<S>(inverse_sum<S>(sums.z_y)), inverse_zx = static_cast<S>(inverse_sum<S>(sums.z_x));
   const S shift = static_cast<S>(log_sum<S>(sums.z_x) - log_sum<S>(sums.z_y));
@@ -285,23 +310,23 @@ FASTKD_DEVICE double exact_divergence_of(const Row<T, Index>& row, const typenam
   const S apart = top[0] - top[1];
   const bool alike = apart <= 1 && apart >= -1;
   const S zero_y = alike ? S(0) : top[0], zero_x = alike ? S(0) : top[1], rest = alike ? apart : S(0);
-  const auto y = row.y(), x = row.x();
-  const Index parts = small ? row.parts() : 0;
-  double total[1] = {0};
-  for (Index part = static_cast<Index>(group.index()); part < parts; part += static_cast<Index>(group.size())) {
-    const Pack<T> to = y.load(part), from = x.load(part);
-    S sum = 0;
-#pragma unroll
-    for (int k = 0; k < kPack<T>; ++k) {
-      const S of_y = to_compute(to.value[k]), of_x = to_compute(from.value[k]);
-      const S p_y = exp_of<T>((of_y - top[0]) * inverse_temperature) * inverse_zy;
-      const S p_x = exp_of<T>((of_x - top[1]) * inverse_temperature) * inverse_zx;
-      sum += kl_term<S>(p_x, p_y, ((of_y - zero_y) - (of_x - zero_x) - rest) * inverse_temperature + shift);
-    }
-    total[0] += static_cast<double>(sum);
-  }
-  group.reduce(total, Sum{});
-  return small ? total[0] : value;
+  sum_again(row, group, small, value, [&](S y, S x, S(&term)[1]) {
+    const S p_y = exp_of<T>((y - top[0]) * inverse_temperature) * inverse_zy;
+    const S p_x = exp_of<T>((x - top[1]) * inverse_temperature) * inverse_zx;
+    term[0] = kl_term<S>(p_x, p_y, ((y - zero_y) - (x - zero_x) - rest) * inverse_temperature + shift);
+  });
+  return value[0];
+}
+// k: KL(q || m) and KL(p || m)
+template <typename T, typename Index, class Group>
+FASTKD_DEVICE void make_exact(const Row<T, Index>& row, const JensenShannon<T>& js, double (&k)[2], Group& group) {
+  using S = Compute<T>;
+  const bool small = row.p.kd_scale != 0 && row.p.beta * k[1] + (1.0 - row.p.beta) * k[0] < kSmallDivergence<S>;
+  sum_again(row, group, small, k, [&](S y, S x, S(&term)[2]) {
+    const auto terms = js.exact_terms(js.q(y), js.p(x));
+    term[0] = terms.q;
+    term[1] = terms.p;
+  });
 }
 
 template <typename T, typename Index>

@@ -127,13 +127,14 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
 #pragma unroll
       for (int k = 0; k < kPack<T>; ++k) {
         const auto terms = js.terms(js.q(to_compute(to.value[k])), js.p(to_compute(from.value[k])));
-        sum_q += terms.q.divergence;
-        sum_p += terms.p.divergence;
+        sum_q += terms.q;
+        sum_p += terms.p;
       }
       k_sums[0] += static_cast<double>(sum_q);
       k_sums[1] += static_cast<double>(sum_p);
     });
     group.reduce(k_sums, Sum{});
+    make_exact(row, js, k_sums, group);
     if (group.index() == 0) row.write_divergence(row.p.beta * k_sums[1] + (1.0 - row.p.beta) * k_sums[0]);
     finish(js, row.p.beta, row.kd_scale(numbers), k_sums[0], k_sums[1]);
     const TaskGradient<T, int64_t> task(row, numbers, student_top,
@@ -143,14 +144,14 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
       if (row.wants_y()) {
         store_part(numbers.active, y_gradient, part, [&](int k, int64_t i) {
           const S q = js.q(to_compute(to.value[k]));
-          const S g = js.y_gradient(q, js.terms(q, js.p(to_compute(from.value[k]))).q.gradient);
+          const S g = js.y_gradient(q, js.terms(q, js.p(to_compute(from.value[k]))).q);
           return task.add(g, q, to.value[k], i);
         });
       }
       if (row.wants_x()) {
         store_part(numbers.active && row.p.kd_scale != 0, x_gradient, part, [&](int k, int64_t) {
           const S p = js.p(to_compute(from.value[k]));
-          return js.x_gradient(p, js.terms(js.q(to_compute(to.value[k])), p).p.gradient);
+          return js.x_gradient(p, js.terms(js.q(to_compute(to.value[k])), p).p);
         });
       }
     });

@@ -62,5 +62,7 @@ def _with_symbols(op: Any, args: tuple[Any, ...]) -> Any:
 def number_tensor(value: Any, device: torch.device) -> Tensor:
     """The number as float64 ``[]``, without a copy from the host, and without making a constant of a symbol."""
     if isinstance(value, (torch.SymFloat, torch.SymInt)) or torch.compiler.is_compiling():
-        return torch.ones((), dtype=torch.float64, device=device) * value  # torch.full takes it for a constant
+        one = torch.ones((), dtype=torch.float64, device=device)
+        number: Tensor = one * value  # torch.full would take it for a constant
+        return number
     return torch.full((), value, dtype=torch.float64, device=device)

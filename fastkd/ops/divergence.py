@@ -158,6 +158,14 @@ def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
         raise ValueError(f"fastkd: {name} is {value!r}, must be one of {', '.join(allowed)}")
 
 
+def check_row_reduction(reduction: str) -> None:
+    if reduction == "mean":
+        raise ValueError(
+            "fastkd: reduction is 'mean', must be 'batchmean', 'sum' or 'none': a mean over rows and classes "
+            "would divide the cross-entropy by the number of classes"
+        )
+
+
 def _check_devices(student_logits: Tensor, *others: Tensor | None) -> None:
     device = student_logits.device
     for i, value in enumerate(others):
