@@ -59,8 +59,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         for name in _OF_THE_USER:
             patch.delenv(name, raising=False)
-        # matplotlib's list of fonts, which takes a second to make: not in the home, which stays empty
-        patch.setenv("MPLCONFIGDIR", str(tmp_path_factory.mktemp("matplotlib")))
+        # Caches, not in the home, which stays empty: matplotlib's list of fonts, and what torch.compile has made, of which
+        # another checkout would find its own operators' old signatures.
+        for name in ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+            patch.setenv(name, str(tmp_path_factory.mktemp(name.lower())))
         folder = tmp_path_factory.mktemp("home")
         patch.setenv("HOME", str(folder))
         yield folder

@@ -30,6 +30,9 @@ def test_the_home_is_empty(home: Path, home_of_a_module: str) -> None:
     assert Path.home() == home == Path(home_of_a_module)
     assert list(home.iterdir()) == []
     assert data_root() == home / ".cache" / "fastkd" / "data"
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    assert Path(cache_dir()).parent == home.parent  # not the one that all programs of the user share
 
 
 def test_so_it_is_in_processes(home: Path) -> None:

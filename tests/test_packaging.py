@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -326,3 +327,87 @@ def test_a_compiler_that_fails_ends_the_build_with_what_it_said(tmp_path: Path, 
     assert "error: no such register" in done.stdout + done.stderr
     assert done.stderr.endswith("fastkd: a compiler failed; what it said is above\n")
     assert "Traceback" not in done.stderr
+
+
+def test_make_help_names_every_command() -> None:
+    text = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE)
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[1] for line in shown.splitlines()] == [
+        line.partition(":")[0] for line in text.splitlines() if re.match(r"[a-z-]+:.*## ", line)
+    ]
+    assert {line.split()[1] for line in shown.splitlines()} == set(phony.split()) - {"FORCE"}
+
+
+def recipes() -> dict[str, list[str]]:
+    """The commands of each target of the Makefile, those over several lines in one."""
+    found: dict[str, list[str]] = {}
+    target = ""
+    for line in (ROOT / "Makefile").read_text().replace("\\\n", " ").splitlines():
+        if line.startswith("\t"):
+            found[target].append(line[1:])
+        elif match := re.match(r"(\S+):(?!=)", line):
+            target = match[1]
+            found.setdefault(target, [])
+    return found
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["$(VENV)/.tools", "$(VENV)/.asked", "$(VENV)/.built", "$(VENV)/.dev", "demo", "test", "sdist", "dist/.wheel"],
+)
+def test_setting_up_says_what_it_does_and_no_commands(target: str) -> None:
+    commands = recipes()[target]
+    assert commands
+    assert not [command for command in commands if not command.startswith(("@", "$(say) "))]
+    if target != "$(VENV)/.asked":
+        steps = [command for command in commands if command.startswith("$(say)") or '"== ' in command]
+        assert steps
+        assert all(re.search(r"second|minute", step) for step in steps)  # about how long
+
+
+def test_other_wishes_build_anew_and_the_same_do_not(tmp_path: Path) -> None:
+    asked = tmp_path / "venv" / ".asked"
+
+    def make(**wishes: str) -> bool:
+        """Whether what depends on it would be made again."""
+        before = asked.stat().st_mtime_ns if asked.exists() else 0
+        command = ["make", "--silent", f"VENV={asked.parent}", str(asked)]
+        environment = {name: value for name, value in os.environ.items() if name not in ("FASTKD_CUDA", "MAKEFLAGS")}
+        subprocess.run(command, cwd=ROOT, env={**environment, **wishes}, check=True)
+        return asked.stat().st_mtime_ns != before
+
+    wishes = [{}, {}, {"FASTKD_CUDA": "1"}, {"FASTKD_CUDA": "1"}, {"TORCH_CUDA_ARCH_LIST": "8.0;9.0a"}, {}]
+    assert [make(**wish) for wish in wishes] == [True, False, True, False, True, True]
+
+
+def test_ci_sees_nothing_of_the_home_of_who_starts_it(tmp_path: Path) -> None:
+    """All of .ci/run, with a make that notes what it is told."""
+    tree, programs = tmp_path / "tree", tmp_path / "programs"
+    for folder in (tree / ".ci", programs, tmp_path / "home" / ".cache" / "fastkd" / "data"):
+        folder.mkdir(parents=True)
+    shutil.copy2(ROOT / ".ci" / "run", tree / ".ci" / "run")
+    log = tmp_path / "log"
+    note = f'echo "$*|$(ls -A "$HOME" | wc -l)|$HOME|$TORCH_CUDA_ARCH_LIST|$PIP_CACHE_DIR|$FASTKD_DATA$XDG_CACHE_HOME" >> {log}'
+    for script in (programs / "make", tree / ".ci" / "check_symbols"):
+        script.write_text(f"#!/bin/sh\n{note}\n")
+        script.chmod(0o755)
+    environment = {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "HOME": str(tmp_path / "home"),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "FASTKD_DATA": str(tmp_path / "data"),
+        "TMPDIR": str(tmp_path),
+    }
+    done = subprocess.run([str(tree / ".ci" / "run")], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    calls = [line.split("|") for line in log.read_text().splitlines()]
+    assert [call[0] for call in calls] == ["build", "lint", "", "inspect", "wheel", "sanitize", "frameworks", "test"]
+    for _, entries, home, architectures, cache, of_the_user in calls:
+        assert entries.strip() == "0"
+        assert Path(home).parent == tmp_path
+        assert home != environment["HOME"]
+        assert not Path(home).exists()  # it is gone by now
+        assert architectures == "8.0 9.0a"
+        assert cache == str(tmp_path / "cache" / "pip")  # what pip has fetched before is not fetched again
+        assert of_the_user == ""
