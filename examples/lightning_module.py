@@ -1,5 +1,7 @@
 """Distillation under Lightning: `pip install lightning`, then `python examples/lightning_module.py`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -48,10 +50,15 @@ def main(epochs: int = 8) -> None:
     lightning.seed_everything(0)
     train, test = loaders()
     teacher = Distillation(Objective(Baseline(), ConvNet((32, 64))))
+    fit(teacher, train, test, epochs)
+    # made afterwards, as an Objective freezes its teacher
     student = Distillation(Objective(Hinton(), ConvNet((8, 16)), teacher.objective.student.model))
-    for module in (teacher, student):
-        trainer = lightning.Trainer(max_epochs=epochs, logger=False, enable_checkpointing=False)
-        trainer.fit(module, train, test)
+    fit(student, train, test, epochs)
+
+
+def fit(module: Distillation, train: DataLoader[Any], test: DataLoader[Any], epochs: int) -> None:
+    trainer = lightning.Trainer(max_epochs=epochs, logger=False, enable_checkpointing=False)
+    trainer.fit(module, train, test)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def test_what_is_no_tensor(entry: str) -> None:
 
 
 OPTIONS: dict[str, list[Any]] = {
-    "max_iter": [0, -1, 2.5, 10.0, NAN, True, "10", None, torch.tensor(10), 2**63],
+    "max_iter": [0, -1, 2.5, 10.0, NAN, True, "10", None, torch.tensor([10]), 2**63],
     "tol": [-1e-3, NAN, INF, -INF, "0.1", None, 1j, torch.tensor(0.1), [0.1], 10**400],
     "reg_covar": [-1.0, NAN, INF, "0.1", None, torch.tensor(0.1), 10**400],
     "threshold": [-0.1, 1.1, NAN, INF, "0.5", None, torch.tensor(0.5)],
@@ -317,7 +317,7 @@ def test_progress(name: str, progress: Any) -> None:
 
 NUMBERS: list[Any] = [-1.0, NAN, INF, -INF, "1", None, 1j, [1.0], torch.tensor(1.0), torch.tensor([1.0]), 10**400]
 ABOVE: list[Any] = [*NUMBERS, 0, 0.0, -0.0]
-COUNTS: list[Any] = [0, -1, 1.5, 2.0, NAN, "2", None, True, torch.tensor(2), [2]]
+COUNTS: list[Any] = [0, -1, 1.5, 2.0, NAN, "2", None, True, torch.tensor(2.0), [2]]
 MAKERS: dict[str, Callable[..., Any]] = {
     "Hinton": Hinton,
     "BSS": BSS,
@@ -493,7 +493,7 @@ SCALARS: list[tuple[str, list[Any], Callable[[Any], object]]] = [
     ("items", [-1, 1.5, "6", True], lambda v: statistics.draw_counts(COUNTED, v)),
     (
         "size",
-        [0, -1, 1.5, "44", True, None, (4,), (4, 4, 4), (4, 1.5), (True, 4), torch.tensor(4)],
+        [0, -1, 1.5, "44", True, None, (4,), (4, 4, 4), (4, 1.5), (True, 4), torch.tensor(4.0)],
         lambda v: fastkd.random_patches(IMAGES, v),
     ),
     ("size", [0, -1, 1.5, "44", True, None], lambda v: fastkd.crop_patches(IMAGES, OFFSETS, v)),

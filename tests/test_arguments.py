@@ -208,15 +208,13 @@ OTHERS = [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, to
     ],
 )
 def test_dtypes_of_numbers(name: str, call: Callable[[Tensor], Any], dtype: torch.dtype) -> None:
-    with pytest.raises(
-        TypeError, match=f"fastkd: {name} has dtype {str(dtype)[6:]}, must be one of float32, float64, "
-    ):
+    with pytest.raises(TypeError, match=f"fastkd: {name} has dtype {dtype}, must be float32, float64, "):
         call(SCORES.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.float32, torch.float64, torch.complex64])
 def test_dtypes_of_indices(dtype: torch.dtype) -> None:
-    with pytest.raises(TypeError, match=f"fastkd: indices has dtype {str(dtype)[6:]}, must be one of int64"):
+    with pytest.raises(TypeError, match=f"fastkd: indices has dtype {dtype}, must be torch.int64"):
         copy.deepcopy(TABLE).update(torch.ones(1).to(dtype), torch.zeros(1))
 
 
@@ -230,7 +228,7 @@ def test_dtypes_of_indices(dtype: torch.dtype) -> None:
         (lambda: AliasTable(SCORES, iqpr="5"), TypeError, "iqpr is str, must be a number"),
         (lambda: AliasTable(SCORES, iqpr=torch.tensor(5.0)), TypeError, "iqpr is Tensor, must be a number"),
         (lambda: AliasTable.from_weights(SCORES[None]), ValueError, "weights has shape \\(1, 50\\), must be \\[N\\]"),
-        (lambda: TABLE.update([1], torch.zeros(1)), TypeError, "indices is list, must be an int64 tensor \\[n\\]"),
+        (lambda: TABLE.update([1], torch.zeros(1)), TypeError, "indices is list, must be a tensor"),
         (lambda: TABLE.update(torch.tensor([1]), [0.0]), TypeError, "scores is list, must be a tensor"),
         (lambda: TABLE.sample(3, 5), TypeError, "generator is int, must be a torch.Generator or None"),
         (

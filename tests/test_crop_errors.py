@@ -53,9 +53,9 @@ PYTHON: list[Case] = [
     (patches, {"size": (2, 2.5)}, TypeError, "size is (2, 2.5), must be an int or a pair of them, (height, width)"),
     (patches, {"patches_per_image": 0}, ValueError, "patches_per_image is 0, must be at least 1"),
     (patches, {"patches_per_image": -3}, ValueError, "patches_per_image is -3, must be at least 1"),
-    (patches, {"patches_per_image": 1.5}, TypeError, "patches_per_image is 1.5, must be an int"),
+    (patches, {"patches_per_image": 1.5}, TypeError, "patches_per_image is float, must be an int"),
     (patches, {"padding": -1}, ValueError, "padding is -1, must be at least 0"),
-    (patches, {"padding": "same"}, TypeError, "padding is 'same', must be an int"),
+    (patches, {"padding": "same"}, TypeError, "padding is str, must be an int"),
     (
         patches,
         {"images": IMAGES.to(META), "generator": torch.Generator()},
@@ -110,7 +110,7 @@ def backward(**given: Any) -> Any:
 
 def places(**given: Any) -> Any:
     args = {"seed": torch.tensor([1]), "batch": 2, "patches": 4, "y_low": 0, "y_count": 5, "x_low": 0, "x_count": 7}
-    return ops._crop_offsets(*{**args, "flip_probability": 0.5, **given}.values())
+    return torch.ops.fastkd.crop_offsets(*{**args, "flip_probability": 0.5, **given}.values())
 
 
 OPERATORS: list[Case] = [

@@ -16,6 +16,9 @@ pytestmark = pytest.mark.no_kernels
 
 TINY = torch.rand(2, 4096, 40, generator=torch.Generator().manual_seed(0)) * 1e-41  # subnormal numbers of float32
 
+LOGITS = (torch.rand(TINY.shape, generator=torch.Generator().manual_seed(1)) * 9).unbind()
+SCALES = {scale: torch.tensor(scale) for scale in (1.0, 1e-37, 1e-40)}  # made before the mode is set
+
 
 @pytest.fixture(params=[1, 2, 4])
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
@@ -26,10 +29,9 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def _gradients(loss: Callable[[Tensor, Tensor], Tensor], scale: float = 1.0) -> tuple[Tensor, ...]:
-    s, t = (TINY.sign() * torch.rand(TINY.shape, generator=torch.Generator().manual_seed(1)) * 9).unbind()
-    s, t = s.clone().requires_grad_(), t.clone().requires_grad_()
+    s, t = (x.detach().requires_grad_() for x in LOGITS)
     y = loss(s, t)
-    return (y.detach(), *torch.autograd.grad(y, (s, t), torch.full_like(y, scale)))
+    return (y.detach(), *torch.autograd.grad(y, (s, t), SCALES[scale].expand_as(y)))
 
 
 CALLS: dict[str, Callable[[], object]] = {

@@ -399,7 +399,7 @@ ERRORS: dict[str, Error] = {
     "target list": ({"target": [0, 1, 2]}, TypeError, ("target is list", "tensor")),
     "target shape": ({"target": LABELS[:2]}, ValueError, ("target", "(2,)", "(3,)")),
     "target dtype": ({"target": LABELS.int()}, TypeError, ("target", "int32", "int64")),
-    "ignore_index": ({"target": LABELS, "ignore_index": "x"}, TypeError, ("ignore_index is 'x'", "int")),
+    "ignore_index": ({"target": LABELS, "ignore_index": "x"}, TypeError, ("ignore_index is str", "int")),
     "reduction": ({"reduction": "avg"}, ValueError, ("reduction is 'avg'", "none, sum, batchmean")),
     "reduction list": ({"reduction": []}, ValueError, ("reduction is []", "none, sum, batchmean")),
 }
@@ -562,9 +562,9 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     for what, (value, error, message) in {
         "T = 0": (0, ValueError, "temperature is 0, must be positive"),
         "T nan": (math.nan, ValueError, "temperature is nan, must be positive"),
-        "T True": (True, TypeError, "temperature is True, must be a number"),
+        "T True": (True, TypeError, "temperature is bool, must be a number"),
         "T 10^400": (10**400, ValueError, "temperature is 1000"),
-        "T string": ("4", TypeError, "temperature is '4', must be a number"),
+        "T string": ("4", TypeError, "temperature is str, must be a number"),
         "T of dtype int64": (torch.tensor(4), TypeError, "temperature has dtype torch.int64"),
         "T learned": (torch.tensor(4.0, requires_grad=True), ValueError, "temperature requires grad"),
     }.items()
@@ -578,13 +578,13 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     for value in (0.0, -1.0, math.nan, math.inf)
 }
 REFUSED |= {
-    "ignore_index string": (lambda: fastkd.KLDivLoss(ignore_index="a"), TypeError, "ignore_index is 'a'"),
-    "ignore_index float": (lambda: fastkd.JSDivLoss(ignore_index=1.5), TypeError, "ignore_index is 1.5"),
-    "ignore_index True": (lambda: fastkd.KDLoss(ignore_index=True), TypeError, "ignore_index is True"),
+    "ignore_index string": (lambda: fastkd.KLDivLoss(ignore_index="a"), TypeError, "ignore_index is str"),
+    "ignore_index float": (lambda: fastkd.JSDivLoss(ignore_index=1.5), TypeError, "ignore_index is float"),
+    "ignore_index True": (lambda: fastkd.KDLoss(ignore_index=True), TypeError, "ignore_index is bool"),
     "ignore_index 2^70": (lambda: fastkd.KLDivLoss(ignore_index=2**70), ValueError, "ignore_index is"),
     "kl_div ignore_index 2^70": (lambda: F.kl_div(S, T, ignore_index=2**70), ValueError, "ignore_index is"),
     "KDLoss mean": (lambda: fastkd.KDLoss(reduction="mean"), ValueError, "reduction is 'mean'"),
-    "beta": (lambda: fastkd.JSDivLoss(beta=True), TypeError, "beta is True"),
+    "beta": (lambda: fastkd.JSDivLoss(beta=True), TypeError, "beta is bool"),
     "alpha": (lambda: fastkd.KDLoss(alpha=math.nan), ValueError, "alpha is nan"),
     "RelationLoss": (lambda: fastkd.RelationLoss(-1.0), ValueError, "distance_weight is -1"),
 }
