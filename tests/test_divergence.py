@@ -232,6 +232,21 @@ def test_jsd_where_probabilities_underflow(beta: float, teacher_gradient: bool, 
 # ---- temperatures, weights, small and large numbers ---------------------------------------------
 
 
+@pytest.mark.parametrize("temperature", [1e10, 1e40, 1e100, 1e155, 1e308])
+@pytest.mark.parametrize("kind", [name for name in KINDS if name != "soft_cross_entropy"])
+def test_overflowing_temperatures(
+    kind: str, temperature: float, device: torch.device, generator: torch.Generator
+) -> None:
+    """Softmaxes are uniform to the last digit, and T^2 overflows: no NaN, and nothing below 0, comes of it."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        student, teacher = logits(5, 37, "normal", dtype, generator, device)
+        student.requires_grad_()
+        rows, _ = divergence(student, teacher, temperature=temperature, reduction="none", **KINDS[kind])
+        rows.sum().backward()
+        assert (rows >= 0).all()
+        assert torch.isfinite(student.grad).all()
+
+
 @pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e-6, 1e-3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_small_temperatures(kind: str, temperature: float, device: torch.device, generator: torch.Generator) -> None:

@@ -163,10 +163,7 @@ def test_methods_of_plain_torch(name: str, asked: str) -> None:
     torch.testing.assert_close(transformed(loss), plain(loss), rtol=1e-5, atol=1e-7)
 
 
-IN_PLACE = pytest.mark.xfail(reason="the backward of the divergence works in place, which torch cannot batch")
-
-
-@pytest.mark.parametrize("asked", [pytest.param(a, marks=[IN_PLACE] if a == "jacobian" else []) for a in ASKED])
+@pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("name", FUSED)
 def test_methods_of_fused_operators(name: str, asked: str) -> None:
     """First derivatives, in reverse mode, are right; the rest is right or raises fastkd's own error."""

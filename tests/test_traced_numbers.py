@@ -99,6 +99,18 @@ def test_annealed_attributes(name: str) -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("name", ["kl_div temperature", "relation_loss", "logit_stats", "inverse_temperature"])
+def test_whole_numbers(name: str) -> None:
+    """Python's ints are kept as symbols, too."""
+    x, function = CASES[name]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for w in range(1, 13):
+        torch.testing.assert_close(compiled(x, w), function(x, w))
+    assert counter.frame_count <= 3  # of 1, which torch takes for a constant, of the first number, of any
+
+
 def test_constants_stay_constants() -> None:
     """Numbers that do not change need no tensor, which would keep a program out of CUDA graphs."""
     torch._dynamo.reset()

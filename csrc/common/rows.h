@@ -47,12 +47,12 @@ constexpr float kLowest = -__builtin_inff();
 template <typename S>
 constexpr S kTiny = sizeof(S) == 8 ? S(0x1p-1022) : S(0x1p-126);
 
-// 1 / T, but no more than what leaves differences of logits finite, however small T is.
+// 1 / T, but no more than what leaves differences of logits finite, however small T is, and above 0, however large.
 template <typename V>
 FASTKD_INLINE V inverse_of(double temperature) {
   constexpr double kLargest = sizeof(V{}[0]) == 8 ? 0x1p1000 : 0x1p100;
   const double inverse = 1.0 / temperature;
-  return broadcast<V>(inverse < kLargest ? inverse : kLargest);
+  return broadcast<V>(inverse > kLargest ? kLargest : inverse < 1 / kLargest ? 1 / kLargest : inverse);
 }
 
 template <typename T>

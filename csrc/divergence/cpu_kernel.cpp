@@ -103,7 +103,8 @@ struct Row {
       case Kind::kJensenShannon: divergence = jensen_shannon(task, stream); break;
     }
     if (gs != nullptr && target >= 0) subtract_one_at_target(task);
-    *kd_loss = params.kd_scale != 0 ? weight * temperature * temperature * divergence : 0;
+    // T^2 may be infinite
+    *kd_loss = params.kd_scale != 0 && divergence != 0 ? weight * temperature * temperature * divergence : 0;
     if (params.task && target >= 0) {
       const double shifted = (double(load_first(s + target, 1, S(0))[0]) - double(max_s[0]));
       *task_loss = weight * (task.log_z - shifted);
@@ -165,7 +166,7 @@ struct Row {
 
     // gradients: of the "to" side it is p_y - p_x, of the "from" side p_x (c log p_x - log p_y - D)
     const double scale = weight * params.kd_scale * temperature;
-    const V f_s = broadcast<V>(scale / zs), f_t = broadcast<V>(scale / zt);
+    const V f_s = broadcast<V>(finite<S>(scale / zs)), f_t = broadcast<V>(finite<S>(scale / zt));
     const V f = Swap ? f_t : f_s, ratio = broadcast<V>(Swap ? zt / zs : zs / zt);
     const V f_task = broadcast<V>(weight * params.task_scale * task.inverse_z);
     const V shift = broadcast<V>(Swap ? -c * log_s + log_t - value : -c * log_t + log_s - value);
@@ -311,7 +312,7 @@ struct Row {
     const S* const r_p = mixture.r_p;
 
     const double scale = weight * params.kd_scale * temperature;
-    const V f_q = broadcast<V>(scale * (1.0 - params.beta)), f_p = broadcast<V>(scale * params.beta);
+    const V f_q = broadcast<V>(finite<S>(scale * (1.0 - params.beta))), f_p = broadcast<V>(finite<S>(scale * params.beta));
     const V shift_q = broadcast<V>(kq / zs), shift_p = broadcast<V>(kp / zt);
     const V f_task = broadcast<V>(weight * params.task_scale * task.inverse_z);
     if (gs != nullptr) {

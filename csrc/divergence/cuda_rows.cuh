@@ -186,7 +186,8 @@ struct Row {
   FASTKD_DEVICE void write_divergence(double divergence) const {
     if (!present()) return;
     const Numbers of = numbers();
-    const double value = of.active && p.kd_scale != 0 ? of.weight * of.temperature * of.temperature * divergence : 0;
+    const bool counts = of.active && p.kd_scale != 0 && divergence != 0;  // T^2 may be infinite
+    const double value = counts ? of.weight * of.temperature * of.temperature * divergence : 0;
     if (p.row_losses != nullptr) p.row_losses[p.rows + index] = value;
     if (!p.each_row) return;
     write_loss(p, p.terms, p.rows + index, value);
@@ -339,8 +340,8 @@ FASTKD_DEVICE Linear<Compute<T>> linear_of(const Row<T, Index>& row, const typen
           row.c(),
           top_y,
           top_x,
-          static_cast<S>(kd_scale * inverse_sum<S>(sums.z_y)),
-          static_cast<S>(kd_scale * inverse_sum<S>(sums.z_x)),
+          finite<S>(kd_scale * inverse_sum<S>(sums.z_y)),
+          finite<S>(kd_scale * inverse_sum<S>(sums.z_x)),
           static_cast<S>(sizeof(S) == 8 ? sums.z_y / sums.z_x : sums.z_y * inverse(sums.z_x)),
           static_cast<S>(shift)};
 }
@@ -365,8 +366,8 @@ FASTKD_DEVICE JensenShannon<T> jensen_shannon_of(const Row<T, Index>& row, const
 template <typename T>
 FASTKD_DEVICE void finish(JensenShannon<T>& js, double beta, double kd_scale, double kq, double kp) {
   using S = Compute<T>;
-  js.f_q = static_cast<S>(kd_scale * (1.0 - beta));
-  js.f_p = static_cast<S>(kd_scale * beta);
+  js.f_q = finite<S>(kd_scale * (1.0 - beta));
+  js.f_p = finite<S>(kd_scale * beta);
   js.kq = static_cast<S>(kq);
   js.kp = static_cast<S>(kp);
 }

@@ -40,6 +40,13 @@ FASTKD_HOST_DEVICE S divergence_value(S mean, S log_x, S log_y, S c) {
   return mean - c * log_x + log_y;
 }
 
+// A factor of gradients, which a large temperature would make infinite, and its product with 0 a NaN.
+template <typename S>
+FASTKD_HOST_DEVICE S finite(double factor) {
+  constexpr double kMost = sizeof(S) == 8 ? 0x1.fffffffffffffp1023 : 0x1.fffffep127;
+  return static_cast<S>(factor > kMost ? kMost : factor < -kMost ? -kMost : factor);
+}
+
 template <typename S>
 constexpr double kSmallDivergence = sizeof(S) == 8 ? 0x1p-30 : 0x1p-10;
 

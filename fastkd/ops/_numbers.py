@@ -34,12 +34,9 @@ def call_by_name(name: str, *args: Any) -> Any:
     op, floats, lists = _operator(name)
     if type(args[0]) is Tensor:  # nothing is traced
         return call(name, op, *args, None)
-    for i in floats:
-        if isinstance(args[i], torch.SymFloat):
-            return _with_symbols(op, args)
-    for i in lists:
-        if any(isinstance(value, torch.SymFloat) for value in args[i]):
-            return _with_symbols(op, args)
+    values = [args[i] for i in floats] + [value for i in lists for value in args[i]]
+    if any(isinstance(value, (torch.SymFloat, torch.SymInt)) for value in values):
+        return _with_symbols(op, args)
     return op(*args, None)
 
 
