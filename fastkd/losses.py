@@ -21,7 +21,7 @@ class _Loss(nn.Module):
 
     def __init__(self, temperature: float | Tensor, reduction: Reduction, ignore_index: int) -> None:
         super().__init__()
-        temperature = _ops.check_temperature(temperature)
+        temperature = _ops.check_kept_temperature(temperature)
         if isinstance(temperature, Tensor):
             self.register_buffer("temperature", temperature)  # moves with the module
         else:

@@ -130,19 +130,22 @@ def check_logits(name: str, value: Tensor) -> None:
         raise ValueError(f"fastkd: {name} has shape {tuple(value.shape)}, must be [..., classes], classes > 0")
 
 
-def check_temperature(value: object) -> float | Tensor:
-    """A number, or a tensor whose values this looks at: for what is kept, not for a call, which must not wait."""
-    if isinstance(value, Tensor):
-        _check_row_values("temperature", value)
-        if type(value) is not Tensor or value.is_meta or torch.compiler.is_compiling():
-            return value  # it has no values yet
-        if not bool(((value > 0.0) & value.isfinite()).all()):
-            raise ValueError(f"fastkd: temperature is {value}, must be positive and finite")
-        return value
+def check_temperature(value: object) -> float:
     number = check_number("temperature", value)
     if not 0.0 < number < math.inf:
         raise ValueError(f"fastkd: temperature is {value}, must be positive and finite")
     return number
+
+
+def check_kept_temperature(value: object) -> float | Tensor:
+    """A number, or a tensor, whose values this looks at: for what is kept, not for a call, which must not wait."""
+    if not isinstance(value, Tensor):
+        return check_temperature(value)
+    _check_row_values("temperature", value)
+    known = type(value) is Tensor and not value.is_meta and not torch.compiler.is_compiling()
+    if known and not bool(((value > 0.0) & value.isfinite()).all()):
+        raise ValueError(f"fastkd: temperature is {value}, must be positive and finite")
+    return value
 
 
 def check_ignore_index(value: object) -> int:
@@ -293,7 +296,7 @@ register_autograd("divergence", _divergence_backward, setup_context=_divergence_
 def logit_stats(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Statistics of ``z = logits / temperature`` over the last dimension: max, argmax, mean, logsumexp, entropy."""
     check_logits("logits", logits)
-    temperature = check_temperature(temperature)  # type: ignore[assignment]
+    temperature = check_temperature(temperature)
     shape = logits.shape[:-1]
     flat = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
     stats = call_by_name("logit_stats", flat, temperature)
