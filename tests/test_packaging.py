@@ -332,7 +332,9 @@ def test_a_compiler_that_fails_ends_the_build_with_what_it_said(tmp_path: Path, 
 def test_make_help_names_every_command() -> None:
     text = (ROOT / "Makefile").read_text()
     (phony,) = re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE)
-    shown = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert [line.split()[1] for line in shown.splitlines()] == [
         line.partition(":")[0] for line in text.splitlines() if re.match(r"[a-z-]+:.*## ", line)
     ]
