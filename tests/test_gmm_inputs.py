@@ -363,7 +363,11 @@ def test_operator_errors() -> None:
         ),
         (lambda: posterior(x, None, None, pair, pair, pair.float(), False, 0.5), "deviations has dtype float32"),
         (lambda: posterior(x, None, None, pair, pair, pair, False, NAN), "threshold is nan"),
-        (lambda: posterior(x[0], None, None, pair, pair, pair, False, 0.5), r"values has shape \(6,\)"),
+        (lambda: posterior(x[None], None, None, pair, pair, pair, False, 0.5), r"values has shape \(1, 2, 6\)"),
+        (
+            lambda: posterior(x[0], None, None, pair, pair, pair, False, 0.5),
+            r"weights has shape \(2, 2\), must be \(1, 2\)",
+        ),
         (lambda: select(x, None, None, None, False, 10, 0.0, 0.0, False, 2.0), "threshold is 2"),
         (lambda: select(x, None, None, x[:1], False, 10, 0.0, 0.0, False, 0.5), r"sample_weight has shape \(1, 6\)"),
     ):

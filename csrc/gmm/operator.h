@@ -8,8 +8,10 @@
 
 namespace fastkd::gmm {
 
+// Values of a problem stand side by side, problems anywhere.
 inline Tensor with_packed_rows(const Tensor& t) {
-  return t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1) ? t : torch::stable::contiguous(t);
+  const int64_t last = t.dim() - 1;
+  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
 }
 
 // Checks values, offsets and lengths (all replaced by what the kernel reads) and lays the problems out.
@@ -31,11 +33,13 @@ inline Layout layout_of(Tensor& values, std::optional<Tensor>& offsets, std::opt
     layout.offsets = data_or_null<int64_t>(offsets);
     return layout;
   }
-  check_dim("values", values, 2);
+  FASTKD_CHECK(values.dim() == 1 || values.dim() == 2, "values has shape ", shape_of(values),
+               ", must be [n], a problem, or [problems, n]");
   values = with_packed_rows(values);
-  layout.problems = values.size(0);
-  layout.columns = values.size(1);
-  layout.stride = values.stride(0);
+  const bool single = values.dim() == 1;
+  layout.problems = single ? 1 : values.size(0);
+  layout.columns = values.size(single ? 0 : 1);
+  layout.stride = single ? layout.columns : values.stride(0);
   layout.elements = layout.problems * layout.columns;
   if (lengths.has_value()) {
     check_dtype("lengths", *lengths, {ScalarType::Long});
@@ -68,7 +72,7 @@ template <typename Empty>
 std::tuple<Tensor, Tensor> posterior_and_mask(const Tensor& values, const Layout& layout, const Empty& empty) {
   const ScalarType type = values.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const auto like_values = [&](ScalarType dtype) {
-    return layout.offsets != nullptr ? empty({layout.elements}, dtype) : empty({layout.problems, layout.columns}, dtype);
+    return values.dim() == 1 ? empty({layout.elements}, dtype) : empty({layout.problems, layout.columns}, dtype);
   };
   return {like_values(type), like_values(ScalarType::Bool)};
 }

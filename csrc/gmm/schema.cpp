@@ -2,7 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
-  // EM for each of B problems: values [B, n] with optional lengths [B], or flat [total] with offsets [B + 1].
+  // EM for each of B problems: values [n] (B = 1), [B, n] with optional lengths [B], or flat [total] with offsets [B + 1].
   // Parameters are float64 [B, 2], lower mean first, in the units of the values; deviations are standard deviations,
   // which unlike variances neither overflow nor underflow where the values do not. A problem whose initial
   // parameters are not all finite starts afresh. iterations and status are int64 [B], log_likelihood float64 [B].

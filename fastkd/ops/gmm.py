@@ -61,18 +61,18 @@ def gmm_fit(
     """
     max_iter, tol, reg_covar = check_options(max_iter, tol, reg_covar)
     normalize = _checks.check_flag("normalize", normalize)
-    rows, lengths, offsets = _problems_to_fit("values", values, lengths, offsets)
-    sample_weight = _sample_weight(sample_weight, "values", values, rows)
+    values, lengths, offsets = _problems_to_fit("values", values, lengths, offsets)
+    sample_weight = _sample_weight(sample_weight, "values", values)
     weights, means, deviations = None, None, None
     if init is not None:
         if not isinstance(init, (tuple, list)) or len(init) != 3:
             raise ValueError("fastkd: init must be three tensors, of weights, means and variances")
-        problems = rows.shape[0] if offsets is None else offsets.shape[0] - 1
+        problems = _count(values, offsets)
         weights, means, deviations = (_pairs(name, t, problems) for name, t in zip(_INIT, init, strict=True))
     return Mixtures(
         *call_by_name(
             "gmm_fit",
-            rows,
+            values,
             offsets,
             lengths,
             sample_weight,
@@ -110,14 +110,14 @@ def gmm_posterior(
     """
     threshold = _checks.check_between("threshold", threshold, 0.0, 1.0)
     monotone = _checks.check_flag("monotone", monotone)
-    rows, lengths, offsets = _problems("values", values, lengths, offsets)
-    problems = rows.shape[0] if offsets is None else offsets.shape[0] - 1
+    values, lengths, offsets = _problems("values", values, lengths, offsets)
+    problems = _count(values, offsets)
     if mixtures.weights.shape[0] != problems:
         raise ValueError(
             f"fastkd: values hold {problems} problems, must be as many as mixtures, {mixtures.weights.shape[0]}"
         )
-    posterior, mask = call_by_name("gmm_posterior", rows, offsets, lengths, *mixtures[:3], monotone, threshold)
-    return (posterior, mask) if rows.dim() == values.dim() else (posterior.squeeze(0), mask.squeeze(0))
+    posterior, mask = call_by_name("gmm_posterior", values, offsets, lengths, *mixtures[:3], monotone, threshold)
+    return posterior, mask
 
 
 def gmm_select(
@@ -137,19 +137,26 @@ def gmm_select(
     max_iter, tol, reg_covar = check_options(max_iter, tol, reg_covar)
     threshold = _checks.check_between("threshold", threshold, 0.0, 1.0)
     normalize, monotone = _checks.check_flag("normalize", normalize), _checks.check_flag("monotone", monotone)
-    rows, lengths, offsets = _problems_to_fit("losses", losses, lengths, offsets)
-    sample_weight = _sample_weight(sample_weight, "losses", losses, rows)
+    losses, lengths, offsets = _problems_to_fit("losses", losses, lengths, offsets)
+    sample_weight = _sample_weight(sample_weight, "losses", losses)
     posterior, mask = call_by_name(
-        "gmm_select", rows, offsets, lengths, sample_weight, normalize, max_iter, tol, reg_covar, monotone, threshold
+        "gmm_select", losses, offsets, lengths, sample_weight, normalize, max_iter, tol, reg_covar, monotone, threshold
     )
-    return (posterior, mask) if rows.dim() == losses.dim() else (posterior.squeeze(0), mask.squeeze(0))
+    return posterior, mask
 
 
 _INDICES = (*_checks.INTEGERS, torch.uint16, torch.uint32, torch.uint64)
 
 
-def _sample_weight(sample_weight: Tensor | None, name: str, values: Tensor, rows: Tensor) -> Tensor | None:
-    """Weights of a float dtype, in the shape of rows, which is how the operators take the values."""
+def _count(values: Tensor, offsets: Tensor | None) -> int:
+    """Of problems."""
+    if offsets is not None:
+        return offsets.shape[0] - 1
+    return values.shape[0] if values.dim() == 2 else 1
+
+
+def _sample_weight(sample_weight: Tensor | None, name: str, values: Tensor) -> Tensor | None:
+    """Weights of a float dtype, in the shape of the values."""
     if sample_weight is None:
         return None
     _checks.check_dtype("sample_weight", sample_weight, (*_checks.FLOATS, *_INDICES, torch.bool))
@@ -160,7 +167,7 @@ def _sample_weight(sample_weight: Tensor | None, name: str, values: Tensor, rows
         )
     if not sample_weight.is_floating_point():
         sample_weight = sample_weight.double()
-    return sample_weight.detach().reshape(rows.shape)
+    return sample_weight.detach()
 
 
 _INIT = ("init_weights", "init_means", "init_deviations")
@@ -190,19 +197,19 @@ def _problems_to_fit(
     name: str, values: Tensor, lengths: Tensor | None, offsets: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """:func:`_problems`, of which each is more than a row of a column that is meant as one."""
-    rows, lengths, offsets = _problems(name, values, lengths, offsets)
-    if offsets is None and rows.shape[1] == 1 and rows.shape[0] > 1:
+    values, lengths, offsets = _problems(name, values, lengths, offsets)
+    if values.dim() == 2 and values.shape[1] == 1 and values.shape[0] > 1:
         raise ValueError(
-            f"fastkd: {name} has shape {tuple(values.shape)}, which is {rows.shape[0]} problems of one value each; one "
+            f"fastkd: {name} has shape {tuple(values.shape)}, which is {values.shape[0]} problems of one value each; one "
             f"problem is [n] ({name}.squeeze(1)), many are [B, n]"
         )
-    return rows, lengths, offsets
+    return values, lengths, offsets
 
 
 def _problems(
     name: str, values: Tensor, lengths: Tensor | None, offsets: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Values as the operators take them: ``[B, n]``, or flat with offsets; lengths and offsets as int64."""
+    """Values as the operators take them: ``[n]``, ``[B, n]``, or flat with offsets; lengths and offsets as int64."""
     if _checks.check_tensor(name, values).dtype not in _checks.FLOATS:
         raise TypeError(
             f"fastkd: {name} has dtype {values.dtype}, must be a float dtype, {_checks.names(_checks.FLOATS)}"
@@ -229,7 +236,7 @@ def _problems(
                 "must be [B, n] and [B]"
             )
         lengths = lengths.to(torch.int64)
-    return (values if values.dim() == 2 else values.unsqueeze(0)), lengths, None
+    return values, lengths, None
 
 
 @register_fake("gmm_fit")
@@ -246,7 +253,7 @@ def _gmm_fit_fake(
     tol: float,
     reg_covar: float,
 ) -> tuple[Tensor, ...]:
-    problems = values.shape[0] if offsets is None else offsets.shape[0] - 1
+    problems = _count(values, offsets)
     pairs = [values.new_empty([problems, 2], dtype=torch.float64) for _ in range(3)]
     return (
         *pairs,
