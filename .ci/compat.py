@@ -202,7 +202,7 @@ def check(plan: Plan, folder: Path) -> Row:
         raise StepError(f"torch is {found['torch']}, must be {plan.spec}")
     if found["cuda"] and found["architectures"] and found["cuda_operators"] < found["operators"]:
         raise StepError(f"{found['cuda_operators']} of {found['operators']} CUDA operators: {found['why_not']}")
-    print("-- the operators' tests: six minutes on two cores", flush=True)
+    print("-- the operators' tests: two to six minutes on two cores", flush=True)
     pytest = [str(folder / "bin" / "pytest"), "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
     pytest += ["-p", "no:cacheprovider", "-q", "--tb=short", "-n", "auto", "--dist", "worksteal"]
     begun, why = time.monotonic(), ""
