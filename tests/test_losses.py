@@ -73,8 +73,8 @@ def test_value_and_gradients(name: str, pair: tuple[Tensor, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradcheck(name: str, pair: tuple[Tensor, Tensor]) -> None:
-    assert torch.autograd.gradcheck(LOSSES[name], (pair[0], pair[1].requires_grad_()))
+def test_gradcheck(name: str, pair: tuple[Tensor, Tensor], few: bool) -> None:
+    assert torch.autograd.gradcheck(LOSSES[name], (pair[0], pair[1].requires_grad_()), fast_mode=few)
 
 
 def test_leading_dimensions(device: torch.device, generator: torch.Generator) -> None:
@@ -310,6 +310,7 @@ def test_compile(name: str, dynamic: bool | None, generator: torch.Generator) ->
             torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.compiles
 def test_compile_with_inductor(generator: torch.Generator) -> None:
     torch._dynamo.reset()
 
