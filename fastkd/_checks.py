@@ -45,14 +45,14 @@ def check_number(name: str, value: object) -> float:
 
 
 def check_between(name: str, value: object, least: float, most: float) -> float:
-    number = check_number(name, value)
+    number = value if type(value) is float else check_number(name, value)
     if not least <= number <= most:  # nor is NaN
         raise ValueError(f"fastkd: {name} is {value}, must be in [{least:g}, {most:g}]")
     return number
 
 
 def check_not_negative(name: str, value: object) -> float:
-    number = check_number(name, value)
+    number = value if type(value) is float else check_number(name, value)
     if not 0.0 <= number < math.inf:
         raise ValueError(f"fastkd: {name} is {value}, must be finite and not negative")
     return number
@@ -83,7 +83,9 @@ def check_count(name: str, value: object, least: int | None = None, below: int |
 
 
 def check_flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):  # numpy's, by two names
+    if value is True or value is False:
+        return value
+    if type(value).__name__ not in ("bool_", "bool"):  # numpy's, by two names
         raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be True or False")
     return bool(value)
 

@@ -198,7 +198,7 @@ def _problems_to_fit(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """:func:`_problems`, of which each is more than a row of a column that is meant as one."""
     values, lengths, offsets = _problems(name, values, lengths, offsets)
-    if values.dim() == 2 and values.shape[1] == 1 and values.shape[0] > 1:
+    if values.dim() == 2 and values.size(1) == 1 and values.size(0) > 1:
         raise ValueError(
             f"fastkd: {name} has shape {tuple(values.shape)}, which is {values.shape[0]} problems of one value each; one "
             f"problem is [n] ({name}.squeeze(1)), many are [B, n]"
@@ -214,12 +214,17 @@ def _problems(
         raise TypeError(
             f"fastkd: {name} has dtype {values.dtype}, must be a float dtype, {_checks.names(_checks.FLOATS)}"
         )
+    if values.requires_grad:
+        values = values.detach()
+    if (
+        lengths is None and offsets is None and values.dim() in (1, 2)
+    ):  # most calls, of which the small ones are to be quick
+        return values, None, None
     if lengths is not None and offsets is not None:
         raise ValueError("fastkd: lengths and offsets are both given, must be at most one of them")
     for argument, index in (("lengths", lengths), ("offsets", offsets)):
         if index is not None and _checks.check_tensor(argument, index).dtype not in _INDICES:
             raise TypeError(f"fastkd: {argument} has dtype {index.dtype}, must be an integer dtype")
-    values = values.detach()
     if offsets is not None:
         if values.dim() != 1 or offsets.dim() != 1 or offsets.shape[0] < 1:
             raise ValueError(
