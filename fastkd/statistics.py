@@ -1,8 +1,9 @@
 """What was drawn from a collection, and what is to be expected: numbers that stay on the device.
 
-``counts`` says how often each item was drawn, int64 ``[N]``; :func:`draw_counts` makes it. Every function returns a
-float64 tensor ``[]`` on the device of its argument, without waiting for the device and with shapes that depend on shapes
-alone, so that all can be captured in a CUDA graph and compiled into one; ``.item()`` is left to who wants to see a number.
+``counts`` says how often each item was drawn, int64 ``[N]``; :func:`draw_counts` makes it. Every function but this one and
+:func:`underflowed`, which say something of each item, returns a float64 tensor ``[]``. All results are on the device of the
+argument, made without waiting for the device and with shapes that depend on shapes alone, so that all can be captured in a
+CUDA graph and compiled into one; ``.item()`` is left to who wants to see a number.
 TypeError and ValueError say which argument has another dtype or shape than here.
 
 Skip ratio and uniformity are those of "Distillation from heterogeneous unlabeled collections" (Begon & Geurts, Tables 4

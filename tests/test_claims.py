@@ -7,6 +7,7 @@ test_crop_offsets, statistics in test_statistics, formulas of the papers in test
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from fractions import Fraction
@@ -17,20 +18,45 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
-from fastkd import AliasTable, TwoGaussianMixture, functional, select_clean, statistics
-from fastkd.methods import AT, BSS, FSP, ONE, SP, Baseline, Hinton, Method, Outputs, registry
+from fastkd import AliasTable, CollectionSampler, TwoGaussianMixture, functional, select_clean, statistics
+from fastkd.data import digits
+from fastkd.data.labels import symmetric_noise
+from fastkd.methods import (
+    AT,
+    BSS,
+    DML,
+    FSP,
+    ONE,
+    SP,
+    Baseline,
+    FeatureTap,
+    Hinton,
+    JointLogits,
+    Loss,
+    Method,
+    Outputs,
+    registry,
+)
+from fastkd.methods.loop import optimise
 from fastkd.methods.relational import similarities
 from fastkd.methods.representation import attention
-from fastkd.models.resnet import resnet
+from fastkd.models import registry as networks
+from fastkd.models.convnet import ConvNet, count_parameters
+from fastkd.models.resnet import ResNet, resnet
+from fastkd.ops.crop import crop_offsets
 from fastkd.reference import alias as plain_alias
 from fastkd.reference import crop as plain_crop
 from fastkd.reference import divergence as plain
 from fastkd.reference import gmm as plain_gmm
 from fastkd.reference import relation as plain_relation
+from fastkd.selection import FitStatus
+from fastkd.training import TrainingSettings
+from fastkd.training.metrics import Running
+from fastkd.training.optimisation import make_optimiser
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
 
@@ -112,6 +138,17 @@ def test_jensen_shannon_is_at_most_ln_2(temperature: float, pair: tuple[Tensor, 
     assert functional.js_div(apart, apart.flip(1)).item() == pytest.approx(math.log(2), rel=1e-12)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.2, 0.5])
+def test_jensen_shannon_is_symmetric(beta: float, pair: tuple[Tensor, Tensor]) -> None:
+    """Where beta is 0.5; any other is that of 1 - beta with the sides in turn."""
+    student, teacher = pair
+    one, other = (
+        functional.js_div(student, teacher, 2.0, beta=beta),
+        functional.js_div(teacher, student, 2.0, beta=1 - beta),
+    )
+    torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize(("dtype", "smallest"), [(torch.float32, -126), (torch.float64, -1022)])
 def test_probabilities_below_the_smallest_normal_number_count_as_0(dtype: torch.dtype, smallest: int) -> None:
     """``p log p`` of a class that the student masks: inf where p counts."""
@@ -155,6 +192,38 @@ def test_logit_stats_give_the_cross_entropy_and_the_probability_of_the_predictio
     torch.testing.assert_close((stats.max - stats.logsumexp).exp(), logits.softmax(1).amax(1))
     p = logits.softmax(1)
     torch.testing.assert_close(stats.entropy, -(p * p.log()).sum(1))  # nats
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_losses_of_16_bits_are_float32(dtype: torch.dtype, pair: tuple[Tensor, Tensor]) -> None:
+    student, teacher = (logits.detach().to(dtype) for logits in pair)
+    losses = [f(student, teacher) for f in (functional.kl_div, functional.js_div, functional.soft_cross_entropy)]
+    losses += [functional.kd_loss(student, teacher, torch.arange(6)), functional.relation_loss(student, teacher)]
+    stats = functional.logit_stats(student)
+    assert stats.argmax.dtype == torch.int64
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {t.dtype for t in (*losses, stats.max, stats.mean, stats.logsumexp, stats.entropy)} == {wanted}
+
+
+def test_the_task_loss_is_0_where_alpha_is_1(pair: tuple[Tensor, Tensor]) -> None:
+    loss, terms = functional.kd_loss(*pair, torch.arange(6), 3.0, 1.0, return_terms=True)
+    assert terms["task_loss"] == 0
+    torch.testing.assert_close(loss, functional.kl_div(*pair, 3.0))
+
+
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [
+        (fastkd.KLDivLoss, functional.kl_div),
+        (fastkd.JSDivLoss, functional.js_div),
+        (fastkd.KDLoss, functional.kd_loss),
+        (fastkd.RelationLoss, functional.relation_loss),
+    ],
+)
+def test_modules_have_the_defaults_of_their_functions(module: Any, function: Any) -> None:
+    theirs = inspect.signature(function).parameters
+    for name, argument in inspect.signature(module).parameters.items():
+        assert argument.default == theirs[name].default, name
 
 
 def test_relations_of_two_points_are_constant_and_of_one_there_are_none(generator: torch.Generator) -> None:
@@ -261,6 +330,31 @@ def test_predict_is_posterior_below_half(losses: Tensor) -> None:
     torch.testing.assert_close(proba.sum(1), torch.ones_like(losses))
 
 
+def test_a_variance_too_large_for_float64_is_its_largest_number() -> None:
+    largest = torch.finfo(torch.float64).max
+    values = largest * torch.tensor([-1.0, -0.9, 1.0, 0.95], dtype=torch.float64)
+    mixture = TwoGaussianMixture(normalize=True).fit(values)
+    assert mixture.deviations_.square().isinf().all()
+    assert mixture.variances_.tolist() == [largest, largest]
+
+
+def test_a_fit_without_its_nan_is_converged_after_fewer_than_max_iter(losses: Tensor) -> None:
+    values = torch.cat([losses, torch.tensor([math.nan])])
+    for max_iter in (1, 200):
+        mixture = TwoGaussianMixture(max_iter=max_iter, tol=1e-3).fit(values)
+        assert mixture.status_ == FitStatus.NON_FINITE
+        assert mixture.converged_ == (max_iter == 200)
+
+
+def test_the_defaults_are_those_of_dividemix() -> None:
+    def defaults(function: Any, *names: str) -> list[Any]:
+        return [inspect.signature(function).parameters[name].default for name in names]
+
+    assert defaults(TwoGaussianMixture, "max_iter", "tol", "reg_covar") == [10, 1e-2, 5e-4]
+    names = ("max_iter", "tol", "reg_covar", "threshold", "normalize", "monotone")
+    assert defaults(select_clean, *names) == [10, 1e-2, 5e-4, 0.5, True, False]
+
+
 # ---- statistics, scores, sampling ---------------------------------------------------------------
 
 
@@ -288,6 +382,81 @@ def test_a_weight_underflows_near_2_to_the_minus_52_of_all() -> None:
     table = AliasTable(scores, 1.0, seed=1)
     assert table.underflowed(scores).tolist() == [False, False, True]
     assert int(table.weights().sum()) < 2**52
+
+
+def test_every_statistic_but_two_is_a_float64_number() -> None:
+    counts, relevant, scores = torch.arange(4), torch.arange(4) > 1, torch.zeros(4)
+    calls: dict[str, tuple[Any, ...]] = {
+        "skip_ratio": (counts,),
+        "expected_skip_ratio": (scores, 3),
+        "uniformity": (counts,),
+        "irrelevant_proportion": (counts, relevant),
+        "relevant_draws": (counts, relevant),
+        "effective_sample_size": (torch.ones(4),),
+        "underflow_ratio": (scores, counts),
+    }
+    for name, arguments in calls.items():
+        result = getattr(statistics, name)(*arguments)
+        assert (result.dtype, result.shape) == (torch.float64, ()), name
+    assert set(statistics.__all__) - set(calls) == {"draw_counts", "underflowed"}
+    assert statistics.draw_counts(counts, 9).shape == (9,)
+    assert statistics.underflowed(scores, counts).tolist() == [True, False, False, False]
+
+
+def fixed_point(scores: list[float], counts: list[int]) -> list[int]:
+    """``plain_alias.weights`` where each score is that of as many items: of more than a list can hold."""
+    powers = [power for score in scores if (power := plain_alias.exp2_fixed(score, max(scores), 1 / math.log(2)))]
+    partition = sum(n * ((mantissa >> -floor) + 1) for n, (mantissa, floor) in zip(counts, powers, strict=True))
+    exponent = 51 - max(0, (partition - 1).bit_length() - 32)
+    shifts = [32 - exponent - floor for _, floor in powers]
+    return [(m + (1 << s >> 1)) >> s if s > 0 else m << -s for (m, _), s in zip(powers, shifts, strict=True)]
+
+
+def test_total_variation_is_below_1_3e_6_for_2_to_the_31() -> None:
+    """Items that round up from half a unit, beside some that make the unit as large as it gets."""
+    few, repeated = [0.0, -0.3, -3.0, -20.0], [5, 1, 3, 2]
+    expanded = [score for score, n in zip(few, repeated, strict=True) for _ in range(n)]
+    weights = [w for w, n in zip(fixed_point(few, repeated), repeated, strict=True) for _ in range(n)]
+    assert plain_alias.weights(expanded, 1.0)[0] == weights
+
+    def distance(*halvings: float) -> float:
+        scores = [-math.log(2) * t for t in halvings]
+        counts = [1] * (len(scores) - 1) + [2**31 - len(scores) + 1]
+        w, p = fixed_point(scores, counts), [math.exp(score) for score in scores]
+        total, partition = (sum(n * x for n, x in zip(counts, of, strict=True)) for of in (w, p))
+        assert total < 2**52
+        return 0.5 * sum(n * abs(a / total - b / partition) for n, a, b in zip(counts, w, p, strict=True))
+
+    worst = distance(0.0, 1 - 1e-6, 49.999)
+    assert 1.2e-6 < worst < 1.3e-6
+    assert all(distance(0.0, t) < 1e-6 for t in (1.0, 10.5, 31.0, 40.3, 48.999, 49.999, 50.999, 60.0))
+
+
+def test_a_table_is_by_default_the_plain_softmax_and_seeded_by_torch(generator: torch.Generator) -> None:
+    scores = torch.randn(50, generator=generator)
+    assert torch.equal(AliasTable(scores).weights(), AliasTable(scores, 1.0).weights())
+    with torch.random.fork_rng(devices=[]):
+        seeds = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            seeds.append([AliasTable(scores).state_dict()["seed"] for _ in range(2)])
+    assert seeds[0] == seeds[1]
+    assert seeds[0][0] != seeds[0][1]
+
+
+def test_draws_by_a_generator_are_the_first_of_its_seed(generator: torch.Generator) -> None:
+    table = AliasTable(torch.randn(500, generator=generator), seed=1)
+    few, many = (table.sample(n, torch.Generator().manual_seed(3)) for n in (40, 300))
+    assert torch.equal(few, many[:40])
+    assert torch.equal(table.sample(40), table.sample_at(1, 0, 40))  # the own stream stayed
+
+
+def test_epochs_of_ranks_are_of_a_multiple_of_their_number(generator: torch.Generator) -> None:
+    table = AliasTable(torch.randn(500, generator=generator))
+    ranks = [CollectionSampler(table, 100, seed=9, rank=rank, world_size=3) for rank in range(3)]
+    for epoch in range(3):
+        merged = [index for row in zip(*ranks, strict=True) for index in row]
+        assert merged == table.sample_at(9, 102 * epoch, 102).tolist()
 
 
 def test_total_variation_is_about_1e_9_for_millions(generator: torch.Generator) -> None:
@@ -434,6 +603,133 @@ def test_the_terms_add_up_and_are_weighted() -> None:
     assert one.terms["task_loss"].item() == pytest.approx(Baseline()(student, None, target).total.item())
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_dml_is_multiplied_by_the_square_of_its_temperature(temperature: float) -> None:
+    joint = JointLogits(outputs(seed).logits for seed in (1, 2, 3))  # type: ignore[misc]
+    mutual = DML(3, temperature=temperature)(Outputs(joint), None, torch.zeros(4, dtype=torch.int64)).terms
+    log_p = [(logits / temperature).log_softmax(1) for logits in joint]
+    pairs = [F.kl_div(p, q.exp(), reduction="batchmean") for p in log_p for q in log_p if p is not q]
+    assert mutual["mutual_loss"].item() == pytest.approx(temperature**2 * sum(pairs).item() / 2)
+
+
+def test_a_step_returns_the_logits_of_the_first_network() -> None:
+    def make(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Flatten(), nn.Linear(4, 5))
+
+    with torch.random.fork_rng(devices=[]):
+        student, images = DML().student_from(make), torch.randn(3, 1, 2, 2)
+    _, logits = DML().step(FeatureTap(student), None, images, torch.arange(3))
+    assert torch.equal(logits, student.networks[0](images))
+
+
+def test_the_gate_of_one_begins_alike_whatever_the_networks() -> None:
+    method = ONE(branches=2)
+    students = [method.student_from(lambda seed, first=first: resnet(8, seed=first + seed)) for first in (0, 5)]
+    assert not torch.equal(*(student.trunk[0].weight for student in students))
+    for ours, theirs in zip(*(student.gate.parameters() for student in students), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_where_nothing_qualifies_for_bss_the_students_statistics_move_for_a_loss_of_0() -> None:
+    images, target = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(1)), torch.zeros(4).long()
+    teacher, student = (nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 5)) for _ in range(2))
+    with torch.no_grad():
+        teacher[2].bias[1] = 100.0  # all of another class than the labels'
+    loss, _ = BSS().step(FeatureTap(student), FeatureTap(teacher.eval()), images, target)
+    assert loss.terms["boundary_loss"] == 0
+    assert student[0].num_batches_tracked == 2
+
+
+def test_optimise_goes_down_half_a_cosine_to_zero() -> None:
+    """Of a constant gradient, a step of Adam is as long as the learning rate."""
+    model = nn.Linear(1, 1, bias=False)
+    places = [model.weight.item()]
+    optimise(
+        model,
+        lambda: 3 * model.weight.sum(),
+        steps=20,
+        learning_rate=0.5,
+        weight_decay=0.0,
+        on_step=lambda _: places.append(model.weight.item()),
+    )
+    rates = [before - after for before, after in pairwise(places)]
+    assert rates == pytest.approx([0.25 * (1 + math.cos(math.pi * t / 20)) for t in range(20)], abs=1e-5)
+
+
+# ---- models, data, training -------------------------------------------------------------------------
+
+
+def test_sizes_of_residual_networks() -> None:
+    for depth, parameters in ((8, 80e3), (110, 1.7e6)):
+        with torch.device("meta"):
+            network = resnet(depth)
+        assert count_parameters(network) == pytest.approx(parameters, rel=0.03)
+        shortcuts = sum(p.numel() for name, p in network.named_parameters() if "downsample" in name)
+        assert f"{shortcuts:,} parameters fewer" in str(ResNet.__doc__)
+    depths = [int(name.removeprefix("resnet")) for name in networks.TORCHVISION_RESNETS]
+    assert [depth for depth in depths if depth % 6 == 2] == [50, 152]  # of either family
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4, 5])
+def test_a_convnet_halves_the_image_after_each_half_of_its_stages(stages: int) -> None:
+    x, sides = torch.zeros(1, 1, 8, 8), []
+    for layer in ConvNet([2] * stages).features[:-1]:
+        x = layer(x)
+        if isinstance(layer, nn.Conv2d):
+            sides.append(x.shape[-1])
+    assert sides == [8] * (stages // 2) + [4] * (stages - stages // 2)
+    assert x.shape[-1] == 2
+
+
+def test_variations_of_digits(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+    """Of two ramps, a pixel is its place in the digit; in the middle nothing outside of it is seen."""
+    across = (0.5 + 0.1 * (torch.arange(8) - 3.5)).expand(8, 8)
+    ramps = digits.Labelled(torch.stack([across, across.T])[:, None], torch.arange(2))
+    noisy = digits.vary(digits.Labelled(torch.full((1, 1, 8, 8), 0.5), torch.zeros(1)), 2000, generator).images
+    assert noisy[:, 0, 3:5, 3:5].std().item() == pytest.approx(0.05, rel=0.05)
+    monkeypatch.setattr(torch, "randn", lambda shape, **_: torch.zeros(shape))
+    varied = digits.vary(ramps, 4000, generator)
+    assert varied.target.tolist() == [0, 1] * 2000
+    place = (varied.images[:, 0, 3:5, 3:5] - 0.5) / 0.1
+    shift = place.mean((1, 2))
+    along, aside = (place.diff(dim=d).mean((1, 2)) for d in (2, 1))  # change of the place by a pixel to the right, down
+    along, aside = torch.where(varied.target == 0, along, aside), torch.where(varied.target == 0, aside, -along)
+    scale, angle = torch.hypot(along, aside), torch.atan2(aside, along).rad2deg()
+    for value, limits in ((scale, (0.85, 1.15)), (angle, (-15.0, 15.0)), (shift, (-1.0, 1.0))):
+        low, high = limits
+        reach = (value.min().item() - low) / (high - low), (value.max().item() - low) / (high - low)
+        assert -1e-4 < reach[0] < 0.01
+        assert 0.99 < reach[1] < 1 + 1e-4
+
+
+def test_symmetric_noise_from_all_classes_at_rate_r_is_ours_at_r_times_9_tenths() -> None:
+    target = torch.arange(10).repeat(100)
+    theirs = torch.where(torch.arange(1000) < 500, torch.arange(1000) // 10 % 10, target)  # each class as often
+    ours, _ = symmetric_noise(target, 0.5 * (10 - 1) / 10, 10, seed=0)
+    assert (ours != target).sum() == (theirs != target).sum() == 450
+
+
+def test_numbers_of_a_training_are_means_over_images_not_batches() -> None:
+    running = Running(torch.device("cpu"))
+    logits = torch.eye(2)[[0] * 6]
+    running.add(Loss(torch.tensor(1.0), {}), logits[:2], torch.zeros(2, dtype=torch.int64))
+    running.add(Loss(torch.tensor(3.0), {}), logits, torch.ones(6, dtype=torch.int64))
+    assert running.read() == {"loss": (2 * 1 + 6 * 3) / 8, "accuracy": 2 / 8}
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_weight_decay_is_of_all_parameters(optimiser: Any) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Linear(2, 2))
+    for parameter in network.parameters():
+        nn.init.ones_(parameter)
+        parameter.grad = torch.zeros_like(parameter)
+    settings = TrainingSettings(optimiser=optimiser, learning_rate=0.1, momentum=0.0, nesterov=False, weight_decay=0.5)
+    make_optimiser(network.parameters(), settings).step()
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, 1 - 0.1 * 0.5), msg=name)
+
+
 # ---- fastkd.patches, fastkd.reference ----------------------------------------------------------------
 
 
@@ -453,6 +749,20 @@ def test_padding_is_black_before_normalisation_not_the_mean() -> None:
     assert (out == 2.0).sum() == 4
 
 
+@pytest.mark.parametrize("seed", [0, 5, 2**62])
+def test_places_are_48_bits_and_flips_are_exact_to_2_to_the_minus_32(seed: int) -> None:
+    y, x, flip, rest = plain_crop.philox(seed, 2, 0)
+    words = [y << 16 | rest >> 16, x << 16 | rest & 0xFFFF]
+
+    def drawn(count: int, probability: float) -> tuple[list[int], bool]:
+        ranges = (0, count), (0, count)
+        offsets, flips = crop_offsets(torch.tensor([seed]), 1, 1, *ranges, probability)
+        return offsets.flatten().tolist(), bool(flips)
+
+    assert drawn(2**48, flip / 2**32) == (words, False)
+    assert drawn(1000, (flip + 1) / 2**32) == ([word * 1000 >> 48 for word in words], True)
+
+
 def test_references_are_differentiable_again() -> None:
     x, y = (outputs(seed).logits[:3].detach().requires_grad_() for seed in (1, 2))  # type: ignore[index]
     for kind in ("forward", "reverse", "jensen_shannon", "soft_cross_entropy"):
@@ -463,6 +773,14 @@ def test_references_are_differentiable_again() -> None:
     images = torch.rand(1, 1, 3, 3, dtype=torch.float64, requires_grad=True)
     offsets = torch.tensor([[[-1, 1], [0, 0]]])
     assert torch.autograd.gradgradcheck(lambda i: plain_crop.crop(i, offsets, (2, 2)).pow(3).sum(), images)
+
+
+def test_forms_of_crop_give_the_same_patches(generator: torch.Generator) -> None:
+    images = torch.randn(2, 3, 7, 9, generator=generator)
+    offsets = torch.tensor([[[0, 0], [3, 4], [1, 2]], [[4, 5], [2, 0], [4, 1]]])
+    expected = plain_crop.crop(images, offsets, (3, 4))
+    for form in (plain_crop.crop_by_index, plain_crop.crop_by_grid_sample):
+        assert torch.equal(form(images, offsets, (3, 4)), expected)
 
 
 def test_the_reference_philox_is_that_of_its_authors() -> None:

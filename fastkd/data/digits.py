@@ -69,7 +69,8 @@ def image_sets(*, test_share: float = 0.2, seed: int = 0) -> tuple[ImageSet, Ima
 
 
 def vary(digits: Labelled, count: int, generator: torch.Generator) -> Labelled:
-    """``count`` variations, each digit equally often: +-15 degrees, +-15 % size, +-1 pixel, Gaussian noise of 5 %."""
+    """``count`` variations, the digits in turn: +-15 degrees, 1 / (1 +- 0.15) of the size, +-1 pixel (of the digit, along
+    each of its axes), then Gaussian noise of deviation 0.05, within [0, 1]."""
     source = torch.arange(count, device="cpu") % len(digits.images)
     angle = _within(math.radians(15), count, generator=generator)
     scale = 1 + _within(0.15, count, generator=generator)

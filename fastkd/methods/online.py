@@ -82,10 +82,10 @@ class ONE(Method):
 
 
 class DML(Method):
-    """``sum_i [CE_i + mean_{j != i} KL(p_j || p_i)]`` over the networks of a cohort, the other's p_j taken as given.
+    """``sum_i [CE_i + mean_{j != i} T^2 KL(p_j || p_i)]`` over the networks of a cohort, the other's p_j taken as given.
 
-    Zhang et al., "Deep Mutual Learning" (CVPR 2018), Eq. 5 to 7 and 9, T = 1. All networks take a step on the same batch from
-    the same predictions. Its student is a :class:`Cohort`; what is kept in the end is the first network.
+    Zhang et al., "Deep Mutual Learning" (CVPR 2018), Eq. 5 to 7 and 9, where T is 1. All networks take a step on the same batch
+    from the same predictions. Its student is a :class:`Cohort`; what is kept in the end is the first network.
 
     Args:
         networks: of the cohort that ``student_from`` makes, 2 or more.

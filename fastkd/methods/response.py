@@ -74,7 +74,7 @@ class BSS(Method):
     ``attacked.images``, ``method.loss(...)``.
 
     Args:
-        temperature: T, from 1e-18 to 1e18: beyond, T^2 leaves the range of float32.
+        temperature: T, from 1e-18 to 1e18, so that T^2 times a cross-entropy stays in the range of float32.
         attack_size: samples of a batch that are attacked, at most.
         attack_steps: steps of the attack.
         step_size: length of a step, over the difference of the two logits.

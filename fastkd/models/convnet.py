@@ -12,7 +12,7 @@ __all__ = ["ConvNet", "count_parameters"]
 
 
 class ConvNet(nn.Module):
-    """Stages of 3x3 convolution, batch norm, ReLU, a 2x2 max pool after each second half of them, and a linear layer.
+    """Stages of 3x3 convolution, batch norm, ReLU, a 2x2 max pool after each half of them, and a linear layer.
 
     Args:
         widths: channels of each stage; the image is halved twice, after stages ``len // 2`` and ``len``.

@@ -1,4 +1,4 @@
-"""Plain forms of crop: the truth of the tests, and the forms that people use, which the benchmarks race.
+"""Plain forms of crop: the truth of the tests, and two forms that people use, which give the same patches inside the image.
 
 Patch ``j`` of image ``b`` is ``out[b * k + j]`` in all of them; offsets are (y, x) of the top left corner.
 """
