@@ -2,7 +2,7 @@
 //
 // Weights. Item i of score u_i has weight w_i = round(2^E * 2^t), t = (u_i - reference) * kappa, kappa = lambda log2 e:
 // softmax(lambda u) in fixed point. E is as large as keeps the total below 2^52, so that the rounding of N items moves
-// the distribution by at most N / 2^51 in total variation; 2^t itself is right to 6.4e-10. The only floating point is
+// the distribution by at most 4/3 N / 2^51 in total variation; 2^t itself is right to 6.4e-10. The only floating point is
 // one subtraction and one product in fp64 (each rounded once, nothing to contract), then integers.
 //
 // Table. Blocks of 4096 items. In a block of n items and weight C = sum w, bin i holds exactly C units of the scaled
