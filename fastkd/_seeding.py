@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,13 +26,17 @@ def check_generator(generator: torch.Generator | None) -> None:
         raise TypeError(f"fastkd: generator is {type(generator).__name__}, must be a torch.Generator or None")
 
 
+_ONE_AT_A_TIME = threading.RLock()
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Inside the ``with`` block torch's global CPU generator begins at the seed; afterwards it is as before.
 
-    The GPUs' generators stay as they are, which ``torch.manual_seed`` would reseed.
+    The GPUs' generators stay as they are, which ``torch.manual_seed`` would reseed. One thread at a time: the generator is
+    the process's.
     """
-    with torch.random.fork_rng(devices=[]):
+    with _ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(seed))
         yield
 

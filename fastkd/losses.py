@@ -83,8 +83,7 @@ class JSDivLoss(_Loss):
         ignore_index: int = -100,
     ) -> None:
         super().__init__(temperature, reduction, ignore_index)
-        _ops.check_share("beta", beta)
-        self.beta = beta
+        self.beta = _ops.check_share("beta", beta)
 
     def forward(
         self,
@@ -126,9 +125,8 @@ class KDLoss(_Loss):
     ) -> None:
         super().__init__(temperature, reduction, ignore_index)
         _ops.check_row_reduction(reduction)
-        _ops.check_share("alpha", alpha)
         _ops.check_choice("direction", direction, functional.DIRECTIONS)
-        self.alpha = alpha
+        self.alpha = _ops.check_share("alpha", alpha)
         self.direction: Direction = direction
         self.reduction: Literal["none", "sum", "batchmean"]
 
@@ -164,10 +162,8 @@ class RelationLoss(nn.Module):
 
     def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0) -> None:
         super().__init__()
-        check_not_negative("distance_weight", distance_weight)
-        check_not_negative("angle_weight", angle_weight)
-        self.distance_weight = distance_weight
-        self.angle_weight = angle_weight
+        self.distance_weight = check_not_negative("distance_weight", distance_weight)
+        self.angle_weight = check_not_negative("angle_weight", angle_weight)
 
     def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
         """The loss of embeddings ``[B, ...]``, of any number of features each."""

@@ -21,6 +21,7 @@ NAMES = {
     "levels": ("torch._functorch.autograd_function", "enable_single_level_autograd_function"),
     "tangents": ("torch.autograd.forward_ad", "_current_level"),
     "kept graph": ("torch._C._autograd", "_get_current_graph_task_keep_graph"),
+    "hooks": ("torch._C._autograd", "_top_saved_tensors_default_hooks"),
 }
 
 # For each name a child that has not loaded fastkd yet; torch is loaded once.
@@ -84,7 +85,7 @@ def test_without_one_of_them() -> None:
     assert list(said) == list(NAMES)
     expected = said["nothing"]
     for name, (how, *results) in said.items():
-        if name in ("nothing", "kept graph"):  # the latter spares a copy, no more
+        if name in ("nothing", "kept graph", "hooks"):  # the last two spare a copy, no more
             assert how == "direct", name
         else:
             assert how.startswith("torch.library.register_autograd, slower: torch "), name

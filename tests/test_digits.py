@@ -6,10 +6,26 @@ import pytest
 import torch
 
 from fastkd.data import digits
+from fastkd.data.splits import stratified_split
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(
+    ("target", "share", "error", "message"),
+    [
+        (torch.zeros(4, 1, dtype=torch.int64), 0.5, ValueError, r"target has shape \(4, 1\), must be \[N\]"),
+        (torch.zeros(4), 0.5, TypeError, "target has dtype torch.float32, must be torch.int64"),
+        ([0, 1], 0.5, TypeError, "target is list"),
+        (torch.zeros(4, dtype=torch.int64), "0.5", TypeError, "test_share is str"),
+        (torch.zeros(4, dtype=torch.int64), 1.0, ValueError, "test_share is 1.0"),
+    ],
+)
+def test_what_a_split_refuses(target: object, share: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="fastkd: " + message):
+        stratified_split(target, share, 0)
 
 
 def test_split_parts_are_disjoint_and_stratified() -> None:

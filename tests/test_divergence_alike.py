@@ -94,7 +94,12 @@ def test_never_below_zero(
     masked[:, ::3] = -math.inf
     underflowing = x.clone()
     underflowing[:, 5:9] -= torch.tensor([80.0, 86.0, 88.0, 104.0], device=x.device).to(dtype)
+    # probabilities that float32 or float64 hold with few digits or none, while their ratios are known
+    deep = torch.full_like(x, -708.5 if dtype == torch.float64 else -87.5)
+    deep[:, 0] = 0.0
+    deeper = deep - torch.rand(x.shape, generator=generator).to(x.device, dtype)
     pairs = [
+        (deep, deeper),
         (x, (x.double() * (1 + ulps)).to(dtype)),
         (x, (x.double() + 0.75).to(dtype)),
         (x, (x.double() + 1000).to(dtype)),

@@ -282,3 +282,48 @@ def test_a_compiled_step(name: str) -> None:
     compiled, ours = torch.compile(objective, fullgraph=True, backend="aot_eager")(images, target)
     torch.testing.assert_close(compiled.total, expected.total)
     torch.testing.assert_close(ours, logits)
+
+
+def cohort() -> Cohort:
+    return Cohort([nn.Linear(4, 3), nn.Linear(4, 3)])
+
+
+def test_joint_logits_are_a_tuple_to_torch() -> None:
+    """Not a leaf, in which vmap, torch.export and DDP's static graphs would see no tensors."""
+    student, images = cohort(), torch.randn(5, 4)
+    expected = student(images)
+    leaves, spec = torch.utils._pytree.tree_flatten(expected)
+    assert len(leaves) == 2
+    assert isinstance(torch.utils._pytree.tree_unflatten(leaves, spec), JointLogits)
+    mapped = torch.vmap(student)(images)
+    exported = torch.export.export(student, (images,)).module()(images)
+    for result in (mapped, exported):
+        torch.testing.assert_close(tuple(result), tuple(expected))
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_hooks_of_a_module_with_joint_logits(register: str) -> None:
+    student, seen = cohort(), []
+    getattr(student, register)(lambda *args: seen.append(len(args)))
+    logits = student(torch.randn(5, 4, requires_grad=True))
+    assert isinstance(logits, JointLogits)
+    assert len(logits) == 2
+    DML()(Outputs(logits), None, torch.arange(5) % 3).total.backward()
+    assert seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "method", [FitNet(3, 3, ["a"]), AT(["a"]), SP(["a"]), RKD(layers=["a"])], ids=lambda m: type(m).__name__
+)
+def test_features_of_a_teacher_in_inference_mode(method: Method, dtype: torch.dtype) -> None:
+    student = torch.randn(4, 3, 2, 2, dtype=dtype, requires_grad=True)
+    logits = torch.randn(4, 5, requires_grad=True)
+    given = torch.randn(4, 3, 2, 2, dtype=dtype), torch.randn(4, 5)
+    with torch.inference_mode():
+        features, teacher_logits = (t.clone() for t in given)
+    gradients = []
+    for maps, theirs in ((features, teacher_logits), given):
+        loss = method(Outputs(logits, {"a": student}), Outputs(theirs, {"a": maps}), torch.arange(4)).total
+        gradients.append(torch.autograd.grad(loss, [student, logits]))
+    torch.testing.assert_close(*gradients)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import fastkd
+import fastkd.models
 from fastkd import AliasTable, CollectionBatchSampler, CollectionSampler
 
 THREADS, CALLS, DRAWS = 4, 50, 2000
@@ -331,3 +332,16 @@ def test_a_fork_while_threads_draw_and_update() -> None:
     for thread in threads:
         thread.join()
     assert codes == [0] * 20
+
+
+def test_networks_of_a_seed() -> None:
+    """Their weights come from the generator of the process, which one thread at a time may set."""
+    before = torch.get_rng_state()
+    expected = [p.detach() for p in fastkd.models.create("resnet8", seed=0).parameters()]
+
+    def make() -> list[bool]:
+        made = (fastkd.models.create("resnet8", seed=0).parameters() for _ in range(8))
+        return [all(torch.equal(a, b) for a, b in zip(network, expected, strict=True)) for network in made]
+
+    assert all(all(same) for same in in_threads(*[make] * THREADS))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -147,3 +149,17 @@ def test_numbers_in_a_tensor_are_checked() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             op(S, 1.0, numbers)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda n: fastkd.JSDivLoss(beta=n), lambda n: fastkd.KDLoss(alpha=n), lambda n: fastkd.RelationLoss(n, n)],
+    ids=["JSDivLoss", "KDLoss", "RelationLoss"],
+)
+def test_numbers_of_numpy_in_modules(make: Callable[[Any], torch.nn.Module]) -> None:
+    """Kept as Python's, of which dynamo knows more."""
+    torch._dynamo.reset()
+    module = make(np.float64(0.5))
+    inputs = [torch.randn(6, 5), torch.randn(6, 5)] + ([torch.arange(6) % 5] if type(module) is fastkd.KDLoss else [])
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), module(*inputs))

@@ -50,7 +50,8 @@ FASTKD_HOST_DEVICE S finite(double factor) {
 template <typename S>
 constexpr double kSmallDivergence = sizeof(S) == 8 ? 0x1p-30 : 0x1p-10;
 
-// One term of KL(x || y): p_x (e^l - 1 - l), by its series where that would cancel.
+// One term of KL(x || y): p_x (e^l - 1 - l), by its series where that would cancel. Where p_y is so small that it has lost digits,
+// or is 0, it is no less than p_x (1 + l), as e^l is not less than 1 + l; NaN stays.
 template <typename S, typename V>
 FASTKD_HOST_DEVICE V kl_term(V p_x, V p_y, V l) {
   constexpr S kNear = sizeof(S) == 8 ? S(0x1p-6) : S(0x1p-2);
@@ -59,7 +60,7 @@ FASTKD_HOST_DEVICE V kl_term(V p_x, V p_y, V l) {
   series = series * l + S(1.0 / 24);
   series = series * l + S(1.0 / 6);
   series = series * l + S(0.5);
-  const V near = p_x * (l * l * series), far = p_y - p_x - weigh(p_x, l);
+  const V near = p_x * (l * l * series), rest = p_y - p_x - weigh(p_x, l), far = rest < 0 ? V{} : rest;
   return (l < kNear) & (l > -kNear) ? near : far;
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastkd._checks import check_dtype, check_number
 from fastkd.data.seeds import mixed_generator
 
 __all__ = ["stratified_split"]
@@ -18,7 +19,10 @@ def stratified_split(target: Tensor, test_share: float, seed: int) -> tuple[Tens
         test_share: in (0, 1).
         seed: of the choice.
     """
-    if not 0.0 < test_share < 1.0:
+    check_dtype("target", target, [torch.int64])
+    if target.dim() != 1:
+        raise ValueError(f"fastkd: target has shape {tuple(target.shape)}, must be [N]")
+    if not 0.0 < check_number("test_share", test_share) < 1.0:
         raise ValueError(f"fastkd: test_share is {test_share}, must be in (0, 1)")
     generator = mixed_generator("split", seed)
     test = torch.zeros(len(target), dtype=torch.bool, device="cpu")

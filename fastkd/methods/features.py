@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 from torch.utils.hooks import RemovableHandle
 
 from fastkd._checks import check_tensor
@@ -26,6 +27,19 @@ class JointLogits(tuple[Tensor, ...]):
     """
 
     __slots__ = ()
+
+    def __new__(cls, *logits: Any) -> JointLogits:
+        """Of an iterable of tensors, or of two tensors and more, as torch builds the outputs of hooked modules anew."""
+        return super().__new__(cls, logits if len(logits) > 1 else logits[0])
+
+
+# to torch a subclass of tuple is a leaf: DDP, torch.export and vmap would not see the tensors
+register_pytree_node(
+    JointLogits,
+    lambda joint: (list(joint), None),
+    lambda logits, _: JointLogits(logits),
+    serialized_type_name="JointLogits",
+)
 
 
 class Outputs(NamedTuple):

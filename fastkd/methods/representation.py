@@ -65,7 +65,9 @@ class FitNet(WeightedMethod):
         student_map, teacher_map = _same_size(*maps)
         # the features come in float32 or better, but the regressor may have been cast with the networks
         guided = self.regressor(student_map.to(next(self.regressor.parameters()).dtype))
-        return F.mse_loss(guided.to(teacher_map.dtype), teacher_map)
+        # not mse_loss, which keeps the teacher's map for the backward pass: one made in inference mode it cannot keep
+        difference: Tensor = guided.to(teacher_map.dtype) - teacher_map
+        return difference.square().mean()
 
     def extra_repr(self) -> str:
         channels = f"student_channels={self.student_channels}, teacher_channels={self.teacher_channels}"

@@ -20,6 +20,7 @@ __all__ = [
     "once",
     "register_autograd",
     "save_tensors",
+    "saved_by_hooks",
     "transforms_active",
 ]
 
@@ -78,13 +79,25 @@ except AttributeError:
         return True
 
 
-def may_change_in_place(kept: Tensor, grad: Tensor) -> bool:
+_hooks: Callable[[bool], object] = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: True
+)
+
+
+def saved_by_hooks() -> bool:
+    """Whether hooks take what is saved now (offloading, checkpoints): the tensors that they give back are theirs."""
+    return _hooks(True) is not None
+
+
+def may_change_in_place(ctx: Any, kept: Tensor, grad: Tensor) -> bool:
     """Whether a formula may write what ``grad`` gives into a tensor that it kept.
 
-    It may where nobody can ask for that again, and nothing is traced or batched (``torch.func``, ``is_grads_batched``).
+    It may where nobody can ask for that again, no hook had it (``ctx.saved_by_hooks``), and nothing is traced or batched
+    (``torch.func``, ``is_grads_batched``).
     """
     return (
-        type(kept) is Tensor
+        not ctx.saved_by_hooks
+        and type(kept) is Tensor
         and type(grad) is Tensor
         and not _is_graph_kept()
         and not torch.is_grad_enabled()

@@ -24,6 +24,7 @@ from fastkd.ops._autograd import (
     once,
     register_autograd,
     save_tensors,
+    saved_by_hooks,
     transforms_active,
 )
 from fastkd.ops._fake import register_fake
@@ -247,6 +248,7 @@ def _divergence_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[T
             teacher_gradient or not teacher_logits.requires_grad
         )
     if ctx.ahead:
+        ctx.saved_by_hooks = saved_by_hooks()
         ctx.save_for_backward(*gradients, loss)
     else:
         ctx.scalars = inputs[5:12]
@@ -266,7 +268,7 @@ def _divergence_backward(
         *gradients, loss = ctx.saved_tensors
         for i in (0, 1):
             if needed[i]:
-                result[i] = _scale(gradients[i], grad_loss, loss)
+                result[i] = _scale(ctx, gradients[i], grad_loss, loss)
         return tuple(result)
     # the incoming gradient is one more weight of the rows
     student_logits, teacher_logits, target, weight, temperatures, numbers = ctx.saved_tensors
@@ -281,9 +283,9 @@ def _divergence_backward(
     return tuple(result)
 
 
-def _scale(gradient: Tensor, grad_loss: Tensor, loss: Tensor) -> Tensor:
+def _scale(ctx: Any, gradient: Tensor, grad_loss: Tensor, loss: Tensor) -> Tensor:
     """``gradient * grad_loss``, which may be differentiated with respect to grad_loss alone."""
-    if may_change_in_place(gradient, grad_loss):
+    if may_change_in_place(ctx, gradient, grad_loss):
         _scale_in_place(gradient, grad_loss)
         return gradient
     rows = grad_loss.reshape(-1, 1)  # of two dimensions, so that its dtype counts
