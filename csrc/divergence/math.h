@@ -50,8 +50,8 @@ FASTKD_HOST_DEVICE S finite(double factor) {
 template <typename S>
 constexpr double kSmallDivergence = sizeof(S) == 8 ? 0x1p-30 : 0x1p-10;
 
-// One term of KL(x || y): p_x (e^l - 1 - l), by its series where that would cancel. Where p_y is so small that it has lost digits,
-// or is 0, it is no less than p_x (1 + l), as e^l is not less than 1 + l; NaN stays.
+// One term of KL(x || y): p_x (e^l - 1 - l), by its series where that would cancel. Where p_y is so small that it has lost
+// digits, or is 0, it is no less than p_x (1 + l), as e^l is not less than 1 + l; NaN stays.
 template <typename S, typename V>
 FASTKD_HOST_DEVICE V kl_term(V p_x, V p_y, V l) {
   constexpr S kNear = sizeof(S) == 8 ? S(0x1p-6) : S(0x1p-2);
