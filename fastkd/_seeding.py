@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from fastkd._checks import check_count
+from fastkd._locks import Lock
 
 __all__ = ["check_generator", "mixed_generator", "mixed_seed", "seed_of", "seeded"]
 
@@ -26,7 +26,7 @@ def check_generator(generator: torch.Generator | None) -> None:
         raise TypeError(f"fastkd: generator is {type(generator).__name__}, must be a torch.Generator or None")
 
 
-_ONE_AT_A_TIME = threading.RLock()
+_one_at_a_time = Lock()
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def seeded(seed: int) -> Iterator[None]:
     The GPUs' generators stay as they are, which ``torch.manual_seed`` would reseed. One thread at a time: the generator is
     the process's.
     """
-    with _ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
+    with _one_at_a_time, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(seed))
         yield
 

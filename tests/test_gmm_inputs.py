@@ -343,6 +343,23 @@ def test_errors(name: str) -> None:
         call(torch.arange(12.0).reshape(2, 6))
 
 
+@pytest.mark.parametrize("step", [1, 3])
+def test_one_problem_is_a_batch_of_one(device: torch.device, step: int) -> None:
+    """[n], whatever the stride of its values, against [1, n]: the same bits, of fit, posterior and selection."""
+    values = torch.rand(200 * step, generator=torch.Generator().manual_seed(step)).to(device)[::step]
+    weight = torch.linspace(0.0, 2.0, 200).to(device)
+    batch, batch_weight = values.contiguous()[None], weight[None]
+    fit, batch_fit = ops.gmm_fit(values, sample_weight=weight), ops.gmm_fit(batch, sample_weight=batch_weight)
+    for one, many in zip(fit, batch_fit, strict=True):
+        assert torch.equal(one, many)
+    of_select = ops.gmm_select(values, sample_weight=weight), ops.gmm_select(batch, sample_weight=batch_weight)
+    of_fit = ops.gmm_posterior(values, fit), ops.gmm_posterior(batch, batch_fit)
+    for ones, manys in (of_select, of_fit):
+        for one, many in zip(ones, manys, strict=True):
+            assert one.shape == (200,)
+            assert torch.equal(one, many[0])
+
+
 def test_operator_errors() -> None:
     fit, posterior = torch.ops.fastkd.gmm_fit.default, torch.ops.fastkd.gmm_posterior.default
     select = torch.ops.fastkd.gmm_select.default

@@ -79,14 +79,14 @@ except AttributeError:
         return True
 
 
-_hooks: Callable[[bool], object] = getattr(
+_innermost_hooks: Callable[[bool], object] = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: True
 )
 
 
 def saved_by_hooks() -> bool:
     """Whether hooks take what is saved now (offloading, checkpoints): the tensors that they give back are theirs."""
-    return _hooks(True) is not None
+    return _innermost_hooks(True) is not None
 
 
 def may_change_in_place(ctx: Any, kept: Tensor, grad: Tensor) -> bool:

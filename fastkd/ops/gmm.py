@@ -218,7 +218,7 @@ def _problems(
         values = values.detach()
     if (
         lengths is None and offsets is None and values.dim() in (1, 2)
-    ):  # most calls, of which the small ones are to be quick
+    ):  # most calls, the small and quick ones among them
         return values, None, None
     if lengths is not None and offsets is not None:
         raise ValueError("fastkd: lengths and offsets are both given, must be at most one of them")
