@@ -96,6 +96,8 @@ FULL = (
 )
 GPU = ((4096, 32, 8, 8), (256, 224, 8, 64))  # and both as batches so large that only bytes count
 WHY_NOT_FASTER = "Besides, a call with a gradient pays for Python and autograd's engine (python -m benchmarks.layers)."
+MANY_LAUNCHES = ("torchvision crop, one by one", "kornia RandomCrop")
+MANY = "launches for each patch take seconds a run, and time on a GPU is short; see 4096x3x32x32"
 PEER_COPIES = 12  # tensors of the size of the patches that a peer holds at its peak
 
 
@@ -157,6 +159,9 @@ def _patches(settings: Settings, shape: Shape, dtype: torch.dtype, direction: st
         )
         # the gradient of unfold is one of every patch that there is
         every = 0 if direction == "forward" else 2 * batch * 3 * (side - size + 1) ** 2 * size**2 * dtype.itemsize
+        if settings.sizes == "gpu" and shape != GPU[0]:
+            for peer in MANY_LAUNCHES:
+                work.leave_out(peer, MANY)
         return peers_that_fit(work, every, settings, ["unfold and gather"])
 
     nbytes = 3 * (batch * side * side + batch * k * size * size) * dtype.itemsize

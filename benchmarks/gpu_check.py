@@ -34,6 +34,8 @@ NEEDS = {
     "ninja": "the build",
     "numpy": "fastkd",
     "pytest": "all tests",
+    "xdist": "all tests, side by side (pytest-xdist)",
+    "pytest_timeout": "all tests: one that hangs is named (pytest-timeout)",
     "pytest_benchmark": "the benchmarks (pytest-benchmark)",
     "hypothesis": "the operators' tests",
     "scipy": "the operators' tests",

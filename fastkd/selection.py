@@ -104,6 +104,8 @@ class TwoGaussianMixture:
             init: weights, means and variances to start from, ``[B, 2]`` each (``[2]`` for one problem); a problem for
                 which they are not all finite starts afresh.
 
+        Lists and numpy arrays beside values on a GPU are copied there; tensors must be there already.
+
         Raises:
             ValueError, TypeError, RuntimeError: shapes or dtypes that do not fit, lengths or offsets out of range,
                 a negative sample weight; on a GPU numbers in tensors never raise, see FitStatus.INVALID.
@@ -114,7 +116,7 @@ class TwoGaussianMixture:
         if init is not None:
             if not isinstance(init, (tuple, list)) or len(init) != 3:
                 raise ValueError("fastkd: init must be three tensors, of weights, means and variances")
-            weights, means, variances = (_rows(_tensor("init", t), single) for t in init)
+            weights, means, variances = (_rows(_tensor("init", t, data.device), single) for t in init)
             start = (weights, means, _deviations(variances))
         elif self.warm_start and self._mixtures is not None:
             last = self._mixtures
@@ -122,9 +124,9 @@ class TwoGaussianMixture:
             start = (last.weights, last.means.where(fitted, torch.nan), last.deviations)
         self._mixtures = _ops.gmm_fit(
             data,
-            sample_weight=_optional("sample_weight", sample_weight),
-            lengths=_optional("lengths", lengths),
-            offsets=_optional("offsets", offsets),
+            sample_weight=_optional("sample_weight", sample_weight, data),
+            lengths=_optional("lengths", lengths, data),
+            offsets=_optional("offsets", offsets, data),
             init=start,
             normalize=self.normalize,
             max_iter=self.max_iter,
@@ -151,11 +153,12 @@ class TwoGaussianMixture:
     def _posterior(self, values: Values, lengths: Values | None, offsets: Values | None) -> tuple[Tensor, Tensor]:
         if self._mixtures is None:
             raise RuntimeError("fastkd: this TwoGaussianMixture is not fitted, must be: call fit first")
+        data = _tensor("values", values)
         return _ops.gmm_posterior(
-            _tensor("values", values),
+            data,
             self._mixtures,
-            lengths=_optional("lengths", lengths),
-            offsets=_optional("offsets", offsets),
+            lengths=_optional("lengths", lengths, data),
+            offsets=_optional("offsets", offsets, data),
             monotone=self.monotone,
         )
 
@@ -247,11 +250,12 @@ def select_clean(
     Raises:
         ValueError, TypeError, RuntimeError: as :meth:`TwoGaussianMixture.fit`.
     """
+    data = _tensor("losses", losses)
     posterior, mask = _ops.gmm_select(
-        _tensor("losses", losses),
-        sample_weight=_optional("sample_weight", sample_weight),
-        lengths=_optional("lengths", lengths),
-        offsets=_optional("offsets", offsets),
+        data,
+        sample_weight=_optional("sample_weight", sample_weight, data),
+        lengths=_optional("lengths", lengths, data),
+        offsets=_optional("offsets", offsets, data),
         normalize=normalize,
         max_iter=max_iter,
         tol=tol,
@@ -262,19 +266,20 @@ def select_clean(
     return mask, posterior
 
 
-def _tensor(name: str, values: Values) -> Tensor:
+def _tensor(name: str, values: Values, device: torch.device | str = "cpu") -> Tensor:
+    """A tensor as it is; what has no device, such as a list or an array, on ``device``."""
     if isinstance(values, Tensor):
         return values
     try:
-        return torch.as_tensor(values, device="cpu")
+        return torch.as_tensor(values, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"fastkd: {name} is {type(values).__name__}, must be a tensor or an array of numbers: {error}"
         ) from None
 
 
-def _optional(name: str, values: Values | None) -> Tensor | None:
-    return None if values is None else _tensor(name, values)
+def _optional(name: str, values: Values | None, data: Tensor) -> Tensor | None:
+    return None if values is None else _tensor(name, values, data.device)
 
 
 def _deviations(variances: Tensor) -> Tensor:

@@ -93,6 +93,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", [*_CPU, *(_CUDA_KERNELS if both else [])])
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """``FASTKD_ONLY_CUDA=1``: nothing but the kernels of a GPU, where time on one is short."""
+    if os.environ.get("FASTKD_ONLY_CUDA") != "1":
+        return
+
+    def on_gpu(item: pytest.Item) -> bool:
+        parameters = getattr(item, "callspec", None)
+        backend = parameters.params.get("backend") if parameters else None
+        return backend == "cuda" or item.get_closest_marker("cuda") is not None
+
+    config.hook.pytest_deselected(items=[item for item in items if not on_gpu(item)])
+    items[:] = [item for item in items if on_gpu(item)]
+
+
 @pytest.fixture
 def device(backend: str) -> Iterator[torch.device]:
     """The devices an op test runs on, with the kernels of ``backend`` in place.
