@@ -183,6 +183,32 @@ FASTKD_DEVICE double to_compute(double x) { return x; }
 FASTKD_DEVICE float to_compute(BFloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
 FASTKD_DEVICE float to_compute(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
 
+// All of a pack; 16-bit ones from the words that they lie in, which takes one instruction each.
+template <typename T>
+FASTKD_DEVICE void unpack(const Pack<T>& pack, Compute<T> (&values)[kPack<T>]) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    unsigned words[4];
+    memcpy(words, &pack, sizeof words);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      values[2 * w] = __uint_as_float(words[w] << 16);
+      values[2 * w + 1] = __uint_as_float(words[w] & 0xffff0000u);
+    }
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    __half2 twos[4];
+    memcpy(twos, &pack, sizeof twos);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const float2 two = __half22float2(twos[w]);
+      values[2 * w] = two.x;
+      values[2 * w + 1] = two.y;
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kPack<T>; ++k) values[k] = to_compute(pack.value[k]);
+  }
+}
+
 // Rounded to nearest even.
 template <typename T>
 FASTKD_DEVICE T from_compute(Compute<T> x);
@@ -230,12 +256,12 @@ FASTKD_DEVICE Pack<T> pack_of(const Compute<T> (&values)[kPack<T>]) {
 
 FASTKD_DEVICE float exp(float x) { return ::expf(x); }
 FASTKD_DEVICE double exp(double x) { return ::exp(x); }
-// e^x for what is stored in T. For 16 bits 2^(x log2 e), with the product rounded: relative error |x| 2^-24.
+// e^(x kUnit<T>) for what is stored in T: 2^x for 16 bits, which is one instruction.
 template <typename T>
-FASTKD_DEVICE Compute<T> exp_of(Compute<T> x) {
+FASTKD_DEVICE Compute<T> exp_units(Compute<T> x) {
   if constexpr (sizeof(T) == 2) {
     float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
     return result;
   } else {
     return exp(x);
@@ -245,6 +271,24 @@ FASTKD_DEVICE float log(float x) { return ::logf(x); }
 FASTKD_DEVICE double log(double x) { return ::log(x); }
 FASTKD_DEVICE float maximum(float a, float b) { return ::fmaxf(a, b); }  // the other one where one is NaN
 FASTKD_DEVICE double maximum(double a, double b) { return ::fmax(a, b); }
+// Of each two elements; 16-bit ones as they are, two at a time.
+template <typename T>
+FASTKD_DEVICE Pack<T> maximum(const Pack<T>& a, const Pack<T>& b) {
+  Pack<T> result;
+  if constexpr (sizeof(T) == 2) {
+    using Two = std::conditional_t<std::is_same_v<T, BFloat16>, __nv_bfloat162, __half2>;
+    Two two_a[4], two_b[4];
+    memcpy(two_a, &a, sizeof a);
+    memcpy(two_b, &b, sizeof b);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) two_a[w] = __hmax2(two_a[w], two_b[w]);
+    memcpy(&result, two_a, sizeof result);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kPack<T>; ++k) result.value[k] = maximum(a.value[k], b.value[k]);
+  }
+  return result;
+}
 // a * b, rounded: never part of a fused multiply-add, which would tell equal products from each other
 FASTKD_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
 FASTKD_DEVICE double product(double a, double b) { return __dmul_rn(a, b); }

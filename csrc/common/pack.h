@@ -25,4 +25,11 @@ struct ComputeOf<double> {
 template <typename T>
 using Compute = typename ComputeOf<T>::type;
 
+// Of exponents, in exponentials of what is stored in T: see exp_units.
+template <typename T>
+constexpr double kUnit = sizeof(T) == 2 ? 0.693147180559945309417 : 1.0;
+// e^x: relative error |x| 2^-24 for 16 bits.
+template <typename T>
+constexpr Compute<T> kPerUnit = static_cast<Compute<T>>(1 / kUnit<T>);
+
 }  // namespace fastkd::FASTKD_ISA::device

@@ -39,12 +39,13 @@ struct RowView {
   FASTKD_DEVICE Index parts() const { return (count + shift + kPack<T> - 1) / kPack<T>; }
   FASTKD_DEVICE Index first(Index part) const { return part * kPack<T> - shift; }
   FASTKD_DEVICE bool whole(Index begin) const { return packs && begin >= 0 && begin + kPack<T> <= count; }
+  FASTKD_DEVICE bool all_packs() const { return packs && shift == 0 && count % kPack<T> == 0; }  // no ragged end, none unaligned
 
   // -inf outside of the row; kLast: nobody will read it again
   template <bool kLast = false>
   FASTKD_DEVICE Pack<T> load(Index part) const {
     const Index begin = first(part);
-    if constexpr (sizeof(T) == 2) {  // merged as words: as halves, a load would be waited for where it is split
+    if constexpr (sizeof(T) == 2) {
       Pack<unsigned> raw;
       if (whole(begin)) {
         const auto* from = reinterpret_cast<const unsigned*>(data + begin);
@@ -72,6 +73,19 @@ struct RowView {
       return pack;
     }
   }
+  // Of rows that are all packs: few instructions, where `at` differs from pack to pack by a constant. -inf if not `inside`.
+  FASTKD_DEVICE static Pack<T> load_whole(const T* at, bool inside) {
+    Pack<Word> raw;
+    if (inside) {
+      raw = load_pack(reinterpret_cast<const Word*>(at));
+    } else {
+#pragma unroll
+      for (int w = 0; w < kPack<Word>; ++w) raw.value[w] = lowest_word();
+    }
+    Pack<T> pack;
+    memcpy(&pack, &raw, sizeof pack);
+    return pack;
+  }
   FASTKD_DEVICE void store(Index part, const Pack<T>& pack) const {
     const Index begin = first(part);
     if (whole(begin)) return store_pack_once(data + begin, pack);
@@ -79,6 +93,17 @@ struct RowView {
     for (int k = 0; k < kPack<T>; ++k) {
       const Index i = begin + k;
       if (i >= 0 && i < count) data[i] = pack.value[k];
+    }
+  }
+
+ private:
+  // Halves move as words: as halves, a load would be waited for where it is split.
+  using Word = std::conditional_t<sizeof(T) == 2, unsigned, T>;
+  static FASTKD_DEVICE Word lowest_word() {
+    if constexpr (sizeof(T) == 2) {
+      return lowest(T{}).bits * 0x10001u;
+    } else {
+      return lowest(T{});
     }
   }
 };

@@ -89,6 +89,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
   params.task_scale = task_scale;
   params.denominator = reduce == Reduction::kMean ? static_cast<double>(classes) : 1.0;
   if (mean && !target.has_value()) params.denominator *= static_cast<double>(std::max<int64_t>(rows, 1));
+  params.inverse_temperature_all = 1.0 / std::clamp(temperature, 0x1p-100, 0x1p100);  // differences of logits stay finite
+  params.gradient_scale_all = kd_scale / params.denominator * temperature;
   params.student_gradient = student_gradient ? student_out.mutable_data_ptr() : nullptr;
   params.teacher_gradient = teacher_gradient ? teacher_out.mutable_data_ptr() : nullptr;
   params.each_row = none;
@@ -110,12 +112,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
     row_losses = context.empty({2, rows}, ScalarType::Double);
     params.row_losses = static_cast<double*>(row_losses->mutable_data_ptr());
   }
+  const bool plain = !target.has_value() && !weight.has_value() && !temperatures.has_value();
   if (rows > 0 || plan.one_launch) {
     const RowKernel kernel = [&] {
       if (!plan.resident) return streaming_kernel(dtype, jensen_shannon, plan.team);
-      if (jensen_shannon) return resident_jensen_shannon_kernel(dtype, plan.team);
-      return params.kind == Kind::kReverse ? resident_reverse_kernel(dtype, plan.team)
-                                           : resident_forward_kernel(dtype, plan.team);
+      if (jensen_shannon) return resident_jensen_shannon_kernel(dtype, plan.team, plain);
+      return params.kind == Kind::kReverse ? resident_reverse_kernel(dtype, plan.team, plain)
+                                           : resident_forward_kernel(dtype, plan.team, plain);
     }();
     context.launch("divergence", kernel, plan.geometry, params);
   }

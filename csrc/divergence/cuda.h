@@ -22,6 +22,8 @@ struct DeviceParams : RowInputs {
   RowNumbers temperature;
   double kd_scale;
   double task_scale;
+  double inverse_temperature_all;  // of temperature_all, and the factor of gradients: where no row has numbers of its own
+  double gradient_scale_all;
   double denominator;      // of the reduction; of each valid row, where valid is given
   double* valid;           // [1]: how many rows are not ignored; null: the denominator is known
   bool one_launch;         // the grid is one cluster, which adds up the losses of the rows too; valid: [blocks], made here
@@ -104,9 +106,10 @@ inline Plan plan_rows(int64_t rows, int64_t classes, int element_size, bool jens
 }
 
 using RowKernel = void (*)(DeviceParams);
-RowKernel resident_forward_kernel(Dtype dtype, Team team);  // soft cross-entropy, too; null for float64
-RowKernel resident_reverse_kernel(Dtype dtype, Team team);
-RowKernel resident_jensen_shannon_kernel(Dtype dtype, Team team);
+// plain: no labels, no weights, one temperature for all rows
+RowKernel resident_forward_kernel(Dtype dtype, Team team, bool plain);  // soft cross-entropy, too; null for float64
+RowKernel resident_reverse_kernel(Dtype dtype, Team team, bool plain);
+RowKernel resident_jensen_shannon_kernel(Dtype dtype, Team team, bool plain);
 RowKernel streaming_kernel(Dtype dtype, bool jensen_shannon, Team team);  // of a warp or a cluster
 
 }  // namespace fastkd::divergence

@@ -22,74 +22,99 @@ using ::fastkd::divergence::Team;
 
 enum class Family { kForward, kReverse, kJensenShannon };  // kForward: the soft cross-entropy, too
 
-template <typename T, Family kFamily, class Group>
-FASTKD_DEVICE void resident_row(const Row<T, int>& row, Group& group) {
+template <typename T, int kPacks>
+FASTKD_DEVICE Compute<T> largest(const Pack<T> (&row)[kPacks]) {
+  Pack<T> high = row[0];
+#pragma unroll
+  for (int v = 1; v < kPacks; ++v) high = maximum(high, row[v]);
+  Compute<T> result = -kInfinity<Compute<T>>, values[kPack<T>];
+  unpack(high, values);
+#pragma unroll
+  for (int k = 0; k < kPack<T>; ++k) result = maximum(result, values[k]);
+  return result;
+}
+
+template <typename T, Family kFamily, bool kPlain, class Group>
+FASTKD_DEVICE void resident_row(const Row<T, int, kPlain>& row, Group& group) {
   using S = Compute<T>;
   constexpr int N = kPack<T>, kPacks = kResidentElements / N;
   constexpr bool kSwap = kFamily == Family::kReverse, kJensenShannon = kFamily == Family::kJensenShannon;
   const auto part_of = [&](int v) { return static_cast<int>(group.index() + v * group.size()); };
   const auto early = row.numbers();
   S y[kPacks][N], x[kPacks][N];
-  S top[2] = {-kInfinity<S>, -kInfinity<S>};
+  S top[2];
+  double sums[kPlain ? 3 : 4];  // exponentials of y and x, terms of the divergence, exponentials of the cross-entropy
   {
     Pack<T> raw_y[kPacks], raw_x[kPacks];
     group.arrive();
     const auto from_y = kSwap ? row.teacher() : row.student(), from_x = kSwap ? row.student() : row.teacher();
-    const int behind = early.active ? 0 : from_y.parts();  // of rows that take no part nothing is read: all is -inf
-#pragma unroll
-    for (int v = 0; v < kPacks; ++v) {
-      raw_y[v] = from_y.load(part_of(v) + behind);
-      raw_x[v] = from_x.load(part_of(v) + behind);
-    }
-    group.start();
-#pragma unroll
-    for (int v = 0; v < kPacks; ++v) {
-#pragma unroll
-      for (int k = 0; k < N; ++k) {
-        y[v][k] = to_compute(raw_y[v].value[k]);
-        x[v][k] = to_compute(raw_x[v].value[k]);
-        top[0] = maximum(top[0], y[v][k]);
-        top[1] = maximum(top[1], x[v][k]);
-      }
-    }
-  }
-  group.reduce(top, Max{});
-  const S student_top = top[kSwap];
-
-  double sums[4];  // exponentials of y and x, terms of the divergence, exponentials of the cross-entropy
-  {
-    const Linear<S> linear{inverse_of<S>(early.temperature), row.c(), top[0], top[1], S(0), S(0), S(0), S(0)};
-    S sum_y = 0, sum_x = 0, sum_d = 0, sum_task = 0;
-    if (early.own_task) {
+    if (row.whole()) {
+      const T *const at_y = from_y.data + part_of(0) * N, *const at_x = from_x.data + part_of(0) * N;
 #pragma unroll
       for (int v = 0; v < kPacks; ++v) {
-#pragma unroll
-        for (int k = 0; k < N; ++k) sum_task += exp_of<T>((kSwap ? x[v][k] : y[v][k]) - student_top);
+        const bool inside = early.active && part_of(v) * N < from_y.count;
+        raw_y[v] = from_y.load_whole(at_y + v * group.size() * N, inside);
+        raw_x[v] = from_x.load_whole(at_x + v * group.size() * N, inside);
       }
+    } else {
+      const int behind = early.active ? 0 : from_y.parts();  // of rows that take no part nothing is read: all is -inf
+#pragma unroll
+      for (int v = 0; v < kPacks; ++v) {
+        raw_y[v] = from_y.load(part_of(v) + behind);
+        raw_x[v] = from_x.load(part_of(v) + behind);
+      }
+    }
+    group.start();
+    top[0] = largest(raw_y);
+    top[1] = largest(raw_x);
+    group.reduce(top, Max{});
+
+    const S scale = row.inverse_temperature(early) * kPerUnit<T>;
+    const Linear<T> linear{scale, row.c(), top[0], top[1], S(0), S(0), S(0), S(0)};
+    S sum_y = 0, sum_x = 0, sum_d = 0;
+    if constexpr (!kPlain) {
+      S sum_task = 0;
+      if (early.own_task) {
+#pragma unroll
+        for (int v = 0; v < kPacks; ++v) {
+          S logits[N];
+          unpack(kSwap ? raw_x[v] : raw_y[v], logits);
+#pragma unroll
+          for (int k = 0; k < N; ++k) sum_task += exp_of<T>(logits[k] - top[kSwap]);
+        }
+      }
+      sums[3] = sum_task;
     }
 #pragma unroll
     for (int v = 0; v < kPacks; ++v) {
+      S logit_y[N], logit_x[N];
+      unpack(raw_y[v], logit_y);
+      unpack(raw_x[v], logit_x);
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        const S a = linear.a(y[v][k]), b = linear.b(x[v][k]), e_y = exp_of<T>(a), e_x = exp_of<T>(b);
+        const S a = linear.a(logit_y[k]), b = linear.b(logit_x[k]);
+        const S e_y = exp_units<T>(a), e_x = exp_units<T>(b), term = linear.c * b - a;
         sum_y += e_y;
         sum_x += e_x;
-        if constexpr (!kJensenShannon) sum_d += weigh(e_x, linear.c * b - a);
-        y[v][k] = kSwap ? linear.c * b - a : e_y;
+        if constexpr (!kJensenShannon) {
+          if (e_x != 0) sum_d += e_x * term;  // whatever the term, which may be infinite, or NaN
+        }
+        y[v][k] = kSwap ? term : e_y;
         x[v][k] = e_x;
       }
     }
-    sums[0] = sum_y, sums[1] = sum_x, sums[2] = sum_d, sums[3] = sum_task;
+    sums[0] = sum_y, sums[1] = sum_x, sums[2] = static_cast<double>(sum_d) * kUnit<T>;
   }
   group.reduce(sums, Sum{});
+  const S student_top = top[kSwap];
   const auto numbers = row.numbers();  // anew: kept, they would take registers
-  const double z_task = numbers.own_task ? sums[3] : sums[kSwap];
-  if (group.index() == 0) row.write_task(log_sum<S>(z_task), student_top);
+  double z_task = sums[kSwap];
+  if constexpr (!kPlain) z_task = numbers.own_task ? sums[3] : z_task;
+  if (group.index() == 0) row.write_task(kPlain ? 0.0 : log_sum<S>(z_task), student_top);
 
   // gradient(v, k) of the divergence; exponential(v, k) in units of which z is the sum
   const auto store_gradient = [&](double z, const auto& gradient, const auto& exponential) {
     if (row.p.student_gradient == nullptr) return;
-    const TaskGradient<T, int> task(row, numbers, student_top, z);
     const auto out = row.student_gradient();
     const int parts = row.parts();
     const auto each = [&](const auto& add) {
@@ -100,30 +125,41 @@ FASTKD_DEVICE void resident_row(const Row<T, int>& row, Group& group) {
         }
       }
     };
-    if (!numbers.active) {  // decided once, not for each element
-      each([&](int, int, int) { return S(0); });
-    } else if (!task.wanted) {
-      each([&](int v, int k, int) { return gradient(v, k); });
-    } else if (!task.own) {
-      each([&](int v, int k, int i) { return task.with(gradient(v, k), exponential(v, k), i); });
-    } else {
-      Pack<T> logits[kPacks];
+    if constexpr (kPlain) {
+      if (!row.whole()) return each([&](int v, int k, int) { return gradient(v, k); });
+      T* const at = out.data + part_of(0) * N;
 #pragma unroll
-      for (int v = 0; v < kPacks; ++v) logits[v] = row.student().load(part_of(v));
-      each([&](int v, int k, int i) { return task.with(gradient(v, k), task.own_exponential(logits[v].value[k]), i); });
+      for (int v = 0; v < kPacks; ++v) {
+        S values[N];
+#pragma unroll
+        for (int k = 0; k < N; ++k) values[k] = gradient(v, k);
+        if (row.present() && part_of(v) * N < out.count) store_pack_once(at + v * group.size() * N, pack_of<T>(values));
+      }
+    } else {
+      const TaskGradient<T, int> task(row, numbers, student_top, z);
+      if (!numbers.active) {  // decided once, not for each element
+        each([&](int, int, int) { return S(0); });
+      } else if (!task.wanted) {
+        each([&](int v, int k, int) { return gradient(v, k); });
+      } else if (!task.own) {
+        each([&](int v, int k, int i) { return task.with(gradient(v, k), exponential(v, k), i); });
+      } else {
+        Pack<T> logits[kPacks];
+#pragma unroll
+        for (int v = 0; v < kPacks; ++v) logits[v] = row.student().load(part_of(v));
+        each([&](int v, int k, int i) { return task.with(gradient(v, k), task.own_exponential(logits[v].value[k]), i); });
+      }
     }
   };
 
   if constexpr (!kJensenShannon) {
     const LinearSums linear_sums{sums[0], sums[1], sums[2], z_task};
-    const double value = exact_divergence_of(row, numbers, top, linear_sums, group);
+    const double log_ratio = log_ratio_of(linear_sums, row.c());
+    const double value = exact_divergence_of(row, numbers, top, linear_sums, log_ratio, group);
     if (group.index() == 0) row.write_divergence(value);
-    const Linear<S> linear = linear_of(row, numbers, top[0], top[1], linear_sums, value);
+    const Linear<T> linear = linear_of(row, numbers, top[0], top[1], linear_sums, log_ratio, value);
     store_gradient(
-        z_task,
-        [&](int v, int k) {
-          return kSwap ? weigh(x[v][k] * linear.f_x, y[v][k] + linear.shift) : linear.y_gradient(y[v][k], x[v][k]);
-        },
+        z_task, [&](int v, int k) { return kSwap ? linear.x_gradient(x[v][k], y[v][k]) : linear.y_gradient(y[v][k], x[v][k]); },
         [&](int v, int k) { return kSwap ? x[v][k] : y[v][k]; });
   } else {
     JensenShannon<T> js = jensen_shannon_of(row, numbers, top[0], top[1], sums[0], sums[1]);
@@ -155,27 +191,35 @@ constexpr unsigned kThreadsOf =
     Group::kWholeCluster ? max_resident_threads(kFamily == Family::kJensenShannon, kHasClusters) : kLaneThreads;
 
 // inspect: anywhere resident_rows<*> loads=128 stores=128
-template <typename T, Family kFamily, class Group>
-FASTKD_KERNEL(kThreadsOf<kFamily, Group>, Group::kWholeCluster ? 1 : 3)
+template <typename T, Family kFamily, bool kPlain, class Group>
+FASTKD_KERNEL(kThreadsOf<kFamily, Group>, Group::kWholeCluster ? 1
+                                          : kPlain             ? 4
+                                                               : 3)
 resident_rows(const DeviceParams p) {
-  for_rows<T, int, Group>(p, [&](const Row<T, int>& row, Group& group) { resident_row<T, kFamily>(row, group); });
+  using RowType = Row<T, int, kPlain>;
+  for_rows<RowType, Group>(p, [&](const RowType& row, Group& group) { resident_row<T, kFamily>(row, group); });
 }
 
-template <typename T, Family kFamily>
+template <typename T, Family kFamily, bool kPlain>
 RowKernel resident_of(Team team) {
   switch (team) {
-    case Team::kEighthOfWarp: return resident_rows<T, kFamily, LaneGroup<4>>;
-    case Team::kWarp: return resident_rows<T, kFamily, LaneGroup<32>>;
-    default: return resident_rows<T, kFamily, ClusterGroup>;
+    case Team::kEighthOfWarp: return resident_rows<T, kFamily, kPlain, LaneGroup<4>>;
+    case Team::kWarp: return resident_rows<T, kFamily, kPlain, LaneGroup<32>>;
+    default: return resident_rows<T, kFamily, kPlain, ClusterGroup>;
   }
 }
 
+template <typename T, Family kFamily>
+RowKernel resident_of(Team team, bool plain) {
+  return plain ? resident_of<T, kFamily, true>(team) : resident_of<T, kFamily, false>(team);
+}
+
 template <Family kFamily>
-RowKernel resident_of(Dtype dtype, Team team) {
+RowKernel resident_of(Dtype dtype, Team team, bool plain) {
   switch (dtype) {
-    case Dtype::kFloat32: return resident_of<float, kFamily>(team);
-    case Dtype::kBFloat16: return resident_of<BFloat16, kFamily>(team);
-    case Dtype::kFloat16: return resident_of<Float16, kFamily>(team);
+    case Dtype::kFloat32: return resident_of<float, kFamily>(team, plain);
+    case Dtype::kBFloat16: return resident_of<BFloat16, kFamily>(team, plain);
+    case Dtype::kFloat16: return resident_of<Float16, kFamily>(team, plain);
     default: return nullptr;
   }
 }

@@ -3,9 +3,9 @@
 
 namespace fastkd::divergence {
 
-RowKernel resident_forward_kernel(Dtype dtype, Team team) {
+RowKernel resident_forward_kernel(Dtype dtype, Team team, bool plain) {
   using namespace FASTKD_ISA::divergence;
-  return resident_of<Family::kForward>(dtype, team);
+  return resident_of<Family::kForward>(dtype, team, plain);
 }
 
 }  // namespace fastkd::divergence

@@ -3,9 +3,9 @@
 
 namespace fastkd::divergence {
 
-RowKernel resident_jensen_shannon_kernel(Dtype dtype, Team team) {
+RowKernel resident_jensen_shannon_kernel(Dtype dtype, Team team, bool plain) {
   using namespace FASTKD_ISA::divergence;
-  return resident_of<Family::kJensenShannon>(dtype, team);
+  return resident_of<Family::kJensenShannon>(dtype, team, plain);
 }
 
 }  // namespace fastkd::divergence

@@ -3,9 +3,9 @@
 
 namespace fastkd::divergence {
 
-RowKernel resident_reverse_kernel(Dtype dtype, Team team) {
+RowKernel resident_reverse_kernel(Dtype dtype, Team team, bool plain) {
   using namespace FASTKD_ISA::divergence;
-  return resident_of<Family::kReverse>(dtype, team);
+  return resident_of<Family::kReverse>(dtype, team, plain);
 }
 
 }  // namespace fastkd::divergence

@@ -20,6 +20,12 @@ FASTKD_DEVICE double number_of(const RowNumbers& numbers, int64_t row) {
   return numbers.wide ? static_cast<const double*>(numbers.data)[i] : static_cast<const float*>(numbers.data)[i];
 }
 
+// e^x
+template <typename T>
+FASTKD_DEVICE Compute<T> exp_of(Compute<T> x) {
+  return exp_units<T>(x * kPerUnit<T>);
+}
+
 // ln x for normal x > 0, within about an ulp. The library's takes care of every float, and so many registers that rows would
 // not fit.
 FASTKD_DEVICE float log_normal(float x) {
@@ -115,10 +121,13 @@ FASTKD_DEVICE double inverse_denominator(const DeviceParams& p) {
 
 // What a team needs to know of its row. y is the side that the divergence goes to, x the one it comes from; for
 // Jensen-Shannon y is the student. Registers are what bounds these kernels: what is needed late is read late.
-template <typename T, typename Index>
+// kPlain: no labels, no weights, one temperature. Then the numbers of all rows are those of the launch, made on the host: with
+// a warp for a row of 1000 classes they would take as many instructions as its elements.
+template <typename T, typename Index, bool kPlainRows = false>
 struct Row {
   using S = Compute<T>;
   using View = RowView<T, Index>;
+  static constexpr bool kPlain = kPlainRows;
 
   // What the CPU refuses cannot be refused here, as values are not read on the host: a label or a temperature out of range
   // makes the row's loss and gradients NaN.
@@ -128,10 +137,12 @@ struct Row {
     bool active;    // takes part: neither ignored nor of weight 0
     bool own_task;  // its cross-entropy has a softmax of its own: T is not 1
     FASTKD_DEVICE Numbers(const DeviceParams& p, int64_t index)
-        : weight(p.weight.data != nullptr ? number_of(p.weight, index) : 1.0),
-          temperature(p.temperature.data != nullptr ? number_of(p.temperature, index) : p.temperature_all),
-          label(p.target != nullptr ? p.target[index] : -1),
-          active(weight != 0 && (p.target == nullptr || label != p.ignore_index)) {
+        : weight(!kPlain && p.weight.data != nullptr ? number_of(p.weight, index) : 1.0),
+          temperature(!kPlain && p.temperature.data != nullptr ? number_of(p.temperature, index) : p.temperature_all),
+          label(!kPlain && p.target != nullptr ? p.target[index] : -1),
+          active(weight != 0 && (kPlain || p.target == nullptr || label != p.ignore_index)),
+          own_task(false) {
+      if constexpr (kPlain) return;
       const bool bad_label = p.target != nullptr && (label < 0 || label >= p.classes);
       const bool bad_temperature = !(temperature > 0 && temperature < static_cast<double>(__builtin_inf()));
       if (active && (bad_label || bad_temperature)) weight = static_cast<double>(__builtin_nan(""));
@@ -152,9 +163,12 @@ struct Row {
   }
   FASTKD_DEVICE bool swap() const { return p.kind == Kind::kReverse; }  // y is the teacher
   FASTKD_DEVICE S c() const { return p.kind == Kind::kSoftCrossEntropy ? S(0) : S(1); }
+  FASTKD_DEVICE S inverse_temperature(const Numbers& numbers) const {
+    return kPlain ? static_cast<S>(p.inverse_temperature_all) : inverse_of<S>(numbers.temperature);
+  }
   // of gradients: weight and reduction included
   FASTKD_DEVICE double kd_scale(const Numbers& numbers) const {
-    return numbers.weight * (p.kd_scale * inverse_denominator(p)) * numbers.temperature;
+    return kPlain ? p.gradient_scale_all : numbers.weight * (p.kd_scale * inverse_denominator(p)) * numbers.temperature;
   }
   FASTKD_DEVICE double task_scale(const Numbers& numbers) const {
     return numbers.weight * (p.task_scale * inverse_denominator(p));
@@ -170,13 +184,15 @@ struct Row {
   FASTKD_DEVICE View y_gradient() const { return view(gradient(swap() ? p.teacher_gradient : p.student_gradient)); }
   FASTKD_DEVICE View x_gradient() const { return view(gradient(swap() ? p.student_gradient : p.teacher_gradient)); }
   FASTKD_DEVICE Index parts() const { return present() ? student().parts() : 0; }
+  // Nothing of it is ragged, or not aligned.
+  FASTKD_DEVICE bool whole() const { return student().all_packs() && teacher().all_packs(); }
 
   // The losses, weighted, by one thread of the team as soon as they are known.
   FASTKD_DEVICE void write_task(double task_log_z, S student_top) const {
     if (!present()) return;
     const Numbers of = numbers();
     double value = 0;
-    if (of.active && p.task) {
+    if (!kPlain && of.active && p.task) {
       const S logit = of.label >= 0 ? to_compute(student().data[of.label]) : S(0);  // the weight is NaN where not
       value = of.weight * (task_log_z - (static_cast<double>(logit) - static_cast<double>(student_top)));
     }
@@ -232,23 +248,25 @@ struct TaskGradient {
   }
 };
 
-// Forward and reverse KL, soft cross-entropy.
-template <typename S>
+// Forward and reverse KL, soft cross-entropy. Exponents a and b in units of kUnit<T>.
+template <typename T>
 struct Linear {
-  S inverse_temperature, c, top_y, top_x, f_y, f_x, ratio, shift;
-  FASTKD_DEVICE S a(S y) const { return (y - top_y) * inverse_temperature; }
-  FASTKD_DEVICE S b(S x) const { return (x - top_x) * inverse_temperature; }
+  using S = Compute<T>;
+  S scale, c, top_y, top_x, f_y, f_x, ratio, shift;
+  FASTKD_DEVICE S a(S y) const { return (y - top_y) * scale; }
+  FASTKD_DEVICE S b(S x) const { return (x - top_x) * scale; }
   FASTKD_DEVICE S y_gradient(S e_y, S e_x) const { return f_y * (e_y - e_x * ratio); }  // exactly 0 for equal rows
-  FASTKD_DEVICE S x_gradient(S e_x, S a, S b) const { return weigh(e_x * f_x, c * b - a + shift); }
+  // term = c b - a
+  FASTKD_DEVICE S x_gradient(S e_x, S term) const { return weigh(e_x * f_x, term * static_cast<S>(kUnit<T>) + shift); }
 };
 
 // Jensen-Shannon: q of the student (y), p of the teacher (x).
 template <typename T>
 struct JensenShannon {
   using S = Compute<T>;
-  S inverse_temperature, top_y, top_x, inverse_zy, inverse_zx, beta, one_minus_beta, f_q, f_p, kq, kp;
-  FASTKD_DEVICE S q(S y) const { return product(exp_of<T>((y - top_y) * inverse_temperature), inverse_zy); }
-  FASTKD_DEVICE S p(S x) const { return product(exp_of<T>((x - top_x) * inverse_temperature), inverse_zx); }
+  S scale, top_y, top_x, inverse_zy, inverse_zx, beta, one_minus_beta, f_q, f_p, kq, kp;  // scale: to units of kUnit<T>
+  FASTKD_DEVICE S q(S y) const { return product(exp_units<T>((y - top_y) * scale), inverse_zy); }
+  FASTKD_DEVICE S p(S x) const { return product(exp_units<T>((x - top_x) * scale), inverse_zx); }
   FASTKD_DEVICE S m(S q, S p) const { return beta * p + one_minus_beta * q; }
   // Terms of KL(q || m) and KL(p || m). Probabilities may be subnormal, where reciprocal and log overflow: both have a floor.
   struct Terms {
@@ -273,15 +291,17 @@ struct JensenShannon {
 struct LinearSums {
   double z_y, z_x, d, z_task;
 };
+// log Zy - c log Zx: for KL one logarithm, of the ratio; exactly 0 for equal sums
 template <typename S>
-FASTKD_DEVICE double divergence_of(const LinearSums& sums, S c) {
-  return divergence_value(sums.d * inverse_sum<S>(sums.z_x), log_sum<S>(sums.z_x), log_sum<S>(sums.z_y), static_cast<double>(c));
+FASTKD_DEVICE double log_ratio_of(const LinearSums& sums, S c) {
+  const double log_ratio = log_sum<S>(c != 0 ? sums.z_y * inverse_sum<S>(sums.z_x) : sums.z_y);
+  return c != 0 && sums.z_y == sums.z_x ? 0.0 : log_ratio;
 }
 // Where a divergence is small it is summed anew, from terms that are not negative: term(y, x, n) of each element of the row,
 // added to sums[n]. All of the group's threads get the sums, and must come. The row is read again, most likely from the L2
 // cache, an element at a time: registers are full of the row.
-template <typename T, typename Index, class Group, int N, typename Term>
-FASTKD_DEVICE void sum_again(const Row<T, Index>& row, Group& group, bool small, double (&sums)[N], const Term& term) {
+template <typename T, typename Index, bool kPlain, class Group, int N, typename Term>
+FASTKD_DEVICE void sum_again(const Row<T, Index, kPlain>& row, Group& group, bool small, double (&sums)[N], const Term& term) {
   if (!group.any(small)) return;
   const auto y = row.y(), x = row.x();
   double total[N] = {};
@@ -298,15 +318,15 @@ FASTKD_DEVICE void sum_again(const Row<T, Index>& row, Group& group, bool small,
   for (int n = 0; n < N; ++n) sums[n] = small ? total[n] : sums[n];
 }
 
-template <typename T, typename Index, class Group>
-FASTKD_DEVICE double exact_divergence_of(const Row<T, Index>& row, const typename Row<T, Index>::Numbers& numbers,
-                                         const Compute<T> (&top)[2], const LinearSums& sums, Group& group) {
+template <typename T, typename Index, bool kPlain, class Group>
+FASTKD_DEVICE double exact_divergence_of(const Row<T, Index, kPlain>& row, const typename Row<T, Index, kPlain>::Numbers& numbers,
+                                         const Compute<T> (&top)[2], const LinearSums& sums, double log_ratio, Group& group) {
   using S = Compute<T>;
-  double value[1] = {divergence_of<S>(sums, row.c())};
+  double value[1] = {sums.d * inverse_sum<S>(sums.z_x) + log_ratio};
   const bool small = row.p.kind != Kind::kSoftCrossEntropy && row.p.kd_scale != 0 && value[0] < kSmallDivergence<S>;
-  const S inverse_temperature = inverse_of<S>(numbers.temperature);
+  const S inverse_temperature = row.inverse_temperature(numbers);
   const S inverse_zy = static_cast<S>(inverse_sum<S>(sums.z_y)), inverse_zx = static_cast<S>(inverse_sum<S>(sums.z_x));
-  const S shift = static_cast<S>(log_sum<S>(sums.z_x) - log_sum<S>(sums.z_y));
+  const S shift = static_cast<S>(-log_ratio);
   // logits near each other are subtracted as they are, which costs no digits; others relative to their maxima
   const S apart = top[0] - top[1];
   const bool alike = apart <= 1 && apart >= -1;
@@ -319,8 +339,8 @@ FASTKD_DEVICE double exact_divergence_of(const Row<T, Index>& row, const typenam
   return value[0];
 }
 // k: KL(q || m) and KL(p || m)
-template <typename T, typename Index, class Group>
-FASTKD_DEVICE void make_exact(const Row<T, Index>& row, const JensenShannon<T>& js, double (&k)[2], Group& group) {
+template <typename T, typename Index, bool kPlain, class Group>
+FASTKD_DEVICE void make_exact(const Row<T, Index, kPlain>& row, const JensenShannon<T>& js, double (&k)[2], Group& group) {
   using S = Compute<T>;
   const bool small = row.p.kd_scale != 0 && row.p.beta * k[1] + (1.0 - row.p.beta) * k[0] < kSmallDivergence<S>;
   sum_again(row, group, small, k, [&](S y, S x, S(&term)[2]) {
@@ -330,27 +350,27 @@ FASTKD_DEVICE void make_exact(const Row<T, Index>& row, const JensenShannon<T>& 
   });
 }
 
-template <typename T, typename Index>
-FASTKD_DEVICE Linear<Compute<T>> linear_of(const Row<T, Index>& row, const typename Row<T, Index>::Numbers& numbers,
-                                           Compute<T> top_y, Compute<T> top_x, const LinearSums& sums, double value) {
+template <typename T, typename Index, bool kPlain>
+FASTKD_DEVICE Linear<T> linear_of(const Row<T, Index, kPlain>& row, const typename Row<T, Index, kPlain>::Numbers& numbers,
+                                  Compute<T> top_y, Compute<T> top_x, const LinearSums& sums, double log_ratio, double value) {
   using S = Compute<T>;
   const double kd_scale = row.kd_scale(numbers);
-  const double shift = log_sum<S>(sums.z_y) - static_cast<double>(row.c()) * log_sum<S>(sums.z_x) - value;
-  return {inverse_of<S>(numbers.temperature),
+  return {row.inverse_temperature(numbers) * kPerUnit<T>,
           row.c(),
           top_y,
           top_x,
           finite<S>(kd_scale * inverse_sum<S>(sums.z_y)),
           finite<S>(kd_scale * inverse_sum<S>(sums.z_x)),
           static_cast<S>(sizeof(S) == 8 ? sums.z_y / sums.z_x : sums.z_y * inverse(sums.z_x)),
-          static_cast<S>(shift)};
+          static_cast<S>(log_ratio - value)};
 }
 
-template <typename T, typename Index>
-FASTKD_DEVICE JensenShannon<T> jensen_shannon_of(const Row<T, Index>& row, const typename Row<T, Index>::Numbers& numbers,
-                                                 Compute<T> top_y, Compute<T> top_x, double z_y, double z_x) {
+template <typename T, typename Index, bool kPlain>
+FASTKD_DEVICE JensenShannon<T> jensen_shannon_of(const Row<T, Index, kPlain>& row,
+                                                 const typename Row<T, Index, kPlain>::Numbers& numbers, Compute<T> top_y,
+                                                 Compute<T> top_x, double z_y, double z_x) {
   using S = Compute<T>;
-  return {inverse_of<S>(numbers.temperature),
+  return {row.inverse_temperature(numbers) * kPerUnit<T>,
           top_y,
           top_x,
           static_cast<S>(inverse_sum<S>(z_y)),
@@ -402,7 +422,7 @@ FASTKD_DEVICE void write_reduced(const DeviceParams& p, ClusterGroup& all) {
 }
 
 // body(row, group) for every row with the teams that the grid has; where it is one cluster, the reduction too.
-template <typename T, typename Index, class Group, typename Body>
+template <class RowType, class Group, typename Body>
 FASTKD_DEVICE void for_rows(const DeviceParams& p, const Body& body) {
   if (!Group::kWholeCluster && p.one_launch) {
     ClusterGroup all;
@@ -414,7 +434,7 @@ FASTKD_DEVICE void for_rows(const DeviceParams& p, const Body& body) {
       block_barrier();
     }
   }
-  each_row<Group>(p.rows, [&](int64_t index, Group& group) { body(Row<T, Index>{p, index}, group); });
+  each_row<Group>(p.rows, [&](int64_t index, Group& group) { body(RowType{p, index}, group); });
   if (!Group::kWholeCluster && p.one_launch) {
     ClusterGroup all(1);
     all.barrier();

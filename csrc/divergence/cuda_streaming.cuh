@@ -97,23 +97,24 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
 
   if constexpr (!kJensenShannon) {
     const LinearSums linear_sums{sums[0], sums[1], sums[2], z_task};
-    const double value = exact_divergence_of(row, numbers, top, linear_sums, group);
+    const double log_ratio = log_ratio_of(linear_sums, row.c());
+    const double value = exact_divergence_of(row, numbers, top, linear_sums, log_ratio, group);
     if (group.index() == 0) row.write_divergence(value);
     const TaskGradient<T, int64_t> task(row, numbers, student_top, z_task);
-    const Linear<S> linear = linear_of(row, numbers, top[0], top[1], linear_sums, value);
+    const Linear<T> linear = linear_of(row, numbers, top[0], top[1], linear_sums, log_ratio, value);
     each_part(gradients, [&](int64_t part) {
       const Pack<T> to = y.template load<true>(part), from = x.template load<true>(part);
       if (row.wants_y()) {
         store_part(numbers.active && (!row.swap() || row.p.kd_scale != 0), y_gradient, part, [&](int k, int64_t i) {
-          const S e_y = exp_of<T>(linear.a(to_compute(to.value[k])));
-          const S g = linear.y_gradient(e_y, exp_of<T>(linear.b(to_compute(from.value[k]))));
+          const S e_y = exp_units<T>(linear.a(to_compute(to.value[k])));
+          const S g = linear.y_gradient(e_y, exp_units<T>(linear.b(to_compute(from.value[k]))));
           return row.swap() ? g : task.add(g, e_y, to.value[k], i);
         });
       }
       if (row.wants_x()) {
         store_part(numbers.active && (row.swap() || row.p.kd_scale != 0), x_gradient, part, [&](int k, int64_t i) {
-          const S b = linear.b(to_compute(from.value[k])), e_x = exp_of<T>(b);
-          const S g = linear.x_gradient(e_x, linear.a(to_compute(to.value[k])), b);
+          const S b = linear.b(to_compute(from.value[k])), e_x = exp_units<T>(b);
+          const S g = linear.x_gradient(e_x, linear.c * b - linear.a(to_compute(to.value[k])));
           return row.swap() ? task.add(g, e_x, from.value[k], i) : g;
         });
       }
@@ -162,7 +163,8 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
 template <typename T, bool kJensenShannon, class Group>
 FASTKD_KERNEL(Group::kWholeCluster ? kMaxRowThreads : kLaneThreads, Group::kWholeCluster ? 1 : 3)
 streaming_rows(const DeviceParams p) {
-  for_rows<T, int64_t, Group>(p, [&](const Row<T, int64_t>& row, Group& group) { streaming_row<T, kJensenShannon>(row, group); });
+  for_rows<Row<T, int64_t>, Group>(
+      p, [&](const Row<T, int64_t>& row, Group& group) { streaming_row<T, kJensenShannon>(row, group); });
 }
 
 }  // namespace fastkd::FASTKD_ISA::divergence

@@ -121,6 +121,11 @@ inline float to_compute(BFloat16 x) { return static_cast<float>(c10::BFloat16(x.
 inline float to_compute(Float16 x) { return static_cast<float>(c10::Half(x.bits, c10::Half::from_bits())); }
 
 template <typename T>
+void unpack(const Pack<T>& pack, Compute<T> (&values)[kPack<T>]) {
+  for (int k = 0; k < kPack<T>; ++k) values[k] = to_compute(pack.value[k]);
+}
+
+template <typename T>
 T from_compute(Compute<T> x) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     return {c10::BFloat16(x).x};
@@ -139,8 +144,8 @@ Pack<T> pack_of(const Compute<T> (&values)[kPack<T>]) {
 }
 
 template <typename T>
-Compute<T> exp_of(Compute<T> x) {
-  return sizeof(T) == 2 ? std::exp2(x * Compute<T>(1.4426950408889634)) : std::exp(x);
+Compute<T> exp_units(Compute<T> x) {
+  return sizeof(T) == 2 ? std::exp2(x) : std::exp(x);
 }
 template <typename S>
 S exp(S x) {
@@ -153,6 +158,14 @@ S log(S x) {
 template <typename S>
 S maximum(S a, S b) {
   return std::fmax(a, b);
+}
+template <typename T>
+Pack<T> maximum(const Pack<T>& a, const Pack<T>& b) {
+  Pack<T> result;
+  for (int k = 0; k < kPack<T>; ++k) {
+    result.value[k] = from_compute<T>(std::fmax(to_compute(a.value[k]), to_compute(b.value[k])));
+  }
+  return result;
 }
 template <typename S>
 S product(S a, S b) {
