@@ -168,6 +168,10 @@ FASTKD_DEVICE Pack<T> load_pack_once(const T* p) {
   return reinterpret_cast<const Pack<T>&>(raw);
 }
 template <typename T>
+FASTKD_DEVICE void prefetch_line(const T* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+template <typename T>
 FASTKD_DEVICE void store_pack(T* p, const Pack<T>& pack) {
   __stwb(reinterpret_cast<uint4*>(p), reinterpret_cast<const uint4&>(pack));
 }

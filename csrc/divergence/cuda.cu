@@ -77,10 +77,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
 
   const bool jensen_shannon = static_cast<Kind>(kind) == Kind::kJensenShannon, gradients = student_gradient || teacher_gradient;
   const Dtype dtype = kernel_dtype(student);
-  // one sweep is all that a divergence without gradients takes: nothing to keep
-  const bool resident = !teacher_gradient && (student_gradient || jensen_shannon);
-  const Plan plan = plan_rows(rows, classes, static_cast<int>(student.element_size()), jensen_shannon, resident, gradients, !none,
-                              context.limits());
+  const bool plain = !target.has_value() && !weight.has_value() && !temperatures.has_value();
+  const Plan plan = plan_rows(rows, classes, static_cast<int>(student.element_size()), jensen_shannon, !teacher_gradient,
+                              gradients, !none, plain, context.limits());
   DeviceParams params{row_inputs(student, teacher, target, temperature, kind, beta, task_scale, ignore_index)};
   params.rows = rows;
   params.weight = numbers_of(weight);
@@ -112,7 +111,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
     row_losses = context.empty({2, rows}, ScalarType::Double);
     params.row_losses = static_cast<double*>(row_losses->mutable_data_ptr());
   }
-  const bool plain = !target.has_value() && !weight.has_value() && !temperatures.has_value();
   if (rows > 0 || plan.one_launch) {
     const RowKernel kernel = [&] {
       if (!plan.resident) return streaming_kernel(dtype, jensen_shannon, plan.team);

@@ -421,7 +421,7 @@ FASTKD_DEVICE void write_reduced(const DeviceParams& p, ClusterGroup& all) {
   write_loss(p, p.loss, 0, total_loss(p, sums[0], sums[1]) * scale);
 }
 
-// body(row, group) for every row with the teams that the grid has; where it is one cluster, the reduction too.
+// body(row, next, group) for every row with the teams that the grid has; where it is one cluster, the reduction too.
 template <class RowType, class Group, typename Body>
 FASTKD_DEVICE void for_rows(const DeviceParams& p, const Body& body) {
   if (!Group::kWholeCluster && p.one_launch) {
@@ -434,7 +434,7 @@ FASTKD_DEVICE void for_rows(const DeviceParams& p, const Body& body) {
       block_barrier();
     }
   }
-  each_row<Group>(p.rows, [&](int64_t index, Group& group) { body(RowType{p, index}, group); });
+  each_row<Group>(p.rows, [&](int64_t index, int64_t next, Group& group) { body(RowType{p, index}, RowType{p, next}, group); });
   if (!Group::kWholeCluster && p.one_launch) {
     ClusterGroup all(1);
     all.barrier();

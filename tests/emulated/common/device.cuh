@@ -106,6 +106,8 @@ Pack<T> load_pack_once(const T* p, Site site = Site::current()) {
   return load_pack(p, site);
 }
 template <typename T>
+void prefetch_line(const T*) {}
+template <typename T>
 void store_pack(T* p, const Pack<T>& pack, Site site = Site::current()) {
   emulator::check_aligned(p, site);
   *reinterpret_cast<Pack<T>*>(p) = pack;
