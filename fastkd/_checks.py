@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+Called = TypeVar("Called")
 
 
 def check_tensor(name: str, value: object) -> Tensor:
@@ -80,6 +81,13 @@ def check_count(name: str, value: object, least: int | None = None, below: int |
     if below is not None and number >= below:
         raise ValueError(f"fastkd: {name} is {number}, must be less than {below}")
     return number
+
+
+def check_callable(name: str, value: Called | None) -> Called | None:
+    """A function or None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be a function or None")
+    return value
 
 
 def check_flag(name: str, value: object) -> bool:

@@ -13,7 +13,7 @@ from torch.utils.data import DistributedSampler
 from fastkd._checks import check_count
 from fastkd._ranks import Part, Ranks
 from fastkd._seeding import seed_of
-from fastkd.sampling import AliasTable, new_stream
+from fastkd.sampling import AliasTable, check_table, new_stream
 
 __all__ = ["CollectionBatchSampler", "CollectionSampler"]
 
@@ -190,9 +190,7 @@ class _Draws:
     def __init__(
         self, table: AliasTable, num_samples: int | None, per_rank: int | None, seed: int | None, ranks: Ranks
     ) -> None:
-        if not isinstance(table, AliasTable):
-            raise TypeError(f"fastkd: table is {type(table).__name__}, must be an AliasTable")
-        self.table = table
+        self.table = check_table("table", table)
         self.ranks = ranks
         self._num_samples = num_samples
         self._per_rank = per_rank

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastkd import statistics
-from fastkd._checks import check_count, check_dtype, check_number
+from fastkd._checks import check_count, check_dtype, check_number, check_tensor
 from fastkd._locks import Lock
 from fastkd._seeding import check_generator, mixed_seed, seed_of
 from fastkd.ops import alias as _ops
@@ -289,6 +289,21 @@ class AliasTable:
                         "the scores it was saved with, and repeat its updates"
                     )
             self._stream.copy_(stream)
+
+
+def check_table(name: str, table: object) -> AliasTable:
+    if not isinstance(table, AliasTable):
+        raise TypeError(f"fastkd: {name} is {type(table).__name__}, must be an AliasTable")
+    return table
+
+
+def check_one_for_each_item(name: str, value: object, table: AliasTable, what: str) -> Tensor:
+    tensor = check_tensor(name, value)
+    if tensor.dim() == 0 or tensor.shape[0] != len(table):
+        raise ValueError(
+            f"fastkd: {name} has shape {tuple(tensor.shape)}, must have {len(table)} {what}, one for each item of the table"
+        )
+    return tensor
 
 
 class _Numbering:
