@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from fastkd._checks import check_count
+from fastkd._checks import check_count, check_state
 from fastkd._ranks import Part, Ranks
 from fastkd._seeding import seed_of
 from fastkd.sampling import AliasTable, check_table, new_stream
@@ -290,11 +290,7 @@ class _Draws:
             self._go_to(*((epoch + 1, 0) if position >= num_samples else (epoch, position)))
 
     def checked(self, state: dict[str, int]) -> tuple[int, int, int, int]:
-        missing = set(_STATE) - set(state)
-        if missing:
-            raise ValueError(
-                f"fastkd: state has no {', '.join(sorted(missing))}; it is not that of a collection sampler"
-            )
+        check_state(state, _STATE, "a collection sampler")
         seed = seed_of(state["seed"], "state['seed']")
         epoch = self.check_epoch("state['epoch']", state["epoch"])
         position, num_samples = (check_count(f"state['{name}']", state[name], 0) for name in _STATE[2:])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastkd import statistics
-from fastkd._checks import check_count, check_dtype, check_number, check_tensor
+from fastkd._checks import check_count, check_dtype, check_number, check_state, check_tensor
 from fastkd._locks import Lock
 from fastkd._seeding import check_generator, mixed_seed, seed_of
 from fastkd.ops import alias as _ops
@@ -272,9 +272,7 @@ class AliasTable:
 
         The table must be the one it was saved from: built from the same scores and lambda, and updated alike.
         """
-        missing = {"seed", "next_index", "items", "total_weight", "inverse_temperature"} - set(state)
-        if missing:
-            raise ValueError(f"fastkd: state has no {', '.join(sorted(missing))}; it is not that of an AliasTable")
+        check_state(state, ("seed", "next_index", "items", "total_weight", "inverse_temperature"), "an AliasTable")
         seed, position = (
             seed_of(state["seed"], "state['seed']"),
             check_count("state['next_index']", state["next_index"], 0, 2**63),

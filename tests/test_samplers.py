@@ -119,6 +119,12 @@ def test_resume_on_another_number_of_ranks(table: AliasTable) -> None:
 
 def test_states_that_do_not_fit(table: AliasTable) -> None:
     sampler = CollectionBatchSampler(table, 64, 10)
+    for given in (None, [], 3, "seed"):
+        for holder in (sampler, sampler.sampler, iter(sampler), table):
+            with pytest.raises(
+                TypeError, match=f"fastkd: state is {type(given).__name__}, must be a dict, the state_dict"
+            ):
+                holder.load_state_dict(given)
     with pytest.raises(ValueError, match=r"state has no draws_done, epoch, num_samples; it is not that of"):
         sampler.load_state_dict({"seed": 1})
     with pytest.raises(ValueError, match=r"state\['num_samples'\] is 300, but this sampler draws 640 an epoch"):
