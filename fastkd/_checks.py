@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+Called = TypeVar("Called")
 
 
 def check_tensor(name: str, value: object) -> Tensor:
@@ -82,12 +83,37 @@ def check_count(name: str, value: object, least: int | None = None, below: int |
     return number
 
 
+def check_callable(name: str, value: Called | None) -> Called | None:
+    """A function or None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be a function or None")
+    return value
+
+
 def check_flag(name: str, value: object) -> bool:
     if value is True or value is False:
         return value
     if type(value).__name__ not in ("bool_", "bool"):  # numpy's, by two names
         raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be True or False")
     return bool(value)
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
+    """One of these words."""
+    if isinstance(value, str) and value in choices:
+        return value
+    kind = ValueError if isinstance(value, str) else TypeError
+    raise kind(f"fastkd: {name} is {value!r}, must be one of {', '.join(map(repr, choices))}")
+
+
+def check_state(state: object, needed: Iterable[str], whose: str) -> dict[str, Any]:
+    """What a ``state_dict()`` returned, with these entries."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"fastkd: state is {type(state).__name__}, must be a dict, the state_dict() of {whose}")
+    missing = set(needed) - set(state)
+    if missing:
+        raise ValueError(f"fastkd: state has no {', '.join(sorted(missing))}; it is not that of {whose}")
+    return state  # type: ignore[return-value]
 
 
 def names(dtypes: Sequence[torch.dtype]) -> str:

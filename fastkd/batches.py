@@ -18,7 +18,7 @@ from fastkd.patches import (
     padding_of,
     pair_of,
 )
-from fastkd.sampling import AliasTable
+from fastkd.sampling import AliasTable, check_one_for_each_item, check_table
 
 __all__ = ["draw_batch"]
 
@@ -72,13 +72,9 @@ def draw_batch(
 
     The batches of "Distillation from heterogeneous unlabeled collections" (Begon & Geurts, section 2.1), augmented.
     """
-    if not isinstance(table, AliasTable):
-        raise TypeError(f"fastkd: table is {type(table).__name__}, must be an AliasTable")
+    check_table("table", table)
     check_images(images, (torch.uint8,))
-    if images.shape[0] != len(table):
-        raise ValueError(
-            f"fastkd: images has shape {tuple(images.shape)}, must have {len(table)} images, one for each item of the table"
-        )
+    check_one_for_each_item("images", images, table, "images")
     if images.device != table.device:
         raise ValueError(f"fastkd: images is on {images.device}, must be on the device of the table, {table.device}")
     window = (images.shape[2], images.shape[3]) if size is None else pair_of(size)

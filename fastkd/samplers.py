@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
@@ -9,10 +10,10 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from fastkd._checks import check_count
+from fastkd._checks import check_count, check_state
 from fastkd._ranks import Part, Ranks
 from fastkd._seeding import seed_of
-from fastkd.sampling import AliasTable, new_stream
+from fastkd.sampling import AliasTable, check_table, new_stream
 
 __all__ = ["CollectionBatchSampler", "CollectionSampler"]
 
@@ -52,7 +53,7 @@ class _Sampler(DistributedSampler[T_co]):
 
     def set_epoch(self, epoch: int) -> None:
         """Lets the next iteration be this epoch; where a state of this epoch was just loaded, it goes on from there."""
-        self._draws.set_epoch(check_count("epoch", epoch, 0))
+        self._draws.set_epoch(self._draws.check_epoch("epoch", epoch))
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Lets the next iteration go on where ``state`` was taken, on as many ranks or another number of them."""
@@ -69,19 +70,22 @@ class CollectionSampler(_Sampler[int]):
 
     Each iteration is one epoch, the one after the last, also where that was left early. After ``load_state_dict`` the
     next iteration goes on where the state was taken; after ``set_epoch`` it is that epoch. Iterations may overlap, and
-    threads may share one: no draw comes twice. The state is that of the iteration that began last.
+    threads may share one: no draw comes twice. The state is that of the iteration that began last. ``copy.deepcopy`` and pickle
+    of a sampler together with its iterator give a pair that goes on by itself; an iterator copied alone counts for no sampler.
 
     Args:
         table: the table to draw from; updates of it take effect at the next chunk of draws.
         num_samples: draws in an epoch, over all ranks.
         seed: of the draws, any int, modulo 2^64, the same on all ranks. By default it follows from that of the table, and
             each sampler of a table has another one: the first takes the table's own. So ranks that make their samplers
-            in the same order draw from the same streams.
+            in the same order draw from the same streams. Copies of a table, ``table.to(device)`` among them, count their own
+            samplers: they draw the same epochs as the table's.
         rank, world_size: by default those of ``torch.distributed`` when an iteration begins, or 0 and 1.
 
     Raises:
         TypeError: a table that is none, numbers that are no ints.
-        ValueError: num_samples below 1, a rank outside [0, world_size), or none without a process group.
+        ValueError: num_samples below 1, an epoch whose draws would have numbers of 2^63 or more, a rank outside
+            [0, world_size), or none without a process group.
         RuntimeError: when iterated or asked for its length, a rank of several was given, and the reader divides again.
     """
 
@@ -186,12 +190,11 @@ class _Draws:
     def __init__(
         self, table: AliasTable, num_samples: int | None, per_rank: int | None, seed: int | None, ranks: Ranks
     ) -> None:
-        if not isinstance(table, AliasTable):
-            raise TypeError(f"fastkd: table is {type(table).__name__}, must be an AliasTable")
-        self.table = table
+        self.table = check_table("table", table)
         self.ranks = ranks
         self._num_samples = num_samples
         self._per_rank = per_rank
+        check_count("num_samples", self.num_samples(ranks.own()[1]), 1, 2**63)
         self.seed = table._new_seed(ranks.rank) if seed is None else seed_of(seed)
         self.epoch = 0  # the one under way, or that the next iteration begins with
         self._position = 0  # in it
@@ -205,6 +208,7 @@ class _Draws:
 
     def __getstate__(self) -> dict[str, Any]:
         with self.table._alone():
+            # a copy of the current iteration says of itself that it is: no copies of samplers carry what it has drawn
             return {**vars(self), "_position": self.position, "_current": None}
 
     @property
@@ -221,6 +225,10 @@ class _Draws:
         """Draws of an epoch over all ranks."""
         return -(-self.num_samples(part.world_size) // part.world_size) * part.world_size
 
+    def check_epoch(self, name: str, epoch: object, total: int | None = None) -> int:
+        """The epoch, where its draws have numbers that the table takes."""
+        return check_count(name, epoch, 0, 2**63 // (total or self.num_samples(self.ranks.own()[1])))
+
     def length(self, part: Part) -> int:
         """Draws of an epoch that are handed out."""
         return self.total(part) // part.stride
@@ -232,6 +240,7 @@ class _Draws:
     def begin(self, iteration: _Iteration[Any], epoch: int, position: int) -> Part:
         part = self.ranks.part()
         total = self.total(part)
+        self.check_epoch("epoch", epoch, total)
         if position % part.stride:
             raise ValueError(
                 f"fastkd: state['draws_done'] is {position}, which {part.stride} ranks cannot share equally"
@@ -281,13 +290,10 @@ class _Draws:
             self._go_to(*((epoch + 1, 0) if position >= num_samples else (epoch, position)))
 
     def checked(self, state: dict[str, int]) -> tuple[int, int, int, int]:
-        missing = set(_STATE) - set(state)
-        if missing:
-            raise ValueError(
-                f"fastkd: state has no {', '.join(sorted(missing))}; it is not that of a collection sampler"
-            )
+        check_state(state, _STATE, "a collection sampler")
         seed = seed_of(state["seed"], "state['seed']")
-        epoch, position, num_samples = (check_count(f"state['{name}']", state[name], 0) for name in _STATE[1:])
+        epoch = self.check_epoch("state['epoch']", state["epoch"])
+        position, num_samples = (check_count(f"state['{name}']", state[name], 0) for name in _STATE[2:])
         _, world_size = self.ranks.own()
         own = self.num_samples(world_size)
         # where the process group may still come, batches may be for any number of ranks
@@ -316,6 +322,16 @@ class _Iteration(Iterator[T_co], Generic[T_co]):
         self._stream: Tensor | None = None  # seed, 0
         self._total = self._epoch = 0
         self._made = 0  # position behind the draws made
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._draws.table._alone():
+            return {**vars(self), "_is_current": self._draws._current is self}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        is_current = state.pop("_is_current")
+        vars(self).update(state)
+        if is_current and self._draws._current is None:  # copied together with the draws, which are others now
+            self._draws._current = self
 
     def __iter__(self) -> _Iteration[T_co]:
         return self
@@ -387,6 +403,11 @@ class _Items(_Iteration[int]):
             index, *rest = piece.tolist()
             self._chunk = iter(rest)
         return index  # type: ignore[no-any-return]
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._draws.table._alone():
+            # of its own also in a shallow copy
+            return {**super().__getstate__(), "_chunk": copy.copy(self._chunk)}
 
     @property
     def position(self) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastkd import statistics
-from fastkd._checks import check_count, check_dtype, check_number
+from fastkd._checks import check_count, check_dtype, check_number, check_state, check_tensor
 from fastkd._locks import Lock
 from fastkd._seeding import check_generator, mixed_seed, seed_of
 from fastkd.ops import alias as _ops
@@ -272,9 +272,7 @@ class AliasTable:
 
         The table must be the one it was saved from: built from the same scores and lambda, and updated alike.
         """
-        missing = {"seed", "next_index", "items", "total_weight", "inverse_temperature"} - set(state)
-        if missing:
-            raise ValueError(f"fastkd: state has no {', '.join(sorted(missing))}; it is not that of an AliasTable")
+        check_state(state, ("seed", "next_index", "items", "total_weight", "inverse_temperature"), "an AliasTable")
         seed, position = (
             seed_of(state["seed"], "state['seed']"),
             check_count("state['next_index']", state["next_index"], 0, 2**63),
@@ -289,6 +287,21 @@ class AliasTable:
                         "the scores it was saved with, and repeat its updates"
                     )
             self._stream.copy_(stream)
+
+
+def check_table(name: str, table: object) -> AliasTable:
+    if not isinstance(table, AliasTable):
+        raise TypeError(f"fastkd: {name} is {type(table).__name__}, must be an AliasTable")
+    return table
+
+
+def check_one_for_each_item(name: str, value: object, table: AliasTable, what: str) -> Tensor:
+    tensor = check_tensor(name, value)
+    if tensor.dim() == 0 or tensor.shape[0] != len(table):
+        raise ValueError(
+            f"fastkd: {name} has shape {tuple(tensor.shape)}, must have {len(table)} {what}, one for each item of the table"
+        )
+    return tensor
 
 
 class _Numbering:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from refusals import refuses
 
 from fastkd import AliasTable, KDLoss, KLDivLoss
 from fastkd.methods import collections
-from fastkd.methods.loop import one_thread
+from fastkd.methods.loop import one_thread, predict
 from fastkd.models.convnet import ConvNet
 
 N = 40
@@ -107,6 +110,48 @@ def test_distill_follows_the_teacher_and_counts_its_draws(with_labels: bool, gen
     assert not student.training
     agreement = (student(images).argmax(1) == logits.argmax(1)).double().mean()
     assert agreement > 0.6  # 0.1 by chance
+
+
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    *[("images has shape", {"images": torch.rand(n, 1, 8, 8)}) for n in (0, 19, 21)],
+    *[("teacher_logits has shape", {"teacher_logits": torch.rand(n, 10)}) for n in (0, 19, 21)],
+    *[("target has shape", {"target": torch.zeros(n, dtype=torch.int64)}) for n in (0, 19, 21)],
+    ("images is list", {"images": [1.0] * 20}),
+    ("teacher_logits is ndarray", {"teacher_logits": np.zeros((20, 10))}),
+    ("target is list", {"target": [0] * 20}),
+    ("table is Tensor", {"table": torch.ones(20)}),
+    ("student is function", {"student": lambda images: images}),
+    ("on_step is int", {"on_step": 3}),
+    *[(f"{name} is", {name: value}) for name in ("steps", "batch_size") for value in (0, -1, 1.5, True, "2", None)],
+    *[("learning_rate is", {"learning_rate": value}) for value in (-1e-3, math.nan, math.inf, "1", True, 10**400)],
+]
+
+
+@pytest.mark.parametrize(("message", "changes"), REFUSED)
+def test_distill_refuses_before_it_works(message: str, changes: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {
+        "student": ConvNet((4, 4)),
+        "images": torch.rand(20, 1, 8, 8),
+        "teacher_logits": torch.rand(20, 10),
+        "table": AliasTable(torch.zeros(20), seed=5),
+        "criterion": KDLoss(2.0, 0.9),
+        "steps": 2,
+        "batch_size": 3,
+        "target": torch.zeros(20, dtype=torch.int64),
+    }
+    before = arguments["table"].state_dict()
+    refuses(message, lambda: collections.distill(**{**arguments, **changes}))
+    assert arguments["table"].state_dict() == before
+    assert arguments["student"].training  # as it was made
+
+
+def test_predict_refuses() -> None:
+    network, images = ConvNet((4, 4)), torch.rand(5, 1, 8, 8)
+    for size in (0, -1, 1.5, True, None):
+        refuses("batch_size is", lambda s=size: predict(network, images, batch_size=s))
+    refuses("images is list", lambda: predict(network, [1.0]))
+    refuses("model is int", lambda: predict(3, images))
+    assert predict(network, images[:0]).shape == (0, 10)
 
 
 def test_network_starts_from_its_seed_alone() -> None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
+import threading
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -59,8 +64,9 @@ def test_the_model_stays_as_it_is() -> None:
     assert [name for name, _ in model.named_modules()] == names
     assert list(model.state_dict()) == state
     assert [name.removeprefix("model.") for name in tap.state_dict()] == state
+    tap(torch.randn(1, 1, 8, 8))
     model(torch.randn(1, 1, 8, 8))  # nothing is kept outside of the tap
-    assert all(t.outputs is None for t in tap._taps)
+    assert all(t.here.outputs is None for t in tap._taps)
 
 
 def test_several_taps_of_one_model_and_copies_do_not_meet() -> None:
@@ -72,6 +78,66 @@ def test_several_taps_of_one_model_and_copies_do_not_meet() -> None:
     images = torch.randn(2, 1, 8, 8)
     assert torch.equal(first(images).features["layer1"], second(images).features["layer1"])
     assert not torch.equal(other(images).features["layer1"], second(images).features["layer1"])
+
+
+class Meeting(nn.Module):
+    """Its threads wait for one another before and after its layer."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__()
+        self.layer, self.barrier = nn.Linear(3, 3), threading.Barrier(threads, timeout=30)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.barrier.wait()
+        x = self.layer(x)
+        self.barrier.wait()
+        return x + 1
+
+
+def replica(module: nn.Module) -> Any:
+    """As DataParallel makes them, of one device: hooks are those of the module itself."""
+    made = module._replicate_for_data_parallel()
+    made._parameters = dict(module._parameters)
+    made._modules = {name: replica(child) for name, child in module._modules.items()}
+    return made
+
+
+@pytest.mark.parametrize("of_each", [lambda tap: tap, replica], ids=["one tap", "replicas"])
+def test_each_thread_gets_its_own_features(of_each: Callable[[Any], Any]) -> None:
+    threads = 3
+    tap = FeatureTap(Meeting(threads), ["layer"])
+    results: list[Any] = [None] * threads
+
+    def run(i: int) -> None:
+        mine = of_each(tap)
+        # one of them runs the model without the tap
+        results[i] = (mine.model if i == 1 else mine)(torch.full((1, 3), float(i)))
+
+    running = [threading.Thread(target=run, args=(i,)) for i in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    for i in (0, 2):
+        torch.testing.assert_close(results[i].features["layer"], tap.model.layer(torch.full((1, 3), float(i))))
+        torch.testing.assert_close(results[i].logits, results[i].features["layer"] + 1)
+
+
+def saved(tap: FeatureTap) -> Any:
+    file = io.BytesIO()
+    torch.save(tap, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda tap: pickle.loads(pickle.dumps(tap)), saved])
+def test_copies_and_pickles_tap_as_the_original(copied: Callable[[FeatureTap], FeatureTap]) -> None:
+    tap, images = FeatureTap(resnet(8, in_channels=1).eval(), ["layer1", "avgpool"]), torch.randn(2, 1, 8, 8)
+    other = copied(tap)
+    torch.testing.assert_close(other(images).features, tap(images).features, rtol=0, atol=0)
+    other.remove()
+    assert len(other.model.layer1._forward_hooks) == 0
+    assert list(tap(images).features) == ["layer1", "avgpool"]
 
 
 def test_logits_are_found_in_objects() -> None:
@@ -161,6 +227,6 @@ def test_a_compiled_model_is_tapped_by_its_own_names(part: bool) -> None:
 def test_a_tapped_model_compiles() -> None:
     tap = FeatureTap(resnet(8, in_channels=1).eval(), ["layer1", "avgpool"])
     images = torch.randn(2, 1, 8, 8)
-    logits, features = torch.compile(tap, backend="aot_eager")(images)
+    logits, features = torch.compile(tap, backend="aot_eager", fullgraph=True)(images)
     torch.testing.assert_close(logits, tap(images).logits)
     torch.testing.assert_close(features["layer1"], tap(images).features["layer1"])

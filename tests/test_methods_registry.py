@@ -169,6 +169,22 @@ def test_layers_of_fitnet_from_a_generator() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match=r"method 'rkd-dd' is unknown, did you mean rkd-d or"):
         create("rkd-dd")
+    for name in (None, 3, ["hinton"]):
+        with pytest.raises(ValueError, match=r"fastkd: method .* is unknown"):
+            create(name)
+    for name, option, message in (
+        ("hinton", "temprature", "did you mean temperature.*must be one of temperature, task_weight, kd_weight"),
+        ("hinton", "Temperature", "did you mean temperature"),
+        ("hinton", "layers", "must be one of temperature, task_weight, kd_weight"),
+        ("rkd-d", "distance_wieght", "did you mean distance_weight"),
+        ("fitnet", "student_chanels", "did you mean student_channels"),
+        ("at", "featureweight", "did you mean feature_weight"),
+        ("one", "branch", "did you mean branches"),
+        ("baseline", "temperature", "there are none"),
+        ("hinton", "self", "must be one of"),
+    ):
+        with pytest.raises(ValueError, match=f"fastkd: {name}'s option '{option}' is unknown, {message}"):
+            create(name, **{option: 3})
     with pytest.raises(ValueError, match="fitnet needs student, teacher and images, or student_channels"):
         create("fitnet")
     for name in ("fitnet", "at"):

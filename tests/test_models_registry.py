@@ -167,6 +167,9 @@ def test_unknown_name(name: str, nearest: str, having: str, request: pytest.Fixt
 def test_name_like_none_lists_all() -> None:
     with pytest.raises(ValueError, match=r"name 'xyzzy' is unknown, must be one of resnet8, resnet14, .*resnet152"):
         create("xyzzy")
+    for name in (3, None):
+        with pytest.raises(ValueError, match=f"fastkd: name {name} is unknown"):
+            create(name)
 
 
 @pytest.mark.usefixtures("broken")

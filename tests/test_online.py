@@ -130,6 +130,44 @@ def test_what_is_deployed_is_the_students_own_class() -> None:
     assert {name.partition(".")[0] for name in student.state_dict()} == {"trunk", "branches", "gate"}
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_gate_is_where_the_networks_are(device: str, dtype: torch.dtype, by_hand: bool) -> None:
+    def make(seed: int) -> nn.Module:
+        return resnet(8, in_channels=1, seed=seed).to(device, dtype)
+
+    method = ONE(branches=2)
+    student = method.student_from(make)
+    if by_hand:
+        student = MultiBranch(student.trunk, list(student.branches), 32)
+    images, target = torch.linspace(-1, 1, 4 * 144).reshape(4, 1, 12, 12).to(device, dtype), torch.arange(4).to(device)
+    if device == "cpu":
+        plain = method.student_from(lambda seed: resnet(8, in_channels=1, seed=seed))
+        assert torch.equal(student.gate[2].weight, plain.gate[2].weight.to(dtype))
+        expected = plain.eval()(images.float())
+        for one, other in zip(student.eval()(images), expected, strict=True):
+            torch.testing.assert_close(one.float(), other, rtol=0.05, atol=0.05)
+    loss, main = method.step(FeatureTap(student.train()), None, images, target)
+    loss.total.backward()
+    assert (main.shape, main.dtype, main.device.type) == ((4, 10), dtype, device)
+    assert all(p.grad is not None and (p.dtype, p.device.type) == (dtype, device) for p in student.parameters())
+
+
+def test_the_gate_whatever_the_defaults_are() -> None:
+    def make(seed: int) -> nn.Module:
+        return resnet(8, in_channels=1, seed=seed)
+
+    nets, plain = [make(seed) for seed in range(2)], ONE(branches=2).student_from(make)
+    with torch.device("meta"):
+        student = MultiBranch.split(nets, "layer3")
+        inside = ONE(branches=2).student_from(make)
+    assert torch.equal(student.gate[2].weight, plain.gate[2].weight)
+    assert all(p.is_meta for p in inside.parameters())
+    nothing = MultiBranch(nn.Identity(), [nn.Flatten(), nn.Flatten()], 3)
+    assert nothing.gate[2].weight.dtype == torch.float32
+
+
 def test_branches_made_by_hand_are_deployed_as_they_are() -> None:
     trunk, branches = nn.Conv2d(1, 2, 3), [nn.Sequential(nn.Flatten(), nn.Linear(8, 3)) for _ in range(2)]
     student, images = MultiBranch(trunk, branches, 2).eval(), torch.randn(2, 1, 4, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -118,6 +119,12 @@ def test_resume_on_another_number_of_ranks(table: AliasTable) -> None:
 
 def test_states_that_do_not_fit(table: AliasTable) -> None:
     sampler = CollectionBatchSampler(table, 64, 10)
+    for given in (None, [], 3, "seed"):
+        for holder in (sampler, sampler.sampler, iter(sampler), table):
+            with pytest.raises(
+                TypeError, match=f"fastkd: state is {type(given).__name__}, must be a dict, the state_dict"
+            ):
+                holder.load_state_dict(given)
     with pytest.raises(ValueError, match=r"state has no draws_done, epoch, num_samples; it is not that of"):
         sampler.load_state_dict({"seed": 1})
     with pytest.raises(ValueError, match=r"state\['num_samples'\] is 300, but this sampler draws 640 an epoch"):
@@ -211,11 +218,39 @@ def test_updates_take_effect(table: AliasTable) -> None:
         ({"num_samples": 0}, "num_samples is 0, must be at least 1"),
         ({"num_samples": 5, "rank": 2, "world_size": 2}, "rank is 2, must be in \\[0, 2\\)"),
         ({"num_samples": 5, "rank": -1}, "rank is -1"),
+        ({"num_samples": 2**63}, f"num_samples is {2**63}, must be less than {2**63}"),
     ],
 )
 def test_errors(table: AliasTable, arguments: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CollectionSampler(table, **arguments)
+
+
+def test_draws_whose_numbers_are_too_large(table: AliasTable) -> None:
+    last = 2**63 // 1000 - 1
+    for sampler in (CollectionSampler(table, 1000, seed=9), CollectionBatchSampler(table, 10, 100, seed=9)):
+        sampler.set_epoch(last)
+        assert torch.as_tensor(next(iter(sampler))).flatten()[0] == table.sample_at(9, last * 1000, 1)
+        state = sampler.state_dict()
+        with pytest.raises(ValueError, match=f"epoch is {last + 1}, must be less than {last + 1}"):
+            next(iter(sampler))
+        for epoch in (last + 1, 2**60, 2**64):
+            with pytest.raises(ValueError, match=rf"fastkd: epoch is {epoch}, must be less than {last + 1}"):
+                sampler.set_epoch(epoch)
+            for holder in (sampler, iter(sampler)):
+                with pytest.raises(ValueError, match=rf"state\['epoch'\] is {epoch}, must be less than {last + 1}"):
+                    holder.load_state_dict({**state, "epoch": epoch})
+        assert sampler.state_dict() == state
+    first = CollectionSampler(table, 2**63 - 1, seed=9)
+    assert next(iter(first)) == table.sample_at(9, 0, 1)
+    with pytest.raises(ValueError, match=f"num_samples is {2**64}, must be less than {2**63}"):
+        CollectionBatchSampler(table, 2**32, 2**32)
+
+
+def test_samplers_of_a_copied_table_draw_as_those_of_the_table(table: AliasTable) -> None:
+    for made in (table.to("cpu"), copy.deepcopy(table)):
+        assert list(CollectionSampler(made, 100)) == table.sample_at(9, 0, 100).tolist()
+    assert list(CollectionSampler(table, 100)) == table.sample_at(9, 0, 100).tolist()
 
 
 def test_batch_errors(table: AliasTable) -> None:

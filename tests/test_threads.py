@@ -274,6 +274,51 @@ def test_copies_go_on_by_themselves(copied: Callable[[Any], Any]) -> None:
         assert repeated(lambda again=again: again.table.sample(20))[0]
 
 
+ITERATIONS: dict[str, Callable[[AliasTable], tuple[Any, Any]]] = {
+    "items": lambda table: (sampler := CollectionSampler(table, 30), iter(sampler)),
+    "batches": lambda table: (sampler := CollectionBatchSampler(table, 2, 15), iter(sampler)),
+    "tensors": lambda table: (sampler := CollectionBatchSampler(table, 2, 15), sampler.tensors()),
+}
+
+
+def state_after(sampler: Any, iterator: Any, steps: int) -> dict[str, int]:
+    for _ in range(steps):
+        next(iterator)
+    return sampler.state_dict()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("iterator_first", [False, True])
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("make", ITERATIONS.values(), ids=ITERATIONS)
+def test_a_sampler_copied_with_its_iterator(make: Any, copied: Callable[[Any], Any], iterator_first: bool) -> None:
+    sampler, iterator = make(make_table())
+    before = state_after(sampler, iterator, 3)
+    if iterator_first:
+        iterator_, sampler_ = copied((iterator, sampler))
+    else:
+        sampler_, iterator_ = copied((sampler, iterator))
+    assert sampler_.state_dict() == before
+    after = state_after(sampler_, iterator_, 4)
+    assert sampler.state_dict() == before  # the original has not moved
+    assert after == state_after(sampler, iterator, 4) != before
+    again = make(make_table())[0]
+    again.load_state_dict(after)
+    assert list(again) == [each.tolist() if isinstance(each, Tensor) else each for each in iterator_]
+    left = copied((sampler_, iterator_))  # at its end
+    assert left[0].state_dict() == sampler_.state_dict() == {**before, "draws_done": 30}
+
+
+@pytest.mark.parametrize("copied", [copy.copy, *COPIES.values()], ids=["copy", *COPIES])
+@pytest.mark.parametrize("make", ITERATIONS.values(), ids=ITERATIONS)
+def test_a_copied_iterator_does_not_count(make: Any, copied: Callable[[Any], Any]) -> None:
+    table = make_table()
+    sampler, iterator = make(table)
+    before = state_after(sampler, iterator, 3)
+    other = copied(iterator)
+    assert state_after(sampler, other, 2) == before
+    assert torch.as_tensor(next(iterator)).flatten()[0] == table.sample_at(9, before["draws_done"], 1)
+
+
 class Drawing(Dataset[Tensor]):
     """Draws from its table wherever it is asked."""
 

@@ -11,11 +11,14 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from refusals import refuses
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from training_cases import (
     BATCH,
     BATCHES,
@@ -33,6 +36,7 @@ from fastkd.methods import BSS, Baseline, Objective
 from fastkd.training import Trainer, evaluate, evaluator, progress, read_metrics
 from fastkd.training.figures import save_curves
 from fastkd.training.metrics import Running
+from fastkd.training.state import TrainingState
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
 
@@ -302,6 +306,39 @@ def test_batches_that_are_not_as_many_as_said() -> None:
         train("hinton", None, make_settings(), batches=Batches(0))
 
 
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    *[("objective is", {"objective": value}) for value in (3, None, small(0), Baseline())],
+    *[("batches is", {"batches": value}) for value in (3, None, [], DataLoader([0, 1]))],
+    *[("settings is", {"settings": value}) for value in ({}, None, 3)],
+    *[(name, {name: 3}) for name in ("evaluate", "on_step", "on_epoch", "folder", "description", "console")],
+    *[("show is", {"show": value}) for value in ("loud", "", None, True)],
+    *[(f"{name} is", {name: v}) for name in ("tensorboard", "find_unused_parameters") for v in ("no", 1, None)],
+]
+
+
+@pytest.mark.parametrize(("message", "changes"), REFUSED)
+def test_a_trainer_refuses_at_once(message: str, changes: dict[str, Any]) -> None:
+    arguments = {"objective": make_objective("baseline"), "batches": Batches(), "settings": make_settings(), **changes}
+    refuses(message, lambda: Trainer(**arguments))
+
+
+def test_how_to_fit(tmp_path: Path) -> None:
+    trainer = Trainer(make_objective("baseline"), Batches(), make_settings(epochs=1), folder=tmp_path / "a", show="off")
+    for option, values in (("resume", ("yes", "True", 1, None)), ("overwrite", ("no", 1, None))):
+        for value in values:
+            refuses(f"{option} is", lambda o=option, v=value: trainer.fit(**{o: v}))
+    assert not (tmp_path / "a").exists()
+    assert len(trainer.fit(resume="auto", overwrite=np.False_)) == 1
+
+
+def test_states_that_are_none_of_a_training() -> None:
+    state = TrainingState(make_objective("baseline"), make_settings(), 3)
+    for given in (None, [], 3):
+        refuses("state is", lambda g=given: state.load_state_dict(g))
+    refuses("state has no .*student", lambda: state.load_state_dict({"epoch": 1}))
+    state.load_state_dict(state.state_dict())
+
+
 def test_results_with_names_of_the_trainings_own() -> None:
     with pytest.raises(ValueError, match="evaluate returned accuracy, must be other names"):
         train("hinton", None, make_settings(), evaluate=lambda _: {"accuracy": 1.0})
@@ -327,6 +364,14 @@ def test_evaluate() -> None:
         evaluate(network, images, target[:-1])
     with pytest.raises(ValueError, match="there are 0 images"):
         evaluate(network, images[:0], target[:0])
+    refuses("network is int", lambda: evaluate(3, images, target))
+    for call in (lambda *given, **more: evaluate(network, *given, **more), evaluator):  # the latter before it is called
+        for size in (0, -1, 1.5, True, None):
+            refuses("batch_size is", lambda c=call, s=size: c(images, target, batch_size=s))
+        refuses("there are 50 images and 3 in target", lambda c=call: c(images, target[:3]))
+        refuses("images is list", lambda c=call: c([1.0], target))
+        refuses("target is list", lambda c=call: c(images, [1]))
+        refuses("target has dtype", lambda c=call: c(images, target.int()))
 
 
 def test_the_objective_takes_its_teacher_along() -> None:

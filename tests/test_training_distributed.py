@@ -20,7 +20,15 @@ from training_cases import (
     small_resnet,
     train,
 )
-from training_processes import CASES, PATIENCE, errors_in_two, gradients_in_two, start_ranks, train_in_two
+from training_processes import (
+    CASES,
+    PATIENCE,
+    errors_in_two,
+    gradients_in_two,
+    start_ranks,
+    static_graphs_in_two,
+    train_in_two,
+)
 
 from fastkd.training import process_group
 
@@ -64,6 +72,18 @@ def test_gradient_is_that_of_the_whole_batch(tmp_path: Path) -> None:
     two, one = metrics(tmp_path / "two")[0], metrics(tmp_path / "one")[0]
     for name in set(one) - {"seconds"}:
         assert two[name] == pytest.approx(one[name], rel=1e-6)
+
+
+@pytest.mark.forks
+def test_networks_that_learn_together_under_a_static_graph(tmp_path: Path) -> None:
+    """DistributedDataParallel then looks for the tensors among what they return."""
+    start_ranks(static_graphs_in_two, tmp_path)
+    for name in ("cohort", "branches"):
+        for kind in ("alone", "tapped", "objective"):
+            first, second = (load(tmp_path / f"{name}-{kind}{rank}.pt") for rank in range(2))
+            assert first.shape[0] == 3
+            assert first.abs().sum() > 0
+            torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 @pytest.mark.forks

@@ -157,6 +157,8 @@ def test_loader_whose_order_is_lost_is_refused() -> None:
     data = TensorDataset(torch.zeros(20, 1), torch.zeros(20))
     with pytest.raises(ValueError, match="fastkd: loader has a RandomSampler, whose order cannot be had again"):
         LoaderBatches(DataLoader(data, 4, shuffle=True))
+    with pytest.raises(TypeError, match=r"fastkd: loader is list, must be a torch.utils.data.DataLoader"):
+        LoaderBatches([1, 2])
     with pytest.raises(ValueError, match="must have a sampler with set_epoch"):
         LoaderBatches(DataLoader(data, 4, sampler=RandomSampler(data)))
     assert [len(batch[0]) for batch in LoaderBatches(DataLoader(data, 8)).epoch(1, start=1)] == [8, 4]

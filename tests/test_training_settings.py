@@ -22,6 +22,8 @@ pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
     ("changes", "message"),
     [
         ({"epochs": 0}, "epochs is 0, must be 1 or more"),
+        ({"learning_rate": 10**400}, "learning_rate is 10+, must be a number that a float holds"),
+        ({"milestones": (0.5, 10**400)}, "milestones is 10+, must be a number that a float holds"),
         ({"optimiser": "adam"}, "optimiser is 'adam', must be one of 'sgd', 'adamw'"),
         ({"schedule": "linear"}, "schedule is 'linear', must be one of 'cosine', 'step', 'constant'"),
         ({"amp": "fp8"}, "amp is 'fp8', must be one of 'off', 'bf16', 'fp16'"),
@@ -61,6 +63,12 @@ def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
     ("changes", "message"),
     [
         ({"epochs": 2.0}, "epochs is 2.0, must be a whole number"),
+        ({"epochs": True}, "epochs is True, must be a whole number"),
+        ({"seed": True}, "seed is True, must be a whole number"),
+        ({"learning_rate": True}, "learning_rate is True, must be a number"),
+        ({"warmup_epochs": np.True_}, "warmup_epochs is .*True.*, must be a number"),
+        ({"milestones": (0.5, True)}, "milestones is True, must be a number"),
+        ({"nesterov": 1}, "nesterov is 1, must be True or False"),
         ({"learning_rate": "0.1"}, "learning_rate is '0.1', must be a number"),
         ({"learning_rate": torch.tensor(0.1)}, r"learning_rate is tensor\(0.1000\), must be a number"),
         ({"nesterov": "no"}, "nesterov is 'no', must be True or False"),

@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from training_cases import Batches, Linear, make_settings, small, small_resnet, train
+from torch import nn
+from training_cases import CLASSES, Batches, Linear, make_settings, small, small_resnet, train
 
+from fastkd._seeding import seeded
+from fastkd.methods import DML, ONE, Cohort, FeatureTap, JointLogits, MultiBranch, Objective, Outputs
 from fastkd.training import checkpoint, figures, process_group
 
 KILLED = make_settings(epochs=8, checkpoint_every=2, ema=0.9)
@@ -169,6 +172,38 @@ def errors_in_two(rank: int, folder: Path) -> None:
             train("hinton", folder / "full", make_settings(), batches=Batches(rank=rank))
         except OSError as error:
             (folder / f"full{rank}").write_text(str(error))
+
+
+def static_graphs_in_two(rank: int, folder: Path) -> None:
+    """Gradients of this rank under DistributedDataParallel(static_graph=True), of networks that learn together."""
+
+    def cohort() -> nn.Module:
+        return Cohort([Linear(seed) for seed in range(2)])
+
+    def branches() -> nn.Module:
+        with seeded(0):
+            heads = [nn.Sequential(nn.Flatten(), nn.Linear(2 * 36, CLASSES)) for _ in range(2)]
+            return MultiBranch(nn.Conv2d(1, 2, 3), heads, 2)
+
+    batches = Batches(3, rank=rank)
+    with process_group("cpu"):
+        for name, student, method in (("cohort", cohort, DML()), ("branches", branches, ONE(branches=2))):
+            networks = {"alone": student(), "tapped": FeatureTap(student()), "objective": Objective(method, student())}
+            for kind, network in networks.items():
+                wrapped, gradients = nn.parallel.DistributedDataParallel(network, static_graph=True), []
+                for images, target, _ in batches.epoch(0):
+                    wrapped.zero_grad()
+                    if kind == "objective":
+                        loss = wrapped(images, target)[0].total
+                    else:
+                        result = wrapped(images)
+                        logits = result.logits if kind == "tapped" else result
+                        assert isinstance(logits, JointLogits)
+                        loss = method(Outputs(logits), None, target).total
+                    loss.backward()
+                    gradients.append(torch.cat([p.grad.flatten() for p in wrapped.parameters()]))
+                torch.save(torch.stack(gradients), folder / f"{name}-{kind}{rank}.pt")
+                del wrapped
 
 
 def read_in_two(rank: int, folder: Path) -> None:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import statistics
+from fastkd._checks import check_count
 from fastkd.losses import KDLoss, KLDivLoss
-from fastkd.methods.features import logits_of, logits_of_one
+from fastkd.methods.features import check_module, logits_of, logits_of_one
 from fastkd.methods.loop import optimise
-from fastkd.sampling import AliasTable
+from fastkd.sampling import AliasTable, check_one_for_each_item, check_table
 
 __all__ = ["distill", "expected_skip_ratio", "irrelevant_proportion", "relevant_draws", "skip_ratio", "uniformity"]
 
@@ -47,12 +48,24 @@ def distill(
         table: over N items, on the device of the teacher's logits.
         criterion: takes (student logits, teacher logits, target).
         target: int64 ``[N]``, where the criterion needs labels, on the device of the teacher's logits.
+        steps, batch_size: 1 or more.
+        learning_rate: the highest: it falls to 0 along half a cosine.
         on_step: called with the number of steps done after each one.
 
     Returns:
         int64 ``[N]``: how often each image was drawn, on the device of the table.
+
+    Raises:
+        TypeError, ValueError: other than these: said before anything is drawn.
     """
-    counts = torch.zeros(len(images), dtype=torch.int64, device=table.device)
+    check_module("student", student)
+    check_table("table", table)
+    check_one_for_each_item("images", images, table, "images")
+    check_one_for_each_item("teacher_logits", logits_of_one("teacher_logits", teacher_logits), table, "rows")
+    if target is not None:
+        check_one_for_each_item("target", target, table, "labels")
+    batch_size = check_count("batch_size", batch_size, 1)
+    counts = torch.zeros(len(table), dtype=torch.int64, device=table.device)
 
     def loss_of_batch() -> Tensor:
         drawn = table.sample(batch_size)

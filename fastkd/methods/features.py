@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import threading
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -64,7 +65,8 @@ class FeatureTap(nn.Module):
         layers: names of modules as in ``model.named_modules()``, each to run once in a forward pass. Where the model or a
             part of it is compiled, as they were before (without ``_orig_mod.``).
 
-    The hooks stay on the model until :meth:`remove`, and do nothing but while the tap runs.
+    The hooks stay on the model until :meth:`remove`, and do nothing but while the tap runs. Threads may share a tap: each gets
+    the features of its own forward pass.
 
     Raises:
         TypeError: a model that is no module, a string for the names.
@@ -96,13 +98,13 @@ class FeatureTap(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Outputs:
         """Runs the model on these arguments."""
         for tap in self._taps:
-            tap.outputs = []
+            tap.here.outputs = []
         try:
             result = self.model(*args, **kwargs)
             features = {name: _the_one(name, tap) for name, tap in zip(self.layers, self._taps, strict=True)}
         finally:
             for tap in self._taps:
-                tap.outputs = None
+                tap.here.outputs = None
         return Outputs(logits_of(result), features)
 
     def remove(self) -> None:
@@ -112,14 +114,20 @@ class FeatureTap(nn.Module):
 
 
 class _Tap:
-    """A forward hook that keeps what the module returned while ``outputs`` is a list. Copied with the model."""
+    """A forward hook that keeps what the module returned to this thread, while the tap runs in it. Copied with the model."""
 
-    outputs: list[tuple[Any, int | None]] | None = None
-    """Each with its version, which counts the changes in place, where it is known."""
+    def __init__(self) -> None:
+        self.here = threading.local()
+        """``outputs``, a list while the tap runs, of each output and its version, which counts the changes in place, where it
+        is known. One a thread: others may run the same model meanwhile, as DataParallel's replicas do."""
+
+    def __reduce__(self) -> tuple[type[_Tap], tuple[()]]:
+        return _Tap, ()  # copies and pickles keep nothing
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.outputs is not None:
-            self.outputs.append((output, _version(output)))
+        outputs = getattr(self.here, "outputs", None)
+        if outputs is not None:
+            outputs.append((output, _version(output)))
 
 
 def check_module(name: str, module: object) -> nn.Module:
@@ -171,7 +179,7 @@ def logits_of_one(name: str, logits: object) -> Tensor:
 
 
 def _the_one(name: str, tap: _Tap) -> Tensor:
-    outputs = tap.outputs or []
+    outputs = tap.here.outputs
     if len(outputs) != 1:
         ran = f"ran {len(outputs)} times" if outputs else "did not run"
         raise RuntimeError(f"fastkd: layer {name!r} {ran} in this forward pass, must run once to be tapped")

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fastkd.methods.features import logits_of, logits_of_one
+from fastkd._checks import check_callable, check_count, check_not_negative, check_tensor
+from fastkd.methods.features import check_module, logits_of, logits_of_one
 
 __all__ = ["evaluating", "one_thread", "optimise", "predict"]
 
@@ -26,8 +27,18 @@ def optimise(
 
     Args:
         loss_of_batch: draws the next batch, runs the model and returns the loss.
+        steps: 1 or more.
+        learning_rate, weight_decay: 0 or more.
         on_step: called with the number of steps done after each one; may evaluate the model (:func:`predict`).
+
+    Raises:
+        TypeError, ValueError: other than these.
     """
+    check_module("model", model)
+    check_callable("on_step", on_step)
+    steps = check_count("steps", steps, 1)
+    learning_rate = check_not_negative("learning_rate", learning_rate)
+    weight_decay = check_not_negative("weight_decay", weight_decay)
     optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     model.train()
@@ -49,8 +60,12 @@ def predict(model: nn.Module, images: Tensor, *, batch_size: int = 1024) -> Tens
         model: one network that returns logits, or an object that has them as ``.logits``.
 
     Raises:
-        ValueError: it returns the logits of several.
+        TypeError: a model that is none, images that are no tensor, a batch_size that is no int.
+        ValueError: a batch_size below 1, or a model that returns the logits of several.
     """
+    check_module("model", model)
+    check_tensor("images", images)
+    batch_size = check_count("batch_size", batch_size, 1)
     with evaluating(model):
         parts = (logits_of(model(batch)) for batch in torch.split(images, batch_size))
         return torch.cat([logits_of_one("the model's logits", part) for part in parts])

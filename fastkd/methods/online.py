@@ -132,7 +132,8 @@ class MultiBranch(nn.Module):
         trunk: images to maps ``[B, C, H, W]``.
         branches: modules of their own, maps to logits ``[B, K]``.
         channels: C, 1 or more.
-        seed: of the gate's initial weights; torch's global generator stays as it is.
+        seed: of the gate's initial weights, which are on the device and of the dtype of the trunk's; torch's global generator
+            stays as it is.
 
     Shape: images ``[B, ...]`` -> :class:`fastkd.methods.JointLogits` of the branches and, last, of the ensemble, ``[B, K]``
     each: ``sum_i g_i z_i`` with ``g = softmax(ReLU(BN(Linear(mean_hw map))))``.
@@ -144,11 +145,12 @@ class MultiBranch(nn.Module):
         self.branches = _several("branches", branches)
         channels, seed = _checks.check_count("channels", channels, 1), _checks.check_count("seed", seed, -(2**63))
         self._frame: _Frame | None = None
-        with seeded(seed):
-            linear = nn.Linear(channels, len(self.branches))
-        self.gate = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear, nn.BatchNorm1d(len(self.branches)), nn.ReLU(), nn.Softmax(1)
-        )
+        many = len(self.branches)
+        with seeded(seed), torch.device("cpu"):  # where the seed counts, whatever torch's default device is
+            linear, norm = nn.Linear(channels, many), nn.BatchNorm1d(many)
+        gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear, norm, nn.ReLU(), nn.Softmax(1))
+        like = _some_weight(self)
+        self.gate = gate.to(like.device, like.dtype)
 
     def forward(self, images: Tensor) -> JointLogits:
         maps = self.trunk(images)
@@ -173,15 +175,16 @@ class MultiBranch(nn.Module):
         layer) and take images of 32 x 32 pixels, as fastkd's and torchvision's residual networks do.
 
         Raises:
-            ValueError: no such child, none before it, or a network that works otherwise, which is tried.
+            ValueError: no such child, none before it, or a network that works otherwise, which is tried (on the meta device,
+                which has no values, the shapes must do).
         """
         parts = [_split(network, at) for network in networks]
         trunk = parts[0][0]
         channels = next((module.in_channels for module in trunk.modules() if isinstance(module, nn.Conv2d)), 1)
-        example = torch.linspace(-1, 1, 2 * channels * 32 * 32).reshape(2, channels, 32, 32)
-        example = example.to(next(networks[0].parameters()))
+        example = torch.linspace(-1, 1, 2 * channels * 32 * 32, device="cpu").reshape(2, channels, 32, 32)
+        example = example.to(_some_weight(networks[0]))
         whole, in_parts = (_in_evaluation(network, example) for network in (networks[0], nn.Sequential(*parts[0])))
-        if whole is None or in_parts is None or not torch.equal(whole, in_parts):
+        if whole is None or in_parts is None or not _same(whole, in_parts):
             raise ValueError(
                 f"fastkd: {type(networks[0]).__name__} does not run its children in order, so it cannot be split at {at!r}: "
                 "make trunk and branches by hand, MultiBranch(trunk, branches, channels)"
@@ -255,6 +258,15 @@ def _in_evaluation(network: nn.Module, images: Tensor) -> Tensor | None:
         except RuntimeError:
             return None
     return result
+
+
+def _some_weight(network: nn.Module) -> Tensor:
+    """One of its floats, which says on what device and of what dtype it works; of a network without, torch's defaults."""
+    return next((p.detach() for p in network.parameters() if p.is_floating_point()), torch.empty(0))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape if a.is_meta else torch.equal(a, b)
 
 
 def _logits_of_several(logits: object) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -40,9 +41,14 @@ def create(
         settings: of the method's class, in the place of the study's: ``temperature``, ``feature_weight``, ``layers``, ...
 
     Raises:
-        ValueError: an unknown name; the message has the nearest right ones.
+        ValueError: an unknown name, or setting of the method; the message has the nearest right ones.
     """
-    return _entry(name).make(student, teacher, images, settings)
+    entry = _entry(name)
+    allowed = list(signature(entry.kind).parameters)
+    for option in settings:
+        if option not in allowed:
+            raise unknown_name(f"{name}'s option", option, allowed, listed=True)
+    return entry.make(student, teacher, images, settings)
 
 
 def needs_teacher(name: str) -> bool:
@@ -66,7 +72,7 @@ class _Entry(NamedTuple):
 
 
 def _entry(name: str) -> _Entry:
-    if name not in _METHODS:
+    if not isinstance(name, str) or name not in _METHODS:
         raise unknown_name("method", name, NAMES)
     return _METHODS[name]
 

@@ -43,6 +43,8 @@ def create(name: str, *, in_channels: int = 3, num_classes: int = 10, seed: int 
         ValueError: an unknown name, answered with the nearest right ones; a depth or width that the family has not.
         ImportError: a name of torchvision, which is not installed or does not load.
     """
+    if not isinstance(name, str):
+        raise unknown_name("name", name, names())
     lower = name.lower()
     if lower not in TORCHVISION_RESNETS and not lower.startswith(TORCHVISION):
         if match := re.fullmatch(r"resnet(\d+)", lower):

@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from fastkd._checks import check_choice
+
 __all__ = ["TrainingSettings", "plain"]
 
 Optimiser = Literal["sgd", "adamw"]
@@ -102,9 +104,7 @@ class TrainingSettings:
 
     def _check_choices(self) -> None:
         for name, choices in (("optimiser", Optimiser), ("schedule", Schedule), ("amp", Amp)):
-            if getattr(self, name) not in get_args(choices):
-                allowed = ", ".join(map(repr, get_args(choices)))
-                raise ValueError(f"fastkd: {name} is {getattr(self, name)!r}, must be one of {allowed}")
+            check_choice(name, getattr(self, name), get_args(choices))
         if self.schedule == "step" and not self.milestones:
             raise ValueError("fastkd: milestones is (), must be one share or more for the schedule 'step'")
 
@@ -127,7 +127,10 @@ def plain(name: str, value: Any, kind: type = object) -> Any:
     )
     for made, of, allowed in kinds:
         if kind is made or (kind is object and isinstance(value, of)):
-            if not isinstance(value, of):
+            if not isinstance(value, of) or (made in (int, float) and isinstance(value, bool)):
                 raise TypeError(f"fastkd: {name} is {value!r}, must be {allowed}")
-            return made(value)
+            try:
+                return made(value)
+            except OverflowError:
+                raise ValueError(f"fastkd: {name} is {value}, must be a number that a float holds") from None
     raise TypeError(f"fastkd: {name} is of type {type(value).__name__}, must be text, a number, True or False")

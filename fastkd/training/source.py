@@ -47,11 +47,13 @@ class LoaderBatches:
         seed: of the workers.
 
     Raises:
-        TypeError: a seed that is no int.
+        TypeError: a loader that is none, a seed that is no int.
         ValueError: a sampler whose order is another each time, as that of ``shuffle=True``.
     """
 
     def __init__(self, loader: DataLoader[Any], *, seed: int = 0) -> None:
+        if not hasattr(loader, "batch_sampler"):
+            raise TypeError(f"fastkd: loader is {type(loader).__name__}, must be a torch.utils.data.DataLoader")
         # torch gives a loader with a batch sampler of its own a SequentialSampler that nothing asks
         decides: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
         if type(decides) is BatchSampler:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastkd._checks import check_state
 from fastkd.methods import Objective
 from fastkd.training import distributed, optimisation, randomness
 from fastkd.training.metrics import Line, Running
@@ -16,6 +17,10 @@ from fastkd.training.settings import TrainingSettings
 
 __all__ = ["TrainingState"]
 
+_PROGRESS = (
+    *("student", "method", "optimiser", "schedule", "scaler", "average", "epoch", "batch", "history", "seconds"),
+    "of_ranks",
+)
 _FREE = ("checkpoint_every",)  # settings that change nothing of what is learnt
 
 
@@ -116,6 +121,7 @@ class TrainingState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes back there, but for :meth:`load_randomness`."""
+        check_state(state, _PROGRESS, "a training")
         self.student.load_state_dict(state["student"])
         self.objective.method.load_state_dict(state["method"])
         self.optimiser.load_state_dict(self._on_this_device(state["optimiser"]))

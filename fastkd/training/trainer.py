@@ -7,12 +7,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from fastkd._checks import check_callable, check_choice, check_flag
 from fastkd._files import write_whole
 from fastkd.methods import Objective
 from fastkd.training import checkpoint, distributed, folder, progress, randomness
@@ -60,6 +63,10 @@ class Trainer:
         tensorboard: write for TensorBoard into the folder, too.
         find_unused_parameters: of DistributedDataParallel; for students that do not use all of their parameters in each
             step. All methods of :mod:`fastkd.methods` do.
+
+    Raises:
+        TypeError: arguments of other types.
+        ValueError: no batches, another word for ``show``, or TensorBoard without a folder.
     """
 
     def __init__(
@@ -78,6 +85,22 @@ class Trainer:
         tensorboard: bool = False,
         find_unused_parameters: bool = False,
     ) -> None:
+        _check_type("objective", objective, Objective, "an Objective")
+        _check_type("settings", settings, TrainingSettings, "TrainingSettings")
+        _check_type("folder", folder, (str, PathLike, NoneType), "a path or None")
+        _check_type("description", description, (Mapping, NoneType), "a dict or None")
+        if not callable(getattr(batches, "epoch", None)) or not hasattr(batches, "__len__"):
+            raise TypeError(
+                f"fastkd: batches is {type(batches).__name__}, must be a BatchSource, with len() and epoch(): "
+                "LoaderBatches(loader) of a DataLoader"
+            )
+        for name, function in (("evaluate", evaluate), ("on_step", on_step), ("on_epoch", on_epoch)):
+            check_callable(name, function)
+        check_choice("show", show, get_args(progress.Show))
+        if console is not None and not callable(getattr(console, "print", None)):
+            raise TypeError(f"fastkd: console is {type(console).__name__}, must be a rich.console.Console or None")
+        tensorboard = check_flag("tensorboard", tensorboard)
+        find_unused_parameters = check_flag("find_unused_parameters", find_unused_parameters)
         if len(batches) < 1:
             raise ValueError("fastkd: batches is empty, must be one batch an epoch or more")
         if tensorboard and folder is None:
@@ -117,6 +140,7 @@ class Trainer:
             and seconds since the training began.
 
         Raises:
+            TypeError: resume or overwrite is neither True nor False.
             FileExistsError: the folder holds a checkpoint, and neither ``resume`` nor ``overwrite`` is said; or it holds
                 ``model.pt`` or ``metrics.jsonl`` without a checkpoint, and ``overwrite`` is not said.
             NotADirectoryError, IsADirectoryError: a file is where the folder, or a folder where a file of it should be.
@@ -124,9 +148,14 @@ class Trainer:
                 resume from.
             FileNotFoundError: there is no checkpoint to resume from.
             FloatingPointError: the loss is no number any more.
-            ValueError: the checkpoint is damaged or of another training (nothing is changed then), or ``batches.epoch`` gave
-                more or fewer batches than ``len(batches)``.
+            ValueError: resume is another word than ``"auto"``, the checkpoint is damaged or of another training (nothing is
+                changed then), or ``batches.epoch`` gave more or fewer batches than ``len(batches)``.
         """
+        if not isinstance(resume, str):
+            resume = check_flag("resume", resume)
+        elif resume != "auto":
+            raise ValueError(f"fastkd: resume is {resume!r}, must be True, False or 'auto'")
+        overwrite = check_flag("overwrite", overwrite)
         settings = self.settings
         state = TrainingState(
             self.objective,
@@ -285,6 +314,11 @@ class Trainer:
             from fastkd.training.figures import save_curves  # matplotlib takes a second to import
 
             save_curves(state.history, into / folder.CURVES, repr(self.objective.method).partition("(")[0])
+
+
+def _check_type(name: str, value: object, kind: type | tuple[type, ...], allowed: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be {allowed}")
 
 
 def _as_floats(results: Mapping[str, Any]) -> Line:
