@@ -72,7 +72,6 @@ class LaneGroup {
 class ClusterTeam {
  public:
   static constexpr bool kWholeCluster = true;
-  static constexpr bool kManyRows = false;  // as many as the grid has clusters
   FASTKD_DEVICE unsigned index() const { return cluster_rank() * thread_count() + thread_index(); }
   FASTKD_DEVICE unsigned size() const { return cluster_size() * thread_count(); }
 
@@ -152,7 +151,6 @@ class ClusterGroup : public ClusterTeam {
 template <unsigned kNumbers>
 class LoopClusterGroup : public ClusterTeam {
  public:
-  static constexpr bool kManyRows = true;
   static constexpr unsigned kSharedNumbers = 2 * kNumbers;
 
   template <typename Op, typename V, int N>
@@ -188,23 +186,17 @@ FASTKD_DEVICE void sum_strided(int64_t count, const Group& group, double (&sums)
   }
 }
 
-// body(index, next, group) for each row with the teams that the grid has; next: the row that follows it there. All threads come
-// along: an index may be beyond the rows, the last ones where several teams share a block, the next one after the last.
+// body(index, group) for each row with the teams that the grid has. All threads come along: the last index may be beyond
+// the rows where several share a block.
 template <class Group, typename Body>
 FASTKD_DEVICE void each_row(int64_t rows, const Body& body) {
   Group group;
   if constexpr (Group::kWholeCluster) {
-    const unsigned cluster = block_index() / cluster_size(), clusters = block_count() / cluster_size();
-    if constexpr (Group::kManyRows) {
-      for (int64_t i = cluster; i < rows; i += clusters) body(i, i + clusters, group);
-    } else {
-      body(static_cast<int64_t>(cluster), rows, group);
-    }
+    body(static_cast<int64_t>(block_index() / cluster_size()), group);
   } else {
     const unsigned per_block = thread_count() / group.size();
     for (unsigned i = block_index(); static_cast<int64_t>(i) * per_block < rows; i += block_count()) {
-      const int64_t index = static_cast<int64_t>(i) * per_block + thread_index() / group.size();
-      body(index, index + static_cast<int64_t>(block_count()) * per_block, group);
+      body(static_cast<int64_t>(i) * per_block + thread_index() / group.size(), group);
     }
   }
 }

@@ -2,7 +2,6 @@
 // between them.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "common/geometry.h"
@@ -62,15 +61,12 @@ struct Plan {
 // its registers.
 constexpr int kResidentElements = 32;
 constexpr int64_t kMaxLanesRow = 32 * kResidentElements;
+constexpr int64_t kMaxClassesWithoutGradient = 32768;
 constexpr int64_t kMaxPasses = 8;  // over the rows, where one cluster takes them all
-// Blocks of a multiprocessor in a grid of resident rows: several times as many as fit (2 to 4), so that all end at about the
-// same time, and so few that a team has many rows, the next on its way while it works on one.
-constexpr unsigned kResidentBlocks = 16;
 
 // aligned: parts begin at a fresh gradient's 16-byte boundaries. reduced: one loss for all rows is wanted.
-// plain: no labels, no weights, one temperature for all rows.
 inline Plan plan_rows(int64_t rows, int64_t classes, int element_size, bool jensen_shannon, bool resident, bool aligned,
-                      bool reduced, bool plain, DeviceLimits limits) {
+                      bool reduced, DeviceLimits limits) {
   const int pack = 16 / element_size;
   const int64_t longest = aligned && classes % pack == 0 ? classes : classes + pack - 1;  // with what lies before the row
   resident = resident && element_size <= 4;
@@ -78,8 +74,7 @@ inline Plan plan_rows(int64_t rows, int64_t classes, int element_size, bool jens
     const bool short_row = resident && longest <= kMaxLanesRow / 8;
     const unsigned rows_per_block = kLaneThreads / (short_row ? 4 : 32);
     FASTKD_CHECK(rows < int64_t{1} << 32, "rows are ", rows, ", must be fewer than 2^32");
-    const unsigned most = resident ? 2 * kResidentBlocks * limits.multiprocessors : 1u << 16;
-    const unsigned blocks = grid_size(rows, 1, most, rows_per_block);
+    const unsigned blocks = grid_size(rows, 1, 1u << 16, rows_per_block);
     unsigned cluster = 1;
     while (cluster * 2 <= blocks && cluster * 2 <= limits.max_cluster && cluster < kPortableCluster) cluster *= 2;
     const bool one_launch = reduced && rows <= kMaxPasses * cluster * rows_per_block;
@@ -89,12 +84,10 @@ inline Plan plan_rows(int64_t rows, int64_t classes, int element_size, bool jens
     return {resident, one_launch, short_row ? Team::kEighthOfWarp : Team::kWarp, geometry};
   }
   const auto with = [&](bool in_registers, unsigned threads, unsigned cluster) {
-    const int64_t most = in_registers && plain ? std::max(kResidentBlocks * limits.multiprocessors / cluster, 1u) : rows;
-    return Plan{
-        in_registers,
-        false,
-        Team::kCluster,
-        {one_cluster_each("rows", std::min(rows, most), cluster), threads, cluster, cluster_shared_bytes(threads, cluster, 10)}};
+    return Plan{in_registers,
+                false,
+                Team::kCluster,
+                {one_cluster_each("rows", rows, cluster), threads, cluster, cluster_shared_bytes(threads, cluster, 10)}};
   };
   for (unsigned cluster = 1; resident && cluster <= limits.max_cluster; cluster *= 2) {
     const int64_t each = (longest + cluster - 1) / cluster,

@@ -34,71 +34,41 @@ FASTKD_DEVICE Compute<T> largest(const Pack<T> (&row)[kPacks]) {
   return result;
 }
 
-// What a thread holds of a row, as it was read.
-template <typename T, bool kSwap>
-struct Logits {
-  static constexpr int kPacks = kResidentElements / kPack<T>;
-  Pack<T> y[kPacks], x[kPacks];
-
-  // Of rows that take no part nothing is read: all is -inf.
-  template <bool kPlain, class Group>
-  FASTKD_DEVICE void load_whole(const Row<T, int, kPlain>& row, const Group& group) {
-    constexpr int N = kPack<T>;
-    const int part = static_cast<int>(group.index()), step = static_cast<int>(group.size());
-    const int count = row.numbers().active ? static_cast<int>(row.p.classes) : 0;
-    const T* const at_y = (kSwap ? row.teacher() : row.student()).data + part * N;
-    const T* const at_x = (kSwap ? row.student() : row.teacher()).data + part * N;
-#pragma unroll
-    for (int v = 0; v < kPacks; ++v) {
-      const bool inside = (part + v * step) * N < count;
-      y[v] = RowView<T, int>::load_whole(at_y + v * step * N, inside);
-      x[v] = RowView<T, int>::load_whole(at_x + v * step * N, inside);
-    }
-  }
-  // On its way to the L2 cache, without registers to hold it.
-  template <bool kPlain, class Group>
-  static FASTKD_DEVICE void prefetch(const Row<T, int, kPlain>& row, const Group& group) {
-    constexpr int N = kPack<T>;
-    const int part = static_cast<int>(group.index()), step = static_cast<int>(group.size());
-    const int count = row.present() ? static_cast<int>(row.p.classes) : 0;
-    const T *const student = row.student().data, *const teacher = row.teacher().data;
-#pragma unroll
-    for (int v = 0; v < kPacks; ++v) {
-      const int i = (part + v * step) * N;
-      if (i < count) {
-        prefetch_line(student + i);
-        prefetch_line(teacher + i);
-      }
-    }
-  }
-  template <bool kPlain, class Group>
-  FASTKD_DEVICE void load(const Row<T, int, kPlain>& row, const Group& group) {
-    const int part = static_cast<int>(group.index()), step = static_cast<int>(group.size());
-    const auto from_y = kSwap ? row.teacher() : row.student(), from_x = kSwap ? row.student() : row.teacher();
-    const int behind = row.numbers().active ? 0 : from_y.parts();
-#pragma unroll
-    for (int v = 0; v < kPacks; ++v) {
-      y[v] = from_y.load(part + v * step + behind);
-      x[v] = from_x.load(part + v * step + behind);
-    }
-  }
-};
-
-// read(): the logits are no longer needed, their registers are free.
-template <typename T, Family kFamily, bool kPlain, class Group, typename Read>
-FASTKD_DEVICE void resident_row(const Row<T, int, kPlain>& row, const Logits<T, kFamily == Family::kReverse>& raw, Group& group,
-                                const Read& read) {
+template <typename T, Family kFamily, bool kPlain, class Group>
+FASTKD_DEVICE void resident_row(const Row<T, int, kPlain>& row, Group& group) {
   using S = Compute<T>;
   constexpr int N = kPack<T>, kPacks = kResidentElements / N;
   constexpr bool kSwap = kFamily == Family::kReverse, kJensenShannon = kFamily == Family::kJensenShannon;
   const auto part_of = [&](int v) { return static_cast<int>(group.index() + v * group.size()); };
+  const auto early = row.numbers();
   S y[kPacks][N], x[kPacks][N];
-  S top[2] = {largest(raw.y), largest(raw.x)};
-  group.reduce(top, Max{});
-
+  S top[2];
   double sums[kPlain ? 3 : 4];  // exponentials of y and x, terms of the divergence, exponentials of the cross-entropy
   {
-    const auto early = row.numbers();
+    Pack<T> raw_y[kPacks], raw_x[kPacks];
+    group.arrive();
+    const auto from_y = kSwap ? row.teacher() : row.student(), from_x = kSwap ? row.student() : row.teacher();
+    if (kPlain && row.whole()) {
+      const T *const at_y = from_y.data + part_of(0) * N, *const at_x = from_x.data + part_of(0) * N;
+#pragma unroll
+      for (int v = 0; v < kPacks; ++v) {
+        const bool inside = early.active && part_of(v) * N < from_y.count;
+        raw_y[v] = from_y.load_whole(at_y + v * group.size() * N, inside);
+        raw_x[v] = from_x.load_whole(at_x + v * group.size() * N, inside);
+      }
+    } else {
+      const int behind = early.active ? 0 : from_y.parts();  // of rows that take no part nothing is read: all is -inf
+#pragma unroll
+      for (int v = 0; v < kPacks; ++v) {
+        raw_y[v] = from_y.load(part_of(v) + behind);
+        raw_x[v] = from_x.load(part_of(v) + behind);
+      }
+    }
+    group.start();
+    top[0] = largest(raw_y);
+    top[1] = largest(raw_x);
+    group.reduce(top, Max{});
+
     const S scale = row.inverse_temperature(early) * kPerUnit<T>;
     const Linear<T> linear{scale, row.c(), top[0], top[1], S(0), S(0), S(0), S(0)};
     S sum_y = 0, sum_x = 0, sum_d = 0;
@@ -108,7 +78,7 @@ FASTKD_DEVICE void resident_row(const Row<T, int, kPlain>& row, const Logits<T, 
 #pragma unroll
         for (int v = 0; v < kPacks; ++v) {
           S logits[N];
-          unpack(kSwap ? raw.x[v] : raw.y[v], logits);
+          unpack(kSwap ? raw_x[v] : raw_y[v], logits);
 #pragma unroll
           for (int k = 0; k < N; ++k) sum_task += exp_of<T>(logits[k] - top[kSwap]);
         }
@@ -118,8 +88,8 @@ FASTKD_DEVICE void resident_row(const Row<T, int, kPlain>& row, const Logits<T, 
 #pragma unroll
     for (int v = 0; v < kPacks; ++v) {
       S logit_y[N], logit_x[N];
-      unpack(raw.y[v], logit_y);
-      unpack(raw.x[v], logit_x);
+      unpack(raw_y[v], logit_y);
+      unpack(raw_x[v], logit_x);
 #pragma unroll
       for (int k = 0; k < N; ++k) {
         const S a = linear.a(logit_y[k]), b = linear.b(logit_x[k]);
@@ -135,7 +105,6 @@ FASTKD_DEVICE void resident_row(const Row<T, int, kPlain>& row, const Logits<T, 
     }
     sums[0] = sum_y, sums[1] = sum_x, sums[2] = static_cast<double>(sum_d) * kUnit<T>;
   }
-  read();
   group.reduce(sums, Sum{});
   const S student_top = top[kSwap];
   const auto numbers = row.numbers();  // anew: kept, they would take registers
@@ -221,34 +190,14 @@ template <Family kFamily, class Group>
 constexpr unsigned kThreadsOf =
     Group::kWholeCluster ? max_resident_threads(kFamily == Family::kJensenShannon, kHasClusters) : kLaneThreads;
 
-// The next row is on its way while this one is worked on: into registers where there are enough, else into the L2 cache.
-template <typename T, bool kPlain, class Group>
-constexpr bool kAhead = kPlain && sizeof(T) == 2 && !Group::kWholeCluster;
-
 // inspect: anywhere resident_rows<*> loads=128 stores=128
 template <typename T, Family kFamily, bool kPlain, class Group>
-FASTKD_KERNEL((kThreadsOf<kFamily, Group>), Group::kWholeCluster ? 1 : 3)
+FASTKD_KERNEL(kThreadsOf<kFamily, Group>, Group::kWholeCluster ? 1
+                                          : kPlain             ? 4
+                                                               : 3)
 resident_rows(const DeviceParams p) {
   using RowType = Row<T, int, kPlain>;
-  Logits<T, kFamily == Family::kReverse> logits;
-  bool first = true;
-  for_rows<RowType, Group>(p, [&](const RowType& row, const RowType& next, Group& group) {
-    if (first) group.arrive();
-    if (!kPlain || !row.whole()) {
-      logits.load(row, group);
-    } else if (first || !kAhead<T, kPlain, Group>) {
-      logits.load_whole(row, group);
-    }
-    if (first) group.start();
-    first = false;
-    resident_row<T, kFamily>(row, logits, group, [&] {
-      if constexpr (kAhead<T, kPlain, Group>) {
-        if (next.whole()) logits.load_whole(next, group);
-      } else if constexpr (kPlain && sizeof(T) == 2) {
-        logits.prefetch(next, group);
-      }
-    });
-  });
+  for_rows<RowType, Group>(p, [&](const RowType& row, Group& group) { resident_row<T, kFamily>(row, group); });
 }
 
 template <typename T, Family kFamily, bool kPlain>
@@ -256,7 +205,7 @@ RowKernel resident_of(Team team) {
   switch (team) {
     case Team::kEighthOfWarp: return resident_rows<T, kFamily, kPlain, LaneGroup<4>>;
     case Team::kWarp: return resident_rows<T, kFamily, kPlain, LaneGroup<32>>;
-    default: return resident_rows<T, kFamily, kPlain, std::conditional_t<kPlain, LoopClusterGroup<3>, ClusterGroup>>;
+    default: return resident_rows<T, kFamily, kPlain, ClusterGroup>;
   }
 }
 

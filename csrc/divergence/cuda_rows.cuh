@@ -39,6 +39,24 @@ FASTKD_DEVICE float log_normal(float x) {
 }
 FASTKD_DEVICE double log_normal(double x) { return device::log(x); }
 
+// ln x of what 16 bits are made of, in half of the instructions: by its series near 1, where the instruction is too rough, and
+// by that elsewhere. Relative error 2e-6.
+template <typename T>
+FASTKD_DEVICE Compute<T> log_of_ratio(Compute<T> x) {
+  if constexpr (sizeof(T) == 2) {
+    const float f = x - 1.0f, f2 = f * f;
+    float series = f * (1.0f / 7) - (1.0f / 6);
+    series = series * f + (1.0f / 5);
+    series = series * f - (1.0f / 4);
+    series = series * f + (1.0f / 3);
+    series = series * f - (1.0f / 2);
+    const float near = f2 * series + f;
+    return f2 < 0x1p-6f ? near : log2_roughly(x) * 0.6931471806f;
+  } else {
+    return log_normal(x);
+  }
+}
+
 // ln z of a sum of exponentials, absolute error 3e-8 for float: the logarithm of the mantissa in float, the rest exact. The
 // library's double logarithm would take a third of the time of a bf16 row.
 template <typename S>
@@ -274,7 +292,7 @@ struct JensenShannon {
   };
   FASTKD_DEVICE Terms terms(S q, S p) const {
     const S inverse_m = reciprocal(floored(m(q, p)));
-    return {weigh(q, log_normal(floored(q * inverse_m))), weigh(p, log_normal(floored(p * inverse_m)))};
+    return {weigh(q, log_of_ratio<T>(floored(q * inverse_m))), weigh(p, log_of_ratio<T>(floored(p * inverse_m)))};
   }
   // The same, as terms that are not negative.
   FASTKD_DEVICE Terms exact_terms(S q, S p) const {
@@ -421,7 +439,7 @@ FASTKD_DEVICE void write_reduced(const DeviceParams& p, ClusterGroup& all) {
   write_loss(p, p.loss, 0, total_loss(p, sums[0], sums[1]) * scale);
 }
 
-// body(row, next, group) for every row with the teams that the grid has; where it is one cluster, the reduction too.
+// body(row, group) for every row with the teams that the grid has; where it is one cluster, the reduction too.
 template <class RowType, class Group, typename Body>
 FASTKD_DEVICE void for_rows(const DeviceParams& p, const Body& body) {
   if (!Group::kWholeCluster && p.one_launch) {
@@ -434,7 +452,7 @@ FASTKD_DEVICE void for_rows(const DeviceParams& p, const Body& body) {
       block_barrier();
     }
   }
-  each_row<Group>(p.rows, [&](int64_t index, int64_t next, Group& group) { body(RowType{p, index}, RowType{p, next}, group); });
+  each_row<Group>(p.rows, [&](int64_t index, Group& group) { body(RowType{p, index}, group); });
   if (!Group::kWholeCluster && p.one_launch) {
     ClusterGroup all(1);
     all.barrier();

@@ -74,7 +74,7 @@ template <typename T, class Group>
 FASTKD_KERNEL(Group::kWholeCluster ? kMaxRowThreads : kLaneThreads, Group::kWholeCluster ? 1 : 3)
 stats_rows(const StatsDeviceParams p) {
   using S = Compute<T>;
-  each_row<Group>(p.rows, [&](int64_t index, int64_t, Group& group) {
+  each_row<Group>(p.rows, [&](int64_t index, Group& group) {
     const StatsParams& out = p.stats;
     const bool present = index < p.rows;
     const T* const data = static_cast<const T*>(out.logits) + (present ? index : 0) * out.stride;
@@ -126,7 +126,7 @@ template <typename T, class Group>
 FASTKD_KERNEL(Group::kWholeCluster ? kMaxRowThreads : kLaneThreads, Group::kWholeCluster ? 1 : 3)
 stats_backward_rows(const StatsBackwardDeviceParams p) {
   using S = Compute<T>;
-  each_row<Group>(p.rows, [&](int64_t index, int64_t, Group& group) {
+  each_row<Group>(p.rows, [&](int64_t index, Group& group) {
     const StatsBackwardParams& in = p.stats;
     const bool present = index < p.rows;
     const int64_t r = present ? index : 0;
@@ -178,7 +178,7 @@ auto stats_kernel(Dtype dtype, Team team) -> void (*)(StatsDeviceParams) { FASTK
 auto stats_backward_kernel(Dtype dtype, Team team) -> void (*)(StatsBackwardDeviceParams){FASTKD_OF_DTYPE(stats_backward_rows)}
 
 Plan plan_stats(const Tensor& logits, const DeviceContext& context) {
-  return plan_rows(logits.size(0), logits.size(1), static_cast<int>(logits.element_size()), false, false, false, false, false,
+  return plan_rows(logits.size(0), logits.size(1), static_cast<int>(logits.element_size()), false, false, false, false,
                    context.limits());
 }
 

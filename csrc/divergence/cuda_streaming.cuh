@@ -164,7 +164,7 @@ template <typename T, bool kJensenShannon, class Group>
 FASTKD_KERNEL(Group::kWholeCluster ? kMaxRowThreads : kLaneThreads, Group::kWholeCluster ? 1 : 3)
 streaming_rows(const DeviceParams p) {
   for_rows<Row<T, int64_t>, Group>(
-      p, [&](const Row<T, int64_t>& row, const Row<T, int64_t>&, Group& group) { streaming_row<T, kJensenShannon>(row, group); });
+      p, [&](const Row<T, int64_t>& row, Group& group) { streaming_row<T, kJensenShannon>(row, group); });
 }
 
 }  // namespace fastkd::FASTKD_ISA::divergence

@@ -241,7 +241,7 @@ constexpr unsigned kFitBlocks = Group::kWholeCluster         ? 1
 template <class Group, bool kWeighted>
 FASTKD_KERNEL(::fastkd::gmm::fit_threads(Group::kWholeCluster), kFitBlocks<Group, kWeighted>)
 fit_problems(const DeviceFitParams p) {
-  each_row<Group>(p.layout.problems, [&](int64_t index, int64_t, Group& group) {
+  each_row<Group>(p.layout.problems, [&](int64_t index, Group& group) {
     const bool present = index < p.layout.problems;
     fit_problem<Group, kWeighted>(p, present ? index : 0, present, group);
   });

@@ -9,8 +9,8 @@ namespace {
 
 // (resident, one launch, team, blocks, threads, cluster, bytes of shared memory)
 std::vector<int64_t> plan(int64_t rows, int64_t classes, int64_t element_size, bool jensen_shannon, bool resident, bool aligned,
-                          bool reduced, bool plain, int64_t max_cluster) {
-  const Plan p = plan_rows(rows, classes, static_cast<int>(element_size), jensen_shannon, resident, aligned, reduced, plain,
+                          bool reduced, int64_t max_cluster) {
+  const Plan p = plan_rows(rows, classes, static_cast<int>(element_size), jensen_shannon, resident, aligned, reduced,
                            {static_cast<unsigned>(max_cluster), 132});
   return {p.resident,
           p.one_launch,
@@ -32,8 +32,7 @@ std::vector<int64_t> parts(int64_t classes, int64_t offset, int64_t part) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd_emulated, m) {
   m.def(
-      "plan_rows(int rows, int classes, int element_size, bool jensen_shannon, bool resident, bool aligned, bool reduced, bool "
-      "plain, int "
+      "plan_rows(int rows, int classes, int element_size, bool jensen_shannon, bool resident, bool aligned, bool reduced, int "
       "max_cluster) -> int[]");
   m.def("row_parts(int classes, int offset, int part) -> int[]");
 }

@@ -106,8 +106,6 @@ Pack<T> load_pack_once(const T* p, Site site = Site::current()) {
   return load_pack(p, site);
 }
 template <typename T>
-void prefetch_line(const T*) {}
-template <typename T>
 void store_pack(T* p, const Pack<T>& pack, Site site = Site::current()) {
   emulator::check_aligned(p, site);
   *reinterpret_cast<Pack<T>*>(p) = pack;
@@ -153,6 +151,7 @@ template <typename S>
 S exp(S x) {
   return std::exp(x);
 }
+inline float log2_roughly(float x) { return std::log2(x); }
 template <typename S>
 S log(S x) {
   return std::log(x);
