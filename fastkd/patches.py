@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkd import _checks
-from fastkd._seeding import check_generator
+from fastkd._seeding import check_generator, draw_seed
 from fastkd.ops import crop as _ops
 
 Size = int | tuple[int, int]
@@ -236,7 +236,7 @@ def check_window(images: Tensor, height: int, width: int, padding: int, generato
 
 def crop_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
     limits = torch.iinfo(torch.int64)
-    return torch.randint(limits.min, limits.max, (1,), device=device, generator=generator)
+    return draw_seed(limits.min, limits.max, device, generator)
 
 
 def _same_device(a: torch.device, b: torch.device) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastkd import statistics
 from fastkd._checks import check_count, check_dtype, check_number
 from fastkd._locks import Lock
-from fastkd._seeding import check_generator, mixed_seed, seed_of
+from fastkd._seeding import check_generator, draw_seed, mixed_seed, seed_of
 from fastkd.ops import alias as _ops
 from fastkd.ops._numbers import number_tensor
 
@@ -161,19 +161,22 @@ class AliasTable:
         draws are the first ``n`` of that seed; the own stream stays where it is. Draw in the main process: each
         DataLoader worker has a stream of its own, which begins at the same place (use :meth:`sample_at`, or a sampler).
         """
-        return self._draw(n, generator, lambda stream, n: _ops.sample(self._table, stream, n))
-
-    def _draw(self, n: int, generator: torch.Generator | None, draws: Callable[[Tensor, int], Drawn]) -> Drawn:
-        """``draws(stream, n)``: the next n of the own stream, or the first n of a seed from the generator."""
         n = check_count("n", n, 0)
+        return self._draw(n, self._stream_from(generator), lambda stream: _ops.sample(self._table, stream, n))
+
+    def _stream_from(self, generator: torch.Generator | None) -> Tensor | None:
+        """That of a seed from the generator; None without one. Not for who holds the table: the generator may be waited for."""
         check_generator(generator)
+        if generator is None:
+            return None
+        return _stream_of(draw_seed(0, 2**62, generator.device, generator), self.device)
+
+    def _draw(self, n: int, other: Tensor | None, draws: Callable[[Tensor], Drawn]) -> Drawn:
+        """``draws`` of the own stream, n further on afterwards, or of the other one."""
         with self._alone():
-            if (
-                generator is not None
-            ):  # one call of randint is one step, so threads that share it get seeds of their own
-                seed = torch.randint(2**62, (1,), dtype=torch.int64, generator=generator, device=generator.device)
-                return draws(_stream_of(seed, self.device), n)
-            drawn = draws(self._stream, n)
+            if other is not None:
+                return draws(other)
+            drawn = draws(self._stream)
             self._stream[1:].add_(n)
             return drawn
 
@@ -332,7 +335,7 @@ def _is_recorded(t: Tensor) -> bool:
 def new_stream(seed: int | None, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a table made in inference mode can be drawn from outside of it
         if seed is None:
-            return _stream_of(torch.randint(2**62, (1,), dtype=torch.int64, device="cpu"), device)
+            return _stream_of(draw_seed(0, 2**62, torch.device("cpu")), device)
         stream = torch.zeros(2, dtype=torch.int64, device=device)
         stream[:1].fill_(seed_of(seed))  # no copy from the host
         return stream
