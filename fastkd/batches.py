@@ -67,9 +67,10 @@ def draw_batch(
 
     Raises:
         TypeError, ValueError: images other than one uint8 image for each item, on another device than the table; a crop
-        larger than the padded image, a negative n or padding, a probability outside [0, 1], mean or std of another length
-        than C, std not positive, a dtype that is no float, a generator of another device.
-        RuntimeError: a padded image of more than 2^30 pixels on a side, images without channels.
+        larger than the padded image, a padded image of more than 2^30 pixels on a side, a negative n or padding, a
+        probability outside [0, 1], mean or std of another length than C, std not positive, a dtype that is no float, a
+        generator of another device.
+        RuntimeError: images without channels.
 
     The batches of "Distillation from heterogeneous unlabeled collections" (Begon & Geurts, section 2.1), augmented.
     """

@@ -317,8 +317,12 @@ SCALARS: list[tuple[str, list[Any], Callable[[Any], object]]] = [
     ),
     ("size", [0, -1, 1.5, "44", True, None], lambda v: fastkd.crop_patches(IMAGES, OFFSETS, v)),
     ("patches_per_image", COUNTS, lambda v: fastkd.random_patches(IMAGES, 4, v)),
-    ("padding", [-1, 1.5, "1", True, None], lambda v: fastkd.random_patches(IMAGES, 4, padding=v)),
-    ("padding", [-1, 1.5, "1", True, None], lambda v: fastkd.random_crop_flip(IMAGES, v)),
+    (
+        "padding",
+        [-1, 2**29, 2**31, 2**60, 2**70, 1.5, "1", True, None],
+        lambda v: fastkd.random_patches(IMAGES, 4, padding=v),
+    ),
+    ("padding", [-1, 2**29, 2**31, 2**60, 2**70, 1.5, "1", True, None], lambda v: fastkd.random_crop_flip(IMAGES, v)),
     (
         "flip_probability",
         [-0.1, 1.1, NAN, "0.5", None, torch.tensor(0.5)],

@@ -35,6 +35,8 @@ COMMON = [
     ("--batch-size 1", "batch_size is 1"),
     ("--batch-size 120 --train-size 100", "batch_size is 120"),
     ("--padding -1", "padding is -1"),
+    ("--padding 4000000000", "padding is 4000000000"),
+    ("--padding 1000000000", "padding is 1000000000"),
     ("--teacher-epochs -1", "teacher_epochs is -1"),
     ("--epochs 0", "epochs is 0"),
     ("--epochs many", "--epochs"),

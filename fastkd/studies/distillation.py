@@ -19,6 +19,7 @@ from fastkd.methods import Method, Objective
 from fastkd.methods import registry as methods
 from fastkd.methods.loop import evaluating
 from fastkd.models import registry as models
+from fastkd.patches import padding_of
 from fastkd.studies import data as images
 from fastkd.studies.data import DataSettings, prepare
 from fastkd.training import Process, Trainer, TrainingSettings, evaluator
@@ -67,8 +68,8 @@ class Networks:
     def __post_init__(self) -> None:
         if self.batch_size < 2:
             raise ValueError(f"fastkd: batch_size is {self.batch_size}, must be 2 or more, as batch norm needs")
-        if self.padding is not None and self.padding < 0:
-            raise ValueError(f"fastkd: padding is {self.padding}, must be 0 (no crops) or more")
+        if self.padding is not None:
+            padding_of(self.padding)
         if self.teacher_epochs < 0:
             raise ValueError(f"fastkd: teacher_epochs is {self.teacher_epochs}, must be 0 (as the student) or more")
 
