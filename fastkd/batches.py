@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd._checks import check_count
+from fastkd._checks import check_size
 from fastkd.ops import batch as _ops
 from fastkd.patches import (
     Size,
@@ -88,7 +88,7 @@ def draw_batch(
     center, scale = normalisation(mean, std, images.shape[1], byte=True)
     padding = padding_of(padding)
     check_window(images, *window, padding, generator)
-    n = check_count("n", n, 0)
+    n = check_size("n", n)
     other, places = table._stream_from(generator), crop_seed(images.device, generator)
     return table._draw(
         n,

@@ -59,7 +59,7 @@ def random_patches(
     """
     check_images(images, _FLOATS + _INTEGERS)
     height, width = pair_of(size)
-    patches_per_image = _checks.check_count("patches_per_image", patches_per_image, 1)
+    patches_per_image = _checks.check_size("patches_per_image", patches_per_image, 1)
     padding = padding_of(padding)
     offsets, _ = _draw(images, height, width, patches_per_image, padding, 0.0, generator)
     return _ops.crop(images, offsets, (height, width)), offsets
@@ -276,6 +276,8 @@ def pair_of(size: Size) -> tuple[int, int]:
         raise TypeError(f"fastkd: size is {size!r}, must be an int or a pair of them, (height, width)")
     if height < 1 or width < 1:
         raise ValueError(f"fastkd: size is {size!r}, must be positive")
+    if height >= _checks.LARGEST_SIZE or width >= _checks.LARGEST_SIZE:
+        raise ValueError(f"fastkd: size is {size!r}, must be less than {_checks.LARGEST_SIZE}")
     return height, width
 
 

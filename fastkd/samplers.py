@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from fastkd._checks import check_count
+from fastkd._checks import check_count, check_size
 from fastkd._ranks import Part, Ranks
 from fastkd._seeding import seed_of
 from fastkd.sampling import AliasTable, new_stream
@@ -52,7 +52,7 @@ class _Sampler(DistributedSampler[T_co]):
 
     def set_epoch(self, epoch: int) -> None:
         """Lets the next iteration be this epoch; where a state of this epoch was just loaded, it goes on from there."""
-        self._draws.set_epoch(check_count("epoch", epoch, 0))
+        self._draws.set_epoch(check_count("epoch", epoch, 0, 2**63))
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Lets the next iteration go on where ``state`` was taken, on as many ranks or another number of them."""
@@ -94,7 +94,9 @@ class CollectionSampler(_Sampler[int]):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        self._draws = _Draws(table, check_count("num_samples", num_samples, 1), None, seed, Ranks(rank, world_size))
+        self._draws = _Draws(
+            table, check_count("num_samples", num_samples, 1, 2**62), None, seed, Ranks(rank, world_size)
+        )
 
     @classmethod
     def _of(cls, draws: _Draws) -> CollectionSampler:
@@ -151,8 +153,8 @@ class CollectionBatchSampler(_Sampler[list[int]]):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        self.batch_size = check_count("batch_size", batch_size, 1)
-        self.num_batches = check_count("num_batches", num_batches, 1)
+        self.batch_size = check_size("batch_size", batch_size, 1)
+        self.num_batches = check_count("num_batches", num_batches, 1, 2**62)
         self._draws = _Draws(table, None, self.batch_size * self.num_batches, seed, Ranks(rank, world_size))
         self.sampler = CollectionSampler._of(self._draws)
 
@@ -238,6 +240,10 @@ class _Draws:
             )
         if self._per_rank is not None and position > total:
             raise ValueError(f"fastkd: state['draws_done'] is {position}, but this sampler draws {total} an epoch")
+        if (epoch + 1) * total > 2**63:
+            raise ValueError(
+                f"fastkd: epoch is {epoch}, of {total} draws each, must end before the draw number 2^63 of the seed"
+            )
         self.epoch, self._under_way, self._part, self._current = epoch, True, part, iteration
         return part
 
@@ -281,13 +287,15 @@ class _Draws:
             self._go_to(*((epoch + 1, 0) if position >= num_samples else (epoch, position)))
 
     def checked(self, state: dict[str, int]) -> tuple[int, int, int, int]:
+        if not isinstance(state, dict):
+            raise TypeError(f"fastkd: state is {type(state).__name__}, must be a dict")
         missing = set(_STATE) - set(state)
         if missing:
             raise ValueError(
                 f"fastkd: state has no {', '.join(sorted(missing))}; it is not that of a collection sampler"
             )
         seed = seed_of(state["seed"], "state['seed']")
-        epoch, position, num_samples = (check_count(f"state['{name}']", state[name], 0) for name in _STATE[1:])
+        epoch, position, num_samples = (check_count(f"state['{name}']", state[name], 0, 2**63) for name in _STATE[1:])
         _, world_size = self.ranks.own()
         own = self.num_samples(world_size)
         # where the process group may still come, batches may be for any number of ranks

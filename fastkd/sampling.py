@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastkd import statistics
-from fastkd._checks import check_count, check_dtype, check_number
+from fastkd._checks import check_count, check_dtype, check_number, check_size
 from fastkd._locks import Lock
 from fastkd._seeding import check_generator, draw_seed, mixed_seed, seed_of
 from fastkd.ops import alias as _ops
@@ -150,9 +150,8 @@ class AliasTable:
         return moved
 
     def __repr__(self) -> str:
-        return (
-            f"AliasTable({len(self)} items, inverse_temperature={float(self.inverse_temperature):.6g}, {self.device})"
-        )
+        number = "unknown" if self.device.type == "meta" else f"{float(self.inverse_temperature):.6g}"
+        return f"AliasTable({len(self)} items, inverse_temperature={number}, {self.device})"
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` item indices, int64 ``[n]``, on the table's device.
@@ -161,7 +160,7 @@ class AliasTable:
         draws are the first ``n`` of that seed; the own stream stays where it is. Draw in the main process: each
         DataLoader worker has a stream of its own, which begins at the same place (use :meth:`sample_at`, or a sampler).
         """
-        n = check_count("n", n, 0)
+        n = check_size("n", n)
         return self._draw(n, self._stream_from(generator), lambda stream: _ops.sample(self._table, stream, n))
 
     def _stream_from(self, generator: torch.Generator | None) -> Tensor | None:
@@ -191,7 +190,7 @@ class AliasTable:
 
         ``seed`` is any int, modulo 2^64; ``start`` in [0, 2^63); ``n`` >= 0; ``stride`` >= 1.
         """
-        n, stride = check_count("n", n, 0), check_count("stride", stride, 1, 2**63)
+        n, stride = check_size("n", n), check_count("stride", stride, 1, 2**63)
         start = check_count("start", start, 0, 2**63)
         return self._draw_at(new_stream(seed, self.device), start, n, stride)
 
@@ -275,6 +274,8 @@ class AliasTable:
 
         The table must be the one it was saved from: built from the same scores and lambda, and updated alike.
         """
+        if not isinstance(state, dict):
+            raise TypeError(f"fastkd: state is {type(state).__name__}, must be a dict")
         missing = {"seed", "next_index", "items", "total_weight", "inverse_temperature"} - set(state)
         if missing:
             raise ValueError(f"fastkd: state has no {', '.join(sorted(missing))}; it is not that of an AliasTable")
@@ -328,8 +329,8 @@ def _lambda(value: float | Tensor, device: torch.device) -> Tensor:
 
 
 def _is_recorded(t: Tensor) -> bool:
-    """Whether values cannot be looked at: while a program is traced, or captured in a CUDA graph."""
-    return torch.compiler.is_compiling() or (t.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether values cannot be looked at: while a program is traced, or captured in a CUDA graph, or where there are none."""
+    return torch.compiler.is_compiling() or t.is_meta or (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def new_stream(seed: int | None, device: torch.device) -> Tensor:
