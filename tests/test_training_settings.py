@@ -22,6 +22,8 @@ pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
     ("changes", "message"),
     [
         ({"epochs": 0}, "epochs is 0, must be 1 or more"),
+        ({"epochs": 10**9 + 1}, "epochs is 1000000001, must be 1 or more, and at most 1000000000"),
+        ({"learning_rate": 10**400}, "learning_rate is 1000.*, must be a number that a float holds"),
         ({"optimiser": "adam"}, "optimiser is 'adam', must be one of 'sgd', 'adamw'"),
         ({"schedule": "linear"}, "schedule is 'linear', must be one of 'cosine', 'step', 'constant'"),
         ({"amp": "fp8"}, "amp is 'fp8', must be one of 'off', 'bf16', 'fp16'"),

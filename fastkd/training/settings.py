@@ -15,6 +15,7 @@ __all__ = ["TrainingSettings", "plain"]
 Optimiser = Literal["sgd", "adamw"]
 Schedule = Literal["cosine", "step", "constant"]
 Amp = Literal["off", "bf16", "fp16"]
+MOST_EPOCHS = 10**9
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class TrainingSettings:
         self._check_choices()
         number = math.isfinite
         for name, good, allowed in (
-            ("epochs", self.epochs >= 1, "1 or more"),
+            ("epochs", 1 <= self.epochs <= MOST_EPOCHS, f"1 or more, and at most {MOST_EPOCHS}"),
             ("learning_rate", number(self.learning_rate) and self.learning_rate > 0, "above 0"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
             ("weight_decay", number(self.weight_decay) and self.weight_decay >= 0, "0 or more"),
@@ -129,5 +130,8 @@ def plain(name: str, value: Any, kind: type = object) -> Any:
         if kind is made or (kind is object and isinstance(value, of)):
             if not isinstance(value, of):
                 raise TypeError(f"fastkd: {name} is {value!r}, must be {allowed}")
-            return made(value)
+            try:
+                return made(value)
+            except OverflowError:
+                raise ValueError(f"fastkd: {name} is {value}, must be a number that a float holds") from None
     raise TypeError(f"fastkd: {name} is of type {type(value).__name__}, must be text, a number, True or False")
