@@ -166,7 +166,7 @@ def test_unknown_name(name: str, nearest: str, having: str, request: pytest.Fixt
     ) as error:
         create(name)
     why = {
-        "torchvision": "wrn widths up to 1000)",
+        "torchvision": "wrn widths up to 100)",
         "broken": "are taken, too, does not load)",
         "absent": "are taken, too, is not installed)",
     }

@@ -8,7 +8,7 @@ from torch import nn
 
 __all__ = ["FeatureLayers", "feature_layers"]
 
-MOST_DEPTH, MOST_WIDTH = 10_000, 1_000  # of the networks here: more is a slip of the finger that would take all memory
+MOST_DEPTH, MOST_WIDTH = 2_000, 100  # of the networks here: more is a slip of the finger that would take all memory
 
 
 class FeatureLayers(NamedTuple):
