@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -48,6 +49,16 @@ def read(path: Path) -> dict[str, Any]:
     return document
 
 
+def check_match(expression: str) -> None:
+    """Raises a ValueError for what pytest's -k cannot read: pytest itself would say so in lines of its own."""
+    from _pytest.mark.expression import Expression
+
+    try:
+        Expression.compile(expression)
+    except Exception as error:  # SyntaxError, or ParseError of older ones
+        raise ValueError(str(error)) from None
+
+
 def run(arguments: list[str], output: Path, console: Console) -> tuple[Path, bool]:
     """Measures; the results file, and whether every case could be measured. ``arguments`` of pytest.
 
@@ -57,7 +68,9 @@ def run(arguments: list[str], output: Path, console: Console) -> tuple[Path, boo
     screen = _Screen(console)
     # without pytest's own screen, and so without options of pyproject.toml that are about it
     quiet = ["-p", "no:terminal", "-o", "addopts=", "-p", "no:cacheprovider", "--rootdir", str(HERE.parent)]
-    status = pytest.main([*arguments, *quiet, "--output", str(output)], plugins=[screen])
+    with TemporaryDirectory() as storage:  # pytest-benchmark makes .benchmarks/ whether or not it is to store anything
+        quiet += ["--benchmark-storage", f"file://{storage}"]
+        status = pytest.main([*arguments, *quiet, "--output", str(output)], plugins=[screen])
     if screen.finished == 0:
         raise ValueError(f"nothing was measured: {pytest.ExitCode(status).name.lower().replace('_', ' ')}")
     return output, status == pytest.ExitCode.OK

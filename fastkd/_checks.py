@@ -15,11 +15,17 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 Called = TypeVar("Called")
+LARGEST_SIZE = 2**59  # elements, of which the operators can count the bytes
+_STRIDED = torch.strided
 
 
 def check_tensor(name: str, value: object) -> Tensor:
+    """A dense one: no operator takes sparse, nested or MKLDNN tensors."""
     if not isinstance(value, Tensor):
         raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be a tensor")
+    if value.layout is not _STRIDED or value.is_nested:
+        nested = "is nested, of" if value.is_nested else "has"
+        raise TypeError(f"fastkd: {name} {nested} layout {value.layout}, must be a dense tensor")
     return value
 
 
@@ -63,7 +69,9 @@ def index_of(value: Any) -> int | None:
     """The value as Python's int, or None where it is no whole number. True is none, and neither is 1.0."""
     if type(value) is int or isinstance(value, torch.SymInt):  # the latter under torch.compile, which keeps it variable
         return value  # type: ignore[return-value]
-    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dim() > 0 or value.dtype == torch.bool)):
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, Tensor) and (value.dim() > 0 or value.dtype == torch.bool or value.is_meta):
         return None
     try:
         return operator.index(value)
@@ -81,6 +89,17 @@ def check_count(name: str, value: object, least: int | None = None, below: int |
     if below is not None and number >= below:
         raise ValueError(f"fastkd: {name} is {number}, must be less than {below}")
     return number
+
+
+def check_size(name: str, value: object, least: int = 0) -> int:
+    """A number of elements that a tensor can have, whether or not there is the memory."""
+    return check_count(name, value, least, LARGEST_SIZE)
+
+
+def check_text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be text")
+    return value
 
 
 def check_callable(name: str, value: Called | None) -> Called | None:

@@ -31,7 +31,7 @@ class Ranks:
 
     def __init__(self, rank: int | None, world_size: int | None) -> None:
         self.rank = None if rank is None else check_count("rank", rank)
-        self.world_size = None if world_size is None else check_count("world_size", world_size, 1)
+        self.world_size = None if world_size is None else check_count("world_size", world_size, 1, 2**31)
         self.own()
 
     @property

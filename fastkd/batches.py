@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastkd._checks import check_size
 from fastkd.ops import batch as _ops
 from fastkd.patches import (
     Size,
@@ -66,9 +67,10 @@ def draw_batch(
 
     Raises:
         TypeError, ValueError: images other than one uint8 image for each item, on another device than the table; a crop
-        larger than the padded image, a negative n or padding, a probability outside [0, 1], mean or std of another length
-        than C, std not positive, a dtype that is no float, a generator of another device.
-        RuntimeError: a padded image of more than 2^30 pixels on a side, images without channels.
+        larger than the padded image, a padded image of more than 2^30 pixels on a side, a negative n or padding, a
+        probability outside [0, 1], mean or std of another length than C, std not positive, a dtype that is no float, a
+        generator of another device.
+        RuntimeError: images without channels.
 
     The batches of "Distillation from heterogeneous unlabeled collections" (Begon & Geurts, section 2.1), augmented.
     """
@@ -82,13 +84,15 @@ def draw_batch(
     center, scale = normalisation(mean, std, images.shape[1], byte=True)
     padding = padding_of(padding)
     check_window(images, *window, padding, generator)
+    n = check_size("n", n)
+    other, places = table._stream_from(generator), crop_seed(images.device, generator)
     return table._draw(
         n,
-        generator,
-        lambda stream, n: _ops.draw_batch(
+        other,
+        lambda stream: _ops.draw_batch(
             table._table,
             stream,
-            crop_seed(images.device, generator),
+            places,
             images,
             n,
             window,

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from fastkd import _checks
-from fastkd._seeding import check_generator
+from fastkd._seeding import check_generator, draw_seed
 from fastkd.ops import crop as _ops
 
 Size = int | tuple[int, int]
 
 __all__ = ["crop_patches", "random_crop_flip", "random_patches"]
+
+LARGEST_SIDE = 2**30  # of a padded image, pixels
 
 _FLOATS = _checks.FLOATS
 _INTEGERS = (*_checks.INTEGERS, torch.bool)
@@ -50,14 +52,14 @@ def random_patches(
         :func:`crop_patches` to cut the same places from a mask or another view.
 
     Raises:
-        TypeError, ValueError: a patch larger than the padded image, k < 1, a negative padding, dtypes and shapes
-        other than these, a generator of another device.
+        TypeError, ValueError: a patch larger than the padded image, a padded image of more than 2^30 pixels on a side,
+        k < 1, a negative padding, dtypes and shapes other than these, a generator of another device.
 
     The patch discriminator of Fang et al., "Mosaicking to Distill" (NeurIPS 2021, arXiv:2110.15094), Eq. 3, sees these.
     """
     check_images(images, _FLOATS + _INTEGERS)
     height, width = pair_of(size)
-    patches_per_image = _checks.check_count("patches_per_image", patches_per_image, 1)
+    patches_per_image = _checks.check_size("patches_per_image", patches_per_image, 1)
     padding = padding_of(padding)
     offsets, _ = _draw(images, height, width, patches_per_image, padding, 0.0, generator)
     return _ops.crop(images, offsets, (height, width)), offsets
@@ -130,9 +132,9 @@ def random_crop_flip(
         ``[B, C, h, w]``.
 
     Raises:
-        TypeError, ValueError: a crop larger than the padded image, a negative padding, a probability outside [0, 1],
-        mean or std of another length than C, std not positive, dtypes and shapes other than these, a generator of
-        another device.
+        TypeError, ValueError: a crop larger than the padded image, a padded image of more than 2^30 pixels on a side, a
+        negative padding, a probability outside [0, 1], mean or std of another length than C, std not positive, dtypes and
+        shapes other than these, a generator of another device.
     """
     return _crop_flip(images, padding, size, flip_probability, mean, std, dtype, generator, None)
 
@@ -188,8 +190,8 @@ def normalisation(
 ) -> tuple[list[float], list[float]]:
     """``center`` and ``scale`` of the operators, or empty lists: ``(pixel - center) * scale = (x - mean) / std``."""
     unit = 255.0 if byte else 1.0
-    center = [] if mean is None else [unit * m for m in _channel_values("mean", mean, channels)]
-    spread = [] if std is None else _channel_values("std", std, channels)
+    center = [] if mean is None else [unit * m for m in channel_values("mean", mean, channels)]
+    spread = [] if std is None else channel_values("std", std, channels)
     if any(s <= 0.0 or 1.0 / (unit * s) == math.inf for s in spread):
         raise ValueError(f"fastkd: std is {std}, must be positive, and 1 / std finite")
     return center, [1.0 / (unit * s) for s in spread] if spread or not byte else [1.0 / unit] * channels
@@ -218,6 +220,11 @@ def _draw(
 
 def check_window(images: Tensor, height: int, width: int, padding: int, generator: torch.Generator | None) -> None:
     padded_height, padded_width = images.shape[2] + 2 * padding, images.shape[3] + 2 * padding
+    if padding and (padded_height > LARGEST_SIDE or padded_width > LARGEST_SIDE):
+        raise ValueError(
+            f"fastkd: padding is {padding}, must leave images of ({images.shape[2]}, {images.shape[3]}) "
+            f"at most {LARGEST_SIDE} pixels high and wide"
+        )
     if height > padded_height or width > padded_width:
         raise ValueError(
             f"fastkd: size is ({height}, {width}), must be at most that of the image"
@@ -236,7 +243,7 @@ def check_window(images: Tensor, height: int, width: int, padding: int, generato
 
 def crop_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
     limits = torch.iinfo(torch.int64)
-    return torch.randint(limits.min, limits.max, (1,), device=device, generator=generator)
+    return draw_seed(limits.min, limits.max, device, generator)
 
 
 def _same_device(a: torch.device, b: torch.device) -> bool:
@@ -258,11 +265,8 @@ def _check_places(name: str, value: Tensor, dtype: torch.dtype, images: Tensor) 
 
 
 def padding_of(padding: int) -> int:
-    """A padding that the operators can count with."""
-    padding = _checks.check_count("padding", padding, 0)
-    if padding > 2**60:
-        raise ValueError(f"fastkd: padding is {padding}, must be at most 2^60")
-    return padding
+    """A padding that the operators can count with; of what images, :func:`check_window` sees."""
+    return _checks.check_count("padding", padding, 0, LARGEST_SIDE)
 
 
 def pair_of(size: Size) -> tuple[int, int]:
@@ -272,10 +276,12 @@ def pair_of(size: Size) -> tuple[int, int]:
         raise TypeError(f"fastkd: size is {size!r}, must be an int or a pair of them, (height, width)")
     if height < 1 or width < 1:
         raise ValueError(f"fastkd: size is {size!r}, must be positive")
+    if height >= _checks.LARGEST_SIZE or width >= _checks.LARGEST_SIZE:
+        raise ValueError(f"fastkd: size is {size!r}, must be less than {_checks.LARGEST_SIZE}")
     return height, width
 
 
-def _channel_values(name: str, value: float | Sequence[float], channels: int) -> list[float]:
+def channel_values(name: str, value: float | Sequence[float], channels: int) -> list[float]:
     if isinstance(value, Tensor):
         raise TypeError(
             f"fastkd: {name} is a tensor, must be numbers, so that nothing waits for a device: {name}.tolist()"

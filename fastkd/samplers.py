@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from fastkd._checks import check_count, check_state
+from fastkd._checks import check_count, check_size, check_state
 from fastkd._ranks import Part, Ranks
 from fastkd._seeding import seed_of
 from fastkd.sampling import AliasTable, check_table, new_stream
@@ -98,7 +98,9 @@ class CollectionSampler(_Sampler[int]):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        self._draws = _Draws(table, check_count("num_samples", num_samples, 1), None, seed, Ranks(rank, world_size))
+        self._draws = _Draws(
+            table, check_count("num_samples", num_samples, 1, 2**63), None, seed, Ranks(rank, world_size)
+        )
 
     @classmethod
     def _of(cls, draws: _Draws) -> CollectionSampler:
@@ -155,8 +157,8 @@ class CollectionBatchSampler(_Sampler[list[int]]):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        self.batch_size = check_count("batch_size", batch_size, 1)
-        self.num_batches = check_count("num_batches", num_batches, 1)
+        self.batch_size = check_size("batch_size", batch_size, 1)
+        self.num_batches = check_count("num_batches", num_batches, 1, 2**63)
         self._draws = _Draws(table, None, self.batch_size * self.num_batches, seed, Ranks(rank, world_size))
         self.sampler = CollectionSampler._of(self._draws)
 

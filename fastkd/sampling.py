@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from fastkd import statistics
-from fastkd._checks import check_count, check_dtype, check_number, check_state, check_tensor
+from fastkd._checks import check_count, check_dtype, check_number, check_size, check_state, check_tensor
 from fastkd._locks import Lock
-from fastkd._seeding import check_generator, mixed_seed, seed_of
+from fastkd._seeding import check_generator, draw_seed, mixed_seed, seed_of
 from fastkd.ops import alias as _ops
 from fastkd.ops._numbers import number_tensor
 
@@ -150,9 +150,8 @@ class AliasTable:
         return moved
 
     def __repr__(self) -> str:
-        return (
-            f"AliasTable({len(self)} items, inverse_temperature={float(self.inverse_temperature):.6g}, {self.device})"
-        )
+        number = "unknown" if self.device.type == "meta" else f"{float(self.inverse_temperature):.6g}"
+        return f"AliasTable({len(self)} items, inverse_temperature={number}, {self.device})"
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` item indices, int64 ``[n]``, on the table's device.
@@ -161,19 +160,22 @@ class AliasTable:
         draws are the first ``n`` of that seed; the own stream stays where it is. Draw in the main process: each
         DataLoader worker has a stream of its own, which begins at the same place (use :meth:`sample_at`, or a sampler).
         """
-        return self._draw(n, generator, lambda stream, n: _ops.sample(self._table, stream, n))
+        n = check_size("n", n)
+        return self._draw(n, self._stream_from(generator), lambda stream: _ops.sample(self._table, stream, n))
 
-    def _draw(self, n: int, generator: torch.Generator | None, draws: Callable[[Tensor, int], Drawn]) -> Drawn:
-        """``draws(stream, n)``: the next n of the own stream, or the first n of a seed from the generator."""
-        n = check_count("n", n, 0)
+    def _stream_from(self, generator: torch.Generator | None) -> Tensor | None:
+        """That of a seed from the generator; None without one. Not for who holds the table: the generator may be waited for."""
         check_generator(generator)
+        if generator is None:
+            return None
+        return _stream_of(draw_seed(0, 2**62, generator.device, generator), self.device)
+
+    def _draw(self, n: int, other: Tensor | None, draws: Callable[[Tensor], Drawn]) -> Drawn:
+        """``draws`` of the own stream, n further on afterwards, or of the other one."""
         with self._alone():
-            if (
-                generator is not None
-            ):  # one call of randint is one step, so threads that share it get seeds of their own
-                seed = torch.randint(2**62, (1,), dtype=torch.int64, generator=generator, device=generator.device)
-                return draws(_stream_of(seed, self.device), n)
-            drawn = draws(self._stream, n)
+            if other is not None:
+                return draws(other)
+            drawn = draws(self._stream)
             self._stream[1:].add_(n)
             return drawn
 
@@ -188,7 +190,7 @@ class AliasTable:
 
         ``seed`` is any int, modulo 2^64; ``start`` in [0, 2^63); ``n`` >= 0; ``stride`` >= 1.
         """
-        n, stride = check_count("n", n, 0), check_count("stride", stride, 1, 2**63)
+        n, stride = check_size("n", n), check_count("stride", stride, 1, 2**63)
         start = check_count("start", start, 0, 2**63)
         return self._draw_at(new_stream(seed, self.device), start, n, stride)
 
@@ -338,14 +340,14 @@ def _lambda(value: float | Tensor, device: torch.device) -> Tensor:
 
 
 def _is_recorded(t: Tensor) -> bool:
-    """Whether values cannot be looked at: while a program is traced, or captured in a CUDA graph."""
-    return torch.compiler.is_compiling() or (t.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether values cannot be looked at: while a program is traced, or captured in a CUDA graph, or where there are none."""
+    return torch.compiler.is_compiling() or t.is_meta or (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def new_stream(seed: int | None, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a table made in inference mode can be drawn from outside of it
         if seed is None:
-            return _stream_of(torch.randint(2**62, (1,), dtype=torch.int64, device="cpu"), device)
+            return _stream_of(draw_seed(0, 2**62, torch.device("cpu")), device)
         stream = torch.zeros(2, dtype=torch.int64, device=device)
         stream[:1].fill_(seed_of(seed))  # no copy from the host
         return stream

@@ -48,7 +48,7 @@ def draw_counts(indices: Tensor, items: int | None = None, *, out: Tensor | None
     if (items is None) == (out is None):
         raise ValueError(f"fastkd: items and out are {'neither' if out is None else 'both'} given, must be one of them")
     if items is not None:
-        out = torch.zeros(_checks.check_count("items", items, 0), dtype=torch.int64, device=indices.device)
+        out = torch.zeros(_checks.check_size("items", items), dtype=torch.int64, device=indices.device)
     out = _check("out", out, _INT64)
     if out.dim() != 1 or out.device != indices.device:
         raise ValueError(
@@ -79,7 +79,7 @@ def expected_skip_ratio(probabilities: Tensor, draws: int | Tensor) -> Tensor:
         if draws.dim() != 0:
             raise ValueError(f"fastkd: draws has shape {tuple(draws.shape)}, must be (), one number")
     else:
-        draws = _checks.check_count("draws", draws, 0)
+        draws = _checks.check_count("draws", draws, 0, 2**63)
     # xlog1py: 0 log 0 = 0, where nothing is drawn of an item that is certain
     return torch.exp(torch.special.xlog1py(draws, -probabilities.double())).mean()
 

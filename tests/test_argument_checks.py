@@ -291,6 +291,24 @@ def test_tensors(name: str) -> None:
         refuses(f"{argument} has shape", lambda s=shape: call(s))
 
 
+LAYOUTS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "sparse": ("has layout torch.sparse_coo", Tensor.to_sparse),
+    "nested": ("is nested, of layout torch.strided", lambda x: torch.nested.nested_tensor([x, x])),
+    "jagged": ("is nested, of layout torch.jagged", lambda x: torch.nested.nested_tensor([x], layout=torch.jagged)),
+    "mkldnn": ("has layout torch._mkldnn", lambda x: x.float().to_mkldnn()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors", "ignore:.*sparse")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", TENSORS)
+def test_layouts(name: str, layout: str) -> None:
+    value, dtypes, call, _ = TENSORS[name]
+    said, made = LAYOUTS[layout]
+    if value.dim() and not (layout == "mkldnn" and torch.float32 not in dtypes):
+        refuses(f"{name.split()[1]} {said}, must be a dense tensor", lambda: call(made(value)))
+
+
 PAIRS = ("irrelevant_proportion relevant", "relevant_draws relevant", "underflowed weights", "underflow_ratio weights")
 
 
@@ -308,17 +326,25 @@ def test_no_items_at_all() -> None:
 
 
 SCALARS: list[tuple[str, list[Any], Callable[[Any], object]]] = [
-    ("draws", [-1, 1.5, NAN, "6", True], lambda v: statistics.expected_skip_ratio(SHARES, v)),
-    ("items", [-1, 1.5, "6", True], lambda v: statistics.draw_counts(COUNTED, v)),
+    ("draws", [-1, 1.5, NAN, "6", True, 2**63, 2**70], lambda v: statistics.expected_skip_ratio(SHARES, v)),
+    ("items", [-1, 1.5, "6", True, 2**60, 2**62, 2**70], lambda v: statistics.draw_counts(COUNTED, v)),
     (
         "size",
-        [0, -1, 1.5, "44", True, None, (4,), (4, 4, 4), (4, 1.5), (True, 4), torch.tensor(4.0)],
+        [0, -1, 1.5, "44", True, None, 2**60, 2**70, (4,), (4, 4, 4), (4, 1.5), (True, 4), torch.tensor(4.0)],
         lambda v: fastkd.random_patches(IMAGES, v),
     ),
-    ("size", [0, -1, 1.5, "44", True, None], lambda v: fastkd.crop_patches(IMAGES, OFFSETS, v)),
-    ("patches_per_image", COUNTS, lambda v: fastkd.random_patches(IMAGES, 4, v)),
-    ("padding", [-1, 1.5, "1", True, None], lambda v: fastkd.random_patches(IMAGES, 4, padding=v)),
-    ("padding", [-1, 1.5, "1", True, None], lambda v: fastkd.random_crop_flip(IMAGES, v)),
+    (
+        "size",
+        [0, -1, 1.5, "44", True, None, 2**60, 2**70, (4, 2**70)],
+        lambda v: fastkd.crop_patches(IMAGES, OFFSETS, v),
+    ),
+    ("patches_per_image", [*COUNTS, 2**60, 2**70], lambda v: fastkd.random_patches(IMAGES, 4, v)),
+    (
+        "padding",
+        [-1, 2**29, 2**31, 2**60, 2**70, 1.5, "1", True, None],
+        lambda v: fastkd.random_patches(IMAGES, 4, padding=v),
+    ),
+    ("padding", [-1, 2**29, 2**31, 2**60, 2**70, 1.5, "1", True, None], lambda v: fastkd.random_crop_flip(IMAGES, v)),
     (
         "flip_probability",
         [-0.1, 1.1, NAN, "0.5", None, torch.tensor(0.5)],

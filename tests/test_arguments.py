@@ -184,11 +184,34 @@ def test_negative_numbers(name: str, call: Callable[[Any], Any], value: int) -> 
         call(value)
 
 
-@pytest.mark.parametrize("name", [name for name in COUNTS if COUNTS[name][0] in ("padding", "start", "rank", "stride")])
-def test_numbers_beyond_all_bounds(name: str) -> None:
+UNBOUNDED = ("Batches epoch", "Batches world_size")  # an epoch is hashed, like a seed
+
+
+@pytest.mark.parametrize("value", [2**62, 2**63, 2**64, 2**70, 10**30])
+@pytest.mark.parametrize("name", [name for name in COUNTS if name not in UNBOUNDED])
+def test_numbers_beyond_all_bounds(name: str, value: int) -> None:
     argument, call = COUNTS[name]
-    with pytest.raises(ValueError, match=f"fastkd: {argument} is {2**70}, must be"):
-        call(2**70)
+    countable = ("start", "stride", "epoch", "num_samples", "num_batches")
+    if value == 2**62 and argument in countable and name != "Batches start":
+        return  # one that can be counted to
+    with pytest.raises(ValueError, match=f"fastkd: {argument} is {value}"):
+        call(value)
+
+
+@pytest.mark.parametrize("name", list(COUNTS))
+def test_numbers_without_a_value(name: str) -> None:
+    argument, call = COUNTS[name]
+    with pytest.raises(TypeError, match=f"fastkd: {argument} is "):
+        call(torch.tensor(2, device="meta"))
+
+
+def test_tables_without_values() -> None:
+    """On the meta device there is nothing to look at, as in a program that is traced."""
+    for table in (AliasTable(SCORES.to("meta"), seed=1), AliasTable.from_weights(SCORES.to("meta"))):
+        assert repr(table) == "AliasTable(50 items, inverse_temperature=unknown, meta)"
+        assert table.sample(3).shape == (3,)
+    with pytest.raises(TypeError, match="fastkd: seed is Tensor, must be an int"):
+        AliasTable(SCORES, seed=torch.tensor(3, device="meta"))
 
 
 # ---- dtypes and kinds ---------------------------------------------------------------------------------
@@ -251,6 +274,8 @@ def test_dtypes_of_indices(dtype: torch.dtype) -> None:
         ),
         (lambda: CollectionSampler(TABLE, 5, world_size=0), ValueError, "world_size is 0, must be at least 1"),
         (lambda: Batches(IMAGES, 5, seed=1), TypeError, "image_set is Tensor, must be an ImageSet"),
+        (lambda: TABLE.load_state_dict(None), TypeError, "state is NoneType, must be a dict"),
+        (lambda: CollectionSampler(TABLE, 5).load_state_dict(None), TypeError, "state is NoneType, must be a dict"),
         (
             lambda: TABLE.load_state_dict({}),
             ValueError,

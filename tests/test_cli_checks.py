@@ -19,6 +19,8 @@ pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
 COMMON = [
     ("--student resnet7", "student 'resnet7'"),
     ("--student wrn-16-0", "student 'wrn-16-0'"),
+    ("--student resnet99999998", "student 'resnet99999998' is unknown"),
+    ("--teacher wrn-10-99999", "teacher 'wrn-10-99999' is unknown"),
     ("--teacher resnet27", "teacher 'resnet27'"),
     ("--data cifer10", "data name 'cifer10'"),
     ("--device gpu", "--device"),
@@ -32,12 +34,19 @@ COMMON = [
     ("--noise none", "--noise"),
     ("--imbalance-ratio 0.5", "imbalance_ratio is 0.5"),
     ("--imbalance-ratio nan", "imbalance_ratio is nan"),
+    ("--imbalance-ratio inf", "imbalance_ratio is inf"),
     ("--batch-size 1", "batch_size is 1"),
     ("--batch-size 120 --train-size 100", "batch_size is 120"),
     ("--padding -1", "padding is -1"),
+    ("--padding 4000000000", "padding is 4000000000"),
+    ("--padding 1000000000", "padding is 1000000000"),
     ("--teacher-epochs -1", "teacher_epochs is -1"),
     ("--epochs 0", "epochs is 0"),
+    ("--epochs 100000000000000000000000", "epochs is 100000000000000000000000, must be 1 or more"),
+    ("--teacher-epochs 100000000000000000000000", "teacher_epochs is 100000000000000000000000"),
     ("--epochs many", "--epochs"),
+    ("--output=", "--output is empty"),
+    ("--data-root=", "--data-root is empty"),
     ("--epochs", "--epochs"),
     ("--optimiser lion", "--optimiser"),
     ("--learning-rate 0", "learning_rate is 0"),
@@ -78,6 +87,9 @@ DISTILL = [
     ("--imbalance -1", "imbalance is -1"),
     ("--seed -1", "seed is -1"),
     ("--threads -1", "--threads is -1"),
+    ("--threads 100000", "--threads is 100000, must be 0"),
+    ("--threads 99999999999999999999", "--threads is 99999999999999999999, must be 0"),
+    ("--teacher-weights=", "--teacher-weights is empty"),
 ]
 ZOO = [
     *COMMON,
@@ -86,7 +98,10 @@ ZOO = [
     ("--settings noise-0.3", "setting 'noise-0.3'"),
     ("--settings", "settings is empty"),
     ("--seeds 0", "--seeds is 0"),
+    ("--seeds 1000000000", "--seeds is 1000000000, must be 1 or more, and at most 100"),
     ("--jobs 0", "--jobs is 0"),
+    ("--jobs 99999999999999999999", "--jobs is 99999999999999999999, must be 1 or more"),
+    ("--runs=", "--runs is empty"),
     ("--seed 1", "--seed has no effect"),
     ("--label-noise 0.2", "--label-noise has no effect"),
     ("--imbalance 1", "--imbalance has no effect"),
@@ -230,6 +245,10 @@ def test_old_results_do_not_hide_a_wrong_name(capsys: pytest.CaptureFixture[str]
         ("demo --output file/x --temperature 0", "--temperature is 0"),
         ("demo --stpes 3", "--steps"),
         ("bench nothing", "'nothing'"),
+        ("bench --match (", "--match is '(', must be an expression as pytest's -k takes"),
+        ("bench -k and", "--match is 'and'"),
+        ("bench --show=", "--show is empty"),
+        ("demo --output=", "--output is empty"),
         ("bench --device tpu", "--device is 'tpu'"),
         ("bench --device cuda", "--device cuda"),
         ("bench --seconds -1", "--seconds is -1"),
@@ -258,7 +277,7 @@ def test_of_the_other_commands(arguments: str, named: str, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("arguments", "encoding", "said"),
     [
-        ("distill --epochs 0", "ascii", "epochs is 0, must be 1 or more"),
+        ("distill --epochs 0", "ascii", "epochs is 0, must be 1 or more, and at most 1000000000"),
         (
             "distill --epochs ten",
             "ascii",
@@ -285,6 +304,41 @@ def test_bench_looks_at_its_options_before_it_looks_for_its_packages(
 ) -> None:
     monkeypatch.setitem(sys.modules, "benchmarks", None)
     assert f"{wrong.split()[0]} is" in refused(["bench", *wrong.split()], capsys)
+
+
+@pytest.mark.parametrize("name", ["output", "runs", "config"])
+def test_empty_values(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a shell makes them of a variable that is not set: not the working directory."""
+    said = refused(["study", "zoo", "--data", "digits", f"--{name}", ""], capsys)
+    assert f"--{name} is" in said
+    Path("empty.toml").write_text(f'data = "digits"\n{name} = ""\n')
+    assert name in refused(["study", "zoo", "--config", "empty.toml"], capsys)
+
+
+@pytest.mark.parametrize("name", ["config", "help"])
+def test_what_no_file_can_say(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("x.toml").write_text("epochs = 1\n")
+    Path("options.toml").write_text(f'{name} = "x.toml"\n')
+    said = refused(["distill", "--data", "digits", "--config", "options.toml"], capsys)
+    assert f"--config options.toml: unrecognized options: {name}" in said
+
+
+def test_a_network_that_memory_does_not_hold(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def create(*_: object, **__: object) -> None:
+        raise RuntimeError("can't allocate memory: you tried to allocate 9 bytes\nmore")
+
+    monkeypatch.setattr("fastkd.models.registry.create", create)
+    said = refused(["distill", "--data", "digits", "--student", "wrn-10-900"], capsys)
+    assert "student 'wrn-10-900' cannot be made: can't allocate memory" in said
+
+
+def test_bench_leaves_no_folder_of_its_tools(capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(Path().rglob("*"))
+    assert main(["bench", "gmm", "--match", "zzzz", "--output", "x.json"]) == 2
+    assert "nothing was measured" in capsys.readouterr().err
+    assert sorted(Path().rglob("*")) == before
 
 
 def test_what_is_made_where_all_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -205,12 +205,17 @@ def test_seeded_crops_are_those_of_a_generator_with_this_seed() -> None:
         ({"world_size": 0}, r"rank is 0, must be in \[0, world_size\), world_size is 0"),
         ({"world_size": 2, "drop_last": False}, "drop_last is False, must be True with world_size 2"),
         ({"padding": -1}, "padding is -1, must be at least 0"),
+        ({"padding": 2**30 - 1}, "padding is 1073741823, must leave images of .* at most 1073741824 pixels"),
+        ({"flip": "no"}, "flip is str, must be True or False"),
+        ({"flip": 0.3}, "flip is float, must be True or False"),
+        ({"drop_last": "no"}, "drop_last is str, must be True or False"),
+        ({"channels_last": "no"}, "channels_last is str, must be True or False"),
         ({"dtype": torch.int64}, "dtype is torch.int64, must be float32, float64, bfloat16 or float16"),
     ],
 )
 def test_errors(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match="fastkd: " + message):
-        Batches(image_set(), **{"batch_size": 10, "seed": 0, **arguments})
+        next(Batches(image_set(), **{"batch_size": 10, "seed": 0, **arguments}).epoch(0))
 
 
 @pytest.mark.parametrize("start", [-1, 6])

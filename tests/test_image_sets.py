@@ -56,9 +56,18 @@ def test_properties() -> None:
             r"target has shape \(11,\), must be \(12,\), one label an image",
         ),
         ({"target": torch.zeros(12, 1, dtype=torch.int64)}, r"target has shape \(12, 1\), must be \(12,\)"),
-        ({"mean": (0.5,)}, r"mean is \(0.5,\), must have 3 numbers, one a channel"),
-        ({"mean": (0.5, 0.5, float("nan"))}, r"mean is \(0.5, 0.5, nan\), must have 3 numbers"),
-        ({"std": (0.5, 0.5, 0.0)}, r"std is \(0.5, 0.5, 0.0\), must have 3 positive numbers"),
+        ({"mean": (0.5,)}, "mean has 1 values, must have one, or one for each of the 3 channels"),
+        ({"mean": (0.5, 0.5, float("nan"))}, r"mean is \(0.5, 0.5, nan\), must be finite"),
+        ({"mean": None}, "mean is None, must be a number, or a sequence of one for each channel"),
+        ({"mean": ("a", "b", "c")}, r"mean is \('a', 'b', 'c'\), must be a number"),
+        ({"std": (0.5, 0.5, 0.0)}, r"std is \(0.5, 0.5, 0.0\), must be positive"),
+        ({"std": (1e-320,) * 3}, "std is .*, must be positive, and 1 / std finite"),
+        ({"std": torch.ones(3)}, "std is a tensor, must be numbers"),
+        ({"flip": "false"}, "flip is str, must be True or False"),
+        ({"flip": 1}, "flip is int, must be True or False"),
+        ({"padding": 2**30}, "padding is 1073741824, must be less than 1073741824"),
+        ({"class_names": 4}, "class_names is int, must be a sequence of names"),
+        ({"class_names": "abcd"}, "class_names is str, must be a sequence of names"),
         ({"padding": -1}, "padding is -1, must be at least 0"),
         (
             {"target": torch.tensor([0, 1, 4, 0, -7, 9, 0, 0, 0, 0, 0, 0])},
@@ -71,6 +80,12 @@ def test_properties() -> None:
 def test_errors(changes: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match="fastkd: " + message):
         image_set(**changes)
+
+
+def test_one_number_for_all_channels() -> None:
+    data = image_set(mean=0.5, std=np.float32(0.25), flip=np.True_, class_names=["a", "b", "c", "d"])
+    assert (data.mean, data.std, data.flip) == ((0.5,) * 3, (0.25,) * 3, True)
+    assert data.class_names == ("a", "b", "c", "d")
 
 
 def test_target_on_another_device() -> None:
@@ -107,11 +122,14 @@ def test_subset_by_mask() -> None:
         ([-1, 3], r"indices go from -1 to 3, must be in \[0, 12\)"),
         ([0.5], r"indices is torch.float32 \(1,\), must be ints \[n\] or a mask \(12,\)"),
         ([[0, 1]], r"indices is torch.int64 \(1, 2\), must be ints"),
+        (torch.ones(2, dtype=torch.complex64), r"indices is torch.complex64 \(2,\), must be ints"),
+        ("ab", "indices is str, must be ints"),
+        (None, "indices is NoneType, must be ints"),
         ([True, False], r"indices is torch.bool \(2,\), must be ints \[n\] or a mask \(12,\)"),
     ],
 )
 def test_subset_errors(indices: Any, message: str) -> None:
-    with pytest.raises(ValueError, match="fastkd: " + message):
+    with pytest.raises((TypeError, ValueError), match="fastkd: " + message):
         image_set().subset(indices)
 
 
@@ -122,6 +140,8 @@ def test_with_target() -> None:
     assert other.images is data.images
     with pytest.raises(ValueError, match=r"target\[3\] is 4"):
         data.with_target(data.target + 1)
+    with pytest.raises(TypeError, match="fastkd: target is list, must be a tensor"):
+        data.with_target(data.target.tolist())  # type: ignore[arg-type]
 
 
 def by_hand(data: ImageSet, images: Tensor) -> Tensor:
@@ -223,6 +243,30 @@ class Palette:
 def test_from_dataset_errors(images: list[Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match="fastkd: " + message):
         ImageSet.from_dataset(Pairs(images, [0] * len(images)))
+
+
+@pytest.mark.parametrize("label", [0.7, "a", None, np.float32(1), torch.tensor(1.0), torch.tensor([1, 2]), 2**63])
+def test_from_dataset_label_errors(label: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"fastkd: the label of dataset\[1\] is .*, must be"):
+        ImageSet.from_dataset([(image_set().images[0], one) for one in (0, label)])
+
+
+@pytest.mark.parametrize("label", [1, np.int32(1), np.array(1), np.array([1]), torch.tensor(1), torch.tensor([1])])
+def test_from_dataset_labels(label: Any) -> None:
+    assert ImageSet.from_dataset([(image_set().images[0], label)]).target.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (torch.zeros(3, 4, 4, dtype=torch.uint8), r"dataset\[0\] is Tensor, must be an image and a label"),
+        (3, r"dataset\[0\] is int, must be an image and a label"),
+        (("image.png", 0), r"dataset\[0\] has an image that is str, must be of PIL, an array or a tensor"),
+    ],
+)
+def test_from_dataset_of_something_else(item: Any, message: str) -> None:
+    with pytest.raises(TypeError, match="fastkd: " + message):
+        ImageSet.from_dataset([item])
 
 
 def test_from_endless_dataset() -> None:

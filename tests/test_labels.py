@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -93,24 +95,35 @@ def test_no_labels() -> None:
         (labels(), 0.1, 1, "num_classes is 1, must be at least 2"),
         (labels(), 0.1, 8, r"target\[8\] is 8, must be in \[0, 8\): there are 8 classes"),
         (torch.tensor([0, 1, -1, 9]), 0.1, 8, r"target\[2\] is -1, must be in \[0, 8\)"),
-        (labels().float(), 0.1, 10, "target is torch.float32, must be int64"),
+        (labels().float(), 0.1, 10, "target has dtype torch.float32, must be torch.int64"),
+        ([0, 1], 0.1, 10, "target is list, must be a tensor"),
+        (labels(), "0.5", 10, "rate is str, must be a number"),
+        (labels(), None, 10, "rate is NoneType, must be a number"),
+        (labels(), True, 10, "rate is bool, must be a number"),
+        (labels(), 0.5, 10.5, "num_classes is float, must be an int"),
+        (labels(), 0.5, "10", "num_classes is str, must be an int"),
+        (labels(), 0.5, 2**70, "num_classes is .*, must be less than"),
         (labels()[None], 0.1, 10, r"target has shape \(1, 10000\), must be \[N\]"),
     ],
 )
 @pytest.mark.parametrize("noise", [symmetric_noise, asymmetric_noise])
-def test_noise_errors(
-    noise: Callable[..., object], target: Tensor, rate: float, num_classes: int, message: str
-) -> None:
+def test_noise_errors(noise: Callable[..., object], target: Any, rate: Any, num_classes: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match="fastkd: " + message):
         noise(target, rate, num_classes, seed=0)
 
 
-@pytest.mark.parametrize("mapping", [{1: 1}, {10: 1}, {1: 10}, {-1: 1}, {0: 1, 2: -1}])
+@pytest.mark.parametrize("mapping", [{1: 1}, {10: 1}, {1: 10}, {-1: 1}, {0: 1, 2: -1}, {0: 1.5}, {"0": 1}])
 def test_mapping_errors(mapping: Mapping[int, int]) -> None:
     source, other = list(mapping.items())[-1]
     message = rf"mapping has {source}: {other}, must have two different classes in \[0, 10\)"
     with pytest.raises(ValueError, match=message):
         asymmetric_noise(labels(), 0.1, 10, seed=0, mapping=mapping)
+
+
+def test_mapping_of_other_kinds() -> None:
+    assert asymmetric_noise(labels(), 1.0, 10, seed=0, mapping={np.int64(0): torch.tensor(1)})[1].sum() == 1000
+    with pytest.raises(TypeError, match="fastkd: mapping is list, must be a mapping of classes to classes"):
+        asymmetric_noise(labels(), 0.1, 10, seed=0, mapping=[1, 2])  # type: ignore[arg-type]
 
 
 def test_power_law_by_hand() -> None:
@@ -159,10 +172,18 @@ def test_power_law_of_few(num_classes: int, largest: int, smallest: int, expecte
         (10, 1.0, 10, 0, r"smallest is 0, must be in \[1, 10\], at most largest"),
         (1, 1.0, 10, 5, "num_classes is 1, must be at least 2 for sizes from 5 to 10"),
         (0, 1.0, 5, 5, "num_classes is 0, must be at least 1 for sizes from 5 to 5"),
+        (5.0, 1.0, 10, 1, "num_classes is float, must be an int"),
+        (True, 1.0, 5, 5, "num_classes is bool, must be an int"),
+        (2**70, 1.0, 5, 5, "num_classes is 1180591620717411303424, must be less than 16777216"),
+        (5, "1", 10, 1, "gamma is str, must be a number"),
+        (5, 10**400, 10, 1, "gamma is 1000.*, must be a number that a float holds"),
+        (5, 1.0, 10.7, 1, "largest is float, must be an int"),
+        (5, 1.0, 10**400, 1, "largest is 1000.*, must be less than"),
+        (5, 1.0, 10, float("nan"), "smallest is float, must be an int"),
     ],
 )
-def test_power_law_errors(num_classes: int, gamma: float, largest: int, smallest: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_power_law_errors(num_classes: Any, gamma: Any, largest: Any, smallest: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match="fastkd: " + message):
         power_law_counts(num_classes, gamma, largest, smallest)
 
 
@@ -189,11 +210,14 @@ def test_imbalanced_with_empty_classes() -> None:
         ([10, 11, 10], r"counts\[1\] is 11, must be in \[0, 10\]: the samples of class 1"),
         ([10, 10, -1], r"counts\[2\] is -1, must be in \[0, 10\]"),
         ([10, 10], r"target\[2\] is 2, must be in \[0, 2\): there are 2 classes"),
+        ([1.5, 1, 1], r"counts\[0\] is float, must be an int"),
+        ([1, float("nan"), 1], r"counts\[1\] is float, must be an int"),
+        (None, "counts is NoneType, must be a sequence of ints"),
         ([10, 10, 10, 1], r"counts\[3\] is 1, must be in \[0, 0\]: the samples of class 3"),
     ],
 )
-def test_imbalanced_errors(counts: list[int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_imbalanced_errors(counts: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match="fastkd: " + message):
         imbalanced(labels(30, 3), counts, seed=0)
 
 

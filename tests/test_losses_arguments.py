@@ -166,6 +166,34 @@ def test_constructors_refuse_what_calls_refuse(name: str) -> None:
         make()
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors", "ignore:.*[Ss]parse")
+@pytest.mark.parametrize(
+    "made",
+    [
+        Tensor.to_sparse,
+        Tensor.to_sparse_csr,
+        Tensor.to_mkldnn,
+        lambda x: torch.nested.nested_tensor(list(x)),
+        lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+    ],
+    ids=["sparse", "CSR", "MKLDNN", "nested", "jagged"],
+)
+@pytest.mark.parametrize("name", ["kl_div", "js_div", "soft_cross_entropy", "kd_loss", "relation_loss", "logit_stats"])
+def test_layouts(name: str, made: Callable[[Tensor], Tensor]) -> None:
+    odd = made(S)
+    rest = (LABELS,) if name == "kd_loss" else ()
+    what = "features" if name == "relation_loss" else "logits"
+    calls: dict[str, Callable[[], object]] = {
+        f"student_{what}": lambda: getattr(F, name)(odd, odd, *rest),
+        f"teacher_{what}": lambda: getattr(F, name)(S, odd, *rest),
+    }
+    if name == "logit_stats":
+        calls = {"logits": lambda: F.logit_stats(odd)}
+    for argument, call in calls.items():
+        with pytest.raises(TypeError, match=f"fastkd: {argument} .*layout torch.*, must be a dense tensor"):
+            call()
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.int32, torch.complex64, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("name", ["kl_div", "js_div", "soft_cross_entropy", "kd_loss", "relation_loss", "logit_stats"])
 def test_dtypes(name: str, dtype: torch.dtype) -> None:

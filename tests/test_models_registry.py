@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from fastkd.data import registry as data
+from fastkd.methods import registry as methods
 from fastkd.models import FeatureLayers, create, feature_layers, names
 from fastkd.models.convnet import ConvNet
 from fastkd.models.resnet import ResNet, resnet
@@ -146,6 +152,10 @@ def test_only_classification_networks() -> None:
         ("wrn-16-0", "wrn-16-1"),
         ("wrn-17-2", "wrn-16-2"),
         ("resnet2", "resnet20"),
+        ("resnet99999998", "resnet8"),
+        ("wrn-10-99999", "wrn-10-2"),
+        ("wrn-99994-2", "wrn-40-2"),
+        ("resnet88888888888", "resnet8"),
     ],
 )
 @pytest.mark.parametrize("having", ["torchvision", "broken", "absent"])
@@ -156,11 +166,41 @@ def test_unknown_name(name: str, nearest: str, having: str, request: pytest.Fixt
     ) as error:
         create(name)
     why = {
-        "torchvision": "6 n + 2)",
+        "torchvision": "wrn widths up to 100)",
         "broken": "are taken, too, does not load)",
         "absent": "are taken, too, is not installed)",
     }
     assert str(error.value).endswith(why[having])
+
+
+@pytest.mark.parametrize("name", [None, 3, b"resnet8", ["resnet8"]])
+@pytest.mark.parametrize("call", [create, data.load, methods.create])
+def test_names_are_text(call: Callable[[Any], object], name: Any) -> None:
+    with pytest.raises(TypeError, match=f"fastkd: name is {type(name).__name__}, must be text"):
+        call(name)
+
+
+NETWORKS: dict[str, tuple[tuple[str, ...], Callable[..., nn.Module]]] = {
+    "create": (("in_channels", "num_classes"), partial(create, "resnet8")),
+    "ResNet": (("blocks", "in_channels", "num_classes"), lambda **given: ResNet(**{"blocks": 1, **given})),
+    "WideResNet": (
+        ("blocks", "width", "in_channels", "num_classes"),
+        lambda **given: WideResNet(**{"blocks": 1, "width": 1, **given}),
+    ),
+    "ConvNet": (("in_channels", "image_size", "classes"), lambda **given: ConvNet((4, 4), **given)),
+    "ConvNet's widths": (("widths[1]",), lambda **given: ConvNet((4, *given.values()))),
+    "resnet": (("depth",), lambda **given: resnet(**given)),
+    "wide_resnet": (("depth", "width"), lambda **given: wide_resnet(**{"depth": 10, "width": 1, **given})),
+}
+
+
+@pytest.mark.parametrize("value", [0, -4, 1.5, "1", None, True, 2**70])
+@pytest.mark.parametrize(("network", "argument"), [(n, argument) for n in NETWORKS for argument in NETWORKS[n][0]])
+def test_sizes_of_networks(network: str, argument: str, value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=rf"fastkd: {re.escape(argument)} is "):
+        NETWORKS[network][1](**{argument: value})
+    with pytest.raises(TypeError, match="fastkd: widths is NoneType, must be a sequence"):
+        ConvNet(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("absent")
@@ -168,7 +208,7 @@ def test_name_like_none_lists_all() -> None:
     with pytest.raises(ValueError, match=r"name 'xyzzy' is unknown, must be one of resnet8, resnet14, .*resnet152"):
         create("xyzzy")
     for name in (3, None):
-        with pytest.raises(ValueError, match=f"fastkd: name {name} is unknown"):
+        with pytest.raises(TypeError, match=f"fastkd: name is {type(name).__name__}, must be text"):
             create(name)
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, get_worker_info
 
+import fastkd
 from fastkd import AliasTable, CollectionBatchSampler, CollectionSampler
 
 WORKERS = [0, pytest.param(2, marks=pytest.mark.forks)]
@@ -258,3 +262,61 @@ def test_batch_errors(table: AliasTable) -> None:
         CollectionBatchSampler(table, 0, 3)
     with pytest.raises(ValueError, match="num_batches is 0, must be at least 1"):
         CollectionBatchSampler(table, 4, 0)
+
+
+class InWorkers(IterableDataset[int]):
+    """The draws of a sampler that each worker makes for its part."""
+
+    def __init__(self, table: AliasTable) -> None:
+        self.table = table
+
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        return iter(CollectionSampler(self.table, 12, seed=0, rank=info.id, world_size=info.num_workers))
+
+
+@pytest.mark.forks
+def test_parts_of_workers(table: AliasTable) -> None:
+    """As docs/samplers.md has it."""
+    assert sorted(DataLoader(InWorkers(table), None, num_workers=2)) == sorted(table.sample_at(0, 0, 12).tolist())
+
+
+class ByInt(Dataset[int]):
+    """Items by Python's ints."""
+
+    def __init__(self) -> None:
+        self.items = {i: i for i in range(1000)}
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> int:
+        return self.items[i]
+
+
+def test_a_dataset_that_is_keyed_by_ints() -> None:
+    """As docs/samplers.md has it."""
+    table = AliasTable(torch.zeros(1000), seed=3)
+    draws = table.sample_at(3, 0, 10)
+    assert torch.equal(torch.cat(list(DataLoader(ByInt(), sampler=table.sample(10).tolist()))), draws)
+    batches = DataLoader(ByInt(), batch_sampler=CollectionBatchSampler(table, 5, 2, seed=3))
+    assert torch.equal(torch.cat(list(batches)), draws)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_draws_of_a_checkpointed_function(use_reentrant: bool) -> None:
+    """As docs/samplers.md has it: those of the default generator, and of given places of a stream, come again."""
+    table, generator = AliasTable(torch.zeros(1000), seed=3), torch.Generator().manual_seed(3)
+    images = torch.zeros(2, 1, 40, 40, requires_grad=True)
+    seen: dict[str, list[Tensor]] = {"default": [], "sample_at": [], "generator": [], "sample": []}
+
+    def run(x: Tensor) -> Tensor:
+        seen["default"].append(fastkd.random_patches(x, 4)[1])
+        seen["sample_at"].append(table.sample_at(3, 0, 9))
+        seen["generator"].append(fastkd.random_patches(x, 4, generator=generator)[1])
+        seen["sample"].append(table.sample(9))
+        return x.sin()
+
+    checkpoint(run, images, use_reentrant=use_reentrant).sum().backward()
+    again = {name: torch.equal(*draws) for name, draws in seen.items()}
+    assert again == {"default": True, "sample_at": True, "generator": False, "sample": False}

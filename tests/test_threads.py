@@ -20,6 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 import fastkd
 import fastkd.models
 from fastkd import AliasTable, CollectionBatchSampler, CollectionSampler
+from fastkd._seeding import seeded
+from fastkd.methods.response import _draw
+from fastkd.training import LoaderBatches
 
 THREADS, CALLS, DRAWS = 4, 50, 2000
 
@@ -390,3 +393,68 @@ def test_networks_of_a_seed() -> None:
 
     assert all(all(same) for same in in_threads(*[make] * THREADS))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+DEFAULT_DRAWS: dict[str, Callable[[], Tensor]] = {
+    "AliasTable": lambda: AliasTable(torch.zeros(5000)).sample(9),
+    "sample": lambda: TABLE.sample(9, torch.default_generator),
+    "random_patches": lambda: fastkd.random_patches(torch.zeros(8, 1, 40, 40), 3, 4)[1],
+    "draw_batch": lambda: fastkd.draw_batch(TABLE, torch.arange(5000 * 64).to(torch.uint8).view(5000, 1, 8, 8), 9)[0],
+    "bss": lambda: _draw(torch.ones(40, 40)),
+}
+
+
+@pytest.mark.parametrize("draw", DEFAULT_DRAWS.values(), ids=DEFAULT_DRAWS)
+def test_default_draws_while_networks_are_made(draw: Callable[[], Tensor]) -> None:
+    """Theirs begin at a seed, and what the generator was at is put back."""
+    done = threading.Event()
+
+    def draws() -> list[tuple[Any, ...]]:
+        try:
+            return [tuple(draw().flatten().tolist()) for _ in range(4 * CALLS)]
+        finally:
+            done.set()
+
+    def make() -> None:
+        while not done.is_set():
+            fastkd.models.create("resnet8", seed=0)
+
+    before = TABLE.state_dict()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        drawn, _ = in_threads(draws, make)
+        torch.manual_seed(3)
+        TABLE.load_state_dict(before)
+        assert drawn == [tuple(draw().flatten().tolist()) for _ in drawn]
+
+
+@pytest.mark.forks
+def test_a_child_of_a_seeded_block_has_threads_that_draw() -> None:
+    with seeded(3):
+        child = os.fork()
+        if child == 0:
+            thread = threading.Thread(target=AliasTable, args=(torch.zeros(3),), daemon=True)
+            thread.start()
+            thread.join(30)
+            os._exit(thread.is_alive())
+        assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.forks
+def test_loaders_leave_the_default_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their workers' seeds are their own, so nothing of the process is set, or held, while they are forked."""
+    states: list[Tensor] = []
+    real = DataLoader.__iter__
+
+    def watched(loader: DataLoader[Any]) -> Any:
+        made = real(loader)
+        states.append(torch.get_rng_state())
+        return made
+
+    monkeypatch.setattr(DataLoader, "__iter__", watched)
+    loader = DataLoader(Drawing(make_table()), 2, num_workers=1)
+    with torch.random.fork_rng(devices=[]):
+        states.append(torch.get_rng_state())
+        LoaderBatches(loader).epoch(0)
+    assert torch.equal(*states)
+    assert loader.generator is None

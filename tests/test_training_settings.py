@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
     ("changes", "message"),
     [
         ({"epochs": 0}, "epochs is 0, must be 1 or more"),
+        ({"epochs": 10**9 + 1}, "epochs is 1000000001, must be 1 or more, and at most 1000000000"),
         ({"learning_rate": 10**400}, "learning_rate is 10+, must be a number that a float holds"),
         ({"milestones": (0.5, 10**400)}, "milestones is 10+, must be a number that a float holds"),
         ({"optimiser": "adam"}, "optimiser is 'adam', must be one of 'sgd', 'adamw'"),

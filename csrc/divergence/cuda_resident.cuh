@@ -40,24 +40,24 @@ FASTKD_DEVICE void resident_row(const Row<T, int, kPlain>& row, Group& group) {
   constexpr int N = kPack<T>, kPacks = kResidentElements / N;
   constexpr bool kSwap = kFamily == Family::kReverse, kJensenShannon = kFamily == Family::kJensenShannon;
   const auto part_of = [&](int v) { return static_cast<int>(group.index() + v * group.size()); };
-  const auto early = row.numbers();
   S y[kPacks][N], x[kPacks][N];
   S top[2];
   double sums[kPlain ? 3 : 4];  // exponentials of y and x, terms of the divergence, exponentials of the cross-entropy
   {
     Pack<T> raw_y[kPacks], raw_x[kPacks];
     group.arrive();
+    const bool active = row.numbers().active;
     const auto from_y = kSwap ? row.teacher() : row.student(), from_x = kSwap ? row.student() : row.teacher();
     if (kPlain && row.whole()) {
       const T *const at_y = from_y.data + part_of(0) * N, *const at_x = from_x.data + part_of(0) * N;
 #pragma unroll
       for (int v = 0; v < kPacks; ++v) {
-        const bool inside = early.active && part_of(v) * N < from_y.count;
+        const bool inside = active && part_of(v) * N < from_y.count;
         raw_y[v] = from_y.load_whole(at_y + v * group.size() * N, inside);
         raw_x[v] = from_x.load_whole(at_x + v * group.size() * N, inside);
       }
     } else {
-      const int behind = early.active ? 0 : from_y.parts();  // of rows that take no part nothing is read: all is -inf
+      const int behind = active ? 0 : from_y.parts();  // of rows that take no part nothing is read: all is -inf
 #pragma unroll
       for (int v = 0; v < kPacks; ++v) {
         raw_y[v] = from_y.load(part_of(v) + behind);
@@ -69,8 +69,9 @@ FASTKD_DEVICE void resident_row(const Row<T, int, kPlain>& row, Group& group) {
     top[1] = largest(raw_x);
     group.reduce(top, Max{});
 
+    const auto early = row.numbers();
     const S scale = row.inverse_temperature(early) * kPerUnit<T>;
-    const Linear<T> linear{scale, row.c(), top[0], top[1], S(0), S(0), S(0), S(0)};
+    const Linear<T> linear{scale, kSwap ? S(1) : row.c(), top[0], top[1], S(0), S(0), S(0), S(0)};
     S sum_y = 0, sum_x = 0, sum_d = 0;
     if constexpr (!kPlain) {
       S sum_task = 0;
@@ -110,7 +111,7 @@ FASTKD_DEVICE void resident_row(const Row<T, int, kPlain>& row, Group& group) {
   const auto numbers = row.numbers();  // anew: kept, they would take registers
   double z_task = sums[kSwap];
   if constexpr (!kPlain) z_task = numbers.own_task ? sums[3] : z_task;
-  if (group.index() == 0) row.write_task(kPlain ? 0.0 : log_sum<S>(z_task), student_top);
+  if (group.index() == 0) row.write_task(kPlain || !row.p.task ? 0.0 : log_sum<S>(z_task), student_top);
 
   // gradient(v, k) of the divergence; exponential(v, k) in units of which z is the sum
   const auto store_gradient = [&](double z, const auto& gradient, const auto& exponential) {
@@ -154,7 +155,7 @@ FASTKD_DEVICE void resident_row(const Row<T, int, kPlain>& row, Group& group) {
 
   if constexpr (!kJensenShannon) {
     const LinearSums linear_sums{sums[0], sums[1], sums[2], z_task};
-    const double log_ratio = log_ratio_of(linear_sums, row.c());
+    const double log_ratio = log_ratio_of(linear_sums, kSwap ? S(1) : row.c());
     const double value = exact_divergence_of(row, numbers, top, linear_sums, log_ratio, group);
     if (group.index() == 0) row.write_divergence(value);
     const Linear<T> linear = linear_of(row, numbers, top[0], top[1], linear_sums, log_ratio, value);
@@ -162,7 +163,7 @@ FASTKD_DEVICE void resident_row(const Row<T, int, kPlain>& row, Group& group) {
         z_task, [&](int v, int k) { return kSwap ? linear.x_gradient(x[v][k], y[v][k]) : linear.y_gradient(y[v][k], x[v][k]); },
         [&](int v, int k) { return kSwap ? x[v][k] : y[v][k]; });
   } else {
-    JensenShannon<T> js = jensen_shannon_of(row, numbers, top[0], top[1], sums[0], sums[1]);
+    auto js = jensen_shannon_of(row, numbers, top[0], top[1], sums[0], sums[1]);
     S sum_q = 0, sum_p = 0;
 #pragma unroll
     for (int v = 0; v < kPacks; ++v) {

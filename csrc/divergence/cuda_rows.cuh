@@ -39,22 +39,15 @@ FASTKD_DEVICE float log_normal(float x) {
 }
 FASTKD_DEVICE double log_normal(double x) { return device::log(x); }
 
-// ln x of what 16 bits are made of, in half of the instructions: by its series near 1, where the instruction is too rough, and
-// by that elsewhere. Relative error 2e-6.
-template <typename T>
-FASTKD_DEVICE Compute<T> log_of_ratio(Compute<T> x) {
-  if constexpr (sizeof(T) == 2) {
-    const float f = x - 1.0f, f2 = f * f;
-    float series = f * (1.0f / 7) - (1.0f / 6);
-    series = series * f + (1.0f / 5);
-    series = series * f - (1.0f / 4);
-    series = series * f + (1.0f / 3);
-    series = series * f - (1.0f / 2);
-    const float near = f2 * series + f;
-    return f2 < 0x1p-6f ? near : log2_roughly(x) * 0.6931471806f;
-  } else {
-    return log_normal(x);
-  }
+// ln x with a relative error of 3e-6 in half of the instructions, for rows of 16 bits: by its series near 1, where the
+// instruction is too rough, and by that elsewhere. Only where all else leaves it enough registers: it takes a few more.
+FASTKD_DEVICE float log_roughly(float x) {
+  const float f = x - 1.0f, f2 = f * f;
+  float series = f * (1.0f / 5) - (1.0f / 4);
+  series = series * f + (1.0f / 3);
+  series = series * f - (1.0f / 2);
+  const float near = f2 * series + f;
+  return f2 < 0x1p-8f ? near : log2_roughly(x) * 0.6931471806f;
 }
 
 // ln z of a sum of exponentials, absolute error 3e-8 for float: the logarithm of the mantissa in float, the rest exact. The
@@ -278,21 +271,28 @@ struct Linear {
   FASTKD_DEVICE S x_gradient(S e_x, S term) const { return weigh(e_x * f_x, term * static_cast<S>(kUnit<T>) + shift); }
 };
 
-// Jensen-Shannon: q of the student (y), p of the teacher (x).
-template <typename T>
+// Jensen-Shannon: q of the student (y), p of the teacher (x). kRough: with log_roughly.
+template <typename T, bool kRough>
 struct JensenShannon {
   using S = Compute<T>;
   S scale, top_y, top_x, inverse_zy, inverse_zx, beta, one_minus_beta, f_q, f_p, kq, kp;  // scale: to units of kUnit<T>
   FASTKD_DEVICE S q(S y) const { return product(exp_units<T>((y - top_y) * scale), inverse_zy); }
   FASTKD_DEVICE S p(S x) const { return product(exp_units<T>((x - top_x) * scale), inverse_zx); }
   FASTKD_DEVICE S m(S q, S p) const { return beta * p + one_minus_beta * q; }
+  static FASTKD_DEVICE S log(S ratio) {
+    if constexpr (kRough) {
+      return log_roughly(ratio);
+    } else {
+      return log_normal(ratio);
+    }
+  }
   // Terms of KL(q || m) and KL(p || m). Probabilities may be subnormal, where reciprocal and log overflow: both have a floor.
   struct Terms {
     S q, p;
   };
   FASTKD_DEVICE Terms terms(S q, S p) const {
     const S inverse_m = reciprocal(floored(m(q, p)));
-    return {weigh(q, log_of_ratio<T>(floored(q * inverse_m))), weigh(p, log_of_ratio<T>(floored(p * inverse_m)))};
+    return {weigh(q, log(floored(q * inverse_m))), weigh(p, log(floored(p * inverse_m)))};
   }
   // The same, as terms that are not negative.
   FASTKD_DEVICE Terms exact_terms(S q, S p) const {
@@ -304,6 +304,9 @@ struct JensenShannon {
   FASTKD_DEVICE S y_gradient(S q, S q_term) const { return f_q * (q_term - q * kq); }
   FASTKD_DEVICE S x_gradient(S p, S p_term) const { return f_p * (p_term - p * kp); }
 };
+
+template <typename T, bool kPlain>
+using JensenShannonOf = JensenShannon<T, kPlain && sizeof(T) == 2>;
 
 // Sums of a row, in double, and what follows from them.
 struct LinearSums {
@@ -358,7 +361,8 @@ FASTKD_DEVICE double exact_divergence_of(const Row<T, Index, kPlain>& row, const
 }
 // k: KL(q || m) and KL(p || m)
 template <typename T, typename Index, bool kPlain, class Group>
-FASTKD_DEVICE void make_exact(const Row<T, Index, kPlain>& row, const JensenShannon<T>& js, double (&k)[2], Group& group) {
+FASTKD_DEVICE void make_exact(const Row<T, Index, kPlain>& row, const JensenShannonOf<T, kPlain>& js, double (&k)[2],
+                              Group& group) {
   using S = Compute<T>;
   const bool small = row.p.kd_scale != 0 && row.p.beta * k[1] + (1.0 - row.p.beta) * k[0] < kSmallDivergence<S>;
   sum_again(row, group, small, k, [&](S y, S x, S(&term)[2]) {
@@ -384,9 +388,9 @@ FASTKD_DEVICE Linear<T> linear_of(const Row<T, Index, kPlain>& row, const typena
 }
 
 template <typename T, typename Index, bool kPlain>
-FASTKD_DEVICE JensenShannon<T> jensen_shannon_of(const Row<T, Index, kPlain>& row,
-                                                 const typename Row<T, Index, kPlain>::Numbers& numbers, Compute<T> top_y,
-                                                 Compute<T> top_x, double z_y, double z_x) {
+FASTKD_DEVICE JensenShannonOf<T, kPlain> jensen_shannon_of(const Row<T, Index, kPlain>& row,
+                                                           const typename Row<T, Index, kPlain>::Numbers& numbers,
+                                                           Compute<T> top_y, Compute<T> top_x, double z_y, double z_x) {
   using S = Compute<T>;
   return {row.inverse_temperature(numbers) * kPerUnit<T>,
           top_y,
@@ -401,8 +405,8 @@ FASTKD_DEVICE JensenShannon<T> jensen_shannon_of(const Row<T, Index, kPlain>& ro
           S(0)};
 }
 // Once both divergences from the mixture are summed.
-template <typename T>
-FASTKD_DEVICE void finish(JensenShannon<T>& js, double beta, double kd_scale, double kq, double kp) {
+template <typename T, bool kRough>
+FASTKD_DEVICE void finish(JensenShannon<T, kRough>& js, double beta, double kd_scale, double kq, double kp) {
   using S = Compute<T>;
   js.f_q = finite<S>(kd_scale * (1.0 - beta));
   js.f_p = finite<S>(kd_scale * beta);

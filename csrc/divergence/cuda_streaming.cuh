@@ -120,7 +120,7 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
       }
     });
   } else {
-    JensenShannon<T> js = jensen_shannon_of(row, numbers, top[0], top[1], sums[0], sums[1]);
+    auto js = jensen_shannon_of(row, numbers, top[0], top[1], sums[0], sums[1]);
     double k_sums[2] = {0, 0};
     each_part(numbers.active, [&](int64_t part) {
       const Pack<T> to = y.load(part), from = x.load(part);

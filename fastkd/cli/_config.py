@@ -16,11 +16,12 @@ def expand(arguments: list[str]) -> list[str]:
     ``methods = ["hinton", "at"]``, ``flip = false``.
 
     Raises:
-        UsageError: a file that is not there or not TOML or YAML.
+        UsageError: a file that is not there or not TOML or YAML, or names another one; an option whose value is empty.
     """
     rest: list[str] = []
     options: list[str] = []
     waiting = False
+    _refuse_empty(arguments)
     for argument in arguments:
         if waiting:
             options += _options(Path(argument))
@@ -34,13 +35,29 @@ def expand(arguments: list[str]) -> list[str]:
     if waiting:
         raise UsageError("--config needs a file, *.toml, *.yaml or *.yml")
     first = next((i for i, argument in enumerate(rest) if argument.startswith("-")), len(rest))
+    _refuse_empty(options)
     return rest[:first] + options + rest[first:]
+
+
+_MAY_BE_EMPTY = ("--match", "-k")
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """An empty path would be the working directory; what a shell makes of a variable that is not set is no value."""
+    option = ""
+    for argument in arguments:
+        named, equals, value = argument.partition("=")
+        option = named if argument.startswith("-") else option
+        if (not argument or (equals and not value and argument.startswith("--"))) and option not in _MAY_BE_EMPTY:
+            raise UsageError(f"{option or 'an argument'} is empty, must have a value")
 
 
 def _options(path: Path) -> list[str]:
     options: list[str] = []
     for name, value in _flat(_read(path)):
         flag = "--" + name.replace("_", "-")
+        if flag in ("--config", "--help", "--h"):
+            raise UsageError(f"--config {path}: unrecognized options: {name}")
         if isinstance(value, bool):
             options.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, list):

@@ -66,6 +66,12 @@ class Bench:
         for name in self.primitives:
             if name not in suite.primitives():
                 raise UsageError(f"nothing is measured for {name!r}; choose from {', '.join(suite.primitives())}")
+        try:
+            suite.check_match(self.match)
+        except ValueError as error:
+            raise UsageError(
+                f"--match is {self.match!r}, must be an expression as pytest's -k takes: {error}"
+            ) from None
         screen = Console(stderr=True) if self.markdown else console  # what is not the markdown
         old = None if self.compare is None else _read(suite, self.compare, "--compare")
         path, complete = (self.show, True) if self.show is not None else self._measure(suite, screen)

@@ -15,6 +15,8 @@ from fastkd.cli._output import check_writable
 from fastkd.studies.distillation import Distillation, check, run
 from fastkd.training import process_group
 
+MOST_THREADS = 1024  # torch makes as many as it is told to
+
 
 @dataclass(frozen=True)
 class Distill(Distillation):
@@ -39,8 +41,10 @@ class Distill(Distillation):
         with usage_errors():
             check(settings)
         check_device(self.device)
-        if self.threads < 0:
-            raise UsageError(f"--threads is {self.threads}, must be 0 (as torch takes) or more")
+        if not 0 <= self.threads <= MOST_THREADS:
+            raise UsageError(
+                f"--threads is {self.threads}, must be 0 (as torch takes) or more, and at most {MOST_THREADS}"
+            )
         if self.threads:
             torch.set_num_threads(self.threads)
         check_writable("--output", self.output, self.output / "result.json")

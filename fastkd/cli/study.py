@@ -20,7 +20,8 @@ from fastkd.methods.registry import NAMES
 from fastkd.studies import zoo
 from fastkd.studies.distillation import Networks, Result, check, check_data
 
-MOST_SEEDS = 20  # of which results of earlier calls are looked for
+SEEDS_LOOKED_FOR = 20  # of which results of earlier calls are looked for
+MOST_SEEDS, MOST_JOBS = 100, 1024  # each seed is a run of every method, each job a process
 _OF_THE_MACHINE = ("config", "output", "runs", "device", "jobs", "data_root")  # which the results do not depend on
 
 
@@ -52,9 +53,9 @@ class Zoo(Networks):
 
     def __call__(self, console: Console) -> int:
         # first what was said, then the files that it names, then the images, then the work
-        for name, least in (("seeds", 1), ("jobs", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"--{name} is {getattr(self, name)}, must be {least} or more")
+        for name, most in (("seeds", MOST_SEEDS), ("jobs", MOST_JOBS)):
+            if not 1 <= getattr(self, name) <= most:
+                raise UsageError(f"--{name} is {getattr(self, name)}, must be 1 or more, and at most {most}")
         for option, without_effect, instead in (
             ("seed", self.training.seed != 0, "--seeds says how many"),
             ("label-noise", self.data.label_noise != 0.0, f"--settings noise-{self.data.label_noise:g}"),
@@ -77,7 +78,7 @@ class Zoo(Networks):
             check_data(runs[0].distillation)
             failures = self._run(runs, folder, device, console)
             # what earlier calls have run is part of the study, too
-            every = zoo.grid(self, NAMES, zoo.SETTINGS, max(self.seeds, MOST_SEEDS))
+            every = zoo.grid(self, NAMES, zoo.SETTINGS, max(self.seeds, SEEDS_LOOKED_FOR))
             results = list(zoo.known(every, folder))
         if results:
             self._report(results, console)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastkd._checks import check_count
+from fastkd._checks import check_count, check_flag
 from fastkd.data.images import ImageSet
 from fastkd.data.seeds import mixed_generator, mixed_seed
 from fastkd.patches import check_augmentation, padding_of, seeded_crop_flip
@@ -35,7 +35,8 @@ class Batches:
 
     Raises:
         TypeError, ValueError: a batch_size below 1, or more than the images with drop_last; a negative padding; a rank
-        outside [0, world_size); several ranks without drop_last, as their last batches would differ; another dtype.
+        outside [0, world_size); several ranks without drop_last, as their last batches would differ; another dtype;
+        flags that are neither True nor False.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Batches:
         rank, world_size = check_count("rank", rank), check_count("world_size", world_size)
         if not 0 <= rank < world_size:
             raise ValueError(f"fastkd: rank is {rank}, must be in [0, world_size), world_size is {world_size}")
+        drop_last = check_flag("drop_last", drop_last)
         if world_size > 1 and not drop_last:
             raise ValueError(f"fastkd: drop_last is False, must be True with world_size {world_size}")
         if drop_last and batch_size * world_size > len(image_set):
@@ -67,12 +69,14 @@ class Batches:
                 "of image_set in all, or drop_last=False"
             )
         padding = image_set.padding if padding is None else padding_of(padding)
+        flip = image_set.flip if flip is None else check_flag("flip", flip)
+        channels_last = check_flag("channels_last", channels_last)
         check_augmentation(0.0, dtype)
         self.image_set = image_set
         self.batch_size = batch_size
         self.seed = seed
         self.padding = padding
-        self.flip = image_set.flip if flip is None else flip
+        self.flip = flip
         self.rank = rank
         self.world_size = world_size
         self.drop_last = drop_last

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd._checks import INTEGERS, check_flag, check_tensor
 from fastkd.data.stacking import stacked
-from fastkd.patches import padding_of, random_crop_flip
+from fastkd.patches import channel_values, normalisation, padding_of, random_crop_flip
 
 __all__ = ["ImageSet", "channel_statistics"]
 
@@ -24,13 +24,14 @@ class ImageSet:
         images: uint8 ``[N, C, H, W]``, N >= 1, NCHW or channels-last.
         target: int64 ``[N]``, in [0, num_classes), on the device of the images.
         class_names: one a class; their number is ``num_classes``.
-        mean, std: of each channel, in units of x / 255: those of the training images, for a test set, too.
+        mean, std: of each channel, in units of x / 255: those of the training images, for a test set, too. Given as C
+            numbers, or one for all.
         flip: whether a mirrored image is still one of its class: not so for digits and letters.
         padding: pixels of zeros that random crops may reach into; 4 is usual for sides of 28 and 32.
 
     Raises:
-        TypeError, ValueError: other dtypes, shapes and devices, no images, a label that is no class. To look at the
-        labels waits for their device, at construction only.
+        TypeError, ValueError: other dtypes, shapes and devices, no images, a label that is no class, mean or std of another
+        length than C, std not positive. To look at the labels waits for their device, at construction only.
     """
 
     images: Tensor
@@ -56,14 +57,20 @@ class ImageSet:
             )
         if self.target.device != self.images.device:
             raise ValueError(f"fastkd: target is on {self.target.device}, must be with images on {self.images.device}")
-        for name, numbers in (("mean", self.mean), ("std", self.std)):
-            allowed = [math.isfinite(number) and (name == "mean" or number > 0) for number in numbers]
-            if len(allowed) != self.images.shape[1] or not all(allowed):
-                raise ValueError(
-                    f"fastkd: {name} is {tuple(numbers)}, must have {self.images.shape[1]} "
-                    f"{'' if name == 'mean' else 'positive '}numbers, one a channel"
-                )
-        object.__setattr__(self, "padding", padding_of(self.padding))
+        if isinstance(self.class_names, str) or not isinstance(self.class_names, Sequence):
+            raise TypeError(
+                f"fastkd: class_names is {type(self.class_names).__name__}, must be a sequence of names, one a class"
+            )
+        channels = self.images.shape[1]
+        for field, plain in (
+            ("class_names", tuple(self.class_names)),
+            ("mean", tuple(channel_values("mean", self.mean, channels))),
+            ("std", tuple(channel_values("std", self.std, channels))),
+            ("flip", check_flag("flip", self.flip)),
+            ("padding", padding_of(self.padding)),
+        ):
+            object.__setattr__(self, field, plain)
+        normalisation(self.mean, self.std, channels, byte=True)
         check_labels(self.target, self.num_classes)
 
     def __len__(self) -> int:
@@ -83,10 +90,13 @@ class ImageSet:
 
     def subset(self, indices: Tensor | Sequence[int]) -> ImageSet:
         """Some of the images, in this order: indices ``[n]``, a list or a tensor of ints in [0, N), or a bool mask ``[N]``."""
-        chosen = torch.as_tensor(indices, device=self.device)
+        try:
+            chosen = torch.as_tensor(indices, device=self.device)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"fastkd: indices is {type(indices).__name__}, must be ints [n] or a mask") from None
         if chosen.dtype == torch.bool and chosen.shape == self.target.shape:
             chosen = chosen.nonzero().flatten()
-        elif chosen.dim() != 1 or (chosen.numel() and (chosen.dtype == torch.bool or chosen.is_floating_point())):
+        elif chosen.dim() != 1 or (chosen.numel() and chosen.dtype not in (*INTEGERS, torch.uint16, torch.uint32)):
             raise ValueError(
                 f"fastkd: indices is {chosen.dtype} {tuple(chosen.shape)}, must be ints [n] or a mask ({len(self)},)"
             )
@@ -99,7 +109,7 @@ class ImageSet:
 
     def with_target(self, target: Tensor) -> ImageSet:
         """The same images with other labels, as :mod:`fastkd.data.labels` makes them."""
-        return replace(self, target=target.to(self.device))
+        return replace(self, target=check_tensor("target", target).to(self.device))
 
     def normalised(self, part: slice | Tensor = slice(None), dtype: torch.dtype = torch.float32) -> Tensor:
         """``(x / 255 - mean) / std`` of all images, or of a slice or an index tensor of them: to evaluate on.
@@ -116,8 +126,8 @@ class ImageSet:
         dataset: Any,
         class_names: Sequence[str] | None = None,
         *,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
         flip: bool = False,
         padding: int = 4,
     ) -> ImageSet:
@@ -139,9 +149,9 @@ class ImageSet:
         return cls(
             images,
             target,
-            tuple(class_names),
-            own_mean if mean is None else tuple(mean),
-            own_std if std is None else tuple(std),
+            class_names,  # type: ignore[arg-type]
+            own_mean if mean is None else mean,  # type: ignore[arg-type]
+            own_std if std is None else std,  # type: ignore[arg-type]
             flip,
             padding,
         )

@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fastkd._checks import check_between, check_count, check_dtype, check_number, index_of
 from fastkd.data.images import check_labels
 from fastkd.data.seeds import mixed_generator
 
 __all__ = ["CIFAR10_CONFUSIONS", "asymmetric_noise", "imbalanced", "power_law_counts", "symmetric_noise"]
+
+_MOST_CLASSES = 2**24  # of which a list of sizes is made
 
 # truck -> automobile, bird -> airplane, deer -> horse, cat <-> dog: Patrini et al., "Making Deep Neural Networks Robust
 # to Label Noise" (CVPR 2017), section 5
@@ -33,7 +36,7 @@ def symmetric_noise(target: Tensor, rate: float, num_classes: int, seed: int) ->
         noisy: int64 ``[N]``.
         changed: bool ``[N]``, where noisy and target differ.
     """
-    _check(target, rate, num_classes)
+    rate, num_classes = _check(target, rate, num_classes)
     generator = mixed_generator("symmetric noise", seed)
     changed = torch.zeros(len(target), dtype=torch.bool, device="cpu")
     changed[torch.randperm(len(target), generator=generator, device="cpu")[: round(rate * len(target))]] = True
@@ -60,19 +63,24 @@ def asymmetric_noise(
         noisy: int64 ``[N]``.
         changed: bool ``[N]``, where noisy and target differ.
     """
-    _check(target, rate, num_classes)
+    rate, num_classes = _check(target, rate, num_classes)
     if mapping is None:
         mapping = {label: (label + 1) % num_classes for label in range(num_classes)}
+    if not isinstance(mapping, Mapping):
+        raise TypeError(f"fastkd: mapping is {type(mapping).__name__}, must be a mapping of classes to classes")
+    pairs: list[tuple[int, int]] = []
     for source, other in mapping.items():
-        if not (0 <= source < num_classes and 0 <= other < num_classes) or source == other:
+        a, b = index_of(source), index_of(other)
+        if a is None or b is None or not (0 <= a < num_classes and 0 <= b < num_classes) or a == b:
             raise ValueError(
                 f"fastkd: mapping has {source}: {other}, must have two different classes in [0, {num_classes})"
             )
+        pairs.append((a, b))
     generator = mixed_generator("asymmetric noise", seed)
     labels = target.cpu()
     changed = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     confused = labels.clone()
-    for source, other in sorted(mapping.items()):
+    for source, other in sorted(pairs):
         members = (labels == source).nonzero().flatten()
         shuffled = members[torch.randperm(len(members), generator=generator, device="cpu")]
         changed[shuffled[: round(rate * len(members))]] = True
@@ -92,7 +100,12 @@ def power_law_counts(num_classes: int, gamma: float, largest: int, smallest: int
         num_classes: C >= 2, or 1 where largest and smallest are equal.
         gamma: >= 1e-6.
         largest, smallest: 1 <= smallest <= largest.
+
+    Raises:
+        TypeError, ValueError: other numbers than these.
     """
+    num_classes, gamma = check_count("num_classes", num_classes, below=_MOST_CLASSES), check_number("gamma", gamma)
+    largest, smallest = check_count("largest", largest, below=2**63), check_count("smallest", smallest)
     if not 1e-6 <= gamma < float("inf"):  # below, no digit is left of what the classes differ by
         raise ValueError(f"fastkd: gamma is {gamma}, must be 1e-6 or more, and finite")
     if not 1 <= smallest <= largest:
@@ -120,8 +133,14 @@ def imbalanced(target: Tensor, counts: Sequence[int], seed: int) -> Tensor:
         seed: of the choice.
 
     Raises:
-        ValueError: a class of fewer samples than asked for, a negative count.
+        TypeError, ValueError: a class of fewer samples than asked for, a negative count, counts that are no ints.
     """
+    try:
+        counts = [check_count(f"counts[{label}]", count) for label, count in enumerate(counts)]
+    except TypeError as error:
+        if str(error).startswith("fastkd: "):
+            raise
+        raise TypeError(f"fastkd: counts is {type(counts).__name__}, must be a sequence of ints, one a class") from None
     _check(target, 0.0, max(2, len(counts)))
     check_labels(target, len(counts))
     generator = mixed_generator("imbalanced", seed)
@@ -137,16 +156,14 @@ def imbalanced(target: Tensor, counts: Sequence[int], seed: int) -> Tensor:
     return kept.nonzero().flatten().to(target.device)
 
 
-def _check(target: Tensor, rate: float, num_classes: int) -> None:
-    if target.dtype != torch.int64:
-        raise TypeError(f"fastkd: target is {target.dtype}, must be int64")
+def _check(target: Tensor, rate: float, num_classes: int) -> tuple[float, int]:
+    """The numbers as Python's."""
+    check_dtype("target", target, (torch.int64,))
     if target.dim() != 1:
         raise ValueError(f"fastkd: target has shape {tuple(target.shape)}, must be [N]")
-    if not 0.0 <= rate <= 1.0:
-        raise ValueError(f"fastkd: rate is {rate}, must be in [0, 1]")
-    if num_classes < 2:
-        raise ValueError(f"fastkd: num_classes is {num_classes}, must be at least 2")
+    rate, num_classes = check_between("rate", rate, 0.0, 1.0), check_count("num_classes", num_classes, 2, 2**63)
     check_labels(target, num_classes)
+    return rate, num_classes
 
 
 def _changed(target: Tensor, changed: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from fastkd._checks import check_text
 from fastkd._names import unknown_name
 from fastkd.data import cifar, digits, idx, quickdraw
 from fastkd.data.images import ImageSet
@@ -77,7 +78,7 @@ def outline(name: str) -> Outline:
 
 
 def _named(name: str) -> _Set:
-    found = _SETS.get(name.lower())
+    found = _SETS.get(check_text("name", name).lower())
     if found is None:
         raise unknown_name("name", name, names())
     return found

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastkd._checks import check_count
+
 __all__ = ["stacked"]
 
 
@@ -15,10 +17,10 @@ def stacked(dataset: Any) -> tuple[Tensor, Tensor]:
     """Images uint8 ``[N, C, H, W]`` and classes int64 ``[N]`` of a sequence of (image, label) pairs.
 
     An image is a PIL image, an array ``[H, W]`` or ``[H, W, C]``, or a tensor ``[H, W]`` or ``[C, H, W]``; its values are
-    uint8: a transform that makes floats has to be left out.
+    uint8: a transform that makes floats has to be left out. A label is an int, or a tensor or an array of one.
 
     Raises:
-        TypeError: a data set without a length, other values, a palette image.
+        TypeError: a data set without a length, one whose items are no pairs, other values, a palette image.
         ValueError: an empty data set, images of several sizes, other numbers of dimensions.
     """
     try:
@@ -30,7 +32,11 @@ def stacked(dataset: Any) -> tuple[Tensor, Tensor]:
     target = torch.empty(count, dtype=torch.int64, device="cpu")
     images = torch.empty(0, device="cpu")
     for i in range(count):
-        image, label = dataset[i]
+        item = dataset[i]
+        try:
+            image, label = item
+        except (TypeError, ValueError):
+            raise TypeError(f"fastkd: dataset[{i}] is {type(item).__name__}, must be an image and a label") from None
         pixels = _pixels(image, i)
         if i == 0:
             images = torch.empty(count, *pixels.shape, dtype=torch.uint8, device="cpu")
@@ -40,7 +46,9 @@ def stacked(dataset: Any) -> tuple[Tensor, Tensor]:
                 f"{tuple(images.shape[1:])}"
             )
         images[i] = pixels
-        target[i] = int(label)
+        if isinstance(label, (Tensor, np.ndarray)) and label.shape == (1,):
+            label = label[0]
+        target[i] = check_count(f"the label of dataset[{i}]", label, -(2**63), 2**63)
     return images, target
 
 
@@ -48,7 +56,12 @@ def _pixels(image: Any, index: int) -> Tensor:
     if getattr(image, "mode", None) == "P":  # its values are places in a palette
         raise TypeError(f"fastkd: dataset[{index}] has a palette image, must be converted, by image.convert('RGB')")
     channels_first = isinstance(image, Tensor)
-    pixels = image if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+    try:
+        pixels = image if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"fastkd: dataset[{index}] has an image that is {type(image).__name__}, must be of PIL, an array or a tensor"
+        ) from None
     if pixels.dtype != torch.uint8:
         raise TypeError(
             f"fastkd: dataset[{index}] has an image of {pixels.dtype}, must be uint8: leave out the transform to floats"

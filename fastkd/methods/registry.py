@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastkd._checks import check_text
 from fastkd._names import unknown_name
 from fastkd.methods.features import FeatureTap
 from fastkd.methods.loop import evaluating
@@ -72,7 +73,7 @@ class _Entry(NamedTuple):
 
 
 def _entry(name: str) -> _Entry:
-    if not isinstance(name, str) or name not in _METHODS:
+    if check_text("name", name) not in _METHODS:
         raise unknown_name("method", name, NAMES)
     return _METHODS[name]
 

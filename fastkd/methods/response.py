@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from fastkd import _checks, functional
+from fastkd._seeding import drawing
 from fastkd.methods.features import FeatureTap, Outputs
 from fastkd.methods.loop import evaluating
 from fastkd.methods.method import (
@@ -220,4 +221,6 @@ def _bounds(bounds: tuple[float, float]) -> tuple[float, float]:
 
 def _draw(odds: Tensor) -> Tensor:
     """A column of each row, ``[n, 1]``, by odds ``[n, K]``: ``torch.multinomial``, which may wait for the device."""
-    return (odds / torch.empty_like(odds).exponential_()).argmax(1, keepdim=True)
+    with drawing(odds.device):
+        waits = torch.empty_like(odds).exponential_()
+    return (odds / waits).argmax(1, keepdim=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from fastkd._checks import check_size
 from fastkd._seeding import seeded
 
 __all__ = ["ConvNet", "count_parameters"]
@@ -28,7 +29,11 @@ class ConvNet(nn.Module):
         self, widths: Sequence[int], *, in_channels: int = 1, image_size: int = 8, classes: int = 10, seed: int = 0
     ) -> None:
         super().__init__()
-        if len(widths) < 2 or image_size % 4:
+        if not isinstance(widths, Sequence):
+            raise TypeError(f"fastkd: widths is {type(widths).__name__}, must be a sequence of channels, one a stage")
+        widths = [check_size(f"widths[{i}]", width, 1) for i, width in enumerate(widths)]
+        in_channels, classes = check_size("in_channels", in_channels, 1), check_size("classes", classes, 1)
+        if len(widths) < 2 or check_size("image_size", image_size, 1) % 4:
             raise ValueError(
                 f"fastkd: widths is {tuple(widths)} and image_size {image_size}, "
                 "must be two stages or more and a multiple of 4"

@@ -8,6 +8,8 @@ from torch import nn
 
 __all__ = ["FeatureLayers", "feature_layers"]
 
+MOST_DEPTH, MOST_WIDTH = 2_000, 100  # of the networks here: more is a slip of the finger that would take all memory
+
 
 class FeatureLayers(NamedTuple):
     """Names of modules, as ``model.get_submodule`` takes them, each called once in a forward.

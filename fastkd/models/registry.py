@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from fastkd._checks import check_size, check_text
 from fastkd._names import unknown_name
 from fastkd._seeding import seeded
 from fastkd.models import resnet as _resnet
 from fastkd.models import wide_resnet as _wide_resnet
+from fastkd.models.layers import MOST_DEPTH, MOST_WIDTH
 
 __all__ = ["create", "names"]
 
@@ -40,20 +42,21 @@ def create(name: str, *, in_channels: int = 3, num_classes: int = 10, seed: int 
         seed: of the initial weights; torch's global generator stays as it is.
 
     Raises:
-        ValueError: an unknown name, answered with the nearest right ones; a depth or width that the family has not.
+        TypeError: a name that is no text, numbers that are no ints.
+        ValueError: an unknown name, answered with the nearest right ones; a depth or width that the family has not;
+            no channels or classes.
         ImportError: a name of torchvision, which is not installed or does not load.
     """
-    if not isinstance(name, str):
-        raise unknown_name("name", name, names())
-    lower = name.lower()
+    lower = check_text("name", name).lower()
+    in_channels, num_classes = check_size("in_channels", in_channels, 1), check_size("num_classes", num_classes, 1)
     if lower not in TORCHVISION_RESNETS and not lower.startswith(TORCHVISION):
-        if match := re.fullmatch(r"resnet(\d+)", lower):
+        if match := re.fullmatch(r"resnet(\d{1,9})", lower):
             depth = int(match[1])
-            if depth >= 8 and depth % 6 == 2:
+            if 8 <= depth <= MOST_DEPTH and depth % 6 == 2:
                 return _resnet.resnet(depth, in_channels=in_channels, num_classes=num_classes, seed=seed)
-        if match := re.fullmatch(r"wrn-(\d+)-(\d+)", lower):
+        if match := re.fullmatch(r"wrn-(\d{1,9})-(\d{1,9})", lower):
             depth, width = int(match[1]), int(match[2])
-            if depth >= 10 and depth % 6 == 4 and width >= 1:
+            if 10 <= depth <= MOST_DEPTH and depth % 6 == 4 and 1 <= width <= MOST_WIDTH:
                 return _wide_resnet.wide_resnet(
                     depth, width, in_channels=in_channels, num_classes=num_classes, seed=seed
                 )
@@ -63,7 +66,7 @@ def create(name: str, *, in_channels: int = 3, num_classes: int = 10, seed: int 
 def _from_torchvision(name: str, in_channels: int, num_classes: int, seed: int) -> nn.Module:
     theirs = name.lower().removeprefix(TORCHVISION)
     known = name.lower().startswith(TORCHVISION) or theirs in TORCHVISION_RESNETS
-    hint = "wrn depths are 6 n + 4, resnet depths 6 n + 2"
+    hint = f"wrn depths are 6 n + 4, resnet depths 6 n + 2, up to {MOST_DEPTH}, and wrn widths up to {MOST_WIDTH}"
     try:
         models: Any = importlib.import_module("torchvision.models")
     except Exception as error:  # its operators fail to load with RuntimeError where it was built for another torch

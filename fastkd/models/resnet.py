@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastkd._checks import check_count, check_size
 from fastkd._seeding import seeded
+from fastkd.models.layers import MOST_DEPTH
 
 __all__ = ["ResNet", "resnet"]
 
@@ -56,8 +58,8 @@ class ResNet(nn.Module):
 
     def __init__(self, blocks: int, *, in_channels: int = 3, num_classes: int = 10, seed: int = 0) -> None:
         super().__init__()
-        if blocks < 1:
-            raise ValueError(f"fastkd: blocks is {blocks}, must be at least 1")
+        blocks = check_count("blocks", blocks, 1, MOST_DEPTH)
+        in_channels, num_classes = check_size("in_channels", in_channels, 1), check_size("num_classes", num_classes, 1)
         with seeded(seed):
             self.conv1 = nn.Conv2d(in_channels, WIDTHS[0], 3, padding=1, bias=False)
             self.bn1 = nn.BatchNorm2d(WIDTHS[0])
@@ -79,9 +81,9 @@ class ResNet(nn.Module):
 
 def resnet(depth: int, *, in_channels: int = 3, num_classes: int = 10, seed: int = 0) -> ResNet:
     """The :class:`ResNet` of a depth: 8, 14, 20, 26, 32, 44, 56, 110, or any other ``6 n + 2``. Arguments as there."""
-    if depth < 8 or depth % 6 != 2:
+    if not 8 <= check_count("depth", depth) <= MOST_DEPTH or depth % 6 != 2:
         usual = ", ".join(map(str, USUAL_DEPTHS))
-        raise ValueError(f"fastkd: depth is {depth}, must be 6 n + 2 with n >= 1: {usual}, ...")
+        raise ValueError(f"fastkd: depth is {depth}, must be 6 n + 2 with n >= 1: {usual}, ..., {MOST_DEPTH} at most")
     return ResNet((depth - 2) // 6, in_channels=in_channels, num_classes=num_classes, seed=seed)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastkd._checks import check_count, check_number, check_size
 from fastkd._seeding import seeded
-from fastkd.models.layers import FeatureLayers
+from fastkd.models.layers import MOST_DEPTH, MOST_WIDTH, FeatureLayers
 
 __all__ = ["WideResNet", "wide_resnet"]
 
@@ -68,10 +69,9 @@ class WideResNet(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("blocks", blocks), ("width", width)):
-            if value < 1:
-                raise ValueError(f"fastkd: {name} is {value}, must be at least 1")
-        if not 0.0 <= dropout < 1.0:
+        blocks, width = check_count("blocks", blocks, 1, MOST_DEPTH), check_count("width", width, 1, MOST_WIDTH + 1)
+        in_channels, num_classes = check_size("in_channels", in_channels, 1), check_size("num_classes", num_classes, 1)
+        if not 0.0 <= check_number("dropout", dropout) < 1.0:
             raise ValueError(f"fastkd: dropout is {dropout}, must be in [0, 1)")
         stem, *widths = WIDTHS[0], *(width * channels for channels in WIDTHS)
         with seeded(seed):
@@ -97,9 +97,9 @@ def wide_resnet(
     depth: int, width: int, *, in_channels: int = 3, num_classes: int = 10, dropout: float = 0.0, seed: int = 0
 ) -> WideResNet:
     """The :class:`WideResNet` WRN-depth-width: depth 10, 16, 22, 28, 40, or any other ``6 n + 4``. Arguments as there."""
-    if depth < 10 or depth % 6 != 4:
+    if not 10 <= check_count("depth", depth) <= MOST_DEPTH or depth % 6 != 4:
         usual = ", ".join(map(str, USUAL_DEPTHS))
-        raise ValueError(f"fastkd: depth is {depth}, must be 6 n + 4 with n >= 1: {usual}, ...")
+        raise ValueError(f"fastkd: depth is {depth}, must be 6 n + 4 with n >= 1: {usual}, ..., {MOST_DEPTH} at most")
     return WideResNet(
         (depth - 4) // 6, width, in_channels=in_channels, num_classes=num_classes, dropout=dropout, seed=seed
     )

@@ -187,9 +187,7 @@ def _pairs(name: str, t: Tensor, problems: int) -> Tensor:
 
 def check_options(max_iter: int, tol: float, reg_covar: float) -> tuple[int, float, float]:
     """These, where a fit can run with them."""
-    max_iter = _checks.check_count("max_iter", max_iter, 1)
-    if max_iter >= 2**63:
-        raise ValueError(f"fastkd: max_iter is {max_iter}, must be below 2^63")
+    max_iter = _checks.check_count("max_iter", max_iter, 1, 2**63)
     return max_iter, _checks.check_not_negative("tol", tol), _checks.check_not_negative("reg_covar", reg_covar)
 
 

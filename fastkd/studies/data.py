@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -48,7 +49,7 @@ class DataSettings:
             ("shrink", self.shrink >= 1, "1 or more"),
             ("label_noise", 0.0 <= self.label_noise < 1.0, "from 0 to below 1"),
             ("imbalance", self.imbalance == 0.0 or 0.01 <= self.imbalance <= 100.0, "0 (off) or from 0.01 to 100"),
-            ("imbalance_ratio", self.imbalance_ratio >= 1.0, "1 or more"),
+            ("imbalance_ratio", 1.0 <= self.imbalance_ratio < math.inf, "1 or more, and finite"),
         ):
             if not good:
                 raise ValueError(f"fastkd: {name} is {getattr(self, name)}, must be {allowed}")

@@ -19,11 +19,13 @@ from fastkd.methods import Method, Objective
 from fastkd.methods import registry as methods
 from fastkd.methods.loop import evaluating
 from fastkd.models import registry as models
+from fastkd.patches import padding_of
 from fastkd.studies import data as images
 from fastkd.studies.data import DataSettings, prepare
 from fastkd.training import Process, Trainer, TrainingSettings, evaluator
 from fastkd.training.distributed import on_first_rank
 from fastkd.training.progress import Show
+from fastkd.training.settings import MOST_EPOCHS
 
 __all__ = [
     "Distillation",
@@ -67,10 +69,13 @@ class Networks:
     def __post_init__(self) -> None:
         if self.batch_size < 2:
             raise ValueError(f"fastkd: batch_size is {self.batch_size}, must be 2 or more, as batch norm needs")
-        if self.padding is not None and self.padding < 0:
-            raise ValueError(f"fastkd: padding is {self.padding}, must be 0 (no crops) or more")
-        if self.teacher_epochs < 0:
-            raise ValueError(f"fastkd: teacher_epochs is {self.teacher_epochs}, must be 0 (as the student) or more")
+        if self.padding is not None:
+            padding_of(self.padding)
+        if not 0 <= self.teacher_epochs <= MOST_EPOCHS:
+            raise ValueError(
+                f"fastkd: teacher_epochs is {self.teacher_epochs}, must be 0 (as the student) or more, "
+                f"and at most {MOST_EPOCHS}"
+            )
 
 
 @dataclass(frozen=True)
@@ -295,6 +300,9 @@ def _create(name: str, role: str, channels: int, classes: int, seed: int) -> nn.
         return models.create(name, in_channels=channels, num_classes=classes, seed=seed)
     except ValueError as error:
         raise ValueError(str(error).replace("fastkd: name", f"fastkd: {role}", 1)) from None
+    except (RuntimeError, MemoryError) as error:  # torch's, of an allocation
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"fastkd: {role} {name!r} cannot be made: {why}") from None
 
 
 def _network(settings: Distillation, role: str, data: _Data, seed: int) -> nn.Module:

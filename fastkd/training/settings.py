@@ -17,6 +17,7 @@ __all__ = ["TrainingSettings", "plain"]
 Optimiser = Literal["sgd", "adamw"]
 Schedule = Literal["cosine", "step", "constant"]
 Amp = Literal["off", "bf16", "fp16"]
+MOST_EPOCHS = 10**9
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class TrainingSettings:
         self._check_choices()
         number = math.isfinite
         for name, good, allowed in (
-            ("epochs", self.epochs >= 1, "1 or more"),
+            ("epochs", 1 <= self.epochs <= MOST_EPOCHS, f"1 or more, and at most {MOST_EPOCHS}"),
             ("learning_rate", number(self.learning_rate) and self.learning_rate > 0, "above 0"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
             ("weight_decay", number(self.weight_decay) and self.weight_decay >= 0, "0 or more"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -10,8 +11,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from fastkd._checks import check_count
-from fastkd._seeding import seeded
-from fastkd.data.seeds import mixed_seed
+from fastkd.data.seeds import mixed_generator
 
 __all__ = ["BatchSource", "LoaderBatches"]
 
@@ -74,9 +74,23 @@ class LoaderBatches:
         """As in :class:`BatchSource`."""
         for sampler in self._with_epochs:
             sampler.set_epoch(epoch)
-        # the loader draws theirs, of the default device, which may be another than the one that is seeded
-        with torch.device("cpu"), seeded(mixed_seed("workers", self._seed, epoch)):
+        with _drawing_from(mixed_generator("workers", self._seed, epoch), self._loader):
             batches: Iterator[tuple[Tensor, ...]] = iter(self._loader)
         for _ in range(start):  # now, not at the first next(): these may draw from the global generators
             next(batches)
         return batches
+
+
+@contextmanager
+def _drawing_from(generator: torch.Generator, loader: Any) -> Iterator[None]:
+    """Inside the ``with`` block the loader draws the seeds of its workers from this generator.
+
+    Not from the process's at a seed: other threads draw from that, while this one forks and may wait for a sampler.
+    """
+    before = loader.generator
+    loader.generator = generator
+    try:
+        with torch.device("cpu"):  # where the generator is
+            yield
+    finally:
+        loader.generator = before
