@@ -210,7 +210,8 @@ class AliasTable:
         Lambda is not changed, and the weights stay in the units of the build, or coarser ones where new scores need
         room: the distribution is within ``N / weights().sum()`` of the softmax in total variation. That is as good as
         a fresh build unless the total weight falls far: where the items that held nearly all of it leave, a warning says
-        so (on the CPU), and a new table should be built. Of equal indices the last one counts.
+        so (on the CPU), and a new table should be built. Of equal indices the last one counts. On a GPU a new table takes less
+        time than an update of very many items (benchmarks/README.md).
 
         Args:
             indices: int64 ``[n]``, items in ``[0, N)``.

@@ -450,6 +450,9 @@ def test_compare_names_what_differs_besides() -> None:
     assert "torch was 2.12, is 2.13" in console.export_text()
 
 
+GPU_RESULTS = "benchmarks/results/nvidia-h200"
+
+
 def test_the_readme_shows_the_committed_results() -> None:
     """The table between the marks is what the command above it prints, of the file that it names."""
     text = (ROOT / "README.md").read_text()
@@ -461,7 +464,27 @@ def test_the_readme_shows_the_committed_results() -> None:
     assert document["machine"]["date"] in text
     for figure in re.findall(r"\((benchmarks/results/\S+\.png)\)", text):
         assert (ROOT / figure).is_file()
-        assert figure.startswith(name.removesuffix(".json"))
+        assert figure.startswith((name.removesuffix(".json"), GPU_RESULTS))
+
+
+def test_the_gpu_rows_in_the_documents_are_the_committed_ones() -> None:
+    text = (ROOT / "README.md").read_text()
+    document = json.loads((ROOT / f"{GPU_RESULTS}.json").read_text())
+    ours = {row["case"]: row for row in document["rows"] if row["contender"] == measure.OURS and "ms" in row}
+    shown = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|x]+)x ([^|;]+) \| ([^|]+) \|$", text, re.MULTILINE)
+    rows = [row for row in shown if row[0] in ours]
+    assert len(rows) == 10
+    for case, time, ratio, peer, share in rows:
+        row = ours[case]
+        _, _, _, percent, _ = table.cells(row)
+        assert (time, ratio, share) == (table.time_text(row["ms"]), table.three_digits(row["ratio"]), percent)
+        assert row["best_peer"].startswith(peer)
+    variants = json.loads((ROOT / f"{GPU_RESULTS}-divergence-variants.json").read_text())["rows"]
+    text = (ROOT / "benchmarks/README.md").read_text()
+    for row in variants:
+        if row["classes"] in (1000, 32000, 128256):
+            times = " | ".join(f"{row[name]:.3f}" for name in ("kl_ms", "js_ms", "kl_without_gradient_ms"))
+            assert f"| {row['dtype']}, {row['classes']} classes | {row['variant']} | {times} |" in text
 
 
 def test_the_layers_in_the_documents_are_the_committed_ones() -> None:

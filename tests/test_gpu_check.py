@@ -129,6 +129,33 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert absent["no_such_peer"] == "the benchmarks"
 
 
+def test_a_library_that_was_carried_is_not_built_again(tmp_path: Path) -> None:
+    (tmp_path / "fastkd").mkdir()
+    assert not gpu_check.carried(tmp_path)
+    (tmp_path / "fastkd/_cuda.cpython-312-x86_64-linux-gnu.so").touch()
+    assert gpu_check.carried(tmp_path)
+    (tmp_path / "build/objects").mkdir(parents=True)
+    assert not gpu_check.carried(tmp_path)
+
+
+def test_only_the_tests_of_a_gpu_are_picked() -> None:
+    """By their backend: a mark that has the word in its name is on those of the emulator, too."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    found = subprocess.run(
+        [*command, "tests/test_relation.py", "tests/test_cuda_graphs.py"],
+        cwd=ROOT,
+        env={**os.environ, "FASTKD_ONLY_CUDA": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    picked = [line for line in found.stdout.splitlines() if "::" in line]
+    assert any("test_relation.py" in line for line in picked)
+    assert any("test_cuda_graphs.py" in line for line in picked)
+    assert not any("[cpu-" in line or "[emulated-" in line for line in picked)
+    assert all("[cuda" in line or "-cuda" in line or "test_cuda_" in line for line in picked)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_so_in_one_line() -> None:
     found = subprocess.run(
@@ -159,7 +186,8 @@ def test_a_failure_is_the_exit_code(
 
 def test_every_stage_has_its_files() -> None:
     stages = gpu_check.stages_for("python3", Path("out.json"), dict(os.environ))
-    assert [s.name.split()[0] for s in stages] == ["build", "cuda", "operator", "memcheck", "racecheck", "benchmarks"]
+    names = ["build", "every", "cuda", "operator", "memcheck", "racecheck", "benchmarks"]
+    assert [s.name.split()[0] for s in stages] == names
     assert sum(s.seconds for s in stages) <= gpu_check.SECONDS
     named = [part for s in stages for part in s.command if part.endswith(".py")]
     assert len(named) > 8
