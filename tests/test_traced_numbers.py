@@ -80,6 +80,31 @@ def test_numbers_under_inductor(name: str) -> None:
     check(torch.compile(function, fullgraph=True), function, x)
 
 
+# what torch.func differentiates within the program
+TRANSFORMED: dict[str, tuple[Tensor, Callable[[Tensor, float], Tensor]]] = {
+    "js_div beta": (S, lambda x, w: F.js_div(x, T, beta=w)),
+    "kl_div temperature": (S, lambda x, w: F.kl_div(x, T, w)),
+    "relation_loss": (S, lambda x, w: F.relation_loss(x, T, w, 2 * w)),
+    "logit_stats": (S, lambda x, w: fastkd.logit_stats(x, w).entropy.sum()),
+    "random_crop_flip": (IMAGES, lambda x, w: fastkd.random_crop_flip(x, 0, None, 0.0, w, 1 + w).square().sum()),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_gradients_of_torch_func(name: str) -> None:
+    x, function = TRANSFORMED[name]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def gradient(x: Tensor, w: float) -> Tensor:
+        return torch.func.grad(lambda z: function(z, w))(x)  # (torch makes a constant of each number given to it)
+
+    compiled = torch.compile(gradient, fullgraph=True, backend=counter)
+    for w in VALUES:
+        torch.testing.assert_close(compiled(x, w), gradient(x, w))
+    assert counter.frame_count <= 2
+
+
 ATTRIBUTES: dict[str, tuple[torch.nn.Module, str, tuple[Tensor, ...]]] = {
     "KLDivLoss": (fastkd.KLDivLoss(), "temperature", (T,)),
     "JSDivLoss": (fastkd.JSDivLoss(), "beta", (T,)),

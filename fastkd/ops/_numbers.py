@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.ops._autograd import call
+from fastkd.ops._autograd import call, transforms_active
 
 __all__ = ["call_by_name", "number_tensor"]
 
@@ -32,7 +32,7 @@ def _operator(name: str) -> tuple[Callable[..., Any], list[int], list[int]]:
 def call_by_name(name: str, *args: Any) -> Any:
     """``torch.ops.fastkd.<name>(*args, numbers)``, all arguments positional; ``numbers`` is the last of the schema."""
     op, floats, lists = _operator(name)
-    if type(args[0]) is Tensor:  # nothing is traced
+    if type(args[0]) is Tensor and not transforms_active():  # nothing is traced (tensors of torch.func do not tell)
         return call(name, op, *args, None)
     values = [args[i] for i in floats] + [value for i in lists for value in args[i]]
     if any(isinstance(value, (torch.SymFloat, torch.SymInt)) for value in values):
