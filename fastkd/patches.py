@@ -8,7 +8,6 @@ threads and for every device that gets the same seed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from numbers import Real
 
@@ -192,7 +191,11 @@ def normalisation(
     unit = 255.0 if byte else 1.0
     center = [] if mean is None else [unit * m for m in channel_values("mean", mean, channels)]
     spread = [] if std is None else channel_values("std", std, channels)
-    if any(s <= 0.0 or 1.0 / (unit * s) == math.inf for s in spread):
+    if not all(
+        _checks.in_range(s, _checks.LEAST_NUMBER, _checks.LARGEST_NUMBER)
+        and _checks.in_range(1.0 / (unit * s), 0.0, _checks.LARGEST_NUMBER)
+        for s in spread
+    ):
         raise ValueError(f"fastkd: std is {std}, must be positive, and 1 / std finite")
     return center, [1.0 / (unit * s) for s in spread] if spread or not byte else [1.0 / unit] * channels
 
@@ -297,6 +300,6 @@ def channel_values(name: str, value: float | Sequence[float], channels: int) -> 
         raise ValueError(
             f"fastkd: {name} has {len(values)} values, must have one, or one for each of the {channels} channels"
         )
-    if not all(-math.inf < v < math.inf for v in values):
+    if not all(_checks.in_range(v, -_checks.LARGEST_NUMBER, _checks.LARGEST_NUMBER) for v in values):
         raise ValueError(f"fastkd: {name} is {value}, must be finite")
     return values

@@ -105,6 +105,32 @@ def test_gradients_of_torch_func(name: str) -> None:
     assert counter.frame_count <= 2
 
 
+OF_TENSORS = ["kl_div temperature", "js_div beta", "kd_loss 1 - alpha", "logit_stats", "relation_loss", "iqpr"]
+OF_TENSORS += ["select_clean threshold", "select_clean options", "flip_probability", "seeded_crop_flip"]
+
+
+@pytest.mark.parametrize("name", OF_TENSORS)
+def test_numbers_out_of_tensors(name: str) -> None:
+    """``.item()`` in the program: what the number is cannot be asked for there."""
+    x, function = CASES[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, t: function(x, t.square().item()), fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        for w in VALUES:
+            root = torch.tensor(w, dtype=torch.float64).sqrt()
+            torch.testing.assert_close(compiled(x, root), function(x, root.square().item()))
+
+
+def test_bad_numbers_out_of_tensors_raise() -> None:
+    """In the kernels."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda t: F.kl_div(S, T, t.neg().item()), fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        torch.testing.assert_close(compiled(torch.tensor(-2.0)), F.kl_div(S, T, 2.0))
+        with pytest.raises(RuntimeError, match="temperature is -2"):
+            compiled(torch.tensor(2.0))
+
+
 ATTRIBUTES: dict[str, tuple[torch.nn.Module, str, tuple[Tensor, ...]]] = {
     "KLDivLoss": (fastkd.KLDivLoss(), "temperature", (T,)),
     "JSDivLoss": (fastkd.JSDivLoss(), "beta", (T,)),
