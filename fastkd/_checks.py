@@ -47,6 +47,10 @@ def check_number(name: str, value: object) -> float:
         return value
     if isinstance(value, (torch.SymFloat, torch.SymInt)):  # a number of a program that is traced
         return value  # type: ignore[return-value]
+    if is_dynamo_compiling() and isinstance(value, np.ndarray):  # what it makes of numpy's numbers
+        number = torch.as_tensor(value)
+        if number.dim() == 0 and number.dtype in (*FLOATS, *INTEGERS):
+            return number  # type: ignore[return-value]
     if isinstance(value, (bool, np.bool_, Tensor)) or not isinstance(value, Real):
         raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be a number")
     try:
@@ -58,12 +62,14 @@ def check_number(name: str, value: object) -> float:
 def in_range(number: float, least: float, most: float) -> bool:
     """``least <= number <= most``, which NaN never is.
 
-    A traced program does not know the numbers that it takes out of tensors (``.item()``): they pass here, and the kernels
-    look at them.
+    A traced program does not know the numbers that it takes out of tensors (``.item()``), nor numpy's: they pass here, and
+    the kernels look at them.
     """
     if is_dynamo_compiling() or type(number) not in (float, int):
         from torch.fx.experimental.symbolic_shapes import guard_or_true
 
+        if isinstance(number, Tensor):
+            return True
         return guard_or_true(least <= number) and guard_or_true(number <= most)
     return least <= number <= most
 

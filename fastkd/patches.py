@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -169,7 +170,7 @@ def _crop_flip(
     padding = padding_of(padding)
     byte = images.dtype == torch.uint8
     dtype = dtype if dtype is not None else torch.float32 if byte else images.dtype
-    check_augmentation(flip_probability, dtype)
+    flip_probability = check_augmentation(flip_probability, dtype)
     center, scale = normalisation(mean, std, channels, byte=byte)
     offsets, flip = _draw(images, height, width, 1, padding, flip_probability, generator, seed)
     out = _ops.crop(
@@ -178,10 +179,11 @@ def _crop_flip(
     return out.to(dtype)
 
 
-def check_augmentation(flip_probability: float, dtype: torch.dtype) -> None:
+def check_augmentation(flip_probability: float, dtype: torch.dtype) -> float:
+    """The probability, as a number of Python's."""
     if dtype not in _FLOATS:
         raise TypeError(f"fastkd: dtype is {dtype}, must be {_checks.names(_FLOATS)}")
-    _checks.check_between("flip_probability", flip_probability, 0.0, 1.0)
+    return _checks.check_between("flip_probability", flip_probability, 0.0, 1.0)
 
 
 def normalisation(
@@ -290,7 +292,8 @@ def channel_values(name: str, value: float | Sequence[float], channels: int) -> 
             f"fastkd: {name} is a tensor, must be numbers, so that nothing waits for a device: {name}.tolist()"
         )
     try:
-        given: list[object] = [value] * channels if isinstance(value, Real) else list(value)  # type: ignore[arg-type]
+        alone = isinstance(value, Real) or (isinstance(value, np.ndarray) and value.ndim == 0)
+        given: list[object] = [value] * channels if alone else list(value)  # type: ignore[arg-type]
         values = [_checks.check_number(name, v) for v in given]
     except TypeError:
         raise TypeError(

@@ -121,6 +121,28 @@ def test_numbers_out_of_tensors(name: str) -> None:
             torch.testing.assert_close(compiled(x, root), function(x, root.square().item()))
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_numbers_of_numpy(compiler: str) -> None:
+    """Dynamo makes tensors of them."""
+    for name in OF_TENSORS if compiler == "aot_eager" else OF_TENSORS[:2]:
+        x, function = CASES[name]
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend(compiler)
+        compiled = torch.compile(function, fullgraph=True, backend=counter)
+        for w in map(np.float64, VALUES):
+            torch.testing.assert_close(compiled(x, w), function(x, w), msg=lambda text, n=name: f"{n}: {text}")
+        assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"), [(np.float64(-2.0), "temperature is -2"), (np.ones(2), "ndarray"), (np.bool_(True), "bool")]
+)
+def test_bad_numbers_of_numpy_raise(bad: Any, message: str) -> None:
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=message):
+        torch.compile(lambda w: F.kl_div(S, T, w), backend="aot_eager")(bad)
+
+
 def test_bad_numbers_out_of_tensors_raise() -> None:
     """In the kernels."""
     torch._dynamo.reset()
