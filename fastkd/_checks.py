@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeVar
@@ -11,11 +12,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 Called = TypeVar("Called")
 LARGEST_SIZE = 2**59  # elements, of which the operators can count the bytes
+LARGEST_NUMBER = sys.float_info.max
+LEAST_NUMBER = math.ulp(0.0)  # above 0
 _STRIDED = torch.strided
 
 
@@ -43,6 +47,10 @@ def check_number(name: str, value: object) -> float:
         return value
     if isinstance(value, (torch.SymFloat, torch.SymInt)):  # a number of a program that is traced
         return value  # type: ignore[return-value]
+    if is_dynamo_compiling() and isinstance(value, np.ndarray):  # what it makes of numpy's numbers
+        number = torch.as_tensor(value)
+        if number.dim() == 0 and number.dtype in (*FLOATS, *INTEGERS):
+            return number  # type: ignore[return-value]
     if isinstance(value, (bool, np.bool_, Tensor)) or not isinstance(value, Real):
         raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be a number")
     try:
@@ -51,16 +59,31 @@ def check_number(name: str, value: object) -> float:
         raise ValueError(f"fastkd: {name} is {value}, must be a number that a float holds") from None
 
 
+def in_range(number: float, least: float, most: float) -> bool:
+    """``least <= number <= most``, which NaN never is.
+
+    A traced program does not know the numbers that it takes out of tensors (``.item()``), nor numpy's: they pass here, and
+    the kernels look at them.
+    """
+    if is_dynamo_compiling() or type(number) not in (float, int):
+        from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+        if isinstance(number, Tensor):
+            return True
+        return guard_or_true(least <= number) and guard_or_true(number <= most)
+    return least <= number <= most
+
+
 def check_between(name: str, value: object, least: float, most: float) -> float:
     number = value if type(value) is float else check_number(name, value)
-    if not least <= number <= most:  # nor is NaN
+    if not in_range(number, least, most):
         raise ValueError(f"fastkd: {name} is {value}, must be in [{least:g}, {most:g}]")
     return number
 
 
 def check_not_negative(name: str, value: object) -> float:
     number = value if type(value) is float else check_number(name, value)
-    if not 0.0 <= number < math.inf:
+    if not in_range(number, 0.0, LARGEST_NUMBER):
         raise ValueError(f"fastkd: {name} is {value}, must be finite and not negative")
     return number
 
@@ -84,10 +107,9 @@ def check_count(name: str, value: object, least: int | None = None, below: int |
     number = index_of(value)
     if number is None:
         raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be an int")
-    if least is not None and number < least:
-        raise ValueError(f"fastkd: {name} is {number}, must be at least {least}")
-    if below is not None and number >= below:
-        raise ValueError(f"fastkd: {name} is {number}, must be less than {below}")
+    if not in_range(number, number if least is None else least, number if below is None else below - 1):
+        low = least is not None and number < least
+        raise ValueError(f"fastkd: {name} is {number}, must be {f'at least {least}' if low else f'less than {below}'}")
     return number
 
 

@@ -80,7 +80,7 @@ def draw_batch(
     if images.device != table.device:
         raise ValueError(f"fastkd: images is on {images.device}, must be on the device of the table, {table.device}")
     window = (images.shape[2], images.shape[3]) if size is None else pair_of(size)
-    check_augmentation(flip_probability, dtype)
+    flip_probability = check_augmentation(flip_probability, dtype)
     center, scale = normalisation(mean, std, images.shape[1], byte=True)
     padding = padding_of(padding)
     check_window(images, *window, padding, generator)

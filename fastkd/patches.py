@@ -8,10 +8,10 @@ threads and for every device that gets the same seed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -170,7 +170,7 @@ def _crop_flip(
     padding = padding_of(padding)
     byte = images.dtype == torch.uint8
     dtype = dtype if dtype is not None else torch.float32 if byte else images.dtype
-    check_augmentation(flip_probability, dtype)
+    flip_probability = check_augmentation(flip_probability, dtype)
     center, scale = normalisation(mean, std, channels, byte=byte)
     offsets, flip = _draw(images, height, width, 1, padding, flip_probability, generator, seed)
     out = _ops.crop(
@@ -179,10 +179,11 @@ def _crop_flip(
     return out.to(dtype)
 
 
-def check_augmentation(flip_probability: float, dtype: torch.dtype) -> None:
+def check_augmentation(flip_probability: float, dtype: torch.dtype) -> float:
+    """The probability, as a number of Python's."""
     if dtype not in _FLOATS:
         raise TypeError(f"fastkd: dtype is {dtype}, must be {_checks.names(_FLOATS)}")
-    _checks.check_between("flip_probability", flip_probability, 0.0, 1.0)
+    return _checks.check_between("flip_probability", flip_probability, 0.0, 1.0)
 
 
 def normalisation(
@@ -192,7 +193,11 @@ def normalisation(
     unit = 255.0 if byte else 1.0
     center = [] if mean is None else [unit * m for m in channel_values("mean", mean, channels)]
     spread = [] if std is None else channel_values("std", std, channels)
-    if any(s <= 0.0 or 1.0 / (unit * s) == math.inf for s in spread):
+    if not all(
+        _checks.in_range(s, _checks.LEAST_NUMBER, _checks.LARGEST_NUMBER)
+        and _checks.in_range(1.0 / (unit * s), 0.0, _checks.LARGEST_NUMBER)
+        for s in spread
+    ):
         raise ValueError(f"fastkd: std is {std}, must be positive, and 1 / std finite")
     return center, [1.0 / (unit * s) for s in spread] if spread or not byte else [1.0 / unit] * channels
 
@@ -287,7 +292,8 @@ def channel_values(name: str, value: float | Sequence[float], channels: int) -> 
             f"fastkd: {name} is a tensor, must be numbers, so that nothing waits for a device: {name}.tolist()"
         )
     try:
-        given: list[object] = [value] * channels if isinstance(value, Real) else list(value)  # type: ignore[arg-type]
+        alone = isinstance(value, Real) or (isinstance(value, np.ndarray) and value.ndim == 0)
+        given: list[object] = [value] * channels if alone else list(value)  # type: ignore[arg-type]
         values = [_checks.check_number(name, v) for v in given]
     except TypeError:
         raise TypeError(
@@ -297,6 +303,6 @@ def channel_values(name: str, value: float | Sequence[float], channels: int) -> 
         raise ValueError(
             f"fastkd: {name} has {len(values)} values, must have one, or one for each of the {channels} channels"
         )
-    if not all(-math.inf < v < math.inf for v in values):
+    if not all(_checks.in_range(v, -_checks.LARGEST_NUMBER, _checks.LARGEST_NUMBER) for v in values):
         raise ValueError(f"fastkd: {name} is {value}, must be finite")
     return values

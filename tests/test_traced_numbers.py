@@ -80,6 +80,79 @@ def test_numbers_under_inductor(name: str) -> None:
     check(torch.compile(function, fullgraph=True), function, x)
 
 
+# what torch.func differentiates within the program
+TRANSFORMED: dict[str, tuple[Tensor, Callable[[Tensor, float], Tensor]]] = {
+    "js_div beta": (S, lambda x, w: F.js_div(x, T, beta=w)),
+    "kl_div temperature": (S, lambda x, w: F.kl_div(x, T, w)),
+    "relation_loss": (S, lambda x, w: F.relation_loss(x, T, w, 2 * w)),
+    "logit_stats": (S, lambda x, w: fastkd.logit_stats(x, w).entropy.sum()),
+    "random_crop_flip": (IMAGES, lambda x, w: fastkd.random_crop_flip(x, 0, None, 0.0, w, 1 + w).square().sum()),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_gradients_of_torch_func(name: str) -> None:
+    x, function = TRANSFORMED[name]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def gradient(x: Tensor, w: float) -> Tensor:
+        return torch.func.grad(lambda z: function(z, w))(x)  # (torch makes a constant of each number given to it)
+
+    compiled = torch.compile(gradient, fullgraph=True, backend=counter)
+    for w in VALUES:
+        torch.testing.assert_close(compiled(x, w), gradient(x, w))
+    assert counter.frame_count <= 2
+
+
+OF_TENSORS = ["kl_div temperature", "js_div beta", "kd_loss 1 - alpha", "logit_stats", "relation_loss", "iqpr"]
+OF_TENSORS += ["select_clean threshold", "select_clean options", "flip_probability", "seeded_crop_flip"]
+
+
+@pytest.mark.parametrize("name", OF_TENSORS)
+def test_numbers_out_of_tensors(name: str) -> None:
+    """``.item()`` in the program: what the number is cannot be asked for there."""
+    x, function = CASES[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, t: function(x, t.square().item()), fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        for w in VALUES:
+            root = torch.tensor(w, dtype=torch.float64).sqrt()
+            torch.testing.assert_close(compiled(x, root), function(x, root.square().item()))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_numbers_of_numpy(compiler: str) -> None:
+    """Dynamo makes tensors of them."""
+    for name in OF_TENSORS if compiler == "aot_eager" else OF_TENSORS[:2]:
+        x, function = CASES[name]
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend(compiler)
+        compiled = torch.compile(function, fullgraph=True, backend=counter)
+        for w in map(np.float64, VALUES):
+            torch.testing.assert_close(compiled(x, w), function(x, w), msg=lambda text, n=name: f"{n}: {text}")
+        assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"), [(np.float64(-2.0), "temperature is -2"), (np.ones(2), "ndarray"), (np.bool_(True), "bool")]
+)
+def test_bad_numbers_of_numpy_raise(bad: Any, message: str) -> None:
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=message):
+        torch.compile(lambda w: F.kl_div(S, T, w), backend="aot_eager")(bad)
+
+
+def test_bad_numbers_out_of_tensors_raise() -> None:
+    """In the kernels."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda t: F.kl_div(S, T, t.neg().item()), fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        torch.testing.assert_close(compiled(torch.tensor(-2.0)), F.kl_div(S, T, 2.0))
+        with pytest.raises(RuntimeError, match="temperature is -2"):
+            compiled(torch.tensor(2.0))
+
+
 ATTRIBUTES: dict[str, tuple[torch.nn.Module, str, tuple[Tensor, ...]]] = {
     "KLDivLoss": (fastkd.KLDivLoss(), "temperature", (T,)),
     "JSDivLoss": (fastkd.JSDivLoss(), "beta", (T,)),

@@ -87,11 +87,9 @@ def register_autograd(
 
 
 def call(name: str, op: Any, *args: Any) -> Any:
-    """``op(*args)``, where it can be past the dispatcher's way to ``kernel``, which costs 10 us of small calls."""
+    """``op(*args)`` outside of transforms, past the dispatcher's way to ``kernel`` where it can be: 10 us of small calls."""
     kernel = _kernels.get(name)
-    if kernel is None or _transforms_active():
-        return op(*args)
-    return kernel(None, *args)
+    return op(*args) if kernel is None else kernel(None, *args)
 
 
 def call_in_backward(op: Any, *args: Any) -> Any:

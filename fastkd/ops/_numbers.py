@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.ops._autograd import call
+from fastkd.ops._autograd import call, transforms_active
 
 __all__ = ["call_by_name", "number_tensor"]
+
+_CHANGING = (torch.SymFloat, torch.SymInt, Tensor)  # tensors are numpy's numbers, as dynamo has them
 
 
 @functools.cache
@@ -32,10 +34,10 @@ def _operator(name: str) -> tuple[Callable[..., Any], list[int], list[int]]:
 def call_by_name(name: str, *args: Any) -> Any:
     """``torch.ops.fastkd.<name>(*args, numbers)``, all arguments positional; ``numbers`` is the last of the schema."""
     op, floats, lists = _operator(name)
-    if type(args[0]) is Tensor:  # nothing is traced
+    if type(args[0]) is Tensor and not transforms_active():  # nothing is traced (tensors of torch.func do not tell)
         return call(name, op, *args, None)
     values = [args[i] for i in floats] + [value for i in lists for value in args[i]]
-    if any(isinstance(value, (torch.SymFloat, torch.SymInt)) for value in values):
+    if any(isinstance(value, _CHANGING) for value in values):
         return _with_symbols(op, args)
     return op(*args, None)
 
@@ -58,7 +60,7 @@ def _with_symbols(op: Any, args: tuple[Any, ...]) -> Any:
 
 def number_tensor(value: Any, device: torch.device) -> Tensor:
     """The number as float64 ``[]``, without a copy from the host, and without making a constant of a symbol."""
-    if isinstance(value, (torch.SymFloat, torch.SymInt)) or torch.compiler.is_compiling():
+    if isinstance(value, _CHANGING) or torch.compiler.is_compiling():
         one = torch.ones((), dtype=torch.float64, device=device)
         number: Tensor = one * value  # torch.full would take it for a constant
         return number

@@ -9,7 +9,6 @@ mean over a large batch are below its smallest number.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,7 +16,15 @@ import torch
 from torch import Tensor
 
 from fastkd import _library as _library  # registers the operators
-from fastkd._checks import check_between, check_count, check_dtype, check_number
+from fastkd._checks import (
+    LARGEST_NUMBER,
+    LEAST_NUMBER,
+    check_between,
+    check_count,
+    check_dtype,
+    check_number,
+    in_range,
+)
 from fastkd.ops._autograd import (
     call_in_backward,
     may_change_in_place,
@@ -133,7 +140,7 @@ def check_logits(name: str, value: Tensor) -> None:
 
 def check_temperature(value: object) -> float:
     number = check_number("temperature", value)
-    if not 0.0 < number < math.inf:
+    if not in_range(number, LEAST_NUMBER, LARGEST_NUMBER):
         raise ValueError(f"fastkd: temperature is {value}, must be positive and finite")
     return number
 
