@@ -134,7 +134,7 @@ def test_every_method_from_a_shared_teacher(
         ({"method": "hintn"}, "method 'hintn' is unknown, did you mean hinton"),
         ({"student": "resnet9"}, "student 'resnet9' is unknown, did you mean resnet8"),
         ({"teacher": "wrn-17-2"}, "teacher 'wrn-17-2' is unknown, did you mean wrn-"),
-        ({"method": "dml", "feature_weight": 2.0}, "method 'dml' does not have all of the settings feature_weight"),
+        ({"method": "dml", "feature_weight": 2.0}, "dml's option 'feature_weight' is unknown, must be one of"),
         ({"teacher_weights": Path("nowhere.pt")}, "there are no weights nowhere.pt"),
         ({"batch_size": 101}, "batch_size is 101, must be at most the 100 images"),
         ({"data": DataSettings(data="digit")}, "name 'digit' is unknown, did you mean digits"),

@@ -105,6 +105,44 @@ def test_gradients_of_torch_func(name: str) -> None:
     assert counter.frame_count <= 2
 
 
+TABLE = fastkd.AliasTable(S.flatten(), 1.0, seed=1)
+PLACES = torch.tensor([[[0, 1]], [[2, 3]]])
+
+# of an int from 1 to 12
+INTS: dict[str, tuple[Tensor, Callable[[Tensor, Any], Tensor]]] = {
+    "sample_at start": (S, lambda x, n: TABLE.sample_at(1, n, 20, 3)),
+    "sample_at n": (S, lambda x, n: TABLE.sample_at(1, 2, n, 3)),
+    "sample_at stride": (S, lambda x, n: TABLE.sample_at(1, 2, 20, n)),
+    "ignore_index": (S, lambda x, n: F.kd_loss(x, T, Y.where(Y != 3, n), ignore_index=n)),
+    "ignore_index, float16": (S.half(), lambda x, n: F.kl_div(x, T.half(), target=Y, ignore_index=n)),
+    "max_iter": (LOSSES, lambda x, n: fastkd.select_clean(x, max_iter=n)[1]),
+    "crop_patches": (IMAGES, lambda x, n: fastkd.crop_patches(x, PLACES, n)),
+    "seeded_crop_flip": (IMAGES, lambda x, n: seeded_crop_flip(x, 3, n, 0.5, None, None, torch.float32)),
+}
+
+
+@pytest.mark.parametrize("name", INTS)
+def test_ints(name: str) -> None:
+    """Sizes, counters and the like."""
+    x, function = INTS[name]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for n in range(1, 13):
+        for ours, expected in zip(gradient_of(compiled, x, n), gradient_of(function, x, n), strict=True):
+            torch.testing.assert_close(ours, expected)
+    assert counter.frame_count <= 2  # one of 1, one of any
+
+
+@pytest.mark.parametrize("name", ["sample_at n", "crop_patches", "max_iter"])
+def test_ints_under_inductor(name: str) -> None:
+    x, function = INTS[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True)
+    for n in (1, 2, 3, 12):
+        torch.testing.assert_close(compiled(x, n), function(x, n))
+
+
 OF_TENSORS = ["kl_div temperature", "js_div beta", "kd_loss 1 - alpha", "logit_stats", "relation_loss", "iqpr"]
 OF_TENSORS += ["select_clean threshold", "select_clean options", "flip_probability", "seeded_crop_flip"]
 

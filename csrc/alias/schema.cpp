@@ -18,9 +18,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
 
   // int64 [count]: the draws number stream[1] + offset + i * stride of the seed stream[0].
   m.def(
-      "alias_sample(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tensor stream, int count, int offset, int "
-      "stride) "
-      "-> Tensor");
+      "alias_sample(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tensor stream, SymInt count, SymInt offset, "
+      "SymInt stride) -> Tensor");
 
   // The exact fixed-point weight of each item, read off the bins: int64 [N]; probability = weight / their sum.
   m.def("alias_weights(Tensor table, Tensor block_weight) -> Tensor");

@@ -8,6 +8,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // [count].
   m.def(
       "draw_batch(Tensor table, Tensor block_weight, Tensor top, Tensor table_scale, Tensor stream, Tensor crop_seed, "
-      "Tensor images, int count, int height, int width, int padding, float flip_probability, float[] center, float[] scale, "
-      "ScalarType dtype, Tensor? numbers=None) -> (Tensor batch, Tensor indices)");
+      "Tensor images, SymInt count, SymInt height, SymInt width, SymInt padding, float flip_probability, "
+      "float[] center, float[] scale, ScalarType dtype, Tensor? numbers=None) -> (Tensor batch, Tensor indices)");
 }

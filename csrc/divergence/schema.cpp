@@ -7,7 +7,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // loss = kd_scale * kd + task_scale * task; terms = (task, kd), unscaled. Gradients not asked for are empty.
   m.def(
       "divergence(Tensor student_logits, Tensor teacher_logits, Tensor? target, Tensor? weight, Tensor? temperatures, "
-      "float temperature, int kind, float beta, float kd_scale, float task_scale, int ignore_index, int reduction, "
+      "float temperature, int kind, float beta, float kd_scale, float task_scale, SymInt ignore_index, int reduction, "
       "bool student_gradient, bool teacher_gradient, Tensor? numbers=None) "
       "-> (Tensor loss, Tensor terms, Tensor student_gradient, Tensor teacher_gradient)");
 

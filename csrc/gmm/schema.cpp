@@ -8,7 +8,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // parameters are not all finite starts afresh. iterations and status are int64 [B], log_likelihood float64 [B].
   m.def(
       "gmm_fit(Tensor values, Tensor? offsets, Tensor? lengths, Tensor? sample_weight, Tensor? init_weights, "
-      "Tensor? init_means, Tensor? init_deviations, bool normalize, int max_iter, float tol, float reg_covar, Tensor? "
+      "Tensor? init_means, Tensor? init_deviations, bool normalize, SymInt max_iter, float tol, float reg_covar, Tensor? "
       "numbers=None) "
       "-> (Tensor weights, Tensor means, Tensor deviations, Tensor iterations, Tensor log_likelihood, Tensor status)");
 
@@ -19,6 +19,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
 
   // Both at once for the values of a fit: where they stay on the chip, they are read once.
   m.def(
-      "gmm_select(Tensor values, Tensor? offsets, Tensor? lengths, Tensor? sample_weight, bool normalize, int max_iter, "
+      "gmm_select(Tensor values, Tensor? offsets, Tensor? lengths, Tensor? sample_weight, bool normalize, SymInt max_iter, "
       "float tol, float reg_covar, bool monotone, float threshold, Tensor? numbers=None) -> (Tensor posterior, Tensor mask)");
 }
