@@ -267,7 +267,8 @@ def relation_loss(
             (0 where not computed).
 
     Returns:
-        float32 (float64 where either side is), scalar. NaN, with gradients of NaN, where a feature is not finite.
+        float32 (float64 where either side is), scalar. NaN, with gradients of NaN, where a feature is not finite, or two
+        points are 1e154 apart or more: squares of such distances are beyond float64.
 
     Raises:
         TypeError, ValueError: features that are no float tensors, have fewer than two dimensions or none of size above 0;
