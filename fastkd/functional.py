@@ -188,7 +188,8 @@ def kd_loss(
 
     Args:
         target: int64 ``[...]``, classes; rows whose target is ``ignore_index`` are left out of both terms.
-        alpha: weight of the distillation term, in [0, 1]. At 0 the teacher's logits are not looked at.
+        alpha: weight of the distillation term, in [0, 1]. At 0 neither temperature nor what the teacher's logits hold is looked
+            at. At 1 the target still says which rows count, and must be classes or ``ignore_index``, as in :func:`kl_div`.
         reduction: ``batchmean`` = sum / valid rows for both terms; ``sum``; ``none`` -> ``[...]``.
         return_terms: also return ``{"task_loss": ..., "kd_loss": ...}``, the unweighted terms, detached, for logging
             (where ``alpha`` is 1 the task loss is not computed, and 0; so is the distillation loss where it is 0).
@@ -198,6 +199,8 @@ def kd_loss(
     _ops.check_choice("direction", direction, DIRECTIONS)
     alpha = _ops.check_share("alpha", alpha)
     _ops.check_row_reduction(reduction)
+    if alpha == 0.0:
+        temperature = 1.0  # of a term that is not there
     loss, terms = _ops.divergence(
         student_logits,
         teacher_logits,
@@ -264,7 +267,8 @@ def relation_loss(
             (0 where not computed).
 
     Returns:
-        float32 (float64 where either side is), scalar. NaN, with gradients of NaN, where a feature is not finite.
+        float32 (float64 where either side is), scalar. NaN, with gradients of NaN, where a feature is not finite, or two
+        points are 1e154 apart or more: squares of such distances are beyond float64.
 
     Raises:
         TypeError, ValueError: features that are no float tensors, have fewer than two dimensions or none of size above 0;

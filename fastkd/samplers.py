@@ -193,6 +193,7 @@ class _Draws:
         self, table: AliasTable, num_samples: int | None, per_rank: int | None, seed: int | None, ranks: Ranks
     ) -> None:
         self.table = check_table("table", table)
+        table._check_known("drawn from by a sampler")
         self.ranks = ranks
         self._num_samples = num_samples
         self._per_rank = per_rank

@@ -107,6 +107,7 @@ class AliasTable:
 
         A process that is being spawned reads the weights where they are, in shared memory, as it does any tensor.
         """
+        self._check_known("copied or pickled")
         with self._alone():
             state = {**vars(self), "_stream": self._stream.tolist(), "_numbering": self._numbering.copy()}
             if get_spawning_popen() is None:
@@ -138,6 +139,8 @@ class AliasTable:
         The stream is a copy and goes on by itself. The weights are copied to another device; on the same one they are
         shared, so that an update of either table is one of both; copies by ``copy.deepcopy`` share nothing.
         """
+        if torch.device(device).type != "meta":
+            self._check_known("moved to another device")
         moved = AliasTable.__new__(AliasTable)
         with self._alone():
             moved._table = _ops.Table(*(t.to(device) for t in self._table))
@@ -178,6 +181,10 @@ class AliasTable:
             drawn = draws(self._stream)
             self._stream[1:].add_(n)
             return drawn
+
+    def _check_known(self, what: str) -> None:
+        if self.device.type == "meta":
+            raise ValueError(f"fastkd: this AliasTable is on meta, must be where its numbers are to be {what}")
 
     def _alone(self) -> AbstractContextManager[None]:
         """No other thread draws from, updates or reads this table meanwhile; but a traced program cannot hold a lock."""
@@ -259,6 +266,7 @@ class AliasTable:
 
     def state_dict(self) -> dict[str, Any]:
         """Seed and position of the own stream, lambda, and a fingerprint of the table; not the table, which the scores give."""
+        self._check_known("saved or loaded")
         with self._alone():
             seed, position = self._stream.tolist()
             total = int(self._table.block_weight.sum())

@@ -36,8 +36,8 @@ class FitStatus(enum.IntEnum):
     CONSTANT = 2
     TOO_FEW = 3  #: fewer than two values take part: with one as CONSTANT, with none nothing is selected
     NON_FINITE = 4  #: fitted without the NaN or infinite values among them
-    #: on a GPU only, where the CPU raises: a sample weight that is not finite or negative, negative initial parameters,
-    #: lengths or offsets out of range; weights and means are 0, nothing is selected
+    #: on a GPU only, where the CPU raises: a sample weight of a finite value that is not finite or negative, negative initial
+    #: parameters, lengths or offsets out of range; weights and means are 0, nothing is selected
     INVALID = 5
 
 
@@ -98,7 +98,7 @@ class TwoGaussianMixture:
                 or float16 tensor, or numpy array. Non-finite values are left out. A column ``[n, 1]`` is refused: it
                 would be n problems of one value.
             sample_weight: the shape of values, of a float or integer dtype or bool, finite, not negative: how often each
-                value counts.
+                value counts. Weights of values that are left out are not looked at.
             lengths: integer ``[B]``: only the first ``lengths[b]`` values of row b count.
             offsets: integer ``[B + 1]``: problem b is ``values[offsets[b] : offsets[b + 1]]``.
             init: weights, means and variances to start from, ``[B, 2]`` each (``[2]`` for one problem); a problem for

@@ -93,6 +93,7 @@ def uniformity(counts: Tensor) -> Tensor:
     share = counts.double() / counts.sum()
     drawn = (counts > 0).sum()
     ratio = -torch.xlogy(share, share).sum() / drawn.double().log()
+    ratio = ratio.clamp(max=1.0)  # which roundings may exceed
     return torch.where(drawn == 1, 1.0, ratio)
 
 
@@ -126,7 +127,7 @@ def effective_sample_size(weights: Tensor) -> Tensor:
     if w.shape[0] == 0:
         return w.sum() / 0.0
     w = w / w.amax()  # squares of anything that float64 holds stay within its range
-    return w.sum() ** 2 / (w * w).sum()
+    return (w.sum() ** 2 / (w * w).sum()).clamp(1.0, w.shape[0])  # which roundings may exceed
 
 
 def underflowed(scores: Tensor, weights: Tensor) -> Tensor:

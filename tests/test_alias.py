@@ -229,6 +229,13 @@ def test_table_takes_eight_bytes_an_item() -> None:
     assert table.nbytes <= 8.01 * len(table)
 
 
+def test_more_draws_than_memory() -> None:
+    table = AliasTable(torch.zeros(5))
+    message = r"fastkd: a new tensor has shape \(288230376151711744,\) and dtype int64, must be one that the CPU has the memory"
+    with pytest.raises(RuntimeError, match=message):
+        table.sample(2**58)
+
+
 def test_state_dict_continues_the_stream(generator: torch.Generator) -> None:
     scores = torch.randn(1000, generator=generator)
     table = AliasTable(scores, iqpr=5.0, seed=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -205,11 +206,26 @@ def test_numbers_without_a_value(name: str) -> None:
         call(torch.tensor(2, device="meta"))
 
 
+WITH_NUMBERS: tuple[tuple[str, Callable[[AliasTable], object]], ...] = (
+    ("saved or loaded", AliasTable.state_dict),
+    ("saved or loaded", lambda table: table.load_state_dict(AliasTable(SCORES).state_dict())),
+    ("copied or pickled", copy.deepcopy),
+    ("copied or pickled", pickle.dumps),
+    ("moved to another device", lambda table: table.to("cpu")),
+    ("drawn from by a sampler", lambda table: CollectionSampler(table, 8, seed=1)),
+    ("drawn from by a sampler", lambda table: CollectionBatchSampler(table, 8, 2)),
+)
+
+
 def test_tables_without_values() -> None:
     """On the meta device there is nothing to look at, as in a program that is traced."""
     for table in (AliasTable(SCORES.to("meta"), seed=1), AliasTable.from_weights(SCORES.to("meta"))):
         assert repr(table) == "AliasTable(50 items, inverse_temperature=unknown, meta)"
         assert table.sample(3).shape == (3,)
+        for what, call in WITH_NUMBERS:
+            with pytest.raises(ValueError, match=f"fastkd: this AliasTable is on meta, must be .* to be {what}"):
+                call(table)
+        assert table.to("meta").device.type == "meta"
     with pytest.raises(TypeError, match="fastkd: seed is Tensor, must be an int"):
         AliasTable(SCORES, seed=torch.tensor(3, device="meta"))
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastkd.methods import FeatureTap
+from fastkd.methods import FeatureTap, Outputs
 from fastkd.models.resnet import resnet
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
@@ -138,6 +138,15 @@ def test_copies_and_pickles_tap_as_the_original(copied: Callable[[FeatureTap], F
     other.remove()
     assert len(other.model.layer1._forward_hooks) == 0
     assert list(tap(images).features) == ["layer1", "avgpool"]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda outputs: pickle.loads(pickle.dumps(outputs))])
+def test_copies_and_pickles_of_outputs(copied: Callable[[Outputs], Outputs]) -> None:
+    for features in ({}, {"layer1": torch.ones(2, 4)}):
+        outputs = Outputs(torch.arange(6.0).view(2, 3), features) if features else Outputs(torch.arange(6.0).view(2, 3))
+        other = copied(outputs)
+        assert type(other) is Outputs
+        torch.testing.assert_close(tuple(other), (outputs.logits, features))
 
 
 def test_logits_are_found_in_objects() -> None:

@@ -106,6 +106,24 @@ def test_weights_that_leave_nothing(device: torch.device) -> None:
     assert int(TwoGaussianMixture().fit(x, sample_weight=[0.0, 1, 1, 1]).status_) == X
 
 
+@pytest.mark.parametrize("odd", [NAN, INF, -1.0])
+def test_weights_of_what_is_left_out(odd: float, device: torch.device, reads_values: bool) -> None:
+    """Losses that are not finite are not in the fit, whatever they weigh."""
+    x = torch.tensor([0.1, NAN, 0.3, 5.0, INF, 5.2], device=device)
+    weight = torch.ones_like(x)
+    expected = select_clean(x, sample_weight=weight)
+    weight[[1, 4]] = odd
+    for ours, theirs in zip(select_clean(x, sample_weight=weight), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert int(TwoGaussianMixture().fit(x, sample_weight=weight).status_) == X
+    weight[2] = odd
+    if reads_values:
+        with pytest.raises(RuntimeError, match="sample_weight of problem 0"):
+            select_clean(x, sample_weight=weight)
+    else:
+        assert not select_clean(x, sample_weight=weight)[0].any()
+
+
 def test_posterior_of_point_masses(device: torch.device) -> None:
     """Deviations of 0, which only the caller can give: the nearer mean wins, and where both are, the weights."""
     x = torch.tensor([-LARGEST, 0.0, 0.4, 0.6, 1.0, LARGEST, NAN], dtype=torch.float64, device=device)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkd.data import ImageSet
+from fastkd.data import ImageSet, load
 from fastkd.data.images import channel_statistics
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
@@ -118,8 +118,8 @@ def test_subset_by_mask() -> None:
     ("indices", "message"),
     [
         ([], r"images has shape \(0, 3, 6, 8\), must be .* with at least one image"),
-        ([0, 12], r"indices go from 0 to 12, must be in \[0, 12\)"),
-        ([-1, 3], r"indices go from -1 to 3, must be in \[0, 12\)"),
+        ([0, 12], r"indices holds 0 to 12, must be in \[0, 12\)"),
+        ([-1, 3], r"indices holds -1 to 3, must be in \[0, 12\)"),
         ([0.5], r"indices is torch.float32 \(1,\), must be ints \[n\] or a mask \(12,\)"),
         ([[0, 1]], r"indices is torch.int64 \(1, 2\), must be ints"),
         (torch.ones(2, dtype=torch.complex64), r"indices is torch.complex64 \(2,\), must be ints"),
@@ -157,10 +157,36 @@ def test_normalised() -> None:
     assert torch.equal(whole, expected.float())
     assert torch.equal(data.normalised(slice(3, 7)), whole[3:7])
     assert torch.equal(data.normalised(torch.tensor([5, 1])), whole[[5, 1]])
+    assert torch.equal(data.normalised([5, 1]), whole[[5, 1]])
+    assert torch.equal(data.normalised(data.target == 2), whole[2::4])
     torch.testing.assert_close(data.normalised(dtype=torch.bfloat16), expected.bfloat16())
     last = dataclasses.replace(data, images=data.images.contiguous(memory_format=torch.channels_last))
     assert last.normalised().is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(last.normalised(), whole)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (3, r"part is torch.int64 \(\), must be ints \[n\] or a mask \(12,\)"),
+        ("ab", "part is str, must be ints"),
+        (None, "part is NoneType, must be ints"),
+        (torch.tensor([0.5]), r"part is torch.float32 \(1,\), must be ints"),
+        (torch.tensor([12]), r"part holds 12 to 12, must be in \[0, 12\)"),
+        (slice(0.5, 3), r"part is slice\(0.5, 3, None\), must be a slice of ints"),
+        (slice(None, None, -1), r"part.step is -1, must be at least 1"),
+    ],
+)
+def test_normalised_errors(part: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match="fastkd: " + message):
+        image_set().normalised(part)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "mnist", "quickdraw"])
+def test_a_root_that_is_no_path(name: str) -> None:
+    for root in (3, False, b"data"):
+        with pytest.raises(TypeError, match=f"fastkd: root is {type(root).__name__}, must be a path or None"):
+            load(name, root)  # type: ignore[arg-type]
 
 
 def test_channel_statistics() -> None:

@@ -65,6 +65,17 @@ def test_truth(dtype: torch.dtype, shape: tuple[int, int], device: torch.device,
         assert torch.equal(stats.argmax.cpu(), logits.cpu().argmax(-1))
 
 
+@pytest.mark.parametrize("temperature", [1e-39, 1e-300, 5e-324])
+def test_tiny_temperatures(temperature: float, device: torch.device, generator: torch.Generator) -> None:
+    """Factors beyond the dtype stop at its largest number: 0 times an infinite one would be NaN."""
+    for dtype in (torch.float32, torch.float64):
+        logits = torch.randn(3, 41, generator=generator, dtype=torch.float64).to(device, dtype)
+        results = run(fastkd.logit_stats, logits, temperature)
+        assert not results["gradient of entropy"].any()
+        for name in ("max", "mean", "logsumexp"):
+            assert results[f"gradient of {name}"].isfinite().all()
+
+
 @pytest.mark.parametrize("temperature", [0.05, 1.0])
 def test_large_logits(temperature: float, device: torch.device, generator: torch.Generator) -> None:
     """A common offset has no part in entropy and gradients: no digits may be lost to it."""

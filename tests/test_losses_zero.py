@@ -45,6 +45,29 @@ def test_alpha_of_zero(direction: str, dtype: torch.dtype, bad: float, device: t
     torch.testing.assert_close(torch.autograd.grad(alone, student)[0], ours[0] / 2)
 
 
+@pytest.mark.parametrize("temperature", [math.nan, 0.0, torch.tensor([math.nan])], ids=str)
+def test_temperature_of_a_term_of_weight_zero(
+    temperature: float | Tensor | None, pair: tuple[Tensor, Tensor], device: torch.device
+) -> None:
+    labels = torch.arange(6, device=device)
+    loss = F.kd_loss(*pair, labels, temperature, 0.0)
+    assert torch.equal(loss, F.kd_loss(*pair, labels, 1.0, 0.0))
+
+
+def test_a_target_says_which_rows_count(pair: tuple[Tensor, Tensor], reads_values: bool, device: torch.device) -> None:
+    """Also where the cross-entropy has weight 0: it is looked at as it is by the divergence alone."""
+    target = torch.tensor([0, 1, -100, 3, 4, 5], device=device)
+    assert torch.equal(F.kd_loss(*pair, target, 2.0, 1.0), F.kl_div(*pair, 2.0, target=target))
+    target[4] = 11
+    calls = (lambda: F.kd_loss(*pair, target, 2.0, 1.0), lambda: F.kl_div(*pair, 2.0, target=target))
+    for call in calls:
+        if reads_values:
+            with pytest.raises(RuntimeError, match=r"target\[4\] is 11, must be in \[0, 11\)"):
+                call()
+        else:
+            assert call().isnan()
+
+
 def test_all_terms_of_weight_zero(pair: tuple[Tensor, Tensor]) -> None:
     student, teacher = pair[0], torch.full_like(pair[1], math.nan)
     for kind in ("forward", "reverse", "jensen_shannon", "soft_cross_entropy"):

@@ -222,13 +222,15 @@ def test_batches_that_differ(method: Method) -> None:
         method(student, teacher, TARGET)
 
 
-@pytest.mark.parametrize("wrong", [10, -1, -100])
+@pytest.mark.parametrize("wrong", [10, -1, -100, -(2**63)])
 @pytest.mark.parametrize("method", [Baseline(), Hinton(), BSS()])
 def test_labels_out_of_range(method: nn.Module, wrong: int) -> None:
     target = TARGET.clone()
     target[2] = wrong
     with pytest.raises(ValueError, match=f"target holds {wrong}, must be classes from 0 to 9"):
         method(outputs(1, ()), Outputs(torch.zeros(BATCH, CLASSES, dtype=torch.float64)), target)
+    with pytest.raises(ValueError, match=f"target holds {wrong}, must be classes from 0 to 9"):
+        method(outputs(1, ()), outputs(2, ()), torch.full_like(target, wrong))
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,23 @@ def test_clusters_far_away(offset: float, spread: float, device: torch.device, g
             assert_accurate(student.to(device), teacher.to(device), 25.0, 50.0, spread=spread)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equal_sides(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+    """Nothing at all; but nvcc contracts the difference of two cosines with one of them, which leaves what that rounds."""
+    most = 1e-15 if device.type == "cuda" else 0.0
+    for points in (2, 3, 8, 33):
+        x = normal(generator, points, 6).to(device, dtype)
+        assert all(value.abs().max() <= most for value in run(relation_loss, x, x.clone()))
+
+
+def test_how_far_points_may_be_apart(device: torch.device, generator: torch.Generator) -> None:
+    x, teacher = normal(generator, 5, 4).clamp(-1, 1), normal(generator, 5, 4).to(device)
+    near, far = (run(relation_loss, (x * scale).to(device), teacher) for scale in (1e153, 1e155))
+    torch.testing.assert_close(near[0], run(relation_loss, x.to(device), teacher)[0])
+    assert all(value.isfinite().all() for value in near)
+    assert far[0].isnan()
+
+
 def test_any_scale(device: torch.device, generator: torch.Generator) -> None:
     for dtype, scale in ((torch.float32, 1e-4), (torch.float32, 1e18), (torch.float16, 6e4), (torch.bfloat16, 1e37)):
         student = (normal(generator, 7, 3).clamp(-1, 1) * scale).to(device, dtype)

@@ -80,6 +80,7 @@ def test_ends() -> None:
     assert statistics.skip_ratio(nothing) == 1
     assert statistics.skip_ratio(equal) == 0
     assert statistics.uniformity(equal).item() == pytest.approx(1.0)
+    assert all(statistics.uniformity(equal[:n]) <= 1 for n in range(1, 30))
     assert statistics.uniformity(single) == 1
     assert statistics.effective_sample_size(equal).item() == pytest.approx(N)
     assert statistics.effective_sample_size(single) == 1

@@ -104,9 +104,15 @@ inline Tensor empty_on(int32_t device_type, int32_t device, std::initializer_lis
     numel *= shape.begin()[d];
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  const auto error = aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.begin(), strides.size() > 0 ? strides.begin() : packed,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type, device, &handle));
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type, device, &handle);
+  if (error != AOTI_TORCH_SUCCESS) [[unlikely]] {
+    std::ostringstream wanted;
+    for (int64_t size : shape) wanted << (wanted.tellp() > 0 ? ", " : "") << size;
+    fail("a new tensor has shape (", wanted.str(), shape.size() == 1 ? ",)" : ")", " and dtype ", dtype_name(type),
+         ", must be one that the ", device_type == aoti_torch_device_type_cpu() ? "CPU" : "GPU", " has the memory for");
+  }
   return Tensor(handle);
 }
 

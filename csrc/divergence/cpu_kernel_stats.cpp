@@ -96,10 +96,10 @@ void stats_backward_of(const StatsBackwardParams& params, int64_t begin, int64_t
       log_z = broadcast<V>(log_of(z.value[0]));
     }
     const V entropy = broadcast<V>(at(params.entropy, r));
-    const V g_entropy = broadcast<V>(at(params.grad_entropy, r) / params.temperature);
-    const V g_logsumexp = broadcast<V>(at(params.grad_logsumexp, r) / params.temperature);
-    const V g_mean = broadcast<V>(at(params.grad_mean, r) / (params.temperature * double(params.classes)));
-    const S g_max = S(at(params.grad_max, r) / params.temperature);
+    const V g_entropy = broadcast<V>(finite<S>(at(params.grad_entropy, r) / params.temperature));
+    const V g_logsumexp = broadcast<V>(finite<S>(at(params.grad_logsumexp, r) / params.temperature));
+    const V g_mean = broadcast<V>(finite<S>(at(params.grad_mean, r) / (params.temperature * double(params.classes))));
+    const S g_max = finite<S>(at(params.grad_max, r) / params.temperature);
     const uint64_t argmax = params.argmax[r];
     sweep<V>(params.classes, [&](int64_t i, int lanes) __attribute__((always_inline)) {
       V g = g_mean;

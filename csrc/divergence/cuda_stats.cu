@@ -144,10 +144,10 @@ stats_backward_rows(const StatsBackwardDeviceParams p) {
     }
     const auto at = [&](const void* data) { return data == nullptr ? 0.0 : static_cast<double>(static_cast<const S*>(data)[r]); };
     const S log_z = static_cast<S>(log_sum<S>(online.z)), entropy = static_cast<S>(at(in.entropy));
-    const S g_entropy = static_cast<S>(at(in.grad_entropy) / in.temperature);
-    const S g_logsumexp = static_cast<S>(at(in.grad_logsumexp) / in.temperature);
-    const S g_mean = static_cast<S>(at(in.grad_mean) / (in.temperature * static_cast<double>(in.classes)));
-    const S g_max = static_cast<S>(at(in.grad_max) / in.temperature);
+    const S g_entropy = finite<S>(at(in.grad_entropy) / in.temperature);
+    const S g_logsumexp = finite<S>(at(in.grad_logsumexp) / in.temperature);
+    const S g_mean = finite<S>(at(in.grad_mean) / (in.temperature * static_cast<double>(in.classes)));
+    const S g_max = finite<S>(at(in.grad_max) / in.temperature);
     const int64_t argmax = in.argmax[r];
     for (int64_t part = group.index(); part < parts; part += group.size()) {
       const Pack<T> pack = softmax ? row.template load<true>(part) : Pack<T>{};

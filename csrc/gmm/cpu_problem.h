@@ -137,9 +137,7 @@ inline Survey gather(const FitParams& params, int64_t b, const Problem& problem)
         high = maximum(high, heavy ? x[k] : high);
         store(u + i + k * L, x[k]);
         if (w != nullptr) {
-          const int64_t left = n - i - k * L;
-          const F64 exists = left >= L ? one : first_lanes(left);
-          bad += (weight[k] >= 0.0) & (weight[k] <= kLargest) ? zero : exists;
+          bad += here & ~((weight[k] >= 0.0) & (weight[k] <= kLargest)) ? one : zero;  // beyond the end nothing is finite
           largest = maximum(largest, heavy ? weight[k] : largest);
           store(w + i + k * L, weight[k]);
         }

@@ -74,8 +74,8 @@ class Values {
       for (int k = 0; k < kAhead; ++k) {
         const int64_t i = first + int64_t{k} * step_;
         if (i >= extent.size) break;
+        if (!is_finite(x[k])) continue;  // left out, whatever it weighs
         if (kWeighted && !(w[k] >= 0 && w[k] <= kLargest)) bad = 1;
-        if (!is_finite(x[k])) continue;
         ++finite;
         if (!(w[k] > 0)) continue;
         ++heavy;

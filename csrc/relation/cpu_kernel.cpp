@@ -28,6 +28,7 @@ using ::fastkd::relation::RowSums;
 using ::fastkd::relation::Widened;
 using relation_math::Angles;
 using relation_math::angles_of;
+using relation_math::distance_difference;
 using relation_math::distance_gradient;
 using relation_math::Pair;
 using relation_math::pair_of;
@@ -150,17 +151,14 @@ void inverses(const Params& params, int64_t row) {
   params.rows[row] = {{reduce_sum(distance[0]), reduce_sum(distance[1])}, {0, 0}, 0, 2 * reduce_sum(angle)};
 }
 
-FASTKD_INLINE F64 distance_difference(const Params& params, const Pair<F64> (&pair)[2]) {
-  return pair[0].distance * params.inverse_mean[0] - pair[1].distance * params.inverse_mean[1];
-}
-
 void distance_row(const Params& params, int64_t row) {
   const int64_t points = params.points, at = row * params.stride;
   F64 through[2] = {}, loss = {};
   for (int64_t k = first_register(row); k < points; k += L) {
     const I64 exists = lanes_between(row + 1 - k, points - k);
     const Pair<F64> pair[2] = {pair_at(params.side[0].half_square + at + k), pair_at(params.side[1].half_square + at + k)};
-    const F64 x = distance_difference(params, pair), slope = slope_of(x);
+    const F64 x = distance_difference(pair[0].distance, pair[1].distance, params.inverse_mean[0], params.inverse_mean[1]);
+    const F64 slope = slope_of(x);
     loss += exists ? smooth_l1(x, slope) : F64{};
     through[0] += exists ? slope * pair[0].distance : F64{};
     through[1] -= exists ? slope * pair[1].distance : F64{};
@@ -189,13 +187,23 @@ struct Rows {
   }
 };
 
+// Of two products, each rounded by itself: a difference contracted with one of them would not be 0 for equal sides.
+FASTKD_INLINE F64 difference_of(F64 own, F64 other) {
+#if __has_builtin(__builtin_assoc_barrier)  // GCC's; others contract within a statement only
+  return __builtin_assoc_barrier(own) - __builtin_assoc_barrier(other);
+#else
+  return own - other;
+#endif
+}
+
 // For k > j, a register at a time: body(k, cosines of the own side, differences to the other side).
 template <typename Body>
 FASTKD_INLINE void each_triangle(const Rows& i, const Rows& j, int64_t j_index, int64_t points, const Body& body) {
   const Side<F64> ij[2] = {i.all(0, j_index), i.all(1, j_index)};
   const auto visit = [&](int64_t k, auto mask) __attribute__((always_inline)) {
     const Angles<F64> own = angles_of(ij[0], i.at(0, k), j.at(0, k)), other = angles_of(ij[1], i.at(1, k), j.at(1, k));
-    body(k, own, mask(own.cosine_i - other.cosine_i), mask(own.cosine_j - other.cosine_j), mask(own.cosine_k - other.cosine_k));
+    body(k, own, mask(difference_of(own.cosine_i, other.cosine_i)), mask(difference_of(own.cosine_j, other.cosine_j)),
+         mask(difference_of(own.cosine_k, other.cosine_k)));
   };
   int64_t k = first_register(j_index);
   const I64 exists = lanes_between(j_index + 1 - k, L);  // beyond the points all are 0
@@ -286,7 +294,8 @@ void finish_row(const Params& params, const Owner& owner, int side) {
     }
     if (params.distance) {
       const Pair<F64> own = pair_at(half_square[0]), other = pair_at(half_square[1]);
-      const F64 slope = slope_of(own.distance * params.inverse_mean[side] - other.distance * params.inverse_mean[1 - side]);
+      const F64 slope =
+          slope_of(distance_difference(own.distance, other.distance, params.inverse_mean[side], params.inverse_mean[1 - side]));
       gradient += distance_gradient(slope, params.inverse_mean[side], params.through_mean[side], own.distance_slope,
                                     params.distance_scale);
     }

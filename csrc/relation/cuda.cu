@@ -60,7 +60,7 @@ distances_of_rows(const DeviceParams p) {
     if (k == row) continue;
     const int64_t at = 2 * (row * points + k);
     const double distance[2] = {pair_at(p.sides[0][at]).distance, pair_at(p.sides[1][at]).distance};
-    const double x = distance[0] * inverse[0] - distance[1] * inverse[1], slope = slope_of(x);
+    const double x = distance_difference(distance[0], distance[1], inverse[0], inverse[1]), slope = slope_of(x);
     sums[0] += slope * distance[0];
     sums[1] -= slope * distance[1];
     sums[2] += smooth_l1(x, slope);

@@ -58,7 +58,7 @@ struct DistanceTerm {
   }
   FASTKD_DEVICE double gradient(const Side<double> (&ij)[2], double scale) const {
     const Pair<double> own = pair_at(ij[0].half_square), other = pair_at(ij[1].half_square);
-    const double slope = slope_of(own.distance * inverse[0] - other.distance * inverse[1]);
+    const double slope = slope_of(distance_difference(own.distance, other.distance, inverse[0], inverse[1]));
     return distance_gradient(slope, inverse[0], through, own.distance_slope, scale);
   }
 };

@@ -74,6 +74,13 @@ FASTKD_HOST_DEVICE Pair<F> pair_of(F squared, F distance) {
   return pair;
 }
 
+// The difference of two distances over their means, of which the inverses are given: exactly 0 for equal sides, contracted
+// or not.
+template <typename F>
+FASTKD_HOST_DEVICE F distance_difference(F own, F other, double inverse_own, double inverse_other) {
+  return (own - other * (inverse_other / inverse_own)) * inverse_own;
+}
+
 // d loss / d E of a pair by the distance term: `slope` is that of smooth_l1, through_mean the sum of slope * D over all
 // ordered pairs over mu times their number, which is what the gradient takes by way of the mean mu.
 template <typename F>

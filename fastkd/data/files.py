@@ -11,6 +11,8 @@ __all__ = ["data_root", "find_folder", "read_bytes"]
 
 def data_root(root: str | Path | None = None) -> Path:
     """The folder with the data sets: root, else ``$FASTKD_DATA``, else ``~/.cache/fastkd/data``."""
+    if root is not None and not isinstance(root, (str, os.PathLike)):
+        raise TypeError(f"fastkd: root is {type(root).__name__}, must be a path or None")
     return Path(root or os.environ.get("FASTKD_DATA") or "~/.cache/fastkd/data").expanduser()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._checks import INTEGERS, check_flag, check_tensor
+from fastkd._checks import INTEGERS, check_count, check_flag, check_tensor, index_of
 from fastkd.data.stacking import stacked
 from fastkd.patches import channel_values, normalisation, padding_of, random_crop_flip
 
@@ -90,35 +90,42 @@ class ImageSet:
 
     def subset(self, indices: Tensor | Sequence[int]) -> ImageSet:
         """Some of the images, in this order: indices ``[n]``, a list or a tensor of ints in [0, N), or a bool mask ``[N]``."""
+        chosen = self._chosen("indices", indices)
+        return replace(self, images=self.images[chosen], target=self.target[chosen])
+
+    def _chosen(self, name: str, indices: Tensor | Sequence[int]) -> Tensor:
         try:
             chosen = torch.as_tensor(indices, device=self.device)
         except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"fastkd: indices is {type(indices).__name__}, must be ints [n] or a mask") from None
+            raise TypeError(f"fastkd: {name} is {type(indices).__name__}, must be ints [n] or a mask") from None
         if chosen.dtype == torch.bool and chosen.shape == self.target.shape:
             chosen = chosen.nonzero().flatten()
         elif chosen.dim() != 1 or (chosen.numel() and chosen.dtype not in (*INTEGERS, torch.uint16, torch.uint32)):
             raise ValueError(
-                f"fastkd: indices is {chosen.dtype} {tuple(chosen.shape)}, must be ints [n] or a mask ({len(self)},)"
+                f"fastkd: {name} is {chosen.dtype} {tuple(chosen.shape)}, must be ints [n] or a mask ({len(self)},)"
             )
         chosen = chosen.long()
         if chosen.numel() and not (int(chosen.min()) >= 0 and int(chosen.max()) < len(self)):
             raise ValueError(
-                f"fastkd: indices go from {int(chosen.min())} to {int(chosen.max())}, must be in [0, {len(self)})"
+                f"fastkd: {name} holds {int(chosen.min())} to {int(chosen.max())}, must be in [0, {len(self)})"
             )
-        return replace(self, images=self.images[chosen], target=self.target[chosen])
+        return chosen
 
     def with_target(self, target: Tensor) -> ImageSet:
         """The same images with other labels, as :mod:`fastkd.data.labels` makes them."""
         return replace(self, target=check_tensor("target", target).to(self.device))
 
-    def normalised(self, part: slice | Tensor = slice(None), dtype: torch.dtype = torch.float32) -> Tensor:
-        """``(x / 255 - mean) / std`` of all images, or of a slice or an index tensor of them: to evaluate on.
+    def normalised(
+        self, part: slice | Tensor | Sequence[int] = slice(None), dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """``(x / 255 - mean) / std`` of all images, or of a slice of them, or of indices as of :meth:`subset`: to evaluate on.
 
         Returns:
             ``[n, C, H, W]`` of dtype, as :func:`fastkd.random_crop_flip` rounds it: what :class:`fastkd.data.batches.Batches`
             gives without crop and flip.
         """
-        return random_crop_flip(self.images[part], 0, None, 0.0, self.mean, self.std, dtype)
+        chosen = _check_slice("part", part) if isinstance(part, slice) else self._chosen("part", part)
+        return random_crop_flip(self.images[chosen], 0, None, 0.0, self.mean, self.std, dtype)
 
     @classmethod
     def from_dataset(
@@ -155,6 +162,15 @@ class ImageSet:
             flip,
             padding,
         )
+
+
+def _check_slice(name: str, part: slice) -> slice:
+    for bound in (part.start, part.stop):
+        if bound is not None and index_of(bound) is None:
+            raise TypeError(f"fastkd: {name} is {part}, must be a slice of ints")
+    if part.step is not None:
+        check_count(f"{name}.step", part.step, 1)
+    return part
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -62,6 +62,7 @@ def load(name: str, root: str | Path | None = None) -> tuple[ImageSet, ImageSet]
         Both sets on the CPU, normalised by the mean and deviation of the training images.
 
     Raises:
+        TypeError: a root that is no path, where files are read.
         ValueError: an unknown name, answered with the nearest right ones; a broken file.
         FileNotFoundError: the set, or a file of it, is not there.
     """

@@ -52,6 +52,9 @@ class Outputs(NamedTuple):
     features: Mapping[str, Tensor] = _NONE
     """By the name of the module that returned them, ``[B, ...]``."""
 
+    def __reduce__(self) -> tuple[type[Outputs], tuple[Any, dict[str, Tensor]]]:
+        return type(self), (self.logits, dict(self.features))  # the default can be neither copied nor pickled
+
 
 class FeatureTap(nn.Module):
     """A network together with the outputs of some of its modules.

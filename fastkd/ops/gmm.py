@@ -49,7 +49,7 @@ def gmm_fit(
         values: ``[n]`` (B = 1), ``[B, n]``, or with ``offsets`` flat ``[total]``; float32, float64, bfloat16 or
             float16. NaN and infinite values are left out.
         sample_weight: the shape of values, a float or integer dtype or bool, finite, not negative; values of weight 0 are
-            left out.
+            left out. Weights of values that are left out are not looked at.
         lengths: integer ``[B]``: only the first ``lengths[b]`` values of row b count.
         offsets: integer ``[B + 1]``: problem b is ``values[offsets[b] : offsets[b + 1]]``.
         init: weights, means and standard deviations, ``[B, 2]`` each, to start EM from instead of Lloyd's algorithm;
