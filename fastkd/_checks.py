@@ -74,6 +74,15 @@ def in_range(number: float, least: float, most: float) -> bool:
     return least <= number <= most
 
 
+def is_zero(number: float) -> bool:
+    """Whether the number is known to be 0: a traced program may not know it, see :func:`in_range`."""
+    if is_dynamo_compiling() or type(number) not in (float, int):
+        from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+        return not isinstance(number, Tensor) and guard_or_false(number == 0)
+    return number == 0
+
+
 def check_between(name: str, value: object, least: float, most: float) -> float:
     number = value if type(value) is float else check_number(name, value)
     if not in_range(number, least, most):

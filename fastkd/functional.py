@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple, overload
 
 from torch import Tensor
 
-from fastkd._checks import check_tensor
+from fastkd._checks import check_tensor, is_zero
 from fastkd.ops import divergence as _ops
 from fastkd.ops import relation as _relation_ops
 
@@ -199,7 +199,7 @@ def kd_loss(
     _ops.check_choice("direction", direction, DIRECTIONS)
     alpha = _ops.check_share("alpha", alpha)
     _ops.check_row_reduction(reduction)
-    if alpha == 0.0:
+    if is_zero(alpha):
         temperature = 1.0  # of a term that is not there
     loss, terms = _ops.divergence(
         student_logits,
