@@ -74,7 +74,7 @@ sanitize: $(VENV)/.built  ## the op tests under AddressSanitizer and UndefinedBe
 	$(say) "compiling fastkd for the sanitizers, what changed: all of it in two minutes"
 	@FASTKD_SANITIZE=1 FASTKD_CUDA=0 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED)
 	$(say) "the op tests: minutes; pytest shows how far it is"
-	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$$(echo $(SANITIZED)/lib*)" FASTKD_SCHEDULES=1 \
 	$(BIN)/pytest $(PARALLEL) -m "not compiles and not forks and not no_kernels"
 
