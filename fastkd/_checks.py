@@ -148,12 +148,11 @@ def check_flag(name: str, value: object) -> bool:
     return bool(value)
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
+def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
     """One of these words."""
-    if isinstance(value, str) and value in choices:
-        return value
-    kind = ValueError if isinstance(value, str) else TypeError
-    raise kind(f"fastkd: {name} is {value!r}, must be one of {', '.join(map(repr, choices))}")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"fastkd: {name} is {value!r}, must be one of {', '.join(choices)}")
+    return value
 
 
 def check_state(state: object, needed: Iterable[str], whose: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple, overload
 
 from torch import Tensor
 
-from fastkd._checks import check_tensor, is_zero
+from fastkd._checks import check_choice, check_tensor, is_zero
 from fastkd.ops import divergence as _ops
 from fastkd.ops import relation as _relation_ops
 
@@ -66,7 +66,7 @@ def kl_div(
         On a GPU, numbers in tensors are not looked at before the launch, as that would wait for the device: a target or a
         temperature of a row that is out of range makes the loss and the gradients of that row NaN there.
     """
-    _ops.check_choice("direction", direction, DIRECTIONS)
+    check_choice("direction", direction, DIRECTIONS)
     return _ops.divergence(
         student_logits,
         teacher_logits,
@@ -196,7 +196,7 @@ def kd_loss(
         Other arguments as in :func:`kl_div`.
     """
     check_tensor("target", target)
-    _ops.check_choice("direction", direction, DIRECTIONS)
+    check_choice("direction", direction, DIRECTIONS)
     alpha = _ops.check_share("alpha", alpha)
     _ops.check_row_reduction(reduction)
     if is_zero(alpha):

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from fastkd import functional
-from fastkd._checks import check_not_negative
+from fastkd._checks import check_choice, check_not_negative
 from fastkd.functional import Direction, Reduction
 from fastkd.ops import divergence as _ops
 
@@ -26,7 +26,7 @@ class _Loss(nn.Module):
             self.register_buffer("temperature", temperature)  # moves with the module
         else:
             self.temperature = temperature
-        _ops.check_choice("reduction", reduction, _ops.REDUCTIONS)
+        check_choice("reduction", reduction, _ops.REDUCTIONS)
         self.reduction: Reduction = reduction
         self.ignore_index = _ops.check_ignore_index(ignore_index)
 
@@ -46,7 +46,7 @@ class KLDivLoss(_Loss):
         ignore_index: int = -100,
     ) -> None:
         super().__init__(temperature, reduction, ignore_index)
-        _ops.check_choice("direction", direction, functional.DIRECTIONS)
+        check_choice("direction", direction, functional.DIRECTIONS)
         self.direction: Direction = direction
 
     def forward(
@@ -125,7 +125,7 @@ class KDLoss(_Loss):
     ) -> None:
         super().__init__(temperature, reduction, ignore_index)
         _ops.check_row_reduction(reduction)
-        _ops.check_choice("direction", direction, functional.DIRECTIONS)
+        check_choice("direction", direction, functional.DIRECTIONS)
         self.alpha = _ops.check_share("alpha", alpha)
         self.direction: Direction = direction
         self.reduction: Literal["none", "sum", "batchmean"]

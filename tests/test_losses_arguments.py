@@ -166,6 +166,18 @@ def test_constructors_refuse_what_calls_refuse(name: str) -> None:
         make()
 
 
+def calls_with(name: str, odd: Tensor) -> dict[str, Callable[[], object]]:
+    """By the argument that is odd."""
+    if name == "logit_stats":
+        return {"logits": lambda: F.logit_stats(odd)}
+    rest = (LABELS,) if name == "kd_loss" else ()
+    what = "features" if name == "relation_loss" else "logits"
+    return {
+        f"student_{what}": lambda: getattr(F, name)(odd, T, *rest),
+        f"teacher_{what}": lambda: getattr(F, name)(S, odd, *rest),
+    }
+
+
 @pytest.mark.filterwarnings("ignore:.*nested tensors", "ignore:.*[Ss]parse")
 @pytest.mark.parametrize(
     "made",
@@ -180,16 +192,7 @@ def test_constructors_refuse_what_calls_refuse(name: str) -> None:
 )
 @pytest.mark.parametrize("name", ["kl_div", "js_div", "soft_cross_entropy", "kd_loss", "relation_loss", "logit_stats"])
 def test_layouts(name: str, made: Callable[[Tensor], Tensor]) -> None:
-    odd = made(S)
-    rest = (LABELS,) if name == "kd_loss" else ()
-    what = "features" if name == "relation_loss" else "logits"
-    calls: dict[str, Callable[[], object]] = {
-        f"student_{what}": lambda: getattr(F, name)(odd, odd, *rest),
-        f"teacher_{what}": lambda: getattr(F, name)(S, odd, *rest),
-    }
-    if name == "logit_stats":
-        calls = {"logits": lambda: F.logit_stats(odd)}
-    for argument, call in calls.items():
+    for argument, call in calls_with(name, made(S)).items():
         with pytest.raises(TypeError, match=f"fastkd: {argument} .*layout torch.*, must be a dense tensor"):
             call()
 
@@ -200,13 +203,7 @@ def test_dtypes(name: str, dtype: torch.dtype) -> None:
     """A teacher of one-hot integers is no logits."""
     odd = nn.functional.one_hot(LABELS, 5).to(dtype)
     rest = (LABELS,) if name == "kd_loss" else ()
-    what = "features" if name == "relation_loss" else "logits"
-    calls: dict[str, Callable[[], object]] = {
-        f"student_{what}": lambda: getattr(F, name)(odd, T, *rest),
-        f"teacher_{what}": lambda: getattr(F, name)(S, odd, *rest),
-    }
-    if name == "logit_stats":
-        calls = {"logits": lambda: F.logit_stats(odd)}
+    calls = calls_with(name, odd)
     if name in ("kl_div", "js_div", "soft_cross_entropy", "kd_loss"):
         calls["weight"] = lambda: getattr(F, name)(S, T, *rest, weight=odd[:, 0])
         calls["temperature"] = lambda: getattr(F, name)(S, T, *rest, temperature=odd[:, 0])

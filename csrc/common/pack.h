@@ -25,10 +25,11 @@ struct ComputeOf<double> {
 template <typename T>
 using Compute = typename ComputeOf<T>::type;
 
-// Of exponents, in exponentials of what is stored in T: see exp_units.
+// In what exponents are counted where exponentials of what is stored in T are taken (exp_units): in ln 2, and so in base 2, for
+// 16 bits.
 template <typename T>
 constexpr double kUnit = sizeof(T) == 2 ? 0.693147180559945309417 : 1.0;
-// e^x: relative error |x| 2^-24 for 16 bits.
+// e^x = exp_units<T>(x * kPerUnit<T>), with a relative error of |x| 2^-24 for 16 bits.
 template <typename T>
 constexpr Compute<T> kPerUnit = static_cast<Compute<T>>(1 / kUnit<T>);
 

@@ -61,8 +61,8 @@ struct Plan {
 // its registers.
 constexpr int kResidentElements = 32;
 constexpr int64_t kMaxLanesRow = 32 * kResidentElements;
-constexpr int64_t kMaxClassesWithoutGradient = 32768;
-constexpr int64_t kMaxPasses = 8;  // over the rows, where one cluster takes them all
+constexpr int64_t kMaxClassesWithoutGradient = 32768;  // of rows on chip that want none
+constexpr int64_t kMaxPasses = 8;                      // over the rows, where one cluster takes them all
 
 // aligned: parts begin at a fresh gradient's 16-byte boundaries. reduced: one loss for all rows is wanted.
 inline Plan plan_rows(int64_t rows, int64_t classes, int element_size, bool jensen_shannon, bool resident, bool aligned,

@@ -3,9 +3,10 @@
 // Mapping: a row belongs to 4 lanes, a warp, a block or a cluster of blocks; each thread holds 32 elements of student and
 // of teacher. Phases: loads, all at once; maxima; exponentials and sums; for Jensen-Shannon the log-ratios and their sums;
 // the gradient. Two numbers an element are kept from phase to phase, in place: forward KL and soft cross-entropy e_y and
-// e_x, reverse KL c b - a and e_x, Jensen-Shannon q and q log(q / m). Each reduction (reduce.cuh) is the only
+// e_x, reverse KL c b - a (in units of kUnit) and e_x, Jensen-Shannon q and q log(q / m). Each reduction (reduce.cuh) is the only
 // synchronisation. A cross-entropy at another temperature needs the logits again, from the L2 cache, where the row was a few
-// microseconds ago. Gradients of the teacher are left to cuda_streaming.cuh.
+// microseconds ago. Gradients of the teacher are left to cuda_streaming.cuh. Rows without numbers of their own (kPlain) have
+// kernels of their own.
 // Bytes that must move: rows * classes * (student + teacher + gradient). With half of its registers full of rows, a
 // multiprocessor has some 60 kB (16 bits) to 130 kB (32 bits) in flight or in work; the latency asks for 30 kB.
 #pragma once

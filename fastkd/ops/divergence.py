@@ -9,7 +9,6 @@ mean over a large batch are below its smallest number.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from fastkd._checks import (
     LARGEST_NUMBER,
     LEAST_NUMBER,
     check_between,
+    check_choice,
     check_count,
     check_dtype,
     check_number,
@@ -162,11 +162,6 @@ def check_ignore_index(value: object) -> int:
 
 def check_share(name: str, value: object) -> float:
     return check_between(name, value, 0.0, 1.0)
-
-
-def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"fastkd: {name} is {value!r}, must be one of {', '.join(allowed)}")
 
 
 def check_row_reduction(reduction: str) -> None:
