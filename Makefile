@@ -19,7 +19,7 @@ say = @printf '== %s\n'
 ASKED = FASTKD_CUDA=$(FASTKD_CUDA) TORCH_CUDA_ARCH_LIST=$(TORCH_CUDA_ARCH_LIST) CUDA_HOME=$(CUDA_HOME) CXX=$(CXX)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench bench-full gpu-check compat frameworks sanitize inspect lint format sdist wheel build clean FORCE
+.PHONY: help demo test bench bench-full gpu-check compat frameworks sanitize inspect machine-code lint format sdist wheel build clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,8 +78,11 @@ sanitize: $(VENV)/.built  ## the op tests under AddressSanitizer and UndefinedBe
 	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$$(echo $(SANITIZED)/lib*)" FASTKD_SCHEDULES=1 \
 	$(BIN)/pytest $(PARALLEL) -m "not compiles and not forks and not no_kernels"
 
-inspect: $(VENV)/.dev  ## the CUDA kernels as nvcc built them: registers, spills, wide loads and stores
+inspect: $(VENV)/.dev  ## the CUDA kernels as nvcc built them: registers, spills, wide loads and stores, instructions
 	$(BIN)/python .ci/inspect_cuda.py
+
+machine-code: $(VENV)/.dev  ## benchmarks/machine_code.md anew, from the CUDA kernels as nvcc built them
+	$(BIN)/python .ci/inspect_cuda.py --write-table
 
 $(VENV)/.bench: $(VENV)/.built
 	$(say) "installing what the benchmarks compare with: half a minute"

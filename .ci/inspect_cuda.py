@@ -13,6 +13,8 @@ from the disassembly of fastkd/_cuda*.so. For each kernel on each architecture i
   Kernels of this primitive whose name matches load from and store to global memory at least 128 bits at once, inside a
   loop; `anywhere` asks for no loop. The pattern is a shell pattern on the name in the table, without the namespace.
   Promises add up; one that matches no kernel is an error; kernels without one are listed as not inspected.
+- hot paths (hot_paths.py) whose instructions or registers are not those of benchmarks/machine_code.md, within 5 %;
+  --write-table writes it anew (make machine-code).
 
 cuobjdump and nvdisasm are looked for beside Python (extra `dev`), in $CUDA_HOME/bin and on PATH.
 """
@@ -25,19 +27,18 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-Key = tuple[str, str]  # a kernel image: mangled name, architecture such as sm_90a
+from hot_paths import HOT_PATHS
+from machine_code import ARCHITECTURE, analyse, changes, table
+from sass import Instruction, Key, disassemble, parse_sass, short_names, successors
 
-# Loads and stores of global memory, LDG or by generic address; LDGSTS and UBLKCP copy to and from shared memory.
-KINDS = {"loads": ("LDG", "LD", "LDGSTS", "UBLKCP.S.G"), "stores": ("STG", "ST", "UBLKCP.G.S"), "local": ("LDL", "STL")}
-KIND_OF = {opcode: kind for kind, opcodes in KINDS.items() for opcode in opcodes}
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = Path("benchmarks/machine_code.md")
 
 
 class Resources(NamedTuple):
@@ -46,23 +47,6 @@ class Resources(NamedTuple):
     shared: int  # bytes, as the rest
     stack: int
     spills: int
-
-
-class Instruction(NamedTuple):
-    address: int
-    guard: str  # predicate
-    opcode: str
-    operands: str
-
-    @property
-    def kind(self) -> str:
-        return KIND_OF.get(self.opcode) or KIND_OF.get(self.opcode.split(".")[0], "")
-
-    @property
-    def bits(self) -> int:
-        """What a load or store moves: LDG.E.128, LDG.E.U16; 32 where nothing is said; a bulk copy has 128 or more."""
-        widths = (re.fullmatch(r"[US]?(8|16)|(64|128|256)", part) for part in self.opcode.split("."))
-        return 128 if self.opcode.startswith("U") else next((int(w[1] or w[2]) for w in widths if w), 32)
 
 
 class Rule(NamedTuple):
@@ -92,21 +76,6 @@ def parse_report(text: str, folder: str) -> dict[Key, Resources]:
     return result
 
 
-def parse_sass(text: str) -> dict[Key, list[Instruction]]:
-    """The output of cuobjdump -sass."""
-    result: dict[Key, list[Instruction]] = {}
-    architecture = name = ""
-    for line in text.splitlines():
-        if match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(@\S+\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;", line):
-            result[name, architecture].append(Instruction(int(match[1], 16), match[2] or "", match[3], match[4]))
-        elif match := re.match(r"\s*code for (\S+)", line):
-            architecture = match[1]
-        elif match := re.match(r"\s*Function : (\S+)", line):
-            name = match[1]
-            result[name, architecture] = []
-    return result
-
-
 def parse_rules(path: Path) -> Iterator[Rule]:
     folder = path.parent.name
     for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -120,29 +89,14 @@ def parse_rules(path: Path) -> Iterator[Rule]:
 
 def in_loop(code: list[Instruction], start: int) -> bool:
     """Whether the control flow leads from code[start] back to it. What a loop calls counts as outside it."""
-    index = {instruction.address: i for i, instruction in enumerate(code)}
+    following = successors(code)
     seen: set[int] = set()
     todo = [start]
     while todo:
-        i = todo.pop()
-        kind, following = code[i].opcode.split(".")[0], {i + 1}
-        if kind == "BRA" and (target := re.fullmatch(r"(.*?)0x([0-9a-f]+)", code[i].operands)):
-            conditional = code[i].guard or target[1]  # a predicate may be an operand: BRA.U !UP0, 0x450
-            following = {index.get(int(target[2], 16), len(code)), *(following if conditional else ())}
-        elif kind in ("EXIT", "RET") and not code[i].guard:
-            following = set()
-        following -= {len(code), *seen}
-        seen |= following
-        todo += following
+        after = following[todo.pop()] - seen
+        seen |= after
+        todo += after
     return start in seen
-
-
-def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Demangled, without parameters, spaces, `fastkd` and anonymous namespaces."""
-    mangled = sorted(set(names))
-    run = subprocess.run(["c++filt", "-p"], input="\n".join(mangled), capture_output=True, text=True, check=True)
-    short = (re.sub(r"\(anonymous namespace\)::|fastkd::| ", "", line) for line in run.stdout.splitlines())
-    return dict(zip(mangled, short, strict=True))
 
 
 def broken(code: list[Instruction], report: Resources | None, rules: list[Rule]) -> Iterator[str]:
@@ -193,14 +147,37 @@ def inspect(
     return errors + [f"{where}: no kernel matches {pattern}" for where, pattern in unused.items()]
 
 
-def disassemble(library: Path) -> str:
-    wheels = map(str, Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin"))
-    path = os.pathsep.join([*wheels, os.environ.get("CUDA_HOME", "") + "/bin", os.environ.get("PATH", "")])
-    tool = shutil.which("cuobjdump", path=path)
-    if not tool or not shutil.which("nvdisasm", path=path):
-        sys.exit("error: cuobjdump and nvdisasm are missing: pip install -e '.[dev]'")
-    run = subprocess.run([tool, "-sass", library], env={**os.environ, "PATH": path}, capture_output=True, text=True)
-    return run.stdout if run.returncode == 0 else sys.exit(f"error: {tool} -sass {library}: {run.stderr}")
+def hot_paths(
+    resources: dict[Key, Resources], sass: dict[Key, list[Instruction]], release: str, write: bool
+) -> list[str]:
+    """Compares the hot paths with the committed table, or writes it."""
+    mangled = {key[0] for key in sass if key[1] == ARCHITECTURE}
+    names = {(key, ARCHITECTURE): name for key, name in short_names(mangled).items()}
+    if not names:
+        print(f"hot paths: not counted, nothing was built for {ARCHITECTURE}")
+        return []
+    rows, errors = [], []
+    for path in HOT_PATHS:
+        found = next((key for key, name in names.items() if path.matches(name) and key in resources), None)
+        row = analyse(path, sass[found], resources[found].registers, resources[found].shared) if found else None
+        if row:
+            rows.append(row)
+        else:
+            missing = "way like this in" if found else "kernel matches"
+            errors.append(f"hot_paths.py: {path.title}: no {missing} {path.kernel}")
+    if errors:
+        return errors
+    if write:
+        (ROOT / TABLE).write_text(table(rows, release))
+        print(f"written: {TABLE}")
+    return changes((ROOT / TABLE).read_text(), rows, release)
+
+
+def nvcc_release(nvcc: str) -> str:
+    """13.0, say."""
+    answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\S+),", answer)
+    return release[1] if release else "?"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -212,6 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
         default=built_for or ["8.0", "9.0a", "10.0"],
         help="default: those of TORCH_CUDA_ARCH_LIST, or %(default)s",
     )
+    parser.add_argument("--write-table", action="store_true", help=f"write {TABLE}")
     options = parser.parse_args(arguments)
     nvcc = shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "") + "/bin") or shutil.which("nvcc")
     if not nvcc or os.environ.get("FASTKD_CUDA") == "0":  # as setup.py decides
@@ -229,6 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     sass = parse_sass("".join(map(disassemble, libraries)))
     rules = [rule for path in sorted(ROOT.glob("csrc/*/*.cu*")) for rule in parse_rules(path)]
     errors = inspect(resources, sass, rules, [f"sm_{version.replace('.', '')}" for version in options.architectures])
+    errors += hot_paths(resources, sass, nvcc_release(nvcc), options.write_table)
     for error in errors:
         print("error:", error)
     print(f"{len(sass)} kernel images, {len({rule.where for rule in rules})} promises, {len(errors)} errors")

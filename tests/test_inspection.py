@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.no_kernels
 
-_SPEC = importlib.util.spec_from_file_location("inspect_cuda", Path(__file__).parent.parent / ".ci/inspect_cuda.py")
-assert _SPEC
-assert _SPEC.loader
-tool = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(tool)
+sys.path.append(str(Path(__file__).parents[1] / ".ci"))  # of the source tree, not of the package
+
+import inspect_cuda as tool  # noqa: E402
+from hot_paths import HotPath  # noqa: E402
 
 _NAME = "_ZN6fastkd5probe36_GLOBAL__N__80df6588_4_c_cu_bb118e9711copy_kernelI6float4EEvPKT_PS4_j"
 _REPORT = f"""\
@@ -68,15 +67,21 @@ _RULE = "// inspect: streaming copy_kernel<float4> loads=128 stores=128"
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Check:
     """Runs the tool on a source, a report and a disassembly, as if nvcc had built them for one architecture."""
 
-    def run(rules: str = _RULE, report: str = _REPORT, sass: str = _SASS, *arguments: str) -> tuple[object, str]:
+    def run(
+        rules: str = _RULE, report: str = _REPORT, sass: str = _SASS, *arguments: str, paths: Sequence[HotPath] = ()
+    ) -> tuple[object, str]:
         contents = {"csrc/probe/cuda.cu": rules, "build/objects/csrc/probe/cuda.cu.o.ptxas": report}
         for path, text in {**contents, "fastkd/_cuda.so": "", "cuda/bin/nvcc": ""}.items():
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).write_text(text)
         (tmp_path / "cuda/bin/nvcc").chmod(0o755)
+        (tmp_path / "benchmarks").mkdir(exist_ok=True)
+        (tmp_path / tool.TABLE).touch()
         monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
         monkeypatch.delenv("FASTKD_CUDA", raising=False)
         monkeypatch.setattr(tool, "ROOT", tmp_path)
+        monkeypatch.setattr(tool, "HOT_PATHS", paths)
+        monkeypatch.setattr(tool, "nvcc_release", lambda _: "13.0")
         monkeypatch.setattr(tool, "disassemble", lambda _: sass)
         try:
             status = tool.main(["--architectures", *(arguments or ["8.0"])])
@@ -159,6 +164,25 @@ def test_every_architecture_is_wanted(check: Check) -> None:
     assert len(errors) == 2
     assert "has no machine code for sm_100" in errors[0]  # it has PTX, which is not that
     assert "on sm_90a breaks the promise at probe/cuda.cu:1: no stores of 128 bits" in errors[1]
+
+
+def test_hot_paths_are_those_of_the_committed_table(check: Check, tmp_path: Path) -> None:
+    """On the architecture that they are counted on; written, then compared."""
+    sass, report = _SASS.replace("sm_80", "sm_90a"), _REPORT.replace("sm_80", "sm_90a")
+    path = HotPath("copy", "copy_kernel<float4>", 256, 4, 8, ("loop LDG.128=1 STG.128=1",))
+    assert "nothing was built for sm_90a" in check(paths=[path])[1]
+    assert check(_RULE, report, sass, "9.0a", "--write-table", paths=[path])[0] == 0
+    assert "| copy | 7 | 1.8 |" in (tmp_path / tool.TABLE).read_text()
+    assert "nvcc 13.0 builds for sm_90a" in (tmp_path / tool.TABLE).read_text()
+    longer = sass.replace("BRA 0x40", "BRA 0x20")
+    for kernel, code, message in (
+        ("copy_kernel<*>", longer, "copy: 9 instructions, 7 in the table"),
+        ("copy_kernel<int>", sass, "copy: no kernel matches copy_kernel<int>"),
+        ("copy_kernel<*>", sass.replace("STG.E.128", "STG.E.64"), "copy: no way like this in copy_kernel<*>"),
+    ):
+        status, out = check("", report, code, "9.0a", paths=[path._replace(kernel=kernel)])
+        assert status == 1
+        assert message in out
 
 
 def test_what_cannot_be_read_is_an_error(check: Check) -> None:

@@ -1,0 +1,117 @@
+"""The hot paths of the kernels: what machine_code.py looks for in their machine code."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+
+class HotPath(NamedTuple):
+    """What a thread does for `elements` elements, in the case that counts.
+
+    `ways`: "path LDG.128=8 STG.128=4" is the way from the kernel's entry to its exit that loads and stores 128 bits so
+    often, "loop ..." a way around a loop; several come one after the other. LDG.E.128.CONSTANT is an LDG.128.
+    """
+
+    title: str
+    kernel: str  # a shell pattern on its name, as `make inspect` prints it
+    threads: int  # of a block
+    elements: int
+    bytes: float  # that must move through device memory for an element (benchmarks/README.md, floors)
+    ways: tuple[str, ...]
+    shared: int = 0  # dynamic shared memory of a block
+
+    def matches(self, name: str) -> bool:
+        return any(fnmatchcase(name, prefix + self.kernel) for prefix in ("", "*::"))
+
+
+_SIZE = {"bf16": 2, "fp32": 4}
+_NAME = {"bf16": "BFloat16", "fp32": "float"}
+_PACK = {"bf16": 8, "fp32": 4}
+_DTYPES = ("bf16", "fp32")
+
+
+def _divergences() -> list[HotPath]:
+    """Rows on chip: a thread has 32 elements of student and teacher."""
+    paths = []
+    families = {"KL": (0, True), "KL, labels and weights": (0, False), "reverse KL": (1, True), "JSD": (2, True)}
+    for title, (family, plain) in families.items():
+        for dtype in _DTYPES:
+            packs, exponentials = 32 // _PACK[dtype], 64
+            way = f"path LDG.128={2 * packs} STG.128={packs} MUFU.EX2={exponentials}"
+            kernel = f"resident_rows<{_NAME[dtype]},*Family){family},{str(plain).lower()},*"
+            floor = 3 * _SIZE[dtype]
+            paths.append(HotPath(f"{title}, 1000 classes, {dtype}", kernel + "LaneGroup<32u>>", 128, 32, floor, (way,)))
+            threads, barriers = (128, 4) if family == 2 else (256, 3)
+            if plain and family != 1:
+                way += f" UCGABAR_WAIT={barriers}"
+                paths.append(
+                    HotPath(f"{title}, 32000 classes, {dtype}", kernel + "ClusterGroup>", threads, 32, floor, (way,))
+                )
+    return paths
+
+
+def _sweeps() -> list[HotPath]:
+    """Rows that are read once for each sweep."""
+    paths = []
+    for dtype in _DTYPES:
+        size, pack, name = _SIZE[dtype], _PACK[dtype], _NAME[dtype]
+        exp = f"MUFU.EX2={pack}"
+        rows = f"streaming_rows<{name},false,*ClusterGroup>"
+        paths += [
+            HotPath(
+                f"KL without gradient, 128256 classes, {dtype}",
+                rows,
+                512,
+                pack,
+                2 * size,
+                (f"loop LDG.128=2 STG=0 MUFU.EX2={3 * pack if dtype == 'bf16' else 2 * pack}",),
+            ),
+            HotPath(
+                f"logit_stats, {dtype}",
+                f"stats_rows<{name},*ClusterGroup>",
+                512,
+                pack,
+                size,
+                (f"loop LDG.128=1 {exp}",),
+            ),
+            HotPath(
+                f"logit_stats, backward, {dtype}",
+                f"stats_backward_rows<{name},*ClusterGroup>",
+                512,
+                pack,
+                2 * size,
+                (f"loop LDG.128=1 STG=0 {exp}", f"loop LDG.128=1 STG.128=1 {exp}"),
+            ),
+            HotPath(
+                f"backward, scaled, {dtype}",
+                f"scale_pieces<{name}>",
+                256,
+                pack,
+                2 * size,
+                ("loop LDG.128=1 STG.128=1",),
+            ),
+        ]
+    return paths
+
+
+_OTHERS = [
+    HotPath(
+        "crop, 3 channels, bf16", "crop_kernel<unsignedshort,unsignedshort>", 256, 24, 4, ("loop LDG.128=6 STG.128=3",)
+    ),
+    HotPath(
+        "crop, 3 channels, fp32", "crop_kernel<unsignedint,unsignedint>", 256, 12, 8, ("loop LDG.128=6 STG.128=3",)
+    ),
+    HotPath("crop, 3 channels, uint8 to fp32", "crop_kernel<unsignedchar,float>", 256, 12, 5, ("loop STG.128=3",)),
+    HotPath("draw_batch, uint8 to fp32", "draw_batch_kernel<float>", 256, 12, 5, ("loop STG.128=3",)),
+    HotPath("alias table, quartiles, fp32", "count_digits_kernel<float>", 256, 16, 4, ("loop LDG.128=4",)),
+    HotPath("alias table, extent, fp32", "extent_kernel<float>", 256, 16, 4, ("loop LDG.128=4",)),
+    HotPath("alias table, partition, fp32", "partition_kernel<float>", 256, 16, 4, ("loop LDG.128=4",)),
+    HotPath("alias table, blocks, fp32", "blocks_kernel<float>", 512, 8, 12, ("loop LDG.128=2 STG.64=8",)),
+    HotPath("alias draw", "sample_kernel", 256, 1, 40, ("loop STG.64=1 LDG.128=1",)),
+    HotPath("mixture, a value and iteration", "fit_problems<*LaneGroup<4u>,false>", 128, 16, 0, ("loop MUFU.RCP=16",)),
+    HotPath("relation, a pair and feature", "squares_of_pairs", 256, 64, 0, ("loop DFMA=64 LDS.64=64",)),
+    HotPath("relation, a pair and third point", "triangles_of_pairs<true,true>", 256, 1, 0, ("loop LDS.128=8",)),
+]
+
+HOT_PATHS = (*_divergences(), *_sweeps(), *_OTHERS)
