@@ -5,7 +5,11 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
 #include <atomic>
+#include <mutex>
+#include <set>
+#include <tuple>
 
 #include "common/geometry.h"
 #include "common/tensor.h"
@@ -52,17 +56,26 @@ class DeviceContext {
     config.stream = stream();
     config.attrs = &cluster;
     config.numAttrs = geometry.cluster > 1 ? 1 : 0;
-    if (geometry.cluster > kPortableCluster) {
-      check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-    }
+    const void* const function = reinterpret_cast<const void*>(kernel);
+    if (geometry.cluster > kPortableCluster) allow(name, function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (geometry.shared_bytes > kPortableSharedBytes) {
-      check(name,
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits().shared_bytes)));
+      allow(name, function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits().shared_bytes));
     }
     check(name, cudaLaunchKernelEx(&config, kernel, params));
   }
 
  private:
+  // What a kernel must be allowed on the current device, once: it stays so, and asking again may wait for copies under way. Always
+  // to the same value, so that no thread takes back what another one is about to use.
+  void allow(const char* name, const void* kernel, cudaFuncAttribute what, int value) const {
+    static std::mutex mutex;
+    static std::set<std::tuple<int32_t, const void*, cudaFuncAttribute>> allowed;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto key = std::make_tuple(device_, kernel, what);
+    if (allowed.count(key) != 0) return;
+    check(name, cudaFuncSetAttribute(kernel, what, value));
+    allowed.insert(key);
+  }
   cudaStream_t stream() const {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
@@ -74,10 +87,10 @@ class DeviceContext {
     cudaFuncAttributes code{};
     check("cudaFuncGetAttributes", cudaFuncGetAttributes(&code, cluster_probe));
     if (attribute(cudaDevAttrComputeCapabilityMajor) < 9 || code.ptxVersion < 90) return 1;
-    constexpr int kMostOfAMultiprocessor = 128 << 10;  // bytes of shared memory
+    // bytes of shared memory: more than half of what a multiprocessor has, and no more than a block can have, 99 KiB on 12.0
+    const int filling = std::min(128 << 10, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
     check("cudaFuncSetAttribute", cudaFuncSetAttribute(cluster_probe, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-    check("cudaFuncSetAttribute",
-          cudaFuncSetAttribute(cluster_probe, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostOfAMultiprocessor));
+    check("cudaFuncSetAttribute", cudaFuncSetAttribute(cluster_probe, cudaFuncAttributeMaxDynamicSharedMemorySize, filling));
     for (unsigned cluster = kMaxCluster; cluster > 1; cluster /= 2) {
       cudaLaunchAttribute attribute{};
       attribute.id = cudaLaunchAttributeClusterDimension;
@@ -85,7 +98,7 @@ class DeviceContext {
       cudaLaunchConfig_t config{};
       config.gridDim = cluster;
       config.blockDim = 32;
-      config.dynamicSmemBytes = kMostOfAMultiprocessor;
+      config.dynamicSmemBytes = static_cast<size_t>(filling);
       config.attrs = &attribute;
       config.numAttrs = 1;
       int clusters = 0;
