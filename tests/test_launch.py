@@ -57,6 +57,10 @@ def test_limits_of_each_architecture(
     assert ask("limits", major, 132, block_kib, ptx, largest_cluster) == [f"{expected} 132 {block_kib} 0"]
 
 
+def test_limits_are_kept_for_each_device(ask: Callable[..., list[str]]) -> None:
+    assert ask("many") == ["75", "11", "75", "11", "74", "10"]
+
+
 def test_a_kernel_is_allowed_more_once_for_each_device(ask: Callable[..., list[str]]) -> None:
     assert ask("launches") == [
         "launched, asked",  # little shared memory, no cluster

@@ -29,7 +29,7 @@ class DeviceContext {
     return empty_on(aoti_torch_device_type_cuda(), device_, shape, type, strides);
   }
 
-  // Asked of the device once.
+  // Asked of each device once; of those from 64 on at each call.
   DeviceLimits limits() const {
     static std::atomic<uint64_t> cache[64];  // 0: not asked yet
     std::atomic<uint64_t>& known = cache[device_ % 64];
@@ -37,7 +37,7 @@ class DeviceContext {
     if (packed == 0 || device_ >= 64) {
       const auto shared_bytes = static_cast<uint64_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
       packed = shared_bytes << 32 | static_cast<unsigned>(attribute(cudaDevAttrMultiProcessorCount)) << 8 | max_cluster();
-      known.store(packed, std::memory_order_relaxed);
+      if (device_ < 64) known.store(packed, std::memory_order_relaxed);
     }
     return {static_cast<unsigned>(packed & 0xff), static_cast<unsigned>(packed >> 8 & 0xffffff),
             static_cast<unsigned>(packed >> 32)};
@@ -65,8 +65,8 @@ class DeviceContext {
   }
 
  private:
-  // What a kernel must be allowed on the current device, once: it stays so, and asking again may wait for copies under way. Always
-  // to the same value, so that no thread takes back what another one is about to use.
+  // What a kernel must be allowed on the current device, once: it stays so, and asking again may wait for copies under way.
+  // Always to the same value, so that no thread takes back what another one is about to use.
   void allow(const char* name, const void* kernel, cudaFuncAttribute what, int value) const {
     static std::mutex mutex;
     static std::set<std::tuple<int32_t, const void*, cudaFuncAttribute>> allowed;

@@ -43,6 +43,12 @@ std::string attempt(int device, void (*function)(Params), const Geometry& geomet
          (fake::current == 0 ? "" : ", another GPU is left");
 }
 
+// Of three of many GPUs, all different, each asked twice.
+void print_many() {
+  for (int i = 0; i < 100; ++i) fake::gpus.push_back({8, 10 + i, 99 << 10, 80, 1});
+  for (int i : {65, 1, 65, 1, 64, 0}) std::cout << DeviceContext(Tensor{i}).limits().multiprocessors << '\n';
+}
+
 // The same kernels again and again, on two GPUs of which the second has less.
 void print_launches() {
   fake::gpus = {{}, {12, 84, 99 << 10, 100, 8}};
@@ -81,6 +87,8 @@ int main(int, char** arguments) {
   const std::string what = arguments[1];
   if (what == "limits") {
     fastkd::print_limits(arguments + 2);
+  } else if (what == "many") {
+    fastkd::print_many();
   } else if (what == "launches") {
     fastkd::print_launches();
   } else {
