@@ -89,9 +89,10 @@ class DeviceContext {
     if (attribute(cudaDevAttrComputeCapabilityMajor) < 9 || code.ptxVersion < 90) return 1;
     // bytes of shared memory: more than half of what a multiprocessor has, and no more than a block can have, 99 KiB on 12.0
     const int filling = std::min(128 << 10, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
-    check("cudaFuncSetAttribute", cudaFuncSetAttribute(cluster_probe, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     check("cudaFuncSetAttribute", cudaFuncSetAttribute(cluster_probe, cudaFuncAttributeMaxDynamicSharedMemorySize, filling));
-    for (unsigned cluster = kMaxCluster; cluster > 1; cluster /= 2) {
+    const bool larger = cudaFuncSetAttribute(cluster_probe, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
+    cudaGetLastError();
+    for (unsigned cluster = larger ? kMaxCluster : kPortableCluster; cluster > 1; cluster /= 2) {
       cudaLaunchAttribute attribute{};
       attribute.id = cudaLaunchAttributeClusterDimension;
       attribute.val.clusterDim = {cluster, 1, 1};

@@ -116,8 +116,8 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute which, int va
   const fake::Key key{fake::current, fake::address(kernel), which};
   const std::lock_guard<std::mutex> lock(fake::mutex);
   fake::asked.push_back(key);
-  const bool good =
-      which == cudaFuncAttributeMaxDynamicSharedMemorySize ? value <= fake::gpu().block_bytes : fake::gpu().major >= 9;
+  const fake::Gpu& gpu = fake::gpu();  // whether one without larger clusters refuses this nobody says: here it does
+  const bool good = which == cudaFuncAttributeMaxDynamicSharedMemorySize ? value <= gpu.block_bytes : gpu.largest_cluster > 8;
   if (good) fake::attributes[key] = value;
   return fake::result(good, cudaErrorInvalidValue);
 }
