@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 INSTALL := $(PIP) install --no-build-isolation --editable
 SOURCES = $(shell find $(1) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CSRC := $(call SOURCES,csrc)
-FORMATTED := $(CSRC) $(call SOURCES,tests/emulated)
+FORMATTED := $(CSRC) $(call SOURCES,tests/emulated tests/fake_cuda)
 SANITIZED := build/sanitized
 PARALLEL := -n auto --dist worksteal
 # Each step says what it does and about how long that takes on two cores, with the packages at hand.

@@ -5,6 +5,7 @@ Registers, shared memory, stack frames and spills come from ptxas's reports (bui
 from the disassembly of fastkd/_cuda*.so. For each kernel on each architecture it fails on
 
 - a stack frame, a spill, an access to local memory;
+- a load that need not see what the kernel itself stores (ld.global.nc): some kernels work in place;
 - no machine code for an architecture of --architectures;
 - a broken promise. A promise is a comment beside the kernel, in csrc/<primitive>/*.cu or *.cuh:
 
@@ -107,6 +108,8 @@ def broken(code: list[Instruction], report: Resources | None, rules: list[Rule])
         yield f"has a stack frame of {report.stack} bytes and spills {report.spills} bytes"
     elif local := sum(instruction.kind == "local" for instruction in code):
         yield f"accesses local memory {local} times"
+    if blind := sum("CONSTANT" in instruction.opcode.split(".") for instruction in code if instruction.kind == "loads"):
+        yield f"has {blind} loads that need not see its own stores"
     for rule in rules:
         wide = [i for i, step in enumerate(code) if step.kind == rule.kind and step.bits >= rule.bits]
         if not any(rule.place == "anywhere" or in_loop(code, i) for i in wide):

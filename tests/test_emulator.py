@@ -25,6 +25,8 @@ FLAWS = [
     "no_cluster_barrier",
     "atomic_then_load",
     "load_then_atomic",
+    "relaxed_barrier",
+    "leaves_early",
 ]
 SCHEDULES = range(5)
 
@@ -60,6 +62,8 @@ def test_right_kernels_run(threads: int, cluster: int, seed: int) -> None:
         ("atomic_then_load", 1, "a race: (shared memory is read|an atomic operation) without a barrier after another"),
         ("load_then_atomic", 1, "a race: (shared memory is read|an atomic operation) without a barrier after another"),
         ("no_cluster_barrier", 2, "nobody has written|without a barrier after another thread's store"),
+        ("relaxed_barrier", 2, "read without a barrier after another thread's store"),
+        ("leaves_early", 2, "whose threads have ended|no cluster barrier after another block's store"),
     ],
 )
 def test_broken_kernels_are_noticed(flaw: str, cluster: int, message: str, seed: int) -> None:

@@ -5,7 +5,11 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
 #include <atomic>
+#include <mutex>
+#include <set>
+#include <tuple>
 
 #include "common/geometry.h"
 #include "common/tensor.h"
@@ -25,7 +29,7 @@ class DeviceContext {
     return empty_on(aoti_torch_device_type_cuda(), device_, shape, type, strides);
   }
 
-  // Asked of the device once.
+  // Asked of each device once; of those from 64 on at each call.
   DeviceLimits limits() const {
     static std::atomic<uint64_t> cache[64];  // 0: not asked yet
     std::atomic<uint64_t>& known = cache[device_ % 64];
@@ -33,7 +37,7 @@ class DeviceContext {
     if (packed == 0 || device_ >= 64) {
       const auto shared_bytes = static_cast<uint64_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
       packed = shared_bytes << 32 | static_cast<unsigned>(attribute(cudaDevAttrMultiProcessorCount)) << 8 | max_cluster();
-      known.store(packed, std::memory_order_relaxed);
+      if (device_ < 64) known.store(packed, std::memory_order_relaxed);
     }
     return {static_cast<unsigned>(packed & 0xff), static_cast<unsigned>(packed >> 8 & 0xffffff),
             static_cast<unsigned>(packed >> 32)};
@@ -52,17 +56,26 @@ class DeviceContext {
     config.stream = stream();
     config.attrs = &cluster;
     config.numAttrs = geometry.cluster > 1 ? 1 : 0;
-    if (geometry.cluster > kPortableCluster) {
-      check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-    }
+    const void* const function = reinterpret_cast<const void*>(kernel);
+    if (geometry.cluster > kPortableCluster) allow(name, function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (geometry.shared_bytes > kPortableSharedBytes) {
-      check(name,
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits().shared_bytes)));
+      allow(name, function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits().shared_bytes));
     }
     check(name, cudaLaunchKernelEx(&config, kernel, params));
   }
 
  private:
+  // What a kernel must be allowed on the current device, once: it stays so, and asking again may wait for copies under way.
+  // Always to the same value, so that no thread takes back what another one is about to use.
+  void allow(const char* name, const void* kernel, cudaFuncAttribute what, int value) const {
+    static std::mutex mutex;
+    static std::set<std::tuple<int32_t, const void*, cudaFuncAttribute>> allowed;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto key = std::make_tuple(device_, kernel, what);
+    if (allowed.count(key) != 0) return;
+    check(name, cudaFuncSetAttribute(kernel, what, value));
+    allowed.insert(key);
+  }
   cudaStream_t stream() const {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
@@ -74,18 +87,19 @@ class DeviceContext {
     cudaFuncAttributes code{};
     check("cudaFuncGetAttributes", cudaFuncGetAttributes(&code, cluster_probe));
     if (attribute(cudaDevAttrComputeCapabilityMajor) < 9 || code.ptxVersion < 90) return 1;
-    constexpr int kMostOfAMultiprocessor = 128 << 10;  // bytes of shared memory
-    check("cudaFuncSetAttribute", cudaFuncSetAttribute(cluster_probe, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-    check("cudaFuncSetAttribute",
-          cudaFuncSetAttribute(cluster_probe, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostOfAMultiprocessor));
-    for (unsigned cluster = kMaxCluster; cluster > 1; cluster /= 2) {
+    // bytes of shared memory: more than half of what a multiprocessor has, and no more than a block can have, 99 KiB on 12.0
+    const int filling = std::min(128 << 10, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+    check("cudaFuncSetAttribute", cudaFuncSetAttribute(cluster_probe, cudaFuncAttributeMaxDynamicSharedMemorySize, filling));
+    const bool larger = cudaFuncSetAttribute(cluster_probe, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
+    cudaGetLastError();
+    for (unsigned cluster = larger ? kMaxCluster : kPortableCluster; cluster > 1; cluster /= 2) {
       cudaLaunchAttribute attribute{};
       attribute.id = cudaLaunchAttributeClusterDimension;
       attribute.val.clusterDim = {cluster, 1, 1};
       cudaLaunchConfig_t config{};
       config.gridDim = cluster;
       config.blockDim = 32;
-      config.dynamicSmemBytes = kMostOfAMultiprocessor;
+      config.dynamicSmemBytes = static_cast<size_t>(filling);
       config.attrs = &attribute;
       config.numAttrs = 1;
       int clusters = 0;

@@ -23,8 +23,8 @@ namespace fastkd::emulator {
 namespace {
 
 constexpr unsigned kWarp = 32;
-constexpr std::size_t kMostSharedBytes = 227 << 10;  // of a block, on Hopper
-constexpr unsigned kGranule = 2;                     // bytes of shared memory that are watched as one
+constexpr std::size_t kMostSharedBytes = 99 << 10;  // of a block, on GPUs of 8.6, 8.9 and 12.0
+constexpr unsigned kGranule = 2;                    // bytes of shared memory that are watched as one
 
 // Fibers that meet: a warp, a block or a cluster. Its epoch counts the meetings, those of groups around it included.
 struct Group {
@@ -65,6 +65,7 @@ struct Block {
   std::vector<char> bytes;
   std::vector<Granule> granules;
   unsigned done = 0;
+  uint64_t stored = 0;  // epoch of the cluster, from 1 on, of the last store of another block
 };
 
 const char* name_of(Meeting meeting) {
@@ -118,6 +119,7 @@ class Machine {
   std::vector<std::vector<uint64_t>> slots_;  // of each warp: 2 x 32 values in transit
   std::vector<Block> memory_;
   uint64_t generation_ = 0;
+  bool started_ = false;  // all blocks of the cluster are known to run
   unsigned unfinished_ = 0;
   std::exception_ptr error_;
 };
@@ -135,7 +137,7 @@ void Machine::run(const char* name, const Geometry& geometry, const std::functio
   limit(geometry.cluster > 0 && geometry.cluster <= settings().max_cluster, "the device has no clusters of this size");
   limit((geometry.cluster & (geometry.cluster - 1)) == 0, "the size of a cluster must be a power of two");
   limit(geometry.blocks % geometry.cluster == 0, "a grid must be whole clusters");
-  limit(geometry.shared_bytes <= kMostSharedBytes, "a block has at most 227 KiB of shared memory");
+  limit(geometry.shared_bytes <= kMostSharedBytes, "a block has at most 99 KiB of shared memory on some GPUs");
   geometry_ = &geometry;
   body_ = &body;
   random_.seed(static_cast<unsigned>(settings().seed * 2654435761u + 1));
@@ -192,10 +194,12 @@ void Machine::run_cluster(unsigned first_block) {
       memory_[b].granules.resize(geometry_->shared_bytes / kGranule + 1);
     }
     memory_[b].done = 0;
+    memory_[b].stored = 0;
   }
   ready_.clear();
   for (unsigned i = 0; i < count; ++i) start(i, first_block);
   unfinished_ = count;
+  started_ = false;
   error_ = nullptr;
   self_ = &main_;
   leave();
@@ -210,6 +214,10 @@ void Machine::enter() {
   try {
     (*m.body_)();
     if (m.self().arrived) throw std::runtime_error(m.where(m.self()) + " ends without waiting where it arrived");
+    if (m.memory_[m.self().position.rank].stored == m.cluster_.epoch + 1) {
+      throw std::runtime_error(m.where(m.self()) +
+                               " ends with no cluster barrier after another block's store into its shared memory");
+    }
   } catch (...) {
     m.error_ = std::current_exception();
   }
@@ -258,7 +266,8 @@ void Machine::leave() {
 Group& Machine::group_of(const Fiber& fiber, Meeting meeting) {
   switch (meeting) {
     case Meeting::kBlockBarrier: return blocks_[fiber.position.rank];
-    case Meeting::kClusterBarrier: return cluster_;
+    case Meeting::kClusterBarrier:
+    case Meeting::kClusterStart: return cluster_;
     default: return warp_of(fiber);
   }
 }
@@ -273,7 +282,7 @@ void Machine::wait(const Site& site) {
     throw std::runtime_error(where(*self_) + " waits at a cluster barrier where it has not arrived (" + text_of(site) + ")");
   }
   self_->arrived = false;
-  meet(Meeting::kClusterBarrier, site);
+  meet(Meeting::kClusterStart, site);
 }
 
 void Machine::meet(Meeting meeting, const Site& site) {
@@ -300,15 +309,18 @@ void Machine::release(Group& group) {
   unsigned begin = 0, end = cluster_.size;  // its members
   if (group.meeting == Meeting::kBlockBarrier) {
     begin = static_cast<unsigned>(&group - blocks_.data()) * threads, end = begin + threads;
-  } else if (group.meeting != Meeting::kClusterBarrier) {
+  } else if (group.meeting == Meeting::kShuffle) {
     begin = static_cast<unsigned>(&group - warps_.data()) * kWarp, end = begin + kWarp;
   }
   group.arrived = 0;
-  if (&group == &cluster_) ++cluster_.epoch;
-  if (group.size >= threads) {
-    for (unsigned block = begin / threads; block < end / threads; ++block) ++blocks_[block].epoch;
+  if (&group == &cluster_) started_ = true;
+  if (group.meeting != Meeting::kClusterStart) {
+    if (&group == &cluster_) ++cluster_.epoch;
+    if (group.size >= threads) {
+      for (unsigned block = begin / threads; block < end / threads; ++block) ++blocks_[block].epoch;
+    }
+    for (unsigned warp = begin / kWarp; warp < end / kWarp; ++warp) ++warps_[warp].epoch;
   }
-  for (unsigned warp = begin / kWarp; warp < end / kWarp; ++warp) ++warps_[warp].epoch;
   for (unsigned i = begin; i < end; ++i) {
     fibers_[i]->waits_for = nullptr;
     ready_.push_back(fibers_[i].get());
@@ -379,8 +391,9 @@ void* Machine::shared_address(unsigned rank, Access access, unsigned offset, uns
   if (offset % size != 0) error("an array of " + std::to_string(size) + "-byte elements is not aligned in shared memory");
   if (rank >= geometry_->cluster) error("shared memory of block " + std::to_string(rank) + " of a smaller cluster");
   if (rank != fiber.position.rank) {
-    if (cluster_.epoch == 0) error("shared memory of another block before a cluster barrier: it may not have started");
+    if (!started_) error("shared memory of another block before a cluster barrier: it may not have started");
     if (memory_[rank].done > 0) error("shared memory of another block whose threads have ended");
+    memory_[rank].stored = cluster_.epoch + 1;
   }
   const unsigned begin = offset + i * size;
   for (unsigned g = begin / kGranule; g <= (begin + size - 1) / kGranule; ++g) {

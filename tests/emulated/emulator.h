@@ -7,7 +7,8 @@
 // - an access of shared memory outside an array, or of bytes that nobody wrote;
 // - two accesses of the same byte of shared memory, one of them a store, with no barrier between them (atomic operations
 //   may meet one another, but no load or store);
-// - a store into another block before a cluster barrier has shown that it runs, or after threads of it have ended;
+// - a store into another block before a cluster barrier has shown that it runs, or with none before that block ends;
+// - more shared memory than the smallest GPU that we build for gives a block;
 // - a 16-byte access of an address that is not a multiple of 16.
 // Accesses of global memory are left to AddressSanitizer.
 #pragma once
@@ -41,10 +42,11 @@ struct Position {
 };
 const Position& position();
 
-enum class Meeting { kShuffle, kBlockBarrier, kClusterBarrier };
+enum class Meeting { kShuffle, kBlockBarrier, kClusterBarrier, kClusterStart };
 void meet(Meeting meeting, const Site& site);
 
-// A cluster barrier in two. Who waits must have arrived; who arrived must wait before it ends or meets at another one.
+// A cluster barrier in two, which publishes nothing: all blocks are known to run, no access is ordered by it. Who waits must have
+// arrived; who arrived must wait before it ends or meets at another one.
 void arrive(const Site& site);
 void wait(const Site& site);
 

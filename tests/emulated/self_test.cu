@@ -24,6 +24,8 @@ enum class Flaw : int64_t {
   kNoClusterBarrier,  // a load right after another block's stores
   kAtomicThenLoad,    // a load right after the other threads' atomic operations
   kLoadThenAtomic,    // an atomic operation right after the other threads' loads
+  kRelaxedBarrier,    // the barrier that only shows that all blocks run, after another block's stores
+  kLeavesEarly,       // a block ends while another one stores into it
 };
 
 struct Params {
@@ -64,8 +66,15 @@ FASTKD_KERNEL(64) reverse_cluster_kernel(const Params p) {
   const Shared<int32_t> shared(0, threads);
   int32_t* const own = p.data + static_cast<int64_t>(block_index()) * threads;
   if (p.flaw != Flaw::kEarlyRemoteStore) cluster_barrier();
+  if (p.flaw == Flaw::kLeavesEarly && rank == 0) return;
   shared.store_remote(blocks - 1 - rank, threads - 1 - i, own[i]);
-  if (p.flaw != Flaw::kNoClusterBarrier) cluster_barrier();
+  if (p.flaw == Flaw::kLeavesEarly) return;
+  if (p.flaw == Flaw::kRelaxedBarrier) {
+    cluster_arrive();
+    cluster_wait();
+  } else if (p.flaw != Flaw::kNoClusterBarrier) {
+    cluster_barrier();
+  }
   own[i] = shared.load(i);
 }
 
