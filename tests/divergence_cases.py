@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import emulated
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -108,6 +109,7 @@ def assert_accurate(case: Case) -> None:
     """Losses and gradients are finite and at most twice as far from the truth as the best plain-torch formula."""
     # the student's gradient alone takes other kernels on a GPU, where rows stay on chip
     ours, alone = case.run(fused), case.run(fused, teacher_gradient=False)
+    on_gpu = case.student.device.type == "cuda" or emulated.running()
     case = case.to(CPU)  # where truth and plain torch run
     expected = truth(case)
     candidates = [case.run(plain)]
@@ -116,7 +118,9 @@ def assert_accurate(case: Case) -> None:
     temperature = torch.as_tensor(case.options["temperature"], dtype=torch.float64)
     dtype = case.student.dtype
     upstream = case.upstream.double().abs()
-    eps, unit = 2.0**-24, torch.ones_like(expected[0])
+    # a GPU's logarithms of 16-bit Jensen-Shannon rows are right to 2^-22
+    rough = on_gpu and dtype.itemsize == 2 and case.options["kind"] == "jensen_shannon"
+    eps, unit = 2.0**-22 if rough else 2.0**-24, torch.ones_like(expected[0])
     if dtype == torch.float64:  # the truth is rounded too: z = s / T, then exp(z), then times log-ratios of size z
         finite = [torch.where(x.isfinite(), x, 0.0) for x in (case.student, case.teacher)]
         eps, unit = 2.0**-50, (torch.stack(finite).abs().amax((0, 2)) / temperature).square().clamp(min=1)

@@ -177,7 +177,7 @@ FASTKD_DEVICE void resident_row(const Row<T, int, kPlain>& row, Group& group) {
         x[v][k] = terms.q;
       }
     }
-    double k_sums[2] = {sum_q, sum_p};
+    double k_sums[2] = {sum_q * js.kLogUnit, sum_p * js.kLogUnit};
     group.reduce(k_sums, Sum{});
     make_exact(row, js, k_sums, group);
     if (group.index() == 0) row.write_divergence(row.p.beta * k_sums[1] + (1.0 - row.p.beta) * k_sums[0]);
@@ -188,15 +188,15 @@ FASTKD_DEVICE void resident_row(const Row<T, int, kPlain>& row, Group& group) {
   }
 }
 
-template <Family kFamily, class Group>
+template <Family kFamily, bool kPlain, class Group>
 constexpr unsigned kThreadsOf =
-    Group::kWholeCluster ? max_resident_threads(kFamily == Family::kJensenShannon, kHasClusters) : kLaneThreads;
+    Group::kWholeCluster ? max_resident_threads(kFamily == Family::kJensenShannon && !kPlain, kHasClusters) : kLaneThreads;
 
 // inspect: anywhere resident_rows<*> loads=128 stores=128
 template <typename T, Family kFamily, bool kPlain, class Group>
-FASTKD_KERNEL(kThreadsOf<kFamily, Group>, Group::kWholeCluster ? 1
-                                          : kPlain             ? 4
-                                                               : 3)
+FASTKD_KERNEL(kThreadsOf<kFamily, kPlain, Group>, Group::kWholeCluster ? 1
+                                                  : kPlain             ? 4
+                                                                       : 3)
 resident_rows(const DeviceParams p) {
   using RowType = Row<T, int, kPlain>;
   for_rows<RowType, Group>(p, [&](const RowType& row, Group& group) { resident_row<T, kFamily>(row, group); });

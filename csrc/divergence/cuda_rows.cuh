@@ -26,28 +26,22 @@ FASTKD_DEVICE Compute<T> exp_of(Compute<T> x) {
   return exp_units<T>(x * kPerUnit<T>);
 }
 
-// ln x for normal x > 0, within about an ulp. The library's takes care of every float, and so many registers that rows would
-// not fit.
-FASTKD_DEVICE float log_normal(float x) {
+// ln x for normal x > 0, within about an ulp; some number where x is NaN. The library's takes care of every float, and so many
+// registers that rows would not fit.
+FASTKD_DEVICE float log_number(float x) {
   int bits;
   memcpy(&bits, &x, sizeof bits);
   const int n = (bits - 0x3f3504f3) >> 23;
   bits -= n * (1 << 23);
   float mantissa;
   memcpy(&mantissa, &bits, sizeof mantissa);
-  return log_of_parts(static_cast<float>(n), mantissa - 1.0f) + (x - x);  // NaN stays one
+  return log_of_parts(static_cast<float>(n), mantissa - 1.0f);
 }
-FASTKD_DEVICE double log_normal(double x) { return device::log(x); }
-
-// ln x with a relative error of 3e-6 in half of the instructions, for rows of 16 bits: by its series near 1, where the
-// instruction is too rough, and by that elsewhere. Only where all else leaves it enough registers: it takes a few more.
-FASTKD_DEVICE float log_roughly(float x) {
-  const float f = x - 1.0f, f2 = f * f;
-  float series = f * (1.0f / 5) - (1.0f / 4);
-  series = series * f + (1.0f / 3);
-  series = series * f - (1.0f / 2);
-  const float near = f2 * series + f;
-  return f2 < 0x1p-8f ? near : log2_roughly(x) * 0.6931471806f;
+FASTKD_DEVICE double log_number(double x) { return device::log(x); }
+// The same, but NaN stays one.
+template <typename S>
+FASTKD_DEVICE S log_normal(S x) {
+  return log_number(x) + (x - x);
 }
 
 // ln z of a sum of exponentials, absolute error 3e-8 for float: the logarithm of the mantissa in float, the rest exact. The
@@ -271,32 +265,37 @@ struct Linear {
   FASTKD_DEVICE S x_gradient(S e_x, S term) const { return weigh(e_x * f_x, term * static_cast<S>(kUnit<T>) + shift); }
 };
 
-// Jensen-Shannon: q of the student (y), p of the teacher (x). kRough: with log_roughly.
-template <typename T, bool kRough>
+// Jensen-Shannon: q of the student (y), p of the teacher (x). For logits of 16 bits logarithms are the instruction's, to base 2:
+// its absolute error near 1, 2^-22, is far below what such logits can tell.
+template <typename T>
 struct JensenShannon {
   using S = Compute<T>;
+  static constexpr bool kRough = sizeof(T) == 2;
+  static constexpr S kTiniest = sizeof(S) == 8 ? S(0x1p-1022) : S(0x1p-126);
+  static constexpr double kLogUnit = kRough ? 0.693147180559945309417 : 1.0;              // of the terms
   S scale, top_y, top_x, inverse_zy, inverse_zx, beta, one_minus_beta, f_q, f_p, kq, kp;  // scale: to units of kUnit<T>
   FASTKD_DEVICE S q(S y) const { return product(exp_units<T>((y - top_y) * scale), inverse_zy); }
   FASTKD_DEVICE S p(S x) const { return product(exp_units<T>((x - top_x) * scale), inverse_zx); }
-  FASTKD_DEVICE S m(S q, S p) const { return beta * p + one_minus_beta * q; }
   static FASTKD_DEVICE S log(S ratio) {
     if constexpr (kRough) {
-      return log_roughly(ratio);
+      return log2_roughly(ratio);
     } else {
-      return log_normal(ratio);
+      return log_number(ratio);
     }
   }
-  // Terms of KL(q || m) and KL(p || m). Probabilities may be subnormal, where reciprocal and log overflow: both have a floor.
+  // Terms of KL(q || m) and KL(p || m). Probabilities may be subnormal or 0, where reciprocal and log overflow: the smallest
+  // normal number, added in the same instruction, keeps them from it and changes nothing else. Where one side is NaN, both
+  // sums are made NaN (finish).
   struct Terms {
     S q, p;
   };
   FASTKD_DEVICE Terms terms(S q, S p) const {
-    const S inverse_m = reciprocal(floored(m(q, p)));
-    return {weigh(q, log(floored(q * inverse_m))), weigh(p, log(floored(p * inverse_m)))};
+    const S inverse_m = reciprocal(beta * p + (one_minus_beta * q + kTiniest));
+    return {q * log(q * inverse_m + kTiniest), p * log(p * inverse_m + kTiniest)};
   }
   // The same, as terms that are not negative.
   FASTKD_DEVICE Terms exact_terms(S q, S p) const {
-    const S mixture = m(q, p), inverse_m = reciprocal(floored(mixture)), difference = q - p;
+    const S mixture = beta * p + one_minus_beta * q, inverse_m = reciprocal(floored(mixture)), difference = q - p;
     const S q_log = q * log_normal(floored(q * inverse_m)), p_log = p * log_normal(floored(p * inverse_m));
     return {mixture_term<S>(mixture, inverse_m, beta * difference, q_log).divergence,
             mixture_term<S>(mixture, inverse_m, -one_minus_beta * difference, p_log).divergence};
@@ -304,9 +303,6 @@ struct JensenShannon {
   FASTKD_DEVICE S y_gradient(S q, S q_term) const { return f_q * (q_term - q * kq); }
   FASTKD_DEVICE S x_gradient(S p, S p_term) const { return f_p * (p_term - p * kp); }
 };
-
-template <typename T, bool kPlain>
-using JensenShannonOf = JensenShannon<T, kPlain && sizeof(T) == 2>;
 
 // Sums of a row, in double, and what follows from them.
 struct LinearSums {
@@ -361,8 +357,7 @@ FASTKD_DEVICE double exact_divergence_of(const Row<T, Index, kPlain>& row, const
 }
 // k: KL(q || m) and KL(p || m)
 template <typename T, typename Index, bool kPlain, class Group>
-FASTKD_DEVICE void make_exact(const Row<T, Index, kPlain>& row, const JensenShannonOf<T, kPlain>& js, double (&k)[2],
-                              Group& group) {
+FASTKD_DEVICE void make_exact(const Row<T, Index, kPlain>& row, const JensenShannon<T>& js, double (&k)[2], Group& group) {
   using S = Compute<T>;
   const bool small = row.p.kd_scale != 0 && row.p.beta * k[1] + (1.0 - row.p.beta) * k[0] < kSmallDivergence<S>;
   sum_again(row, group, small, k, [&](S y, S x, S(&term)[2]) {
@@ -388,9 +383,9 @@ FASTKD_DEVICE Linear<T> linear_of(const Row<T, Index, kPlain>& row, const typena
 }
 
 template <typename T, typename Index, bool kPlain>
-FASTKD_DEVICE JensenShannonOf<T, kPlain> jensen_shannon_of(const Row<T, Index, kPlain>& row,
-                                                           const typename Row<T, Index, kPlain>::Numbers& numbers,
-                                                           Compute<T> top_y, Compute<T> top_x, double z_y, double z_x) {
+FASTKD_DEVICE JensenShannon<T> jensen_shannon_of(const Row<T, Index, kPlain>& row,
+                                                 const typename Row<T, Index, kPlain>::Numbers& numbers, Compute<T> top_y,
+                                                 Compute<T> top_x, double z_y, double z_x) {
   using S = Compute<T>;
   return {row.inverse_temperature(numbers) * kPerUnit<T>,
           top_y,
@@ -405,13 +400,15 @@ FASTKD_DEVICE JensenShannonOf<T, kPlain> jensen_shannon_of(const Row<T, Index, k
           S(0)};
 }
 // Once both divergences from the mixture are summed.
-template <typename T, bool kRough>
-FASTKD_DEVICE void finish(JensenShannon<T, kRough>& js, double beta, double kd_scale, double kq, double kp) {
+template <typename T>
+FASTKD_DEVICE void finish(JensenShannon<T>& js, double beta, double kd_scale, double kq, double kp) {
   using S = Compute<T>;
-  js.f_q = finite<S>(kd_scale * (1.0 - beta));
-  js.f_p = finite<S>(kd_scale * beta);
-  js.kq = static_cast<S>(kq);
-  js.kp = static_cast<S>(kp);
+  constexpr double kLogUnit = JensenShannon<T>::kLogUnit;
+  js.f_q = finite<S>(kd_scale * (1.0 - beta) * kLogUnit);
+  js.f_p = finite<S>(kd_scale * beta * kLogUnit);
+  const double nothing = (kq - kq) + (kp - kp);  // or NaN
+  js.kq = static_cast<S>(kq * (1.0 / kLogUnit) + nothing);
+  js.kp = static_cast<S>(kp * (1.0 / kLogUnit) + nothing);
 }
 
 // gradient(k, i) for element k of the part, i of the row; zeros in rows that take no part.

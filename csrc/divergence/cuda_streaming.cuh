@@ -131,8 +131,8 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
         sum_q += terms.q;
         sum_p += terms.p;
       }
-      k_sums[0] += static_cast<double>(sum_q);
-      k_sums[1] += static_cast<double>(sum_p);
+      k_sums[0] += static_cast<double>(sum_q) * js.kLogUnit;
+      k_sums[1] += static_cast<double>(sum_p) * js.kLogUnit;
     });
     group.reduce(k_sums, Sum{});
     make_exact(row, js, k_sums, group);

@@ -20,6 +20,7 @@ ROOT = HERE.parent.parent
 CSRC = Path(os.environ.get("FASTKD_EMULATED_CSRC", ROOT / "csrc"))  # without_barriers.py changes a copy
 SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
 _definitions = torch.library.Library("fastkd_emulated", "FRAGMENT")
+_running: list[int] = []  # seeds
 SANITIZER = "-fsanitize=address,undefined -fno-sanitize-recover=undefined" if SANITIZED else ""
 
 
@@ -85,6 +86,7 @@ def emulated(seed: int, max_cluster: int = 16) -> Iterator[None]:
     names = load()
     torch.ops.fastkd_emulated.configure(seed, max_cluster)
     override = torch.library.Library("fastkd", "IMPL", "CPU")
+    _running.append(seed)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an overridden kernel: that is the point
@@ -92,4 +94,10 @@ def emulated(seed: int, max_cluster: int = 16) -> Iterator[None]:
                 override.impl(name, getattr(torch.ops.fastkd_emulated, name).default, allow_override=True)
         yield
     finally:
+        _running.pop()
         override._destroy()
+
+
+def running() -> bool:
+    """Whether CPU tensors go to the emulated kernels."""
+    return bool(_running)

@@ -151,7 +151,8 @@ template <typename S>
 S exp(S x) {
   return std::exp(x);
 }
-inline float log2_roughly(float x) { return std::log2(x); }
+// As far off as the instruction may be, and always to the same side.
+inline float log2_roughly(float x) { return static_cast<float>(std::log2(static_cast<double>(x)) - 0x1p-22); }
 template <typename S>
 S log(S x) {
   return std::log(x);
