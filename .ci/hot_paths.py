@@ -48,6 +48,13 @@ def _divergences() -> list[HotPath]:
                 paths.append(
                     HotPath(f"{title}, 32000 classes, {dtype}", kernel + "ClusterGroup>", threads, 32, floor, (way,))
                 )
+    for dtype in _DTYPES:
+        packs = (
+            32 // _PACK[dtype]
+        )  # a cross-entropy at T = 1 beside a divergence at another: read again, exponentials of its own
+        way = f"path LDG.128={3 * packs} STG.128={packs} MUFU.EX2=128"
+        kernel = f"resident_rows<{_NAME[dtype]},*Family)0,false,*LaneGroup<32u>>"
+        paths.append(HotPath(f"KD loss, T = 4, 1000 classes, {dtype}", kernel, 128, 32, 3 * _SIZE[dtype], (way,)))
     return paths
 
 

@@ -183,30 +183,34 @@ FASTKD_DEVICE double to_compute(double x) { return x; }
 FASTKD_DEVICE float to_compute(BFloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
 FASTKD_DEVICE float to_compute(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
 
-// All of a pack; 16-bit ones from the words that they lie in, which takes one instruction each.
+// All of a pack; 16-bit ones take one instruction each.
 template <typename T>
-FASTKD_DEVICE void unpack(const Pack<T>& pack, Compute<T> (&values)[kPack<T>]) {
+FASTKD_DEVICE void unpack(const Words<T>& words, Compute<T> (&values)[kPack<T>]) {
   if constexpr (std::is_same_v<T, BFloat16>) {
-    unsigned words[4];
-    memcpy(words, &pack, sizeof words);
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      values[2 * w] = __uint_as_float(words[w] << 16);
-      values[2 * w + 1] = __uint_as_float(words[w] & 0xffff0000u);
+      values[2 * w] = __uint_as_float(words.value[w] << 16);
+      values[2 * w + 1] = __uint_as_float(words.value[w] & 0xffff0000u);
     }
   } else if constexpr (std::is_same_v<T, Float16>) {
-    __half2 twos[4];
-    memcpy(twos, &pack, sizeof twos);
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      const float2 two = __half22float2(twos[w]);
+      __half2 halves;
+      memcpy(&halves, &words.value[w], sizeof halves);
+      const float2 two = __half22float2(halves);
       values[2 * w] = two.x;
       values[2 * w + 1] = two.y;
     }
   } else {
 #pragma unroll
-    for (int k = 0; k < kPack<T>; ++k) values[k] = to_compute(pack.value[k]);
+    for (int k = 0; k < kPack<T>; ++k) values[k] = to_compute(words.value[k]);
   }
+}
+template <typename T>
+FASTKD_DEVICE void unpack(const Pack<T>& pack, Compute<T> (&values)[kPack<T>]) {
+  Words<T> words;
+  memcpy(&words, &pack, sizeof words);
+  unpack(words, values);
 }
 
 // Rounded to nearest even.
@@ -279,20 +283,32 @@ FASTKD_DEVICE float maximum(float a, float b) { return ::fmaxf(a, b); }  // the 
 FASTKD_DEVICE double maximum(double a, double b) { return ::fmax(a, b); }
 // Of each two elements; 16-bit ones as they are, two at a time.
 template <typename T>
-FASTKD_DEVICE Pack<T> maximum(const Pack<T>& a, const Pack<T>& b) {
-  Pack<T> result;
+FASTKD_DEVICE Words<T> maximum(const Words<T>& a, const Words<T>& b) {
+  Words<T> result;
   if constexpr (sizeof(T) == 2) {
     using Two = std::conditional_t<std::is_same_v<T, BFloat16>, __nv_bfloat162, __half2>;
-    Two two_a[4], two_b[4];
-    memcpy(two_a, &a, sizeof a);
-    memcpy(two_b, &b, sizeof b);
 #pragma unroll
-    for (int w = 0; w < 4; ++w) two_a[w] = __hmax2(two_a[w], two_b[w]);
-    memcpy(&result, two_a, sizeof result);
+    for (int w = 0; w < 4; ++w) {
+      Two two_a, two_b;
+      memcpy(&two_a, &a.value[w], sizeof two_a);
+      memcpy(&two_b, &b.value[w], sizeof two_b);
+      two_a = __hmax2(two_a, two_b);
+      memcpy(&result.value[w], &two_a, sizeof two_a);
+    }
   } else {
 #pragma unroll
     for (int k = 0; k < kPack<T>; ++k) result.value[k] = maximum(a.value[k], b.value[k]);
   }
+  return result;
+}
+template <typename T>
+FASTKD_DEVICE Pack<T> maximum(const Pack<T>& a, const Pack<T>& b) {
+  Words<T> words_a, words_b;
+  memcpy(&words_a, &a, sizeof a);
+  memcpy(&words_b, &b, sizeof b);
+  words_a = maximum(words_a, words_b);
+  Pack<T> result;
+  memcpy(&result, &words_a, sizeof result);
   return result;
 }
 // a * b, rounded: never part of a fused multiply-add, which would tell equal products from each other

@@ -1,6 +1,8 @@
 // Sixteen bytes of elements, and the type that an element is computed in: for kernels on a GPU and emulated ones.
 #pragma once
 
+#include <type_traits>
+
 #include "common/isa.h"
 
 namespace fastkd::FASTKD_ISA::device {
@@ -12,6 +14,13 @@ constexpr int kPack = 16 / static_cast<int>(sizeof(T));
 template <typename T>
 struct alignas(16) Pack {
   T value[kPack<T>];
+};
+
+// The same as it was loaded, 16-bit elements two to a word: as halves, a load would be waited for where they are told apart.
+template <typename T>
+struct alignas(16) Words {
+  using Word = std::conditional_t<sizeof(T) == 2, unsigned, T>;
+  Word value[16 / sizeof(Word)];
 };
 
 template <typename T>

@@ -43,38 +43,38 @@ struct RowView {
 
   // -inf outside of the row; kLast: nobody will read it again
   template <bool kLast = false>
-  FASTKD_DEVICE Pack<T> load(Index part) const {
+  FASTKD_DEVICE Words<T> load_words(Index part) const {
     const Index begin = first(part);
-    if constexpr (sizeof(T) == 2) {
-      Pack<unsigned> raw;
-      if (whole(begin)) {
-        const auto* from = reinterpret_cast<const unsigned*>(data + begin);
-        raw = kLast ? load_pack_once(from) : load_pack(from);
-      } else {
+    const auto* const from = reinterpret_cast<const Word*>(data + begin);
+    Pack<Word> raw;
+    if (whole(begin)) {
+      raw = kLast ? load_pack_once(from) : load_pack(from);
+    } else if constexpr (sizeof(T) == 2) {
 #pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          const Index i = begin + 2 * w;
-          const T low = i >= 0 && i < count ? data[i] : lowest(T{});
-          const T high = i + 1 >= 0 && i + 1 < count ? data[i + 1] : lowest(T{});
-          raw.value[w] = low.bits | static_cast<unsigned>(high.bits) << 16;
-        }
+      for (int w = 0; w < kPack<Word>; ++w) {
+        const Index i = begin + 2 * w;
+        const T low = i >= 0 && i < count ? data[i] : lowest(T{});
+        const T high = i + 1 >= 0 && i + 1 < count ? data[i + 1] : lowest(T{});
+        raw.value[w] = low.bits | static_cast<unsigned>(high.bits) << 16;
       }
-      Pack<T> pack;
-      memcpy(&pack, &raw, sizeof pack);
-      return pack;
     } else {
-      if (whole(begin)) return kLast ? load_pack_once(data + begin) : load_pack(data + begin);
-      Pack<T> pack;
 #pragma unroll
       for (int k = 0; k < kPack<T>; ++k) {
         const Index i = begin + k;
-        pack.value[k] = i >= 0 && i < count ? data[i] : lowest(T{});
+        raw.value[k] = i >= 0 && i < count ? data[i] : lowest(T{});
       }
-      return pack;
     }
+    return words_of(raw);
+  }
+  template <bool kLast = false>
+  FASTKD_DEVICE Pack<T> load(Index part) const {
+    const Words<T> words = load_words<kLast>(part);
+    Pack<T> pack;
+    memcpy(&pack, &words, sizeof pack);
+    return pack;
   }
   // Of rows that are all packs: few instructions, where `at` differs from pack to pack by a constant. -inf if not `inside`.
-  FASTKD_DEVICE static Pack<T> load_whole(const T* at, bool inside) {
+  FASTKD_DEVICE static Words<T> load_whole(const T* at, bool inside) {
     Pack<Word> raw;
     if (inside) {
       raw = load_pack(reinterpret_cast<const Word*>(at));
@@ -82,9 +82,7 @@ struct RowView {
 #pragma unroll
       for (int w = 0; w < kPack<Word>; ++w) raw.value[w] = lowest_word();
     }
-    Pack<T> pack;
-    memcpy(&pack, &raw, sizeof pack);
-    return pack;
+    return words_of(raw);
   }
   FASTKD_DEVICE void store(Index part, const Pack<T>& pack) const {
     const Index begin = first(part);
@@ -97,8 +95,12 @@ struct RowView {
   }
 
  private:
-  // Halves move as words: as halves, a load would be waited for where it is split.
-  using Word = std::conditional_t<sizeof(T) == 2, unsigned, T>;
+  using Word = typename Words<T>::Word;
+  static FASTKD_DEVICE Words<T> words_of(const Pack<Word>& raw) {
+    Words<T> words;
+    memcpy(&words, &raw, sizeof words);
+    return words;
+  }
   static FASTKD_DEVICE Word lowest_word() {
     if constexpr (sizeof(T) == 2) {
       return lowest(T{}).bits * 0x10001u;

@@ -24,8 +24,8 @@ using ::fastkd::divergence::Team;
 enum class Family { kForward, kReverse, kJensenShannon };  // kForward: the soft cross-entropy, too
 
 template <typename T, int kPacks>
-FASTKD_DEVICE Compute<T> largest(const Pack<T> (&row)[kPacks]) {
-  Pack<T> high = row[0];
+FASTKD_DEVICE Compute<T> largest(const Words<T> (&row)[kPacks]) {
+  Words<T> high = row[0];
 #pragma unroll
   for (int v = 1; v < kPacks; ++v) high = maximum(high, row[v]);
   Compute<T> result = -kInfinity<Compute<T>>, values[kPack<T>];
@@ -45,7 +45,7 @@ FASTKD_DEVICE void resident_row(const Row<T, int, kPlain>& row, Group& group) {
   S top[2];
   double sums[kPlain ? 3 : 4];  // exponentials of y and x, terms of the divergence, exponentials of the cross-entropy
   {
-    Pack<T> raw_y[kPacks], raw_x[kPacks];
+    Words<T> raw_y[kPacks], raw_x[kPacks];
     group.arrive();
     const bool active = row.numbers().active;
     const auto from_y = kSwap ? row.teacher() : row.student(), from_x = kSwap ? row.student() : row.teacher();
@@ -61,8 +61,8 @@ FASTKD_DEVICE void resident_row(const Row<T, int, kPlain>& row, Group& group) {
       const int behind = active ? 0 : from_y.parts();  // of rows that take no part nothing is read: all is -inf
 #pragma unroll
       for (int v = 0; v < kPacks; ++v) {
-        raw_y[v] = from_y.load(part_of(v) + behind);
-        raw_x[v] = from_x.load(part_of(v) + behind);
+        raw_y[v] = from_y.load_words(part_of(v) + behind);
+        raw_x[v] = from_x.load_words(part_of(v) + behind);
       }
     }
     group.start();
@@ -192,11 +192,16 @@ template <Family kFamily, bool kPlain, class Group>
 constexpr unsigned kThreadsOf =
     Group::kWholeCluster ? max_resident_threads(kFamily == Family::kJensenShannon && !kPlain, kHasClusters) : kLaneThreads;
 
+// Blocks on a multiprocessor at least: four leave a thread 128 registers, which is enough without numbers of a row's own, or
+// where its elements are of 16 bits.
+template <typename T, Family kFamily, bool kPlain, class Group>
+constexpr unsigned kBlocksOf = Group::kWholeCluster                                              ? 1
+                               : kPlain || (sizeof(T) == 2 && kFamily != Family::kJensenShannon) ? 4
+                                                                                                 : 3;
+
 // inspect: anywhere resident_rows<*> loads=128 stores=128
 template <typename T, Family kFamily, bool kPlain, class Group>
-FASTKD_KERNEL(kThreadsOf<kFamily, kPlain, Group>, Group::kWholeCluster ? 1
-                                                  : kPlain             ? 4
-                                                                       : 3)
+FASTKD_KERNEL(kThreadsOf<kFamily, kPlain, Group>, kBlocksOf<T, kFamily, kPlain, Group>)
 resident_rows(const DeviceParams p) {
   using RowType = Row<T, int, kPlain>;
   for_rows<RowType, Group>(p, [&](const RowType& row, Group& group) { resident_row<T, kFamily>(row, group); });

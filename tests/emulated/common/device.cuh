@@ -126,6 +126,17 @@ void unpack(const Pack<T>& pack, Compute<T> (&values)[kPack<T>]) {
 }
 
 template <typename T>
+Pack<T> pack_of_words(const Words<T>& words) {
+  Pack<T> pack;
+  std::memcpy(&pack, &words, sizeof pack);
+  return pack;
+}
+template <typename T>
+void unpack(const Words<T>& words, Compute<T> (&values)[kPack<T>]) {
+  unpack(pack_of_words(words), values);
+}
+
+template <typename T>
 T from_compute(Compute<T> x) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     return {c10::BFloat16(x).x};
@@ -167,6 +178,13 @@ Pack<T> maximum(const Pack<T>& a, const Pack<T>& b) {
   for (int k = 0; k < kPack<T>; ++k) {
     result.value[k] = from_compute<T>(std::fmax(to_compute(a.value[k]), to_compute(b.value[k])));
   }
+  return result;
+}
+template <typename T>
+Words<T> maximum(const Words<T>& a, const Words<T>& b) {
+  const Pack<T> pack = maximum(pack_of_words(a), pack_of_words(b));
+  Words<T> result;
+  std::memcpy(&result, &pack, sizeof result);
   return result;
 }
 template <typename S>
