@@ -1,6 +1,6 @@
-"""``python -m benchmarks.watchdog -- COMMAND``: runs cases that may hang or end their process, and names those that do.
+"""``python -m benchmarks.watchdog --worker COMMAND``: runs cases that may hang or end their process, and names those that do.
 
-COMMAND starts a worker: a program that calls :func:`serve` with its cases. One that gives no answer in time is killed, one that
+COMMAND is a program that calls :func:`serve` with its cases. One that gives no answer in time is killed, one that
 dies or reports a fault (after which a CUDA context is of no use) is given up, and a fresh one goes on with the next case.
 What became of a case is printed and written to the results file as soon as it is known. Standard library only.
 """
@@ -8,6 +8,7 @@ What became of a case is printed and written to the results file as soon as it i
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -109,11 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds for an answer (default %(default)g)")
     parser.add_argument("--output", type=Path, required=True, help="JSON file, whose other keys are kept")
     parser.add_argument("--only-failed", action="store_true", help="the cases that are not ok by that file")
-    parser.add_argument("command", nargs="+", help="starts a worker, behind --")
+    parser.add_argument("--worker", required=True, metavar="COMMAND", help="the program with the cases, as for a shell")
     options = parser.parse_args(arguments)
-    cases = watch(
-        options.command, ResultsFile(options.output), options.seconds, options.patience, only_failed=options.only_failed
-    )
+    results, command = ResultsFile(options.output), shlex.split(options.worker)
+    cases = watch(command, results, options.seconds, options.patience, only_failed=options.only_failed)
     print(summary(cases))
     return int(not cases or any(status != OK for status in cases.values()))
 

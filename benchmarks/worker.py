@@ -36,10 +36,15 @@ class Worker:
         self._read = b""
 
     def ask(self, question: Any, seconds: float) -> Any:
-        """The answer.
+        """The answer, as :meth:`send` and :meth:`answer` have it."""
+        self.send(question)
+        return self.answer(seconds)
+
+    def send(self, question: Any) -> None:
+        """A question whose answer is fetched later.
 
         Raises:
-            WorkerError: there was none within that time, or the process died; either way it is gone.
+            WorkerError: the process is gone.
         """
         assert self._process.stdin is not None
         try:
@@ -47,10 +52,13 @@ class Worker:
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._died() from None
-        return self.answer(seconds)
 
     def answer(self, seconds: float) -> Any:
-        """The next one, as the first, which nobody asks for. Other lines are printed."""
+        """The next one, as the first, which nobody asks for. Other lines are printed.
+
+        Raises:
+            WorkerError: there was none within that time, or the process died; either way it is gone.
+        """
         until = time.monotonic() + seconds
         while True:
             line, newline, rest = self._read.partition(b"\n")

@@ -1,6 +1,6 @@
 """Every case of cuda_cases.py once, forward and backward, against the truth: a worker for ``python -m benchmarks.watchdog``.
 
-``python -m benchmarks.watchdog --output FILE -- python tests/cuda_truth.py`` on a GPU; with ``--device emulated`` on the host.
+``python -m benchmarks.watchdog --output FILE --worker "python tests/cuda_truth.py"`` on a GPU, or with ``--device emulated``.
 Places, draws, crops and tables have the bits of the CPU kernels; the rest is compared with float64 references.
 """
 
@@ -34,14 +34,16 @@ Kernels = Callable[[], AbstractContextManager[None]]  # in which calls go to the
 def assert_near(name: str, value: Tensor, truth: Tensor, plain: Tensor, unit: float | Tensor = 0.0) -> None:
     """At most twice as far from the truth as plain torch in float32, or some roundings of numbers of size ``unit``.
 
-    The bound of the operators' tests; ``truth`` is float64.
+    As in the operators' tests, but with more of these roundings: a single sum in plain torch may be right by luck. ``truth`` is
+    float64.
     """
     wide = value.dtype == torch.float64
     actual = value.detach().cpu().double()
     assert actual.shape == truth.shape, f"{name} has shape {tuple(actual.shape)}, must have {tuple(truth.shape)}"
     assert actual.isfinite().all(), f"{name} is not finite"
-    eps = 2.0**-46 if wide else 2.0**-22
-    rounding = torch.finfo(value.dtype).eps * truth.norm() + torch.finfo(value.dtype).smallest_normal * truth.numel()
+    eps = 2.0**-46 if wide else 2.0**-20
+    info = torch.finfo(value.dtype)
+    rounding = info.eps * truth.norm() + info.eps * info.smallest_normal * truth.numel() ** 0.5
     floor = eps * truth.abs().maximum(torch.as_tensor(unit, dtype=torch.float64)).norm() + rounding
     best = torch.zeros(()) if wide else (plain.double() - truth).norm()
     error = (actual - truth).norm()
@@ -125,7 +127,9 @@ def check_relation(_case: Case, inputs: Tensors, results: Tensors) -> None:
 def check_mixture(case: Case, inputs: Tensors, results: Tensors) -> None:
     """All problems with the CPU kernels, some with the reference."""
     values, weight = inputs
-    _close(results, case(*inputs))
+    expected = case(*inputs)
+    _close(results[:-2], expected[:-2])
+    _close(results[-2:], expected[-2:], AT_VALUES)
     sample = sorted({0, len(values) // 2, len(values) - 1})
     for b in sample:
         fit = gmm_reference.fit(
@@ -139,21 +143,22 @@ def check_mixture(case: Case, inputs: Tensors, results: Tensors) -> None:
 
 
 def check_select(case: Case, inputs: Tensors, results: Tensors) -> None:
-    """As the CPU kernels, but for values at the very threshold."""
-    mask, posterior = (x.cpu() for x in results)
-    expected_mask, expected = case(*inputs)
-    _close((posterior,), (expected,))
-    assert (mask == expected_mask)[(expected - 0.5).abs() > 1e-5].all(), "another mask"
+    """As the CPU kernels."""
+    _close(results, case(*inputs), AT_VALUES)
 
 
-def _close(actual: Tensors, expected: Tensors) -> None:
-    """What is an integer has the same bits; the E-step of CUDA kernels has an exponential in float32."""
+# The E-step of CUDA kernels has an exponential in float32; the posterior of a value is more sensitive than the parameters.
+AT_PARAMETERS, AT_VALUES = 2e-6, 2e-5
+
+
+def _close(actual: Tensors, expected: Tensors, tolerance: float = AT_PARAMETERS) -> None:
+    """What is an integer has the same bits; a mask may differ for a value at the very threshold."""
     for a, b in zip(actual, expected, strict=True):
         a = a.cpu()
         if b.is_floating_point():
-            torch.testing.assert_close(a.double(), b.double(), rtol=2e-6, atol=2e-6, equal_nan=True)
+            torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
         elif b.dtype == torch.bool:
-            assert (a != b).double().mean() < 1e-3, "another mask"  # values at the very threshold
+            assert (a != b).double().mean() < 1e-4, "another mask"
         else:
             assert torch.equal(a, b), f"{a} must be {b}"
 

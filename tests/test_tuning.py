@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import emulated
 import pytest
@@ -14,6 +16,14 @@ from cuda_truth import check
 from test_divergence_geometry import plan
 
 from fastkd import _C
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # benchmarks/ is of the source tree, not of the package
+
+from benchmarks import tuning  # noqa: E402
+from benchmarks.results_file import ResultsFile  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 KNOBS = _C.tuning()
 VALUES = [(name, value) for name, (_, usual, values) in KNOBS.items() for value in values if value != usual]
@@ -115,3 +125,87 @@ MANY = {
 def test_rounds_of_many_vectors(name: str, value: int) -> None:
     with emulated.tuned(f"{name}={value}"):
         check(MANY[name.partition(".")[0]], torch.device("cpu"), lambda: emulated.emulated(0))
+
+
+# ---- the sweep over them -----------------------------------------------------------------------------
+
+
+def test_every_knob_has_cases() -> None:
+    assert list(tuning.SWEEPS) == list(KNOBS)
+    for knob, sweep in tuning.SWEEPS.items():
+        assert len(tuning.cases_of(knob, torch.device("cpu"), tuning.SMALL)) == len(sweep.cases), knob
+
+
+def test_the_sweep_measures_each_value_in_its_own_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "TURNS", 2)
+        output = tmp_path / "out.json"
+        arguments = ["--device", "emulated", "--only", "alias.update_blocks=2", "--output", str(output)]
+        assert tuning.main(arguments) == 0
+    rows = json.loads(output.read_text())["tuning"]
+    assert [(row["knob"], row["value"], row["usual"], row["turns"]) for row in rows] == [
+        ("alias.update_blocks", 1, 1, 2),
+        ("alias.update_blocks", 2, 1, 2),
+    ]
+    assert all(row["ms"] > 0 and "alias update" in row["case"] for row in rows)
+    assert rows[0]["of_usual"] == 1.0
+    assert "alias.update_blocks: " in capsys.readouterr().out.splitlines()[-2]
+
+
+# In the place of a process: value 1 is the usual one, 2 is twice as fast, 3 twice as slow, 4 wrong, 5 hangs, 6 crashes.
+STUB = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from benchmarks.worker import serve
+name, value = os.environ["FASTKD_TUNING"].split("=")
+def answer(question):
+    if question is None:
+        return {{"case": "relative error 0.5" if value == "4" else ""}}
+    if value == "5": time.sleep(60)
+    if value == "6": os.abort()
+    return {{"1": 1.0, "2": 0.5, "3": 2.0}}[value]
+serve("imported", answer)
+"""
+
+
+def test_values_that_hang_crash_or_are_wrong_do_not_end_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub, results = tmp_path / "stub.py", ResultsFile(tmp_path / "out.json")
+    stub.write_text(STUB)
+    monkeypatch.setattr(tuning, "PATIENCE", 3.0)
+    monkeypatch.setattr(tuning, "command_of", lambda *_: [sys.executable, str(stub)])
+    rows = tuning.sweep({"knob": [1, 2, 3, 4, 5, 6], "another": [1, 3]}, "stub", 60.0, results)
+    assert results.read()["tuning"] == rows
+    assert {row["value"]: row["of_usual"] for row in rows if row["knob"] == "knob" and "error" not in row} == {
+        1: 1.0,
+        2: 0.5,
+        3: 2.0,
+    }
+    errors = {row["value"]: row["error"] for row in rows if "error" in row}
+    assert errors == {4: "relative error 0.5", 5: "it hung", 6: "it died of SIGABRT"}
+    assert tuning.verdict([row for row in rows if row["knob"] == "knob"]) == "knob: 2 wins, 50.0 % less time than 1"
+    assert tuning.verdict([row for row in rows if row["knob"] == "another"]) == "another: 1 stays"
+
+
+def test_the_sweep_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = tmp_path / "stub.py"
+    stub.write_text(STUB)
+    monkeypatch.setattr(tuning, "command_of", lambda *_: [sys.executable, str(stub)])
+    rows = tuning.sweep({"a": [1, 2], "b": [1, 2], "c": [1, 2]}, "stub", 0.0, ResultsFile(tmp_path / "out.json"))
+    assert {row["knob"] for row in rows} == {"a"}
+    assert {row["turns"] for row in rows} == {tuning.LEAST_TURNS}
+
+
+@pytest.mark.parametrize("entry", ["crop.turns", "crop.rounds=3", "crop.rounds=x"])
+def test_what_the_sweep_refuses(entry: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tuning.main(["--only", entry])
+    assert f"--only: '{entry}' is none of divergence.resident_blocks (1, 2, 3, 4), " in capsys.readouterr().err
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tuning.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in ("--device", "--seconds", "--output", "--only"))
