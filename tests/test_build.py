@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import emulated
 import pytest
 import torch
 
@@ -107,3 +108,41 @@ def test_cuda_tensors_are_told_how_to_rebuild() -> None:
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     with pytest.raises(RuntimeError, match=r"fastkd.logit_stats has no CUDA kernel here: .*FASTKD_CUDA=1 pip install"):
         torch.ops.fastkd.logit_stats.default.redispatch(cuda, torch.zeros(1, 2), 1.0)
+
+
+# ---- csrc/common/launch.cuh, on stubs of the CUDA runtime --------------------------------------------
+
+
+def launch_on(*arguments: object) -> list[int]:
+    """(device, major, minor, has_image, calls): questions to the device and launches so far. Built for 8.0 9.0a 10.0+PTX."""
+    emulated.load()
+    return list(torch.ops.fastkd_emulated.launch_on(*arguments))
+
+
+def test_a_device_is_asked_once() -> None:
+    questions, launches = launch_on(1, 8, 6, True, 1)
+    assert (questions, launches) == (2, 1)  # major, minor
+    assert launch_on(1, 8, 6, True, 100) == [2, 101]
+    assert launch_on(2, 12, 0, True, 1) == [2, 1]  # another one
+
+
+@pytest.mark.parametrize(("device", "capability"), [(3, "7.5"), (63, "8.0"), (64, "7.0"), (100, "6.1")])
+def test_no_launch_where_there_is_no_code(device: int, capability: str) -> None:
+    major, minor = map(int, capability.split("."))
+    if capability == "8.0":
+        assert launch_on(device, major, minor, True, 1)[1] == 1
+        return
+    for _ in range(2):
+        with pytest.raises(
+            RuntimeError, match=r"fastkd: the CUDA kernels of this fastkd were built for 8\.0 9\.0a"
+        ) as raised:
+            launch_on(device, major, minor, True, 1)
+        assert f"which Stub GPU {device}, of compute capability {capability}, does not run" in str(raised.value)
+        assert f"TORCH_CUDA_ARCH_LIST={capability} pip install" in str(raised.value)
+    assert launch_on(device, major, minor, True, 0)[1] == 0
+
+
+def test_code_that_fits_by_its_number_only() -> None:
+    """As of a Jetson, which does not run that of other GPUs: the runtime says so at the launch."""
+    with pytest.raises(RuntimeError, match=r"which Stub GPU 5, of compute capability 8\.7, does not run"):
+        launch_on(5, 8, 7, False, 1)

@@ -44,7 +44,7 @@ def _compile(folder: Path, library: Path) -> None:
     # the emulator's common/device.cuh and common/launch.cuh come before those of csrc; rounding as on a GPU: no contraction
     flags = (
         f"-std=c++20 -O1 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas -I{HERE} "
-        f"-I{CSRC} -isystem {torch_folder}/include -DTORCH_TARGET_VERSION=0x020a000000000000 {SANITIZER}"
+        f"-I{CSRC} -I{HERE}/stubs -isystem {torch_folder}/include -DTORCH_TARGET_VERSION=0x020a000000000000 {SANITIZER}"
     )
     sources = [*sorted(CSRC.glob("*/cuda*.cu")), *sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("*.cu"))]
     with open(folder / "build.ninja", "w") as file:
