@@ -47,7 +47,7 @@ print(json.dumps({
     "file": fastkd.__file__, "fastkd": info["version"], "python": sys.version.split()[0], "torch": torch.__version__,
     "cuda": torch.version.cuda, "operators": len(_library.OPERATORS), "cuda_operators": len(info["cuda_operators"]),
     "architectures": info["cuda_architectures"], "why_not": info.get("cuda_why_not"),
-    "refusal": fastkd._C.cuda_refusal("a GPU", 7, 5),
+    "refusal": fastkd._C.cuda_refusal("a GPU", 7, 5) if info["cuda_architectures"] else "",
 }))
 """
 

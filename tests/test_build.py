@@ -82,7 +82,6 @@ def test_unknown_instruction_set() -> None:
         ("9.0a+PTX", ["9.0"], ["10.0", "12.0"]),
         ("8.0 8.6 8.9 9.0a 10.0+PTX", ["8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "12.1"], ["7.5", "7.0", "6.1"]),
         ("12.0", ["12.0", "12.1"], ["8.0", "10.3"]),
-        ("", [], ["8.0"]),
     ],
 )
 def test_which_gpus_a_build_runs_on(architectures: str, runs_on: list[str], not_on: list[str]) -> None:
