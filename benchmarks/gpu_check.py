@@ -147,6 +147,12 @@ def kill(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def say(text: str, end: str = "\n") -> None:
+    """To the screen, if it is still there: without one the check goes on."""
+    with suppress(OSError):
+        print(text, end=end, flush=True)
+
+
 def run_stage(
     stage: Stage,
     seconds: float,
@@ -207,7 +213,7 @@ def run_stage(
             detail += f", not passed: {', '.join(left)}"
     if not stage.live:
         for line in lines[-(stage.show if status == "ok" else max(stage.show, 40)) :]:
-            print(f"  {line[:200]}")
+            say(f"  {line[:200]}")
     return Outcome(stage.name, status, round(elapsed, 1), detail[:400], left)
 
 
@@ -221,7 +227,7 @@ def wait(process: subprocess.Popen[bytes], seconds: float, shown: Path | None) -
                 file.seek(place)
                 new = file.read()
             place += len(new)
-            print(new.decode(errors="replace"), end="", flush=True)
+            say(new.decode(errors="replace"), end="")
         if code is not None:
             return code
         if time.monotonic() >= until:
@@ -229,7 +235,7 @@ def wait(process: subprocess.Popen[bytes], seconds: float, shown: Path | None) -
             try:
                 process.wait(KILLING)
             except subprocess.TimeoutExpired:
-                print(f"process {process.pid} does not end; it is left behind", flush=True)
+                say(f"process {process.pid} does not end; it is left behind")
             return None
         time.sleep(0.05)
 
@@ -260,7 +266,7 @@ def run_stages(
             due += stage.seconds / total * seconds
             if ending.reason:
                 break
-            print(f"\n== {stage.name}", flush=True)
+            say(f"\n== {stage.name}")
             failed = before.get(stage.name, {}).get("not_passed", []) if only_failed else None
             # what the file says if this process is killed meanwhile; the tests are then known to have failed before
             keep(Outcome(stage.name, "out of time", 0.0, "begun, and nobody saw its end", failed or ()))
@@ -269,7 +275,7 @@ def run_stages(
             except OSError as error:  # the command cannot be started
                 keep(Outcome(stage.name, "failed", 0.0, str(error)))
         if ending.reason:
-            print(f"\nstopped by {ending.reason}", flush=True)
+            say(f"\nstopped by {ending.reason}")
     return list(outcomes.values())
 
 
@@ -448,13 +454,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     gpu = probe(sys.executable)
     if "why" in gpu:
-        print(f"gpu-check: no GPU to check on: {gpu['why']}")
+        say(f"gpu-check: no GPU to check on: {gpu['why']}")
         return NO_GPU
     environment = environment_for(gpu["capability"], os.environ)
-    print(f"{gpu['gpu']}, torch {gpu['torch']}, building for {environment['TORCH_CUDA_ARCH_LIST']}")
+    say(f"{gpu['gpu']}, torch {gpu['torch']}, building for {environment['TORCH_CUDA_ARCH_LIST']}")
     absent = missing(sys.executable, environment)
     for name, purpose in absent.items():
-        print(f"missing: {name}, needed for {purpose}")
+        say(f"missing: {name}, needed for {purpose}")
     results = ResultsFile((options.output or RESULTS / f"{slug(gpu['gpu'])}.json").resolve())
     stages = stages_for(sys.executable, results.path, environment)
     only_failed = options.only == [FAILED]
@@ -481,7 +487,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         only_failed=only_failed,
         hard_limit=HARD_LIMIT - spent,
     )
-    print(f"\n{summary(outcomes)}\nwritten to {results.path}")
+    say(f"\n{summary(outcomes)}\nwritten to {results.path}")
     return int(any(outcome.bad for outcome in outcomes))
 
 

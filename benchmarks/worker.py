@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 MARK = "@ "  # begins an answer among whatever else the process prints
+KILLING = 5.0  # seconds that a killed process has to be gone
 
 
 class WorkerError(Exception):
@@ -79,18 +81,17 @@ class Worker:
     def stop(self) -> None:
         """Ends the process, whatever it is at."""
         self._process.kill()
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):  # inside a driver it may never end
+            self._process.wait(KILLING)
         self._selector.close()
         for pipe in (self._process.stdin, self._output):
-            try:
+            with suppress(BrokenPipeError):  # of what was still to be written
                 if pipe is not None:
                     pipe.close()
-            except BrokenPipeError:  # what was still to be written
-                pass
 
     def _died(self) -> WorkerError:
         try:
-            code = self._process.wait(5.0)
+            code = self._process.wait(KILLING)
         except subprocess.TimeoutExpired:  # its output is closed, it is not
             code = -signal.SIGKILL
         self.stop()

@@ -288,6 +288,16 @@ def test_a_signal_leaves_results(number: signal.Signals, tmp_path: Path) -> None
         assert f"stopped by {number.name}" in results["stages"][1]["detail"]
 
 
+def test_a_screen_that_is_gone_ends_nothing(tmp_path: Path) -> None:
+    code = CHECK.format(root=str(ROOT), folder=str(tmp_path), gpu=GPU, pid=str(tmp_path / "pid"))
+    code = code.replace("time.sleep(60)", "print('ended')")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.wait(60)
+    assert status(ResultsFile(tmp_path / "out.json").read()) == dict.fromkeys(("first", "second", "third"), "ok")
+
+
 def test_the_hard_limit_ends_everything(tmp_path: Path) -> None:
     results = ResultsFile(tmp_path / "out.json")
     stages = [python_stage("endless", 50, "-c", "import time; time.sleep(60)"), python_stage("next", 50, "-c", "pass")]

@@ -65,7 +65,7 @@ constexpr std::array<KnobInfo, kKnobs> kKnobTable{{
     {Knob::kCropBackwardRounds, "crop.backward_rounds", 4, {1, 2, 4, 8}},
     {Knob::kBatchRounds, "batch.rounds", 4, {1, 2, 4, 8}},
     {Knob::kAliasDrawsPerThread, "alias.draws_per_thread", 4, {1, 2, 4, 8, 16}},
-    // blocks of threads for each multiprocessor
+    // blocks of threads for each multiprocessor: by their registers two of a build fit at once, and one of an update
     {Knob::kAliasBuildBlocks, "alias.build_blocks", 2, {1, 2, 3, 4}},
     {Knob::kAliasUpdateBlocks, "alias.update_blocks", 1, {1, 2, 4}},
     {Knob::kAliasQuartileBlocks, "alias.quartile_blocks", 4, {2, 4, 8, 16}},
