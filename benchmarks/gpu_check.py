@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from benchmarks import not_passed
+from benchmarks import pytest_cache
 from benchmarks.results_file import RESULTS, ResultsFile, slug
 
 ROOT = Path(__file__).parents[1]
@@ -175,7 +175,7 @@ def run_stage(
     if before is not None and (before or stage.cache is None):
         command += stage.again
         if stage.cache is not None:
-            not_passed.write(stage.cache, before)
+            pytest_cache.write(stage.cache, before)
     start = time.monotonic()
     with open(log, "wb") as output:
         process = subprocess.Popen(
@@ -205,8 +205,8 @@ def run_stage(
         meaning = (stage.meanings or {}).get(code, f"exit code {code}")
         status, detail = "failed", f"{meaning}: {last}" if last else meaning
     if stage.cache is not None and is_bad(status):
-        left = not_passed.read(stage.cache, not_passed.LAST_FAILED)
-        running = not_passed.read(stage.cache, not_passed.RUNNING)
+        left = pytest_cache.read(stage.cache, pytest_cache.LAST_FAILED)
+        running = pytest_cache.read(stage.cache, pytest_cache.RUNNING)
         if running:
             detail += f", while it ran {', '.join(running)}"
         elif left:

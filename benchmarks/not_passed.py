@@ -6,16 +6,14 @@ what failed, what was being run, what was not begun. Under xdist a test whose wo
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-LAST_FAILED = "cache/lastfailed"  # of pytest's own plugin
-RUNNING = "fastkd/running"
+from benchmarks.pytest_cache import LAST_FAILED, RUNNING
+
 EVERY = 0.5  # seconds
 
 
@@ -78,16 +76,3 @@ class NotPassed:
     def pytest_sessionfinish(self) -> None:
         """After pytest's own plugin, which leaves out what was not run."""
         self._cache.set(LAST_FAILED, self._left)
-
-
-def read(cache: Path, key: str) -> list[str]:
-    """Names of tests that a run with that cache left under ``LAST_FAILED`` or ``RUNNING``."""
-    path = cache / "v" / key
-    return list(json.loads(path.read_text())) if path.exists() else []
-
-
-def write(cache: Path, names: Sequence[str]) -> None:
-    """Makes these what ``--last-failed`` runs."""
-    path = cache / "v" / LAST_FAILED
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict.fromkeys(names, True)))

@@ -129,6 +129,12 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert absent["no_such_peer"] == "the benchmarks"
 
 
+def test_it_runs_on_the_standard_library() -> None:
+    """To say what is missing."""
+    code = "import sys; sys.modules.update(pytest=None, torch=None, numpy=None); from benchmarks import gpu_check, watchdog"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_a_library_that_was_carried_is_not_built_again(tmp_path: Path) -> None:
     (tmp_path / "fastkd").mkdir()
     assert not gpu_check.carried(tmp_path)
