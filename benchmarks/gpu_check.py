@@ -175,7 +175,7 @@ def run_stage(
     if before is not None and (before or stage.cache is None):
         command += stage.again
         if stage.cache is not None:
-            pytest_cache.write(stage.cache, before)
+            pytest_cache.write(stage.cache, pytest_cache.LAST_FAILED, before)
     start = time.monotonic()
     with open(log, "wb") as output:
         process = subprocess.Popen(

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.pytest_cache import LAST_FAILED, RUNNING
+from benchmarks.pytest_cache import LAST_FAILED, RUNNING, write
 
 EVERY = 0.5  # seconds
 
@@ -27,7 +28,8 @@ class NotPassed:
     """Follows one run."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self._cache: Any = config.cache
+        cache: Any = config.cache
+        self._cache: Path = cache.mkdir("fastkd").parents[1]
         self._again = bool(config.getoption("lf"))
         self._left: dict[str, bool] = {}
         self._over: set[str] = set()
@@ -54,7 +56,7 @@ class NotPassed:
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """A test begins."""
         self._running[nodeid] = True
-        self._cache.set(RUNNING, list(self._running))
+        write(self._cache, RUNNING, self._running)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """A part of a test is over; the failure of a crash is all that is heard of it."""
@@ -66,13 +68,13 @@ class NotPassed:
             self._over.add(name)
         if report.failed or report.when == "teardown":
             self._running.pop(name, None)
-            self._cache.set(RUNNING, list(self._running))
+            write(self._cache, RUNNING, self._running)
         # workers that start while only the last failures are run read the list: it must stay what it was
         if not self._again and time.monotonic() > self._written + EVERY:
-            self._cache.set(LAST_FAILED, self._left)
+            write(self._cache, LAST_FAILED, self._left)
             self._written = time.monotonic()
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
         """After pytest's own plugin, which leaves out what was not run."""
-        self._cache.set(LAST_FAILED, self._left)
+        write(self._cache, LAST_FAILED, self._left)

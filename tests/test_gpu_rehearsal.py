@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # benchmarks/ is of the source tree, not of the package
 
-from benchmarks import gpu_check, watchdog  # noqa: E402
+from benchmarks import gpu_check, pytest_cache, watchdog  # noqa: E402
 from benchmarks.gpu_check import Stage  # noqa: E402
 from benchmarks.results_file import ResultsFile  # noqa: E402
 
@@ -206,8 +206,11 @@ def test_a_stage_of_tests_that_runs_out_of_time(
         return [suite_stage(suite, *xdist)]
 
     def no_longer_than_to_the_hang(process: subprocess.Popen[bytes], seconds: float, shown: Path | None) -> int | None:
-        until = time.monotonic() + 60
-        while "b\n" not in (tmp_path / "ran").read_text() and time.monotonic() < until:
+        until, cache = time.monotonic() + 60, gpu_check.LOGS / "tests.cache"
+        while time.monotonic() < until:
+            heard_of = any("test_b" in name for name in pytest_cache.read(cache, pytest_cache.RUNNING))
+            if heard_of and "b\n" in (tmp_path / "ran").read_text():
+                break
             time.sleep(0.02)
         return waits(process, 0.0, shown)
 
@@ -330,3 +333,13 @@ def test_a_worker_that_does_not_start(script: Callable, tmp_path: Path, capsys: 
     worker = script("worker.py", "import no_such_module\n")
     assert watchdog.main(["--output", str(tmp_path / "out.json"), "--worker", f"{sys.executable} {worker}"]) == 1
     assert "the worker could not be started: it ended with status 1" in capsys.readouterr().out
+
+
+def test_half_a_list_of_tests_is_none(tmp_path: Path) -> None:
+    """pytest writes its own in place: a kill may come in between."""
+    assert pytest_cache.read(tmp_path, pytest_cache.LAST_FAILED) == []
+    pytest_cache.write(tmp_path, pytest_cache.LAST_FAILED, ["a", "b"])
+    assert pytest_cache.read(tmp_path, pytest_cache.LAST_FAILED) == ["a", "b"]
+    path = tmp_path / "v" / pytest_cache.LAST_FAILED
+    path.write_text(path.read_text()[:5])
+    assert pytest_cache.read(tmp_path, pytest_cache.LAST_FAILED) == []
