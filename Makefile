@@ -95,8 +95,8 @@ bench: $(VENV)/.bench  ## fastkd and its peers on this machine: table, JSON and 
 bench-full: $(VENV)/.bench  ## the same over sweeps of sizes and threads; half an hour
 	$(BIN)/fastkd bench --full
 
-gpu-check:  ## on a machine with a GPU: build, test, sanitize, measure, with $(PYTHON) as it is, in 8 minutes
-	$(PYTHON) -m benchmarks.gpu_check
+gpu-check:  ## on a machine with a GPU: build, test, sanitize, measure, tune, with $(PYTHON) as it is, in 8 minutes; ONLY=failed
+	$(PYTHON) -m benchmarks.gpu_check $(if $(ONLY),--only $(ONLY))
 
 $(VENV)/.frameworks: $(VENV)/.built
 	$(say) "installing the training frameworks that fastkd is tested with: half a minute"

@@ -112,6 +112,7 @@ class NinjaBuild(build_ext):  # writes one build.ninja for both libraries and ru
             for kind in ("sm", "compute") if a.endswith("+PTX") else ("sm",):
                 cuda += " -gencode=arch=compute_{0},code={1}_{0}".format(a.removesuffix("+PTX"), kind)
         macros = f'VERSION="{self.distribution.get_version()}"', f'CUDA_ARCHITECTURES="{" ".join(architectures)}"'
+        cuda += f" -DFASTKD_{shlex.quote(macros[1])}"
         includes = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
         module = " -DFASTKD_".join([includes, *map(shlex.quote, macros)])
         elsewhere = not (editable or Path(self.build_temp).parent == Path("build"))

@@ -47,6 +47,7 @@ print(json.dumps({
     "file": fastkd.__file__, "fastkd": info["version"], "python": sys.version.split()[0], "torch": torch.__version__,
     "cuda": torch.version.cuda, "operators": len(_library.OPERATORS), "cuda_operators": len(info["cuda_operators"]),
     "architectures": info["cuda_architectures"], "why_not": info.get("cuda_why_not"),
+    "refusal": fastkd._C.cuda_refusal("a GPU", 7, 5) if info["cuda_architectures"] else "",
 }))
 """
 
@@ -202,6 +203,9 @@ def check(plan: Plan, folder: Path) -> Row:
         raise StepError(f"torch is {found['torch']}, must be {plan.spec}")
     if found["cuda"] and found["architectures"] and found["cuda_operators"] < found["operators"]:
         raise StepError(f"{found['cuda_operators']} of {found['operators']} CUDA operators: {found['why_not']}")
+    # no GPU here, so no tensor there: what a tensor on one that is older than the wheel's is told, by the function that says it
+    if found["architectures"] and f"were built for {found['architectures']}" not in found["refusal"]:
+        raise StepError(f"a GPU of compute capability 7.5 is told: {found['refusal'] or 'nothing'}")
     print("-- the operators' tests: two to six minutes on two cores", flush=True)
     pytest = [str(folder / "bin" / "pytest"), "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
     pytest += ["-p", "no:cacheprovider", "-q", "--tb=short", "-n", "auto", "--dist", "worksteal"]
@@ -269,6 +273,10 @@ def markdown(rows: Sequence[Row]) -> str:
         cells += [row.get(name, "") for name in ("operators", "cuda_operators", "passed", "failed", "skipped")]
         lines.append(f"| {' | '.join(str(cell).replace('|', '/') for cell in (*cells, result))} |")
     lines += ["", "`on CUDA`: operators with a CUDA kernel that torch has loaded; no GPU is needed for that."]
+    if any(row.get("architectures") and row.get("refusal") for row in rows):
+        lines += [
+            "On a GPU of compute capability 7.5, which the wheel has no code for, a tensor is told so, and how to rebuild."
+        ]
     lines += ["The tests are those of the operators, without the emulated launches.", ""]
     return "\n".join(lines)
 

@@ -34,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu", help="cpu, cuda or cuda:<n>; default: %(default)s")
     group.addoption("--sizes", choices=("quick", "full", "gpu"), help="default: quick on a CPU, gpu on a GPU")
     group.addoption("--output", type=Path, help="results file; default: benchmarks/results/<machine>.json")
+    group.addoption("--keep-rows", action="store_true", help="of the results file, but for the cases that are measured")
     group.addoption("--seconds", type=float, default=float("inf"), help="for everything; later cases are only named")
     group.addoption("--case-seconds", type=float, help="for the rounds of one contender; default: 1, on a GPU 0.2")
     group.addoption("--least-rounds", type=int, default=5, help="of each contender, however slow; default: %(default)s")
@@ -62,6 +63,7 @@ class Session:
         self.budget = Budget(option("case_seconds") or (0.2 if on_gpu else 1.0), option("least_rounds"))
         self.deadline = time.monotonic() + max(option("seconds") - RESERVE, 0.9 * option("seconds"))
         self.config = config
+        self.keep = bool(option("keep_rows"))
         self.rows: list[dict[str, Any]] = []
         self._results: ResultsFile | None = None
         self._ceiling = 0.0
@@ -72,13 +74,14 @@ class Session:
             found = machine(self.settings.device)
             usual = path_of(found, full=self.settings.sizes == "full")
             results = ResultsFile(self.config.getoption("output") or usual)
+            self.rows = results.read().get("rows", []) if self.keep else []
             self._ceiling = copy_ceiling(self.settings.device, min(self.settings.nbytes, COPIED))
             results.update(
                 machine=found,
                 command=_without_folders(self.config.invocation_params.args),
                 sizes=self.settings.sizes,
                 ceiling_gb_per_s=round(self._ceiling / 1e9, 2),
-                rows=[],
+                rows=self.rows,
             )
             self._results = results
         return self._ceiling
@@ -86,6 +89,9 @@ class Session:
     def add(self, primitive: str, rows: list[dict[str, Any]]) -> None:
         """Keeps and writes the rows of a case, and prints them where pytest has a screen."""
         rows = [{"primitive": primitive, **row} for row in rows]
+        if self.keep:
+            measured = {row["case"] for row in rows}
+            self.rows = [row for row in self.rows if row["primitive"] != primitive or row["case"] not in measured]
         self.rows += rows
         assert self._results is not None
         self._results.update(rows=self.rows)

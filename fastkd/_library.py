@@ -2,7 +2,8 @@
 
 ``fastkd._C`` registers the operators (``torch.ops.fastkd``) and their CPU kernels; ``fastkd/_cuda*.so`` adds CUDA
 kernels and is loaded only where torch itself was built with CUDA. An operator without a CUDA kernel answers a CUDA
-tensor with an error that says how to rebuild, instead of the dispatcher's.
+tensor with an error that says how to rebuild, instead of the dispatcher's; so does one whose kernels were not built for the
+tensor's GPU (csrc/common/architectures.h).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ except ImportError as error:
         f"fastkd's native library did not load ({error}). It needs torch >= 2.10 (this is torch {torch.__version__}) "
         "and must be built for this Python: run `pip install .` in the source tree, or install a wheel for this version."
     ) from error
+
+_C.tuning()  # what FASTKD_TUNING has is looked at here, not at the first launch
 
 _cuda_error: str | None = None
 

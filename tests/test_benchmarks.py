@@ -279,17 +279,32 @@ def test_out_of_time_is_said(tmp_path: Path) -> None:
     assert len(rows) > 2
 
 
-def test_a_case_that_fails_is_a_row_and_the_exit_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_case_that_fails_is_a_row_and_the_exit_code(keep: bool, tmp_path: Path) -> None:
+    """Of rows of before, --keep-rows keeps those of other cases."""
     (tmp_path / "bench_broken.py").write_text(
         "from benchmarks.case import Case\n"
         "def cases(settings):\n    yield Case('broken', lambda: 1 / 0)\n"
         "def test_broken(case, contest):\n    contest(case)\n"
     )
     output = tmp_path / "out.json"
-    suite = ["pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.conftest", "-c", str(ROOT / "pyproject.toml")]
+    before = [{"primitive": "broken", "case": name, "contender": "fastkd"} for name in ("broken", "whole")]
+    output.write_text(json.dumps({"rows": before}))
+    suite = [
+        "pytest",
+        "-q",
+        *(["--keep-rows"] if keep else []),
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "benchmarks.conftest",
+        "-c",
+        str(ROOT / "pyproject.toml"),
+    ]
     run = in_a_process(*suite, "--large", "4096", "--output", str(output), str(tmp_path / "bench_broken.py"))
     assert run.returncode == 1, run.stdout + run.stderr
-    (row,) = json.loads(output.read_text())["rows"]
+    *kept, row = json.loads(output.read_text())["rows"]
+    assert kept == (before[1:] if keep else [])
     assert row["error"] == "ZeroDivisionError: division by zero"
 
 

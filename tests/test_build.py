@@ -65,6 +65,42 @@ def test_unknown_instruction_set() -> None:
         _C.set_instruction_set("sse9")
 
 
+@pytest.mark.parametrize(
+    ("architectures", "runs_on", "not_on"),
+    [
+        ("8.0", ["8.0", "8.6", "8.9"], ["7.5", "9.0", "10.0", "12.0"]),
+        ("8.6", ["8.6", "8.9"], ["8.0", "9.0"]),
+        ("8.0 8.6", ["8.0", "8.6", "8.9"], ["7.5", "9.0"]),
+        ("9.0", ["9.0"], ["8.9", "10.0"]),
+        ("9.0a", ["9.0"], ["8.0", "10.0"]),
+        ("10.0a", ["10.0"], ["10.3", "11.0"]),
+        ("10.0f", ["10.0", "10.3"], ["11.0", "12.0"]),
+        ("10.0", ["10.0", "10.3"], ["9.0", "11.0", "12.0"]),
+        ("10.0+PTX", ["10.0", "10.3", "11.0", "12.0", "12.1"], ["9.0", "8.0"]),
+        ("8.9+PTX", ["8.9", "9.0", "12.0"], ["8.6", "8.0"]),
+        ("9.0a+PTX", ["9.0"], ["10.0", "12.0"]),
+        ("8.0 8.6 8.9 9.0a 10.0+PTX", ["8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "12.1"], ["7.5", "7.0", "6.1"]),
+        ("12.0", ["12.0", "12.1"], ["8.0", "10.3"]),
+    ],
+)
+def test_which_gpus_a_build_runs_on(architectures: str, runs_on: list[str], not_on: list[str]) -> None:
+    for capability in runs_on + not_on:
+        major, minor = map(int, capability.split("."))
+        refusal = _C.cuda_refusal("this GPU", major, minor, architectures)
+        assert bool(refusal) == (capability in not_on), capability
+
+
+def test_a_gpu_without_code_is_told_how_to_rebuild() -> None:
+    refusal = _C.cuda_refusal("Tesla T4", 7, 5, "8.0 9.0a")
+    assert refusal.startswith(
+        "the CUDA kernels of this fastkd were built for 8.0 9.0a, which Tesla T4, of compute capability 7.5"
+    )
+    assert "`TORCH_CUDA_ARCH_LIST=7.5 pip install --force-reinstall --no-deps .`" in refusal
+    assert "TORCH_CUDA_ARCH_LIST=9.0a pip" in _C.cuda_refusal("NVIDIA H100", 9, 0, "8.0")
+    built = fastkd.build_info()["cuda_architectures"]
+    assert _C.cuda_refusal("Tesla T4", 7, 5) == _C.cuda_refusal("Tesla T4", 7, 5, built)
+
+
 @pytest.mark.skipif(_library.CUDA_LOADED, reason="the CUDA kernels are loaded here")
 def test_cuda_tensors_are_told_how_to_rebuild() -> None:
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)

@@ -44,7 +44,8 @@ case "$*" in
     [ -f "$here/torch" ] && torch="$(cat "$here/torch")"
     printf '{"file": "%s", "fastkd": "0.1.0", "python": "3.99.0", "torch": "%s", "cuda": %s, "operators": 18, ' \\
       "$file" "${TORCH:-$torch}" "${CUDA:-null}"
-    printf '"cuda_operators": %s, "architectures": "8.0", "why_not": "it did not load"}\\n' "${CUDA_OPERATORS:-18}";;
+    printf '"cuda_operators": %s, "architectures": "8.0", "why_not": "it did not load", ' "${CUDA_OPERATORS:-18}"
+    printf '"refusal": "%s"}\\n' "${REFUSAL-the kernels were built for 8.0, which a GPU does not run}";;
   *--junitxml=*)
     [[ "$*" =~ --junitxml=([^\\ ]+) ]] && report="${BASH_REMATCH[1]}"
     failing=0; for no in $FAILING; do [[ "$(cat "$here/torch")" == "$no"* ]] && failing=3; done
@@ -158,6 +159,7 @@ def test_all_is_well(compat: Compat, tmp_path: Path) -> None:
     assert list(rows(tmp_path)) == ["2.10.0", "2.12.1", "2.14.1"]
     assert {(row["result"], row["passed"], row["skipped"]) for row in rows(tmp_path).values()} == {("passed", 8, 2)}
     table = (tmp_path / "results" / "table.md").read_text()
+    assert "On a GPU of compute capability 7.5, which the wheel has no code for, a tensor is told so" in table
     assert "fastkd works with torch 2.10.0, 2.12.1 and 2.14.1." in table
     assert "| 2.14.1 | 3.99.0 | none | 18 | 18 | 8 | 0 | 2 | passed |" in table
     assert str(tmp_path) not in table + (tmp_path / "results" / "results.json").read_text()
@@ -209,6 +211,8 @@ def test_one_that_fails_fails_the_check_and_keeps_no_other_from_running(
         ({"SILENT": "1"}, "no test has run"),
         ({"CUDA": '"13.0"', "CUDA_OPERATORS": "17"}, "17 of 18 CUDA operators: it did not load"),
         ({"TORCH": "2.13.0"}, "torch is 2.13.0, must be torch==2.10.0"),
+        ({"REFUSAL": ""}, "a GPU of compute capability 7.5 is told: nothing"),
+        ({"REFUSAL": "were built for 9.0"}, "a GPU of compute capability 7.5 is told: were built for 9.0"),
     ],
 )
 def test_what_counts_as_a_failure(variables: dict[str, str], why: str, compat: Compat, tmp_path: Path) -> None:

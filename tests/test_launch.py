@@ -79,3 +79,25 @@ def test_a_kernel_is_allowed_more_once_for_each_device(ask: Callable[..., list[s
 
 def test_threads_share_what_is_allowed(ask: Callable[..., list[str]]) -> None:
     assert ask("threads") == ["8 2"]  # launches, and what was asked for them
+
+
+@pytest.mark.parametrize(("major", "minor", "device"), [(8, 6, 0), (9, 0, 1), (12, 0, 63)])
+def test_a_gpu_is_asked_once_whether_there_is_code_for_it(
+    ask: Callable[..., list[str]], major: int, minor: int, device: int
+) -> None:
+    assert ask("code", major, minor, 1, device) == ["launched, questions 2"] * 2
+
+
+@pytest.mark.parametrize(("capability", "device"), [("7.5", 0), ("7.0", 64), ("6.1", 100)])
+def test_no_launch_where_there_is_no_code(ask: Callable[..., list[str]], capability: str, device: int) -> None:
+    for line in ask("code", *capability.split("."), 1, device):
+        assert line.startswith("fastkd: the CUDA kernels of this fastkd were built for 8.0 9.0a 10.0+PTX, ")
+        assert f"which GPU {device}, of compute capability {capability}, does not run" in line
+        assert f"TORCH_CUDA_ARCH_LIST={capability} pip install" in line
+        assert line.endswith(", launches 0")
+
+
+def test_code_that_fits_by_its_number_only(ask: Callable[..., list[str]]) -> None:
+    """As of a Jetson, which does not run that of other GPUs: the runtime says so at the launch."""
+    for line in ask("code", 8, 7, 0, 5):
+        assert "which GPU 5, of compute capability 8.7, does not run" in line

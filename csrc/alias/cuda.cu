@@ -7,6 +7,7 @@
 #include "alias/draw.cuh"
 #include "alias/operator.h"
 #include "common/launch.cuh"
+#include "common/tuning.h"
 
 namespace fastkd::alias {
 namespace {
@@ -51,7 +52,7 @@ Tensor sample(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tenso
                             static_cast<uint64_t>(offset),
                             static_cast<uint64_t>(stride),
                             static_cast<int64_t*>(out.mutable_data_ptr())};
-  context.launch("alias_sample", sample_kernel, {grid_size(count, 4), kThreads}, params);
+  context.launch("alias_sample", sample_kernel, {grid_size(count, tuned(Knob::kAliasDrawsPerThread)), kThreads}, params);
   return out;
 }
 

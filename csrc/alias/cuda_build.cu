@@ -8,6 +8,7 @@
 #include "alias/cuda_scores.cuh"
 #include "alias/cuda_top.cuh"
 #include "alias/operator.h"
+#include "common/tuning.h"
 
 namespace fastkd::alias {
 namespace {
@@ -109,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> build(Tensor scores, Tensor inverse_t
   context.launch("alias partition", for_dtype(dtype, [](auto type) { return &partition_kernel<decltype(type)>; }), geometry,
                  params);
   context.launch("alias exponent", exponent_kernel, {1, kThreads, 1, geometry.shared_bytes}, params);
-  const unsigned most = 2 * context.limits().multiprocessors;  // as many as fit at once
+  const unsigned most = static_cast<unsigned>(tuned(Knob::kAliasBuildBlocks)) * context.limits().multiprocessors;
   const Geometry pack_geometry{grid_size(blocks, 1, most, 1), kPackThreads, 1, kPackBytes};
   context.launch("alias blocks", for_dtype(dtype, [](auto type) { return &blocks_kernel<decltype(type)>; }), pack_geometry,
                  params);

@@ -10,6 +10,7 @@
 #include "alias/operator.h"
 #include "common/bits.h"
 #include "common/scan.cuh"
+#include "common/tuning.h"
 
 namespace fastkd::alias {
 namespace {
@@ -172,7 +173,8 @@ Tensor inverse_temperature(Tensor scores, double iqpr, std::optional<Tensor> num
                         0,
                         static_cast<double*>(out.mutable_data_ptr())};
   context.launch("alias quartiles clear", clear_counts_kernel, {grid_size(words, 4), kThreads}, params);
-  const unsigned blocks = grid_size(params.items, kAhead * 16 / element_size, 4 * context.limits().multiprocessors);
+  const unsigned most = static_cast<unsigned>(tuned(Knob::kAliasQuartileBlocks)) * context.limits().multiprocessors;
+  const unsigned blocks = grid_size(params.items, kAhead * 16 / element_size, most);
   const auto count = for_dtype(dtype, [](auto type) { return &count_digits_kernel<decltype(type)>; });
   const auto find = for_dtype(dtype, [](auto type) { return &find_digits_kernel<decltype(type)>; });
   for (; params.pass < passes; ++params.pass) {

@@ -9,6 +9,7 @@
 #include "alias/cuda_scores.cuh"
 #include "alias/cuda_top.cuh"
 #include "alias/operator.h"
+#include "common/tuning.h"
 
 namespace fastkd::alias {
 namespace {
@@ -189,7 +190,9 @@ void update_(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tensor
   Tensor sums = context.empty({kMostPartials, 2}, ScalarType::Long), plan = context.empty({3}, ScalarType::Long);
   Tensor lists = context.empty({2 * t.blocks + 1 + changes}, ScalarType::Int);
   uint32_t* const counts = static_cast<uint32_t*>(lists.mutable_data_ptr());
-  const unsigned rebuilders = grid_size(t.blocks, 1, multiprocessors, 1);  // one fits at a time, by its registers
+  // one fits a multiprocessor at a time, by its registers
+  const unsigned most = static_cast<unsigned>(tuned(Knob::kAliasUpdateBlocks)) * multiprocessors;
+  const unsigned rebuilders = grid_size(t.blocks, 1, most, 1);
   const int64_t share = (t.blocks + rebuilders - 1) / rebuilders;
   const UpdateParams params{scores.const_data_ptr(),
                             static_cast<const int64_t*>(indices.const_data_ptr()),

@@ -1,5 +1,6 @@
 // From an alias table to a batch on the GPU: the launch. The kernel and its mapping are in draw.cuh.
 #include "batch/draw.cuh"
+#include "common/tuning.h"
 
 namespace fastkd::batch {
 namespace {
@@ -12,7 +13,9 @@ std::tuple<Tensor, Tensor> draw_batch(Tensor table, Tensor block_weight, Tensor 
   const DeviceContext context(table);
   const DrawBatchCall call = make_draw_batch(context, table, block_weight, top, table_scale, stream, crop_seed, images, count,
                                              height, width, padding, flip_probability, center, scale, dtype);
-  launch_draw_batch(context, call, center, scale, {context.limits().multiprocessors});
+  ForwardLimits limits{context.limits().multiprocessors};
+  limits.rounds = static_cast<unsigned>(tuned(Knob::kBatchRounds));
+  launch_draw_batch(context, call, center, scale, limits);
   return {call.patches.out, call.indices};
 }
 

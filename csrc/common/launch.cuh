@@ -11,6 +11,7 @@
 #include <set>
 #include <tuple>
 
+#include "common/architectures.h"
 #include "common/geometry.h"
 #include "common/tensor.h"
 
@@ -23,7 +24,7 @@ static __global__ void cluster_probe() {}  // never launched
 // Makes the tensor's device current while it lives; launches go to torch's current stream on it.
 class DeviceContext {
  public:
-  explicit DeviceContext(const Tensor& tensor) : device_(tensor.get_device()), guard_(device_) {}
+  explicit DeviceContext(const Tensor& tensor) : device_(tensor.get_device()), guard_(device_) { check_architecture(); }
 
   Tensor empty(std::initializer_list<int64_t> shape, ScalarType type, std::initializer_list<int64_t> strides = {}) const {
     return empty_on(aoti_torch_device_type_cuda(), device_, shape, type, strides);
@@ -76,6 +77,20 @@ class DeviceContext {
     check(name, cudaFuncSetAttribute(kernel, what, value));
     allowed.insert(key);
   }
+  // Whether there is code for the device in this library, asked once: torch may have code for GPUs that this build has not.
+  void check_architecture() const {
+    static std::atomic<uint64_t> known{0};  // a bit for each device that has
+    const uint64_t bit = device_ < 64 ? uint64_t{1} << device_ : 0;
+    if ((known.load(std::memory_order_relaxed) & bit) != 0) return;
+    const int major = attribute(cudaDevAttrComputeCapabilityMajor), minor = attribute(cudaDevAttrComputeCapabilityMinor);
+    if (!any_architecture_fits(FASTKD_CUDA_ARCHITECTURES, major, minor)) fail_without_code(major, minor);
+    known.fetch_or(bit, std::memory_order_relaxed);
+  }
+  [[noreturn]] void fail_without_code(int major, int minor) const {
+    cudaDeviceProp properties{};
+    const bool named = cudaGetDeviceProperties(&properties, device_) == cudaSuccess;
+    fail(no_architecture_fits(FASTKD_CUDA_ARCHITECTURES, named ? properties.name : "this GPU", major, minor));
+  }
   cudaStream_t stream() const {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
@@ -113,9 +128,12 @@ class DeviceContext {
     check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, which, device_));
     return value;
   }
-  static void check(const char* name, cudaError_t error) {
+  void check(const char* name, cudaError_t error) const {
     if (error == cudaSuccess) return;
     cudaGetLastError();  // the launch failed, the context did not: later calls must not find this error
+    if (error == cudaErrorNoKernelImageForDevice) {  // where architectures fit by number only, as of a Jetson
+      fail_without_code(attribute(cudaDevAttrComputeCapabilityMajor), attribute(cudaDevAttrComputeCapabilityMinor));
+    }
     fail("launch of ", name, " failed: ", cudaGetErrorString(error));
   }
 

@@ -18,6 +18,7 @@
 #pragma once
 
 #include "common/radix.h"
+#include "common/tuning.h"
 #include "crop/constants.cuh"
 #include "crop/segment.cuh"
 
@@ -295,7 +296,8 @@ inline BackwardPlan plan_backward(const CropBackwardParams& call, int64_t images
   params.radix = Radix<kGradientAxes>({params.image_row, g.image_height, planes});
   if (is_narrow) params.unit_of = Divisor<uint32_t>(static_cast<uint32_t>(g.unit));
   const int64_t vectors = params.total / vector + (params.total % vector != 0);
-  params.rounds = vectors >= int64_t{64} * kThreads * multiprocessors ? kRounds : 1;
+  params.rounds =
+      vectors >= int64_t{64} * kThreads * multiprocessors ? static_cast<unsigned>(tuned(Knob::kCropBackwardRounds)) : 1;
   const int64_t run = params.rounds * int64_t{kThreads}, blocks = vectors / run + (vectors % run != 0);
   FASTKD_CHECK(blocks <= kMaxBlocks, "grad_images would have ", all, " elements, more than a launch can make");
   const BackwardKernel kernel = is_narrow ? backward_of<int32_t>(call.dtype) : backward_of<int64_t>(call.dtype);

@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "common/tuning.h"
 #include "crop/forward.cuh"
 
 namespace fastkd::crop {
@@ -73,7 +74,8 @@ struct ForwardPlan {
 inline ForwardPlan plan_forward(const CropParams& call, int64_t images, const Constants& constants, unsigned multiprocessors,
                                 int64_t narrow = kNarrow) {
   const auto [kernel, vector] = forward_of(call);
-  const ForwardLayout layout = lay_out_forward(call, images, images, constants, vector, {multiprocessors, narrow});
+  const ForwardLayout layout = lay_out_forward(call, images, images, constants, vector,
+                                               {multiprocessors, narrow, static_cast<unsigned>(tuned(Knob::kCropRounds))});
   return {layout.params, kernel, layout.launch};
 }
 

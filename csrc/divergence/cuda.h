@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/geometry.h"
+#include "common/tuning.h"
 #include "divergence/kernel.h"
 
 namespace fastkd::divergence {
@@ -61,8 +62,6 @@ struct Plan {
 // its registers.
 constexpr int kResidentElements = 32;
 constexpr int64_t kMaxLanesRow = 32 * kResidentElements;
-constexpr int64_t kMaxClassesWithoutGradient = 32768;  // of rows on chip that want none
-constexpr int64_t kMaxPasses = 8;                      // over the rows, where one cluster takes them all
 
 // aligned: parts begin at a fresh gradient's 16-byte boundaries. reduced: one loss for all rows is wanted.
 inline Plan plan_rows(int64_t rows, int64_t classes, int element_size, bool jensen_shannon, bool resident, bool aligned,
@@ -74,10 +73,10 @@ inline Plan plan_rows(int64_t rows, int64_t classes, int element_size, bool jens
     const bool short_row = resident && longest <= kMaxLanesRow / 8;
     const unsigned rows_per_block = kLaneThreads / (short_row ? 4 : 32);
     FASTKD_CHECK(rows < int64_t{1} << 32, "rows are ", rows, ", must be fewer than 2^32");
-    const unsigned blocks = grid_size(rows, 1, 1u << 16, rows_per_block);
+    const unsigned blocks = grid_size(rows, 1, static_cast<unsigned>(tuned(Knob::kDivergenceLaneBlocks)), rows_per_block);
     unsigned cluster = 1;
     while (cluster * 2 <= blocks && cluster * 2 <= limits.max_cluster && cluster < kPortableCluster) cluster *= 2;
-    const bool one_launch = reduced && rows <= kMaxPasses * cluster * rows_per_block;
+    const bool one_launch = reduced && rows <= tuned(Knob::kDivergenceOneLaunchPasses) * cluster * rows_per_block;
     const Geometry geometry = one_launch
                                   ? Geometry{cluster, kLaneThreads, cluster, cluster_shared_bytes(kLaneThreads, cluster, 3)}
                                   : Geometry{blocks, kLaneThreads};
@@ -92,14 +91,15 @@ inline Plan plan_rows(int64_t rows, int64_t classes, int element_size, bool jens
   for (unsigned cluster = 1; resident && cluster <= limits.max_cluster; cluster *= 2) {
     const int64_t each = (longest + cluster - 1) / cluster,
                   warps = (each + 32 * kResidentElements - 1) / (32 * kResidentElements);
-    // two blocks on a multiprocessor, so that one loads while the other computes; but rather one than reading twice
+    // several blocks on a multiprocessor, so that one loads while the other computes; but rather one than reading twice
     const int64_t most = max_resident_threads(jensen_shannon, limits.max_cluster > 1) / 32;
-    if (warps <= most / 2 || (cluster == limits.max_cluster && warps <= most)) {
+    if (warps <= most / tuned(Knob::kDivergenceResidentBlocks) || (cluster == limits.max_cluster && warps <= most)) {
       return with(true, static_cast<unsigned>(warps) * 32, cluster);
     }
   }
   unsigned cluster = 1;  // few long rows are spread over more blocks
-  while (cluster * 2 <= limits.max_cluster && cluster < kPortableCluster && rows * cluster < 2 * limits.multiprocessors &&
+  while (cluster * 2 <= limits.max_cluster && cluster * 2 <= tuned(Knob::kDivergenceStreamingCluster) &&
+         rows * cluster < tuned(Knob::kDivergenceStreamingBlocks) * limits.multiprocessors &&
          classes > 4 * int64_t{kMaxRowThreads} * pack * cluster) {
     cluster *= 2;
   }

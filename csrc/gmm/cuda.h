@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/geometry.h"
+#include "common/tuning.h"
 #include "gmm/kernel.h"
 
 namespace fastkd::gmm {
@@ -68,7 +69,8 @@ inline FitPlan plan_fit(int64_t problems, int64_t values, bool weighted, DeviceL
   };
   const auto share = [&](unsigned cluster) { return (each + int64_t{threads} * cluster - 1) / (int64_t{threads} * cluster); };
   unsigned cluster = 1;
-  while (2 * cluster <= limits.max_cluster && share(cluster) > 8 &&
+  while (2 * cluster <= limits.max_cluster && 2 * cluster <= tuned(Knob::kGmmLargestCluster) &&
+         share(cluster) > tuned(Knob::kGmmClusterValues) &&
          (problems * 2 * cluster <= multiprocessors || capacity(share(cluster), threads, before(cluster)) < share(cluster))) {
     cluster *= 2;
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/geometry.h"
+#include "common/tuning.h"
 #include "relation/kernel.h"
 
 namespace fastkd::relation {
@@ -11,7 +12,6 @@ constexpr unsigned kFeatureChunk = 16;  // of the other dimension at a time, thr
 constexpr unsigned kFeaturePitch = kFeatureTile + 1;
 constexpr unsigned kChunkPitch = kFeatureChunk + 1;
 constexpr int64_t kLeastColumns = 64;  // features worth a block
-constexpr int64_t kMostSplits = 16;
 
 constexpr unsigned kEdgeTile = 8;                        // points: a block takes the distances between two such groups
 constexpr unsigned kThirds = 4;                          // lanes that share the triangles of a distance
@@ -60,9 +60,10 @@ inline SquaresPlan plan_squares(int64_t points, int64_t columns, DeviceLimits li
   const auto ceil_of = [](int64_t n, int64_t of) { return (n + of - 1) / of; };
   int64_t splits = ceil_of(limits.multiprocessors, tiles);
   if (splits > ceil_of(columns, kLeastColumns)) splits = ceil_of(columns, kLeastColumns);
-  if (splits > kMostSplits) splits = kMostSplits;
+  const int64_t most = tuned(Knob::kRelationSplits);
+  if (splits > most) splits = most;
   const int64_t each = ceil_of(ceil_of(columns, splits), kFeatureChunk) * kFeatureChunk;
-  FASTKD_CHECK(tiles <= kMaxBlocks / (2 * kMostSplits), "points are ", points, ", must be fewer");
+  FASTKD_CHECK(tiles <= kMaxBlocks / (2 * most), "points are ", points, ", must be fewer");
   return {
       splits, each, {static_cast<unsigned>(tiles * splits * 2), kThreads, 1, 2 * kFeatureTile * kChunkPitch * sizeof(double)}};
 }

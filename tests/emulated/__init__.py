@@ -81,6 +81,17 @@ def load() -> list[str]:
 
 
 @contextmanager
+def tuned(settings: str) -> Iterator[None]:
+    """Emulated launches with other numbers than the usual ones, as FASTKD_TUNING has them."""
+    load()
+    torch.ops.fastkd_emulated.tune(settings)
+    try:
+        yield
+    finally:
+        torch.ops.fastkd_emulated.tune("")
+
+
+@contextmanager
 def emulated(seed: int, max_cluster: int = 16) -> Iterator[None]:
     """CPU tensors go to the emulated CUDA kernels, run in the schedule of that seed."""
     names = load()

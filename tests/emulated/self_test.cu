@@ -3,6 +3,7 @@
 // Each block writes the elements of its part of `data` in reverse order, through shared memory.
 #include "common/device.cuh"
 #include "common/launch.cuh"
+#include "common/tuning.h"
 
 namespace fastkd::self_test {
 namespace {
@@ -90,13 +91,19 @@ void configure(int64_t seed, int64_t max_cluster) {
   emulator::settings() = {static_cast<uint64_t>(seed), static_cast<unsigned>(max_cluster)};
 }
 
+void tune(std::string settings) { tuning() = Tuning(settings.c_str()); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastkd_emulated, m) {
   m.def("configure(int seed, int max_cluster) -> ()");
+  m.def("tune(str settings) -> ()");
   m.def("self_test_reverse(Tensor(a!) data, int flaw, int threads, int cluster) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(fastkd_emulated, CompositeExplicitAutograd, m) { m.impl("configure", TORCH_BOX(&configure)); }
+STABLE_TORCH_LIBRARY_IMPL(fastkd_emulated, CompositeExplicitAutograd, m) {
+  m.impl("configure", TORCH_BOX(&configure));
+  m.impl("tune", TORCH_BOX(&tune));
+}
 STABLE_TORCH_LIBRARY_IMPL(fastkd_emulated, CPU, m) { m.impl("self_test_reverse", TORCH_BOX(&reverse)); }
 
 }  // namespace fastkd::self_test

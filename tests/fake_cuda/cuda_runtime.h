@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdio>
 #include <map>
 #include <mutex>
 #include <string>
@@ -15,12 +16,14 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorNoKernelImageForDevice = 209,
   cudaErrorInvalidClusterSize = 912
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributeNonPortableClusterSizeAllowed = 13 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
@@ -48,12 +51,17 @@ struct cudaLaunchConfig_t {
 struct cudaFuncAttributes {
   int ptxVersion;
 };
+struct cudaDeviceProp {
+  char name[256];
+};
 
 namespace fake {
 
 struct Gpu {
   int major = 9, multiprocessors = 132, block_bytes = 227 << 10, ptx = 90;
   unsigned largest_cluster = 16;  // 1: has none
+  int minor = 0;
+  bool has_code = true;  // whatever the numbers say
 };
 using Key = std::tuple<int, const void*, cudaFuncAttribute>;
 
@@ -63,7 +71,7 @@ inline thread_local cudaError_t last = cudaSuccess;
 inline std::mutex mutex;  // of what follows
 inline std::map<Key, int> attributes;
 inline std::vector<Key> asked;  // in their order
-inline int launches = 0;
+inline int launches = 0, questions = 0;
 
 inline const Gpu& gpu() { return gpus[current]; }
 inline cudaError_t result(bool good, cudaError_t error) { return good ? cudaSuccess : (last = error); }
@@ -83,6 +91,7 @@ inline cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel) {
     return cudaErrorInvalidConfiguration;
   }
   if (config.dynamicSmemBytes > most) return cudaErrorInvalidValue;
+  if (!gpu().has_code) return cudaErrorNoKernelImageForDevice;
   const bool allowed = cluster <= 8 || attribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 0) != 0;
   return cluster <= gpu().largest_cluster && allowed ? cudaSuccess : cudaErrorInvalidClusterSize;
 }
@@ -101,9 +110,16 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device) {
   const fake::Gpu& gpu = fake::gpus.at(static_cast<size_t>(device));
+  const std::lock_guard<std::mutex> lock(fake::mutex);
+  ++fake::questions;
   *value = which == cudaDevAttrMultiProcessorCount      ? gpu.multiprocessors
            : which == cudaDevAttrComputeCapabilityMajor ? gpu.major
+           : which == cudaDevAttrComputeCapabilityMinor ? gpu.minor
                                                         : gpu.block_bytes;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+  std::snprintf(properties->name, sizeof properties->name, "GPU %d", device);
   return cudaSuccess;
 }
 template <typename Kernel>

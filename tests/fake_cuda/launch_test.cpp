@@ -3,6 +3,7 @@
 #include <string>
 #include <thread>
 
+#define FASTKD_CUDA_ARCHITECTURES "8.0 9.0a 10.0+PTX"
 #include "common/launch.cuh"
 
 namespace fastkd {
@@ -80,6 +81,23 @@ void print_threads() {
   std::cout << fake::launches << ' ' << of_kernel << '\n';
 }
 
+// launch_test code MAJOR MINOR HAS_CODE NUMBER: two calls of an operator on that GPU.
+void print_code(char** number) {
+  const int device = std::stoi(number[3]);
+  fake::gpus.resize(static_cast<size_t>(device) + 1);
+  fake::gpus.back().major = std::stoi(number[0]);
+  fake::gpus.back().minor = std::stoi(number[1]);
+  fake::gpus.back().has_code = std::stoi(number[2]) != 0;
+  for (int i = 0; i < 2; ++i) {
+    try {
+      DeviceContext(Tensor{device}).launch("name", kernel, {1, 32}, Params{1});
+      std::cout << "launched, questions " << fake::questions << '\n';
+    } catch (const std::exception& error) {
+      std::cout << error.what() << ", launches " << fake::launches << '\n';
+    }
+  }
+}
+
 }  // namespace
 }  // namespace fastkd
 
@@ -91,6 +109,8 @@ int main(int, char** arguments) {
     fastkd::print_many();
   } else if (what == "launches") {
     fastkd::print_launches();
+  } else if (what == "code") {
+    fastkd::print_code(arguments + 2);
   } else {
     fastkd::print_threads();
   }
