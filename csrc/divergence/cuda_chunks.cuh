@@ -33,7 +33,6 @@ struct Chunks {
     loose = present ? head + row.count - tail : 0;
   }
   FASTKD_DEVICE bool has(Index part) const { return part - lane < end; }  // the chunk has a pack, of whatever lane
-  FASTKD_DEVICE Index chunks() const { return has(first) ? (end - 1 - (first - lane)) / step + 1 : 0; }
   // How many parts of the chunk there are from this lane's first on: v * kLanes < left where its pack v is. At most kSpan.
   FASTKD_DEVICE int left(Index part) const {
     const Index rest = end - part;

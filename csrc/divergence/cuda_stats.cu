@@ -237,6 +237,7 @@ stats_backward_rows(const StatsBackwardDeviceParams p) {
 
     typename Parts::Words words[kAhead<T>] = {};  // without softmaxes all is as if the logits were 0
     const Index first_loose = static_cast<Index>(group.index()), loose_step = static_cast<Index>(group.size());
+    Index last = chunks.first - chunks.step;  // this lane's last chunk
     double z[1] = {0};
     S top = 0;
     if (softmax) {
@@ -244,6 +245,7 @@ stats_backward_rows(const StatsBackwardDeviceParams p) {
       top = to_compute(row.data[argmax]);
       for (Index part = chunks.first; chunks.has(part); part += chunks.step) {
         const int left = chunks.left(part);
+        last = part;
         chunks.template load<false>(row.data, part, left, words);
         S sum = 0;
 #pragma unroll
@@ -265,6 +267,8 @@ stats_backward_rows(const StatsBackwardDeviceParams p) {
       }
       group.start();
       group.reduce(z, Sum{});
+    } else {
+      while (chunks.has(last + chunks.step)) last += chunks.step;
     }
     const auto at = [&](const void* data) { return data == nullptr ? 0.0 : static_cast<double>(static_cast<const S*>(data)[r]); };
     const S g_entropy = finite<S>(at(in.grad_entropy) * p.per_logit);
@@ -286,7 +290,6 @@ stats_backward_rows(const StatsBackwardDeviceParams p) {
     const T at_argmax = from_compute<T>(gradient_of(top) + g_max);
     const Index argmax_part = known ? (argmax + row.shift) / kPack<T> : -1;
 
-    const Index last = chunks.first + (chunks.chunks() - 1) * chunks.step;
     for (Index part = last; part >= chunks.first; part -= chunks.step) {
       const int left = chunks.left(part);
       T* const to = gradient + row.first(part);
