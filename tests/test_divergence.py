@@ -198,6 +198,35 @@ def test_nan_stays_in_its_row(
         assert all(torch.isnan(part[1]).all() for part in case.run(fused, teacher_gradient))
 
 
+@pytest.mark.parametrize("classes", [37, 1271, 2500])
+@pytest.mark.parametrize("kind", KINDS)
+def test_masked_classes(kind: str, classes: int, device: torch.device, generator: torch.Generator) -> None:
+    """-inf on both sides, here and there, in whole stretches and nearly everywhere: the others as if they were alone."""
+    for dtype in DTYPES:
+        case = make(3, classes, "normal", dtype, generator, device, temperature=2.0, **KINDS[kind])
+        masked = torch.zeros(3, classes, dtype=torch.bool)
+        masked[0] = torch.rand(classes, generator=generator) < 0.3
+        masked[1, classes // 3 :] = True
+        masked[2, 2:-3] = True
+        case.student[masked] = -math.inf
+        case.teacher[masked] = -math.inf
+        case = replace(case, student=off_alignment(case.student), teacher=off_alignment(case.teacher))
+        kept = ~masked
+        eps = float(torch.finfo(dtype).eps)
+        for teacher_gradient in (True, False):
+            loss, *gradients = case.run(fused, teacher_gradient)
+            for row in range(3):
+                sides = (x[row : row + 1].cpu()[:, kept[row]] for x in (case.student, case.teacher))
+                alone = Case(*sides, case.upstream[row : row + 1], case.options)
+                expected = truth(alone)
+                torch.testing.assert_close(loss[row], expected[0][0], rtol=1e-5, atol=1e-6)
+                for ours, theirs in zip(gradients, expected[1:], strict=False):
+                    torch.testing.assert_close(
+                        ours[row, kept[row]], theirs[0], rtol=4 * eps + 1e-5, atol=4 * eps + 1e-6
+                    )
+                    assert not ours[row, masked[row]].any()
+
+
 @pytest.mark.parametrize("teacher_gradient", [True, False], ids=["both", "student"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_left_out_may_hold_anything(

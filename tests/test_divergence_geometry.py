@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fastkd.ops.divergence import divergence
 from fastkd.reference import divergence as reference
 
-LANES = {0: 4, 1: 32}  # of a row, by team
+LANES = {0: 4, 1: 32, 3: 8}  # of a row, by team
 RESIDENT_ELEMENTS = 32  # of a thread
 
 

@@ -15,7 +15,7 @@ from fastkd.reference import divergence as reference
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.cuda_kernels]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-SHAPES = [(0, 5), (1, 1), (4, 2), (3, 3), (5, 41), (3, 401), (2, 1271)]
+SHAPES = [(0, 5), (1, 1), (4, 2), (3, 3), (5, 41), (5, 256), (3, 401), (2, 1271), (9, 2056)]
 NAMES = fastkd.functional.LogitStats._fields
 
 
@@ -109,6 +109,93 @@ def test_ties_and_positions(device: torch.device) -> None:
             logits = torch.ones(classes, classes).triu().to(device, dtype)  # row i: the maximum from class i on
             assert fastkd.logit_stats(logits).argmax.tolist() == list(range(classes))
             assert fastkd.logit_stats(-logits).argmax.tolist() == [0] * classes
+
+
+@pytest.mark.parametrize("shape", [(40, 37), (24, 300), (6, 2500), (4, 9001)], ids=str)
+def test_first_of_equal_maxima(shape: tuple[int, int], device: torch.device, generator: torch.Generator) -> None:
+    """Maxima in several chunks, by whatever thread, and in the ragged ends: few values, so that most are equal."""
+    for dtype in DTYPES:
+        for move in (torch.Tensor.contiguous, off_alignment):
+            logits = move(torch.randint(-3, 1, shape, generator=generator).to(device, dtype))
+            rare = torch.zeros(shape).bernoulli_(3 / shape[1], generator=generator).to(device, dtype)
+            for x in (logits, logits + rare, move(torch.full_like(logits, -2.0))):
+                assert fastkd.logit_stats(x, 0.5).argmax.tolist() == x.cpu().double().argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("classes", [5, 37, 300, 2500, 9001])
+def test_ends_of_rows(classes: int, device: torch.device) -> None:
+    """The maximum, a NaN and infinities at the first places and the last, twice."""
+    places = [i for i in (*range(9), *range(classes - 9, classes)) if 0 <= i < classes]
+    other = [(i * 7 + 3) % classes for i in places]
+    rows = torch.arange(len(places))
+    for dtype in DTYPES:
+        for value in (3.0, math.inf, math.nan):
+            logits = torch.arange(classes).remainder(5).div(4).repeat(len(places), 1).to(dtype)
+            logits[rows, torch.tensor(places)] = value
+            logits[rows, torch.tensor(other)] = value
+            stats = fastkd.logit_stats(off_alignment(logits.to(device)))
+            assert stats.argmax.tolist() == [min(pair) for pair in zip(places, other, strict=True)]
+            assert_same(stats.max.cpu(), torch.full((len(places),), value).to(stats.max.dtype), dtype, False)
+
+
+@pytest.mark.parametrize("classes", [37, 300, 2500, 9001])
+def test_masked_classes(classes: int, device: torch.device, generator: torch.Generator) -> None:
+    """-inf here and there, and in whole stretches: the others as if they were alone; and the first NaN of several."""
+    for dtype in DTYPES:
+        logits = torch.randn(4, classes, generator=generator).to(dtype)
+        logits[0, torch.rand(classes, generator=generator) < 0.3] = -math.inf
+        logits[1, classes // 3 :] = -math.inf
+        logits[2, : classes - 2] = -math.inf
+        logits[3, 1:-1] = -math.inf
+        x = off_alignment(logits.to(device)).requires_grad_()
+        stats = fastkd.logit_stats(x, 2.0)
+        (gradient,) = torch.autograd.grad((stats.entropy + stats.logsumexp + stats.max).sum(), x)
+        for row in range(4):
+            kept = logits[row].isfinite()
+            y = logits[row][kept].double()[None].requires_grad_()
+            alone = reference.logit_stats(y, 2.0)
+            for name in ("max", "logsumexp", "entropy"):
+                torch.testing.assert_close(
+                    getattr(stats, name)[row].cpu().double(), alone[NAMES.index(name)][0], rtol=1e-5, atol=1e-5
+                )
+            (expected,) = torch.autograd.grad((alone[4] + alone[3] + alone[0]).sum(), y)
+            torch.testing.assert_close(
+                gradient[row].cpu()[kept].double(), expected[0], rtol=1e-2, atol=float(torch.finfo(dtype).eps)
+            )
+            assert not gradient[row].cpu()[~kept].any()
+        assert stats.mean.tolist() == [-math.inf] * 4
+        logits[:, classes // 2] = math.nan
+        logits[1:, -1] = math.nan
+        logits[2:, 2] = math.nan
+        first = [classes // 2, classes // 2, 2, 2]
+        assert fastkd.logit_stats(off_alignment(logits.to(device)), 2.0).argmax.tolist() == first
+
+
+def test_sums_beyond_float(device: torch.device, fixed_order: bool) -> None:
+    """The mean of numbers whose sum is no float (which CUDA kernels find); differences from the maximum that are none."""
+    for dtype in (torch.float32, torch.bfloat16):
+        huge = torch.full((2, 300), 3e38, dtype=dtype, device=device)
+        stats = fastkd.logit_stats(huge)
+        if not fixed_order:
+            torch.testing.assert_close(stats.mean, huge[:, 0].float(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(stats.entropy.cpu(), torch.full((2,), math.log(300)), rtol=1e-6, atol=0)
+        huge[:, 7::2] *= -1
+        stats = fastkd.logit_stats(huge)
+        assert stats.argmax.tolist() == [0, 0]
+        torch.testing.assert_close(stats.entropy.cpu(), torch.full((2,), math.log(153)), rtol=1e-6, atol=0)
+        tiny = torch.arange(300, device=device).to(dtype).repeat(2, 1)
+        tiny[:, 299] = 1000
+        stats = fastkd.logit_stats(tiny, 1e-39)
+        assert stats.argmax.tolist() == [299, 299]
+        assert stats.entropy.tolist() == [0.0, 0.0]
+
+
+def test_many_rows(device: torch.device, generator: torch.Generator) -> None:
+    """Of more rows, each has fewer threads."""
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.randn(1030, 301, generator=generator).to(device, dtype)
+        assert_accurate(logits, 1.0)
+        assert torch.equal(fastkd.logit_stats(logits).argmax.cpu(), logits.cpu().argmax(-1))
 
 
 @pytest.mark.parametrize("classes", [3, 40, 300])

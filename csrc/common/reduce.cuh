@@ -35,7 +35,7 @@ struct Max {  // of numbers; a NaN gives way to any
 struct MinIndex {
   template <typename V>
   static FASTKD_DEVICE V identity() {
-    return V(INT64_MAX);
+    return sizeof(V) == 8 ? V(INT64_MAX) : V(INT32_MAX);
   }
   template <typename V>
   FASTKD_DEVICE V operator()(V a, V b) const {
@@ -57,6 +57,7 @@ template <unsigned kLanes>
 class LaneGroup {
  public:
   static constexpr bool kWholeCluster = false;
+  static constexpr unsigned kNeighbours = kLanes;  // of the group, in a warp
   FASTKD_DEVICE unsigned index() const { return thread_index() % kLanes; }
   FASTKD_DEVICE unsigned size() const { return kLanes; }
   FASTKD_DEVICE void arrive() const {}
@@ -66,12 +67,19 @@ class LaneGroup {
   FASTKD_DEVICE void reduce(V (&values)[N], Op op) const {
     reduce_lanes<kLanes>(values, op);
   }
+  // Two reductions at once, whose results the first thread has at least.
+  template <typename Op, typename V, int N, typename OtherOp, typename U, int M>
+  FASTKD_DEVICE void reduce_to_first(V (&values)[N], Op op, U (&others)[M], OtherOp other_op) const {
+    reduce_lanes<kLanes>(values, op);
+    reduce_lanes<kLanes>(others, other_op);
+  }
 };
 
 // All threads of a cluster (of one block, where there are no others).
 class ClusterTeam {
  public:
   static constexpr bool kWholeCluster = true;
+  static constexpr unsigned kNeighbours = kWarp;
   FASTKD_DEVICE unsigned index() const { return cluster_rank() * thread_count() + thread_index(); }
   FASTKD_DEVICE unsigned size() const { return cluster_size() * thread_count(); }
 
@@ -102,26 +110,34 @@ class ClusterTeam {
   // Through shared memory from byte `offset` on, a slot for each number of each warp of the cluster.
   template <typename Op, typename V, int N>
   FASTKD_DEVICE void reduce_through(unsigned offset, V (&values)[N], Op op) const {
-    const unsigned blocks = cluster_size(), total = warps();
+    publish(offset, values, cluster_size());
+    barrier();
+    collect(offset, values, op);
+  }
+  // What this warp has of each number, into its slots of the first `blocks` blocks.
+  template <typename V, int N>
+  FASTKD_DEVICE void publish(unsigned offset, const V (&values)[N], unsigned blocks) const {
+    const unsigned total = warps();
     const Shared<V> slots(offset, N * total);
     const unsigned slot = cluster_rank() * (thread_count() / kWarp) + warp_index(), lane = lane_index();
-    if (blocks == 1) {
+    if (cluster_size() == 1) {
       if (lane == 0) {
 #pragma unroll
         for (int n = 0; n < N; ++n) slots.store(n * total + slot, values[n]);
       }
-      block_barrier();
-    } else {
-      if (lane < blocks) {  // a lane for each block
+    } else if (lane < blocks) {  // a lane for each block
 #pragma unroll
-        for (int n = 0; n < N; ++n) slots.store_remote(lane, n * total + slot, values[n]);
-      }
-      cluster_barrier();
+      for (int n = 0; n < N; ++n) slots.store_remote(lane, n * total + slot, values[n]);
     }
+  }
+  template <typename Op, typename V, int N>
+  FASTKD_DEVICE void collect(unsigned offset, V (&values)[N], Op op) const {
+    const unsigned total = warps();
+    const Shared<V> slots(offset, N * total);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       values[n] = Op::template identity<V>();
-      for (unsigned i = lane; i < total; i += kWarp) values[n] = op(values[n], slots.load(n * total + i));
+      for (unsigned i = lane_index(); i < total; i += kWarp) values[n] = op(values[n], slots.load(n * total + i));
     }
     reduce_lanes<kWarp>(values, op);
   }
@@ -140,6 +156,21 @@ class ClusterGroup : public ClusterTeam {
     if (warps() == 1) return;
     reduce_through(used_, values, op);
     used_ += N * warps() * kSlotBytes;
+  }
+  // Two reductions at one barrier, whose results the first warp has: others are spared the second half.
+  template <typename Op, typename V, int N, typename OtherOp, typename U, int M>
+  FASTKD_DEVICE void reduce_to_first(V (&values)[N], Op op, U (&others)[M], OtherOp other_op) {
+    reduce_lanes<kWarp>(values, op);
+    reduce_lanes<kWarp>(others, other_op);
+    if (warps() == 1) return;
+    const unsigned values_at = used_, others_at = used_ + N * warps() * kSlotBytes;
+    publish(values_at, values, 1);
+    publish(others_at, others, 1);
+    barrier();
+    used_ += (N + M) * warps() * kSlotBytes;
+    if (cluster_rank() != 0 || warp_index() != 0) return;
+    collect(values_at, values, op);
+    collect(others_at, others, other_op);
   }
 
  private:

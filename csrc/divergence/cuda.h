@@ -41,7 +41,8 @@ struct DeviceParams : RowInputs {
 enum class Team {
   kEighthOfWarp,  // 4 lanes
   kWarp,
-  kCluster,  // all threads of a block, or of a cluster of blocks
+  kCluster,        // all threads of a block, or of a cluster of blocks
+  kQuarterOfWarp,  // 8 lanes
 };
 
 constexpr unsigned kMaxRowThreads = 512;  // of a block, where a row belongs to all of them
@@ -71,7 +72,10 @@ inline Plan plan_rows(int64_t rows, int64_t classes, int element_size, bool jens
   resident = resident && element_size <= 4;
   if (longest <= kMaxLanesRow) {
     const bool short_row = resident && longest <= kMaxLanesRow / 8;
-    const unsigned rows_per_block = kLaneThreads / (short_row ? 4 : 32);
+    // rows that are read again and again have few lanes: what a row costs beside its elements is shared by more rows of a
+    // warp. Doubles take so long that more lanes are faster where rows are few.
+    const Team team = short_row ? Team::kEighthOfWarp : resident || element_size == 8 ? Team::kWarp : Team::kQuarterOfWarp;
+    const unsigned rows_per_block = kLaneThreads / (team == Team::kEighthOfWarp ? 4 : team == Team::kWarp ? 32 : 8);
     FASTKD_CHECK(rows < int64_t{1} << 32, "rows are ", rows, ", must be fewer than 2^32");
     const unsigned blocks = grid_size(rows, 1, static_cast<unsigned>(tuned(Knob::kDivergenceLaneBlocks)), rows_per_block);
     unsigned cluster = 1;
@@ -80,7 +84,7 @@ inline Plan plan_rows(int64_t rows, int64_t classes, int element_size, bool jens
     const Geometry geometry = one_launch
                                   ? Geometry{cluster, kLaneThreads, cluster, cluster_shared_bytes(kLaneThreads, cluster, 3)}
                                   : Geometry{blocks, kLaneThreads};
-    return {resident, one_launch, short_row ? Team::kEighthOfWarp : Team::kWarp, geometry};
+    return {resident, one_launch, team, geometry};
   }
   const auto with = [&](bool in_registers, unsigned threads, unsigned cluster) {
     return Plan{in_registers,
@@ -103,7 +107,8 @@ inline Plan plan_rows(int64_t rows, int64_t classes, int element_size, bool jens
          classes > 4 * int64_t{kMaxRowThreads} * pack * cluster) {
     cluster *= 2;
   }
-  return with(false, kMaxRowThreads, cluster);
+  const int64_t chunks = (classes + 128 * pack * cluster - 1) / (128 * pack * cluster);  // of 4 packs for each lane of a warp
+  return with(false, static_cast<unsigned>(chunks < kMaxRowThreads / 32 ? chunks * 32 : kMaxRowThreads), cluster);
 }
 
 using RowKernel = void (*)(DeviceParams);
@@ -111,6 +116,6 @@ using RowKernel = void (*)(DeviceParams);
 RowKernel resident_forward_kernel(Dtype dtype, Team team, bool plain);  // soft cross-entropy, too; null for float64
 RowKernel resident_reverse_kernel(Dtype dtype, Team team, bool plain);
 RowKernel resident_jensen_shannon_kernel(Dtype dtype, Team team, bool plain);
-RowKernel streaming_kernel(Dtype dtype, bool jensen_shannon, Team team);  // of a warp or a cluster
+RowKernel streaming_kernel(Dtype dtype, bool jensen_shannon, Team team);  // of 8 lanes (32 for doubles) or a cluster
 
 }  // namespace fastkd::divergence

@@ -251,6 +251,18 @@ struct TaskGradient {
     if (!wanted) return gradient;
     return with(gradient, own ? own_exponential(logit) : exponential, i);
   }
+  // The same for some neighbours, which the label is not among; for element i, where it is one.
+  template <int N>
+  FASTKD_DEVICE void add_to(S (&gradients)[N], S (&exponentials)[N], const S (&logits)[N], Index i) const {
+    if (!wanted) return;
+    if (own) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) exponentials[k] = exp_of<T>(logits[k] - top);
+    }
+#pragma unroll
+    for (int k = 0; k < N; ++k) gradients[k] += factor * exponentials[k];
+    if (N == 1 && i == label) gradients[0] -= scale;
+  }
 };
 
 // Forward and reverse KL, soft cross-entropy. Exponents a and b in units of kUnit<T>.

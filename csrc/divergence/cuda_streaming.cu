@@ -8,7 +8,8 @@ template <typename T, bool kJensenShannon>
 RowKernel of(Team team) {
   using namespace device;
   using namespace FASTKD_ISA::divergence;
-  return team == Team::kWarp ? streaming_rows<T, kJensenShannon, LaneGroup<32>> : streaming_rows<T, kJensenShannon, ClusterGroup>;
+  return team == Team::kCluster ? streaming_rows<T, kJensenShannon, ClusterGroup>
+                                : streaming_rows<T, kJensenShannon, LaneGroup<sizeof(T) == 8 ? 32 : 8>>;
 }
 
 template <typename T>

@@ -1,12 +1,17 @@
 // Divergence rows of any length, read again in each phase: what does not fit the registers, and what needs one phase only.
 //
-// Mapping: a row belongs to a warp, a block or a cluster of blocks. First sweep, online: each thread keeps its own maxima and
-// the sums relative to them, rescaled where a maximum rises; then all are rescaled to the row's maxima and added up. For
-// Jensen-Shannon a second sweep sums the log-ratios. The last sweep writes the gradients.
+// Mapping: a row belongs to 8 lanes (doubles: 32), a block or a cluster of blocks. The lanes of a warp take chunks of whole packs
+// (cuda_chunks.cuh); sums are in float within a chunk, in double across chunks. First sweep, online: each thread keeps its own
+// maxima and the sums relative to them, rescaled where a maximum rises; then all are rescaled to the row's maxima and added up.
+// A chunk whose sum is not finite is summed again one by one, where a product of 0 and infinity is 0. For Jensen-Shannon a second
+// sweep sums the log-ratios. The last sweep writes the gradients.
 // Bytes that must move: rows * classes * (student + teacher) for each sweep (one without gradients, two with, one more for
 // Jensen-Shannon), and the gradients.
 #pragma once
 
+#include <type_traits>
+
+#include "divergence/cuda_chunks.cuh"
 #include "divergence/cuda_rows.cuh"
 
 namespace fastkd::FASTKD_ISA::divergence {
@@ -14,86 +19,209 @@ namespace fastkd::FASTKD_ISA::divergence {
 using ::fastkd::divergence::kLaneThreads;
 using ::fastkd::divergence::kMaxRowThreads;
 
-template <typename T, typename Index>
+// Packs of each side that a thread has on their way at once. Jensen-Shannon computes so long that fewer do.
+template <typename T, bool kJensenShannon>
+constexpr int kPairsAhead = (sizeof(T) == 8 ? 2 : 4) / (kJensenShannon ? 2 : 1);
+
+template <typename T>
 struct OnlineSums {
   using S = Compute<T>;
 
-  const S inverse_temperature, c;
+  const S scale, c;  // of differences of logits, to units of kUnit<T>
   const bool swap, own_task;
   Peak<S> y, x;
-  double z_y = 0, z_x = 0, d = 0, z_task = 0;
+  double z_y = 0, z_x = 0, d = 0, z_task = 0;  // d in units
 
+  template <typename Index>
   FASTKD_DEVICE OnlineSums(const Row<T, Index>& row, const typename Row<T, Index>::Numbers& numbers)
-      : inverse_temperature(inverse_of<S>(numbers.temperature)), c(row.c()), swap(row.swap()), own_task(numbers.own_task) {}
+      : scale(row.inverse_temperature(numbers) * kPerUnit<T>), c(row.c()), swap(row.swap()), own_task(numbers.own_task) {}
 
   FASTKD_DEVICE void raise(S top_y, S top_x) {
-    const S rise_y = y.rise(top_y), rise_x = x.rise(top_x);
-    const double steps_y = static_cast<double>(rise_y * inverse_temperature);
-    const double steps_x = static_cast<double>(rise_x * inverse_temperature);
+    const S rise_y = y.rise(top_y), rise_x = x.rise(top_x), steps_y = rise_y * scale, steps_x = rise_x * scale;
     if (rise_y > 0) {
-      z_y *= static_cast<double>(device::exp(-rise_y * inverse_temperature));
-      if (z_x != 0) d += steps_y * z_x;  // every log q falls
+      z_y *= static_cast<double>(exp_units<T>(-steps_y));
+      if (z_x != 0) d += static_cast<double>(steps_y) * z_x;  // every log q falls
     }
     if (rise_x > 0) {
-      const double factor = static_cast<double>(device::exp(-rise_x * inverse_temperature));
-      d = factor != 0 ? factor * (d - static_cast<double>(c) * steps_x * z_x) : 0;
+      const double factor = static_cast<double>(exp_units<T>(-steps_x));
+      d = factor != 0 ? factor * (d - static_cast<double>(c) * static_cast<double>(steps_x) * z_x) : 0;
       z_x *= factor;
     }
     if (own_task) z_task *= static_cast<double>(exp_of<T>(-(swap ? rise_x : rise_y)));
   }
 
-  template <bool kDivergence>
-  FASTKD_DEVICE void add(const Pack<T>& to, const Pack<T>& from) {
-    S top_y = y.top, top_x = x.top;
+  // A chunk, of which this lane has what is `inside`. False where there is an infinity, or a NaN, that the divergence cannot take
+  // as it is: the chunk is then to be added one by one.
+  template <bool kDivergence, int kLanes, int kPacks>
+  FASTKD_DEVICE bool add(const Pack<T> (&to)[kPacks], const Pack<T> (&from)[kPacks], int inside) {
+    Pack<T> high_y = to[0], high_x = from[0];
 #pragma unroll
-    for (int k = 0; k < kPack<T>; ++k) {
-      top_y = maximum(top_y, to_compute(to.value[k]));
-      top_x = maximum(top_x, to_compute(from.value[k]));
+    for (int v = 1; v < kPacks; ++v) {
+      high_y = maximum(high_y, to[v]);
+      high_x = maximum(high_x, from[v]);
     }
+    const S top_y = highest(high_y), top_x = highest(high_x);
     if (top_y > y.top || top_x > x.top) raise(top_y, top_x);
     const S reference_y = y.reference(), reference_x = x.reference();
-    S sum_y = 0, sum_x = 0, sum_d = 0, sum_task = 0;
+    S sum_y = 0, sum_x = 0, sum_d = 0;
 #pragma unroll
-    for (int k = 0; k < kPack<T>; ++k) {
-      const S below_y = to_compute(to.value[k]) - reference_y, below_x = to_compute(from.value[k]) - reference_x;
-      const S a = below_y * inverse_temperature, b = below_x * inverse_temperature;
-      const S e_x = exp_of<T>(b);
-      sum_y += exp_of<T>(a);
-      sum_x += e_x;
-      if constexpr (kDivergence) sum_d += weigh(e_x, c * b - a);
-      if (own_task) sum_task += exp_of<T>(swap ? below_x : below_y);
+    for (int v = 0; v < kPacks; ++v) {
+      S pack_y = 0, pack_x = 0, pack_d = 0, logit_y[kPack<T>], logit_x[kPack<T>];
+      unpack(to[v], logit_y);
+      unpack(from[v], logit_x);
+#pragma unroll
+      for (int k = 0; k < kPack<T>; ++k) {
+        const S a = (logit_y[k] - reference_y) * scale, b = (logit_x[k] - reference_x) * scale;
+        const S e_y = exp_units<T>(a), e_x = exp_units<T>(b), term = e_x * (c * b - a);
+        pack_y = k == 0 ? e_y : pack_y + e_y;
+        pack_x = k == 0 ? e_x : pack_x + e_x;
+        pack_d = k == 0 ? term : pack_d + term;
+      }
+      if (v * kLanes < inside) {
+        sum_y += pack_y;
+        sum_x += pack_x;
+        sum_d += pack_d;
+      }
     }
+    if (kDivergence && !(sum_d - sum_d == 0)) return false;
     z_y += static_cast<double>(sum_y);
     z_x += static_cast<double>(sum_x);
-    d += static_cast<double>(sum_d);
-    z_task += static_cast<double>(sum_task);
+    if (kDivergence) d += static_cast<double>(sum_d);
+    if (own_task) {
+      S sum_task = 0;
+#pragma unroll
+      for (int v = 0; v < kPacks; ++v) {
+        S pack_task = 0, logits[kPack<T>];
+        if (swap) {
+          unpack(from[v], logits);
+        } else {
+          unpack(to[v], logits);
+        }
+#pragma unroll
+        for (int k = 0; k < kPack<T>; ++k) pack_task += exp_of<T>(logits[k] - (swap ? reference_x : reference_y));
+        if (v * kLanes < inside) sum_task += pack_task;
+      }
+      z_task += static_cast<double>(sum_task);
+    }
+    return true;
+  }
+  // One element, whatever it is.
+  FASTKD_DEVICE void add(S logit_y, S logit_x) {
+    if (logit_y > y.top || logit_x > x.top) raise(logit_y, logit_x);
+    const S below_y = logit_y - y.reference(), below_x = logit_x - x.reference(), a = below_y * scale, b = below_x * scale;
+    const S e_x = exp_units<T>(b);
+    z_y += static_cast<double>(exp_units<T>(a));
+    z_x += static_cast<double>(e_x);
+    d += static_cast<double>(weigh(e_x, c * b - a));
+    if (own_task) z_task += static_cast<double>(exp_of<T>(swap ? below_x : below_y));
   }
 };
 
 template <typename T, bool kJensenShannon, class Group>
 FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
   using S = Compute<T>;
-  const auto y = row.y(), x = row.x(), y_gradient = row.y_gradient(), x_gradient = row.x_gradient();
-  const auto each_part = [&](bool wanted, const auto& body) {
-    const int64_t parts = wanted ? row.parts() : 0;
-    for (int64_t part = group.index(); part < parts; part += group.size()) body(part);
+  using Parts = Chunks<T, int64_t, Group, kPairsAhead<T, kJensenShannon>>;
+  constexpr int N = kPack<T>, kPacks = kPairsAhead<T, kJensenShannon>, kLanes = Parts::kLanes;
+  const auto y = row.y(), x = row.x();
+  const bool whole =
+      y.packs && x.packs && (!row.wants_y() || row.y_gradient().packs) && (!row.wants_x() || row.x_gradient().packs);
+  const Parts chunks(y, row.present(), whole, group);
+  const int64_t first_loose = static_cast<int64_t>(group.index()), loose_step = static_cast<int64_t>(group.size());
+  // body(to, from, part, left) for this lane's chunks
+  const auto each_chunk = [&](auto last_sweep, bool wanted, const auto& body) {
+    for (int64_t part = chunks.first; wanted && chunks.has(part); part += chunks.step) {
+      constexpr bool kLast = decltype(last_sweep)::value;
+      const int left = chunks.left(part);
+      typename Parts::Words words_y[kPacks], words_x[kPacks];
+      chunks.template load<kLast>(y.data, part, left, words_y);
+      chunks.template load<kLast>(x.data, part, left, words_x);
+      Pack<T> to[kPacks], from[kPacks];
+#pragma unroll
+      for (int v = 0; v < kPacks; ++v) to[v] = Parts::elements(words_y[v]), from[v] = Parts::elements(words_x[v]);
+      body(to, from, part, left);
+    }
+  };
+  // body(logit_y, logit_x, i) for the loose elements, or those of a chunk
+  const auto each_loose = [&](bool wanted, const auto& body) {
+#pragma unroll 1
+    for (int64_t n = wanted ? first_loose : chunks.loose; n < chunks.loose; n += loose_step) {
+      const int64_t i = chunks.loose_element(n);
+      body(to_compute(y.data[i]), to_compute(x.data[i]), i);
+    }
   };
   group.arrive();
   const auto numbers = row.numbers();
-  OnlineSums<T, int64_t> online(row, numbers);
-  each_part(numbers.active, [&](int64_t part) { online.template add<!kJensenShannon>(y.load(part), x.load(part)); });
+  OnlineSums<T> online(row, numbers);
+  each_chunk(std::false_type{}, numbers.active, [&](const auto& to, const auto& from, int64_t part, int left) {
+    if (online.template add<!kJensenShannon, kLanes>(to, from, left)) return;
+#pragma unroll 1
+    for (int n = 0; n < kPacks * N; ++n) {
+      const int64_t i = y.first(part + n / N * kLanes) + n % N;
+      if (n / N * kLanes < left) online.add(to_compute(y.data[i]), to_compute(x.data[i]));
+    }
+  });
+  each_loose(numbers.active, [&](S logit_y, S logit_x, int64_t) { online.add(logit_y, logit_x); });
   group.start();
   S top[2] = {online.y.top, online.x.top};
   group.reduce(top, Max{});
   online.raise(top[0], top[1]);
-  double sums[4] = {online.z_y, online.z_x, online.d, online.z_task};
+  double sums[4] = {online.z_y, online.z_x, online.d * kUnit<T>, online.z_task};
   group.reduce(sums, Sum{});
   if (!(top[0] > -kInfinity<S>)) sums[0] = static_cast<double>(__builtin_nan(""));  // all -inf: no softmax
   if (!(top[1] > -kInfinity<S>)) sums[1] = static_cast<double>(__builtin_nan(""));
   const S student_top = row.swap() ? top[1] : top[0];
   const double z_task = numbers.own_task ? sums[3] : row.swap() ? sums[1] : sums[0];
   if (group.index() == 0) row.write_task(log_sum<S>(z_task), student_top);
-  const bool gradients = row.wants_y() || row.wants_x();
+
+  // The gradients of both sides: of_y(logits_y, logits_x, i, values), for element i or for neighbours without the label. Zeros
+  // where the row takes no part.
+  const auto store = [&](bool active_y, const auto& of_y, bool active_x, const auto& of_x) {
+    const auto y_gradient = row.y_gradient(), x_gradient = row.x_gradient();
+    const bool to_y = row.wants_y() && active_y, to_x = row.wants_x() && active_x;
+    const int64_t label = row.p.task ? numbers.label : -1, label_part = label < 0 ? -1 : (label + y.shift) / N;
+    const auto store_one = [&](S logit_y, S logit_x, int64_t i) {
+      const S logits_y[1] = {logit_y}, logits_x[1] = {logit_x};
+      S value[1];
+      if (to_y) {
+        of_y(logits_y, logits_x, i, value);
+        y_gradient.data[i] = from_compute<T>(value[0]);
+      }
+      if (to_x) {
+        of_x(logits_y, logits_x, i, value);
+        x_gradient.data[i] = from_compute<T>(value[0]);
+      }
+    };
+    each_chunk(std::true_type{}, to_y || to_x, [&](const auto& to, const auto& from, int64_t part, int left) {
+      const int64_t begin = y.first(part);
+#pragma unroll
+      for (int v = 0; v < kPacks; ++v) {
+        constexpr int kApart = kLanes * N;
+        S logits_y[N], logits_x[N], values[N];
+        unpack(to[v], logits_y);
+        unpack(from[v], logits_x);
+        if (to_y) {
+          of_y(logits_y, logits_x, -1, values);
+          if (v * kLanes < left) store_pack_once(y_gradient.data + begin + v * kApart, pack_of<T>(values));
+        }
+        if (to_x) {
+          of_x(logits_y, logits_x, -1, values);
+          if (v * kLanes < left) store_pack_once(x_gradient.data + begin + v * kApart, pack_of<T>(values));
+        }
+      }
+      const int64_t behind = label_part - part;
+      if (behind >= 0 && behind < left && behind % kLanes == 0) {  // once more, by the thread that just stored it
+        store_one(to_compute(y.data[label]), to_compute(x.data[label]), label);
+      }
+    });
+    each_loose(to_y || to_x, store_one);
+    const auto clear = [&](const auto& gradient) {
+#pragma unroll 1
+      for (int64_t i = first_loose; i < gradient.count; i += loose_step) gradient.data[i] = from_compute<T>(S(0));
+    };
+    if (!row.present()) return;
+    if (row.wants_y() && !active_y) clear(y_gradient);
+    if (row.wants_x() && !active_x) clear(x_gradient);
+  };
 
   if constexpr (!kJensenShannon) {
     const LinearSums linear_sums{sums[0], sums[1], sums[2], z_task};
@@ -102,37 +230,59 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
     if (group.index() == 0) row.write_divergence(value);
     const TaskGradient<T, int64_t> task(row, numbers, student_top, z_task);
     const Linear<T> linear = linear_of(row, numbers, top[0], top[1], linear_sums, log_ratio, value);
-    each_part(gradients, [&](int64_t part) {
-      const Pack<T> to = y.template load<true>(part), from = x.template load<true>(part);
-      if (row.wants_y()) {
-        store_part(numbers.active && (!row.swap() || row.p.kd_scale != 0), y_gradient, part, [&](int k, int64_t i) {
-          const S e_y = exp_units<T>(linear.a(to_compute(to.value[k])));
-          const S g = linear.y_gradient(e_y, exp_units<T>(linear.b(to_compute(from.value[k]))));
-          return row.swap() ? g : task.add(g, e_y, to.value[k], i);
+    const bool swap = row.swap(), kd = row.p.kd_scale != 0;
+    store(
+        numbers.active && (!swap || kd),
+        [&](const auto& logits_y, const auto& logits_x, int64_t i, auto& values) {
+          constexpr int n = sizeof(values) / sizeof(S);
+          S e_y[n];
+#pragma unroll
+          for (int k = 0; k < n; ++k) {
+            e_y[k] = exp_units<T>(linear.a(logits_y[k]));
+            values[k] = linear.y_gradient(e_y[k], exp_units<T>(linear.b(logits_x[k])));
+          }
+          if (!swap) task.add_to(values, e_y, logits_y, i);
+        },
+        numbers.active && (swap || kd),
+        [&](const auto& logits_y, const auto& logits_x, int64_t i, auto& values) {
+          constexpr int n = sizeof(values) / sizeof(S);
+          S e_x[n];
+#pragma unroll
+          for (int k = 0; k < n; ++k) {
+            const S b = linear.b(logits_x[k]);
+            e_x[k] = exp_units<T>(b);
+            values[k] = linear.x_gradient(e_x[k], linear.c * b - linear.a(logits_y[k]));
+          }
+          if (swap) task.add_to(values, e_x, logits_x, i);
         });
-      }
-      if (row.wants_x()) {
-        store_part(numbers.active && (row.swap() || row.p.kd_scale != 0), x_gradient, part, [&](int k, int64_t i) {
-          const S b = linear.b(to_compute(from.value[k])), e_x = exp_units<T>(b);
-          const S g = linear.x_gradient(e_x, linear.c * b - linear.a(to_compute(to.value[k])));
-          return row.swap() ? task.add(g, e_x, from.value[k], i) : g;
-        });
-      }
-    });
   } else {
     auto js = jensen_shannon_of(row, numbers, top[0], top[1], sums[0], sums[1]);
     double k_sums[2] = {0, 0};
-    each_part(numbers.active, [&](int64_t part) {
-      const Pack<T> to = y.load(part), from = x.load(part);
+    each_chunk(std::false_type{}, numbers.active, [&](const auto& to, const auto& from, int64_t, int left) {
       S sum_q = 0, sum_p = 0;
 #pragma unroll
-      for (int k = 0; k < kPack<T>; ++k) {
-        const auto terms = js.terms(js.q(to_compute(to.value[k])), js.p(to_compute(from.value[k])));
-        sum_q += terms.q;
-        sum_p += terms.p;
+      for (int v = 0; v < kPacks; ++v) {
+        S logit_y[N], logit_x[N], pack_q = 0, pack_p = 0;
+        unpack(to[v], logit_y);
+        unpack(from[v], logit_x);
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+          const auto terms = js.terms(js.q(logit_y[k]), js.p(logit_x[k]));
+          pack_q += terms.q;
+          pack_p += terms.p;
+        }
+        if (v * kLanes < left) {
+          sum_q += pack_q;
+          sum_p += pack_p;
+        }
       }
       k_sums[0] += static_cast<double>(sum_q) * js.kLogUnit;
       k_sums[1] += static_cast<double>(sum_p) * js.kLogUnit;
+    });
+    each_loose(numbers.active, [&](S logit_y, S logit_x, int64_t) {
+      const auto terms = js.terms(js.q(logit_y), js.p(logit_x));
+      k_sums[0] += static_cast<double>(terms.q);
+      k_sums[1] += static_cast<double>(terms.p);
     });
     group.reduce(k_sums, Sum{});
     make_exact(row, js, k_sums, group);
@@ -140,28 +290,35 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
     finish(js, row.p.beta, row.kd_scale(numbers), k_sums[0], k_sums[1]);
     const TaskGradient<T, int64_t> task(row, numbers, student_top,
                                         numbers.own_task ? z_task : 1.0);  // probabilities, not exponentials
-    each_part(gradients, [&](int64_t part) {
-      const Pack<T> to = y.template load<true>(part), from = x.template load<true>(part);
-      if (row.wants_y()) {
-        store_part(numbers.active, y_gradient, part, [&](int k, int64_t i) {
-          const S q = js.q(to_compute(to.value[k]));
-          const S g = js.y_gradient(q, js.terms(q, js.p(to_compute(from.value[k]))).q);
-          return task.add(g, q, to.value[k], i);
+    store(
+        numbers.active,
+        [&](const auto& logits_y, const auto& logits_x, int64_t i, auto& values) {
+          constexpr int n = sizeof(values) / sizeof(S);
+          S q[n];
+#pragma unroll
+          for (int k = 0; k < n; ++k) {
+            q[k] = js.q(logits_y[k]);
+            values[k] = js.y_gradient(q[k], js.terms(q[k], js.p(logits_x[k])).q);
+          }
+          task.add_to(values, q, logits_y, i);
+        },
+        numbers.active && row.p.kd_scale != 0,
+        [&](const auto& logits_y, const auto& logits_x, int64_t, auto& values) {
+#pragma unroll
+          for (int k = 0; k < static_cast<int>(sizeof(values) / sizeof(S)); ++k) {
+            const S p = js.p(logits_x[k]);
+            values[k] = js.x_gradient(p, js.terms(js.q(logits_y[k]), p).p);
+          }
         });
-      }
-      if (row.wants_x()) {
-        store_part(numbers.active && row.p.kd_scale != 0, x_gradient, part, [&](int k, int64_t) {
-          const S p = js.p(to_compute(from.value[k]));
-          return js.x_gradient(p, js.terms(js.q(to_compute(to.value[k])), p).p);
-        });
-      }
-    });
   }
 }
 
+// Of lanes, 4 blocks on a multiprocessor; 3 where the code for an older one would spill.
 // inspect: streaming streaming_rows<*> loads=128 stores=128
 template <typename T, bool kJensenShannon, class Group>
-FASTKD_KERNEL(Group::kWholeCluster ? kMaxRowThreads : kLaneThreads, Group::kWholeCluster ? 1 : 3)
+FASTKD_KERNEL(Group::kWholeCluster ? kMaxRowThreads : kLaneThreads, Group::kWholeCluster ? 1
+                                                                    : kHasClusters       ? 4
+                                                                                         : 3)
 streaming_rows(const DeviceParams p) {
   for_rows<Row<T, int64_t>, Group>(
       p, [&](const Row<T, int64_t>& row, Group& group) { streaming_row<T, kJensenShannon>(row, group); });

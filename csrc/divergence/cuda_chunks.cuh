@@ -1,0 +1,104 @@
+// Long ways through rows: chunks of packs, all on their way at once, and what is left over.
+#pragma once
+
+#include "common/row.cuh"
+#include "divergence/math.h"
+
+namespace fastkd::FASTKD_ISA::divergence {
+
+using namespace device;
+
+// How a row is shared: chunks of kSpan packs for the neighbouring lanes of each warp, in turn, of which a lane has kPacks,
+// kLanes apart; and one by one the loose elements: ragged ends, and all where packs of the row are not aligned.
+template <typename T, typename Index, class Group, int kPacks>
+struct Chunks {
+  static constexpr int kLanes = static_cast<int>(Group::kNeighbours), kSpan = kLanes * kPacks;
+  using Word = std::conditional_t<sizeof(T) == 2, unsigned, T>;
+  using Words = Pack<Word>;
+
+  const RowView<T, Index> row;  // the one that says where parts begin
+  Index end;                    // of the parts that are whole packs
+  int lane;
+  Index first, step;        // parts: this lane's first ones of its chunks
+  Index head, tail, loose;  // loose elements: those before `head` and from `tail` on, so many
+
+  FASTKD_DEVICE Chunks(const RowView<T, Index>& of, bool present, bool packs, const Group& group) : row(of) {
+    const Index begin = row.shift != 0;
+    end = present && packs ? (row.count + row.shift) / kPack<T> : 0;
+    lane = static_cast<int>(group.index() % kLanes);
+    first = begin + static_cast<Index>(group.index() / kLanes) * kSpan + lane;
+    step = static_cast<Index>(group.size()) * kPacks;
+    head = end > begin ? row.first(begin) : 0;
+    tail = end > begin ? row.first(end) : 0;
+    loose = present ? head + row.count - tail : 0;
+  }
+  FASTKD_DEVICE bool has(Index part) const { return part - lane < end; }  // the chunk has a pack, of whatever lane
+  // How many parts of the chunk there are from this lane's first on: v * kLanes < left where its pack v is. At most kSpan.
+  FASTKD_DEVICE int left(Index part) const {
+    const Index rest = end - part;
+    return static_cast<int>(rest < kSpan ? rest : kSpan);
+  }
+  // -inf where the lane has no pack
+  template <bool kLast>
+  FASTKD_DEVICE void load(const T* data, Index part, int left, Words (&packs)[kPacks]) const {
+    const Word* const at = reinterpret_cast<const Word*>(data + row.first(part));
+    if (left + lane >= kSpan) {
+#pragma unroll
+      for (int v = 0; v < kPacks; ++v) {
+        const Word* const from = at + v * kLanes * kPack<Word>;
+        packs[v] = kLast ? load_pack_once(from) : load_pack(from);
+      }
+    } else {
+#pragma unroll
+      for (int v = 0; v < kPacks; ++v) {
+        const Word* const from = at + v * kLanes * kPack<Word>;
+        if (v * kLanes < left) {
+          packs[v] = kLast ? load_pack_once(from) : load_pack(from);
+        } else {
+#pragma unroll
+          for (int w = 0; w < kPack<Word>; ++w) packs[v].value[w] = lowest_word();
+        }
+      }
+    }
+  }
+  FASTKD_DEVICE static Pack<T> elements(const Words& words) {
+    Pack<T> pack;
+    memcpy(&pack, &words, sizeof pack);
+    return pack;
+  }
+  FASTKD_DEVICE Index loose_element(Index n) const { return n < head ? n : n - head + tail; }
+  FASTKD_DEVICE bool is_loose(Index i) const { return i < head || i >= tail; }
+
+ private:
+  FASTKD_DEVICE static Word lowest_word() {
+    if constexpr (sizeof(T) == 2) {
+      return lowest(T{}).bits * 0x10001u;
+    } else {
+      return lowest(T{});
+    }
+  }
+};
+
+// The highest element of a pack; a NaN gives way to any.
+template <typename T>
+FASTKD_DEVICE Compute<T> highest(Pack<T> pack) {
+  if constexpr (sizeof(T) == 2) {  // words of two first
+#pragma unroll
+    for (int half = 2; half > 0; half /= 2) {
+      unsigned words[4];
+      memcpy(words, &pack, sizeof words);
+#pragma unroll
+      for (int w = 0; w < half; ++w) words[w] = words[w + half];
+      Pack<T> other;
+      memcpy(&other, words, sizeof other);
+      pack = maximum(pack, other);
+    }
+  }
+  Compute<T> values[kPack<T>];
+  unpack(pack, values);
+#pragma unroll
+  for (int k = 1; k < (sizeof(T) == 2 ? 2 : kPack<T>); ++k) values[0] = maximum(values[0], values[k]);
+  return values[0];
+}
+
+}  // namespace fastkd::FASTKD_ISA::divergence
