@@ -276,14 +276,15 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
           sum_p += pack_p;
         }
       }
-      k_sums[0] += static_cast<double>(sum_q) * js.kLogUnit;
-      k_sums[1] += static_cast<double>(sum_p) * js.kLogUnit;
+      k_sums[0] += static_cast<double>(sum_q);
+      k_sums[1] += static_cast<double>(sum_p);
     });
     each_loose(numbers.active, [&](S logit_y, S logit_x, int64_t) {
       const auto terms = js.terms(js.q(logit_y), js.p(logit_x));
       k_sums[0] += static_cast<double>(terms.q);
       k_sums[1] += static_cast<double>(terms.p);
     });
+    k_sums[0] *= js.kLogUnit, k_sums[1] *= js.kLogUnit;
     group.reduce(k_sums, Sum{});
     make_exact(row, js, k_sums, group);
     if (group.index() == 0) row.write_divergence(row.p.beta * k_sums[1] + (1.0 - row.p.beta) * k_sums[0]);
