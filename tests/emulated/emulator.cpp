@@ -70,6 +70,7 @@ struct Block {
 const char* name_of(Meeting meeting) {
   switch (meeting) {
     case Meeting::kShuffle: return "a shuffle";
+    case Meeting::kWarpBarrier: return "a warp barrier";
     case Meeting::kBlockBarrier: return "a block barrier";
     default: return "a cluster barrier";
   }

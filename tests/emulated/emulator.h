@@ -41,7 +41,7 @@ struct Position {
 };
 const Position& position();
 
-enum class Meeting { kShuffle, kBlockBarrier, kClusterBarrier };
+enum class Meeting { kShuffle, kWarpBarrier, kBlockBarrier, kClusterBarrier };
 void meet(Meeting meeting, const Site& site);
 
 // A cluster barrier in two. Who waits must have arrived; who arrived must wait before it ends or meets at another one.
