@@ -55,7 +55,8 @@ Tensor crop_where(Tensor offsets, std::vector<int64_t> sizes, int64_t block, int
   const ForwardParams& p = plan.params;
   const Block<kVectorAxes> b = block_of(p, block, 4);
   const unsigned local = static_cast<unsigned>((round * kThreads + thread) * 4);
-  const Piece piece = piece_of<uint32_t, 4>(p, GivenPlaces{p.call.geometry}, b.base, local, 0);
+  const NarrowDigits<kVectorAxes> at = p.radix.advance(b.base, local);
+  const Piece piece = piece_of<uint32_t, 4>(p, b.base, at, origin_of(p, GivenPlaces{p.call.geometry}, b.base, at), 0);
   return numbers({b.index(local, piece.part), piece.end, piece.row, piece.plane, piece.offset, p.is_narrow, p.repeats, p.part,
                   p.source_step, p.rounds, plan.launch.blocks, p.total});
 }
