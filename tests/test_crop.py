@@ -174,6 +174,16 @@ def test_gradient_is_that_of_slices_bit_for_bit(
             assert gradient.stride() == held.stride()
 
 
+def test_gradient_of_many_small_images(device: torch.device, generator: torch.Generator) -> None:
+    """So many that a GPU's thread makes several, one after the other; and of no patches."""
+    grad = torch.randn(1100, 2, 1, 2, 3, generator=generator)
+    offsets = torch.zeros(1100, 2, 2, dtype=torch.int64)
+    result = ops._crop_backward(grad.flatten(0, 1).to(device), offsets.to(device), None, 2, 3, [])
+    assert torch.equal(result.cpu(), grad[:, 0] + grad[:, 1])
+    none = ops._crop_backward(grad[:0].flatten(0, 1).to(device), offsets[:, :0].to(device), None, 2, 3, [])
+    assert torch.equal(none.cpu(), torch.zeros(1100, 1, 2, 3))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient_of_any_layout(device: torch.device, generator: torch.Generator, layout: str) -> None:
     offsets, flip = make_places(2, 3, (4, 5), (6, 7), generator)

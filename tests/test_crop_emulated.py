@@ -117,11 +117,6 @@ def test_the_64_bit_paths(generator: torch.Generator, layout: str, dtype: torch.
             scale = [0.5, -1.0, 3.0] if out in FLOATS else []
             args = (images, offsets, flip, *size, [], scale, out)
             assert torch.equal(kernels.crop_narrow(*args, 1), ops._crop(*args))
-        if dtype in FLOATS:
-            grad = LAYOUTS[layout](make_images((10, 3, *size), dtype, generator))
-            for mirror in (None, flip):
-                back = (grad, offsets, mirror, 9, 11, [0.5, -1.0, 3.0])
-                assert torch.equal(kernels.crop_backward_narrow(*back, 1), ops._crop_backward(*back))
 
 
 @pytest.mark.parametrize("shape", [(100, 3, 33, 32), (100, 1, 37, 61), (300, 3, 16, 21)], ids=str)
@@ -133,7 +128,7 @@ def test_long_runs(generator: torch.Generator, shape: tuple[int, ...]) -> None:
     out = ops._crop(*args)
     assert torch.equal(kernels.crop_narrow(*args, 2**29), out)
     back = (out, offsets, flip, *shape[2:], [])
-    assert torch.equal(kernels.crop_backward_narrow(*back, 2**29), ops._crop_backward(*back))
+    assert torch.equal(kernels.crop_backward_within(*back, 15 << 10, 256, 0), ops._crop_backward(*back))
 
 
 # ---- where threads are, against Python's integers -----------------------------------------------------
@@ -215,36 +210,114 @@ def test_threads_beyond_2_to_31(sizes: tuple[int, ...], generator: torch.Generat
         assert byte == 4 * (((patch // patches * planes + c) * image_height + row_at) * image_row + x * unit + column)
 
 
+# images, patches, planes, unit, image height and width, patch height and width
 @pytest.mark.parametrize(
     "sizes",
     [
         (70000, 8, 3, 1, 256, 256, 224, 224),
-        (3, 5, 1, 3, 13000, 13001, 12000, 12007),
+        (3, 5, 1, 3, 13000, 13001, 12000, 12007),  # wide boxes of several channels
         (2**31 + 5, 8, 3, 1, 32, 32, 8, 8),
         (2**31, 1, 64, 1, 8, 8, 8, 8),
         (2**30, 3, 5, 1, 7, 7, 5, 3),
+        (2, 3, 1, 1, 2**33, 3, 2**32 + 5, 2),  # more rows than 32 bits count
+        (2, 3, 1, 1, 3, 2**33, 2, 2**32 + 5),
+        (2, 3, 2, 1, 3, 2**33, 2, 5),
+        (5, 3, 1, 1000, 700, 7000, 600, 7),  # units longer than a box
+        (5, 3, 1, 5, 2**20, 2**20, 30, 30),
     ],
     ids=str,
 )
-def test_threads_of_the_gradient_beyond_2_to_31(sizes: tuple[int, ...], generator: torch.Generator) -> None:
+@pytest.mark.parametrize("flip", [False, True])
+def test_tiles_of_the_gradient_beyond_2_to_31(sizes: tuple[int, ...], flip: bool, generator: torch.Generator) -> None:
+    """Tiles cover the gradient, and boxes lie where the patch's elements belong."""
     images, patches, planes, unit, image_height, image_width, height, width = sizes
-    row, patch_plane = image_width * unit, height * width * unit
-    offsets = torch.zeros(2, dtype=torch.int64)  # not read
+    row, image_row = width * unit, image_width * unit
 
-    def where(*at: int) -> list[int]:
-        return kernels.crop_backward_where(offsets, list(sizes), *at).tolist()
+    def where(place: tuple[int, int], tile: int, patch: int) -> list[int]:
+        return kernels.crop_backward_where(torch.tensor(place), list(sizes), flip, tile, patch).tolist()
 
-    *_, repeats, part, patch_part, rounds, blocks, total = where(0, 0, 0)
-    assert total * repeats == images * planes * image_height * row
-    assert blocks == math.ceil(total / (256 * 4 * rounds))
-    assert part * patch_plane == patch_part * image_height * row
-    for *at, first in threads(blocks, rounds, total, generator):
-        index, end, image, plane, row_at, column, origin, *_ = where(*at)
-        assert index == first // part * part * repeats + first % part
-        assert (column, row_at) == (index % row, index // row % image_height)
-        assert (plane, image) == (
-            index // row // image_height % planes,
-            index // row // image_height // planes,
+    tiles, box_planes, box_rows, box_columns = where((0, 0), 0, 0)[-4:]
+    assert box_planes * box_rows * box_columns <= 256
+    random = [int(x * tiles) for x in torch.rand(40, generator=generator, dtype=torch.float64)]
+    end = 0  # of the tile before, where they follow one another
+    for tile in (0, 1, 2, 3, tiles - 1, *random):
+        image, plane, y, x, tile_planes, rows, columns, out, *_ = where((0, 0), tile, 0)
+        assert out == ((image * planes + plane) * image_height + y) * image_row + x
+        assert plane + tile_planes <= planes
+        assert y + rows <= image_height
+        assert x + columns <= image_row
+        if tile in (0, 1, 2, 3) and columns == image_row:
+            assert out == end
+            end += tile_planes * rows * columns
+        if tile == tiles - 1:
+            assert (image, plane + tile_planes, y + rows, x + columns) == (images - 1, planes, image_height, image_row)
+        for dy, dx in ((0, 0), (-1, 1), (2, -2), (-height // 2, -width // 2), (1 - height, 0), (0, 1 - width)):
+            top, left = y + dy, x // unit + dx  # of the patch: near the tile
+            patch = image * patches + 1
+            *_, source, first, column, count, box, mirrored, clipped, _, _, _, _ = where((top, left), tile, patch)
+            begin, stop = max(top, y), min(top + height, y + rows)
+            from_, to = max(left * unit, x), min(left * unit + row, x + columns)
+            if begin >= stop or from_ >= to:
+                assert count == 0
+                continue
+            line, at = divmod(source, row)  # of the patches
+            assert line // height == patch * planes + plane
+            assert first + y == top + line % height  # the row of the image that the first one is added to
+            if row > 256:
+                assert (first + y, box, count) == (begin, to - from_, box_columns * (stop - begin))
+            elif row * height <= 256:
+                assert (first + y, at, count) == (top, 0, tile_planes * height * row)
+            else:
+                assert (first + y, at, count) == (begin, 0, row * (stop - begin))
+            length = box if row > 256 else row
+            for e in {0, 1 % length, length - 1}:
+                within = column - e + 2 * (e % unit) if mirrored else column + e
+                stored, channel = divmod(at + e, unit)
+                expected = left + (width - 1 - stored if flip else stored)
+                assert x + within == expected * unit + channel
+                assert clipped or 0 <= within < columns
+
+
+@pytest.mark.parametrize("box", [8, 40, 256])
+@pytest.mark.parametrize("tile_bytes", [512, 1300, 15 << 10])
+@pytest.mark.parametrize("channels", [1, 3, 5, 20])
+def test_tiles_and_boxes_of_any_size(generator: torch.Generator, channels: int, tile_bytes: int, box: int) -> None:
+    """Parts of rows, rows, planes: patches larger than a tile, several tiles of an image, pieces of a patch's row."""
+    for layout in ("nchw", "channels_last"):
+        for shape, size, patches in (((2, 9, 11), (4, 8), 3), ((2, 33, 7), (3, 5), 40), ((1, 6, 50), (9, 41), 2)):
+            offsets, flip = make_places(shape[0], patches, size, shape[1:], generator)
+            for dtype in (torch.float32, torch.bfloat16, torch.float64):
+                grad = LAYOUTS[layout](make_images((shape[0] * patches, channels, *size), dtype, generator))
+                scale = torch.randn(channels, generator=generator, dtype=torch.float64).tolist()
+                for mirror, by in ((None, []), (flip, scale)):
+                    back = (grad, offsets, mirror, *shape[1:], by)
+                    result = kernels.crop_backward_within(*back, tile_bytes, box, 3)
+                    assert torch.equal(result, ops._crop_backward(*back)), (layout, shape, dtype)
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 5, 8])
+@pytest.mark.parametrize("patches", [1, 3, 8, 14, 15, 28, 33])
+def test_patches_of_several_images_at_once(generator: torch.Generator, patches: int, rounds: int) -> None:
+    """Few patches of small images are looked at for some images together, the last of which may be missing."""
+    offsets, flip = make_places(11, patches, (3, 4), (5, 8), generator)
+    grad = torch.randn(11 * patches, 3, 3, 4, generator=generator)
+    back = (grad, offsets, flip, 5, 8, [])
+    assert torch.equal(kernels.crop_backward_within(*back, 15 << 10, 256, rounds), ops._crop_backward(*back))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("begin", [0, 1, 3])
+def test_gradients_that_begin_anywhere(generator: torch.Generator, dtype: torch.dtype, begin: int) -> None:
+    """Boxes of all lanes and of some, full and not, on patches that lie between vectors; rows of no whole vectors."""
+    for channels, size, extent in (
+        (3, (8, 8), (32, 32)),
+        (1, (16, 16), (17, 19)),
+        (2, (33, 64), (40, 224)),
+        (5, (3, 7), (9, 13)),
+    ):
+        storage = make_images((begin + 6 * channels * size[0] * size[1],), dtype, generator)
+        grad = storage[begin:].reshape(6, channels, *size)
+        offsets = torch.tensor(
+            [[[0, 0], [1, 3], [extent[0] - size[0], extent[1] - size[1]]], [[-1, 2], [2, -3], [5, 5]]]
         )
-        assert end == min(4, row - column)
-        assert origin == (image * patches * planes + plane) * patch_plane
+        same(lambda grad=grad, offsets=offsets, extent=extent: ops._crop_backward(grad, offsets, None, *extent, []))

@@ -49,7 +49,7 @@ struct alignas(16) Drawn {
   int64_t item_flip;  // 2 * item, + 1 where it is mirrored; negative: none
   int32_t at_y, at_x;
 
-  FASTKD_DEVICE int64_t image() const { return is_missing() ? 0 : item_flip >> 1; }
+  FASTKD_DEVICE int64_t image(int64_t /*of*/) const { return is_missing() ? 0 : item_flip >> 1; }
   FASTKD_DEVICE int64_t y() const { return at_y; }
   FASTKD_DEVICE int64_t x() const { return at_x; }
   FASTKD_DEVICE bool flip() const { return (item_flip & 1) != 0; }
@@ -59,6 +59,9 @@ struct alignas(16) Drawn {
 // Of the images that a block meets.
 class DrawnPlaces {
  public:
+  using Origin = Drawn;
+  static constexpr bool kInMemory = false;
+
   // All threads of the block come here; `run`: elements of its vectors.
   FASTKD_DEVICE DrawnPlaces(const DrawBatchParams& p, const Block<kVectorAxes>& block, int64_t run)
       : first_(block.base.at[kVectorAxes]), drawn_(kConstantsShared, p.most) {

@@ -59,6 +59,7 @@ FASTKD_DEVICE unsigned cluster_size() {
 
 // ---- barriers and shuffles: every thread of the block, the cluster or the warp must come ------------
 
+FASTKD_DEVICE void warp_barrier() { __syncwarp(); }
 FASTKD_DEVICE void block_barrier() { __syncthreads(); }
 FASTKD_DEVICE void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900

@@ -60,9 +60,9 @@ constexpr std::array<KnobInfo, kKnobs> kKnobTable{{
     {Knob::kDivergenceOneLaunchPasses, "divergence.one_launch_passes", 8, {1, 4, 8, 16, 32}},
     // blocks of short rows, more of which are taken in turns
     {Knob::kDivergenceLaneBlocks, "divergence.lane_blocks", 1 << 16, {1 << 12, 1 << 14, 1 << 16, 1 << 20}},
-    // vectors that a thread makes one after the other, of patches, of their images' gradient, of drawn batches
+    // vectors that a thread makes one after the other, of patches and of drawn batches; tiles of their images' gradient of a warp
     {Knob::kCropRounds, "crop.rounds", 4, {1, 2, 4, 8}},
-    {Knob::kCropBackwardRounds, "crop.backward_rounds", 4, {1, 2, 4, 8}},
+    {Knob::kCropBackwardRounds, "crop.backward_rounds", 8, {1, 2, 4, 8, 16}},
     {Knob::kBatchRounds, "batch.rounds", 4, {1, 2, 4, 8}},
     {Knob::kAliasDrawsPerThread, "alias.draws_per_thread", 4, {1, 2, 4, 8, 16}},
     // blocks of threads for each multiprocessor: by their registers two of a build fit at once, and one of an update

@@ -1,21 +1,31 @@
 // The transpose of crop on the GPU.
 //
 //   grad_image[b, c, p, q] = scale[c] * sum over j = k-1 ... 0 of grad_out[b k + j, c, p - y, q - x], where that exists:
-// a gather, so no atomics, no zeroing, and the order of the sum is the CPU's.
+// no atomics, and the order of the sum is the CPU's.
 //
-// Bytes that must move: the covered parts of the patches in, the image out. For k patches that cover the image once, 2 x 16
-// for a vector of 16 bytes: 220 instructions for the 32 vectors of a warp at the copy bandwidth of an H200 (forward.cuh);
-// for k = 8 patches of 8 x 8 on 32 x 32, 1.5 x 16 and 165 instructions.
+// Bytes that must move: the covered parts of the patches in, the image out: for k = 8 patches of 8 x 8 on 32 x 32, 6 bytes a
+// pixel of float32 and 3 of bfloat16. At the copy bandwidth of an H200 (forward.cuh) a multiprocessor has 17.9 bytes a clock,
+// which leaves 28 and 14 instructions of a lane for each pixel.
 //
-// Mapping: vectors, blocks and indices are those of forward.cuh; a thread makes up to four vectors that differ in nothing
-// but the plane, so what covers them is worked out once. The 32 vectors of a warp lie in few rows of one image: its lanes
-// look at 32 patches at a time, one each, last first, and vote, and only patches that meet these rows cost anything further,
-// in their order. What a patch adds to a vector is a run of a row of the patch: wide elements are loaded one by one, under a
-// mask, or as a whole vector where that is aligned; 16-bit ones as the vectors that hold them, shifted. Sums stay in
-// registers, in fp32 for 16-bit floats, and are scaled in fp64 as on the CPU.
-// Expected of the copy bandwidth: 85 % for large patches; two thirds to three quarters for the small ones above, where a
-// warp waits for two or three patches one after the other.
+// Mapping: a warp owns a tile of the gradient, as sums in shared memory, in fp32 for 16-bit floats: where they fit all planes
+// of an image, else some rows of one, else a part of some rows. It zeroes them, adds the patches that meet the tile one after
+// the other, the last one first, and writes the tile in vectors of 16 bytes. Warps have nothing to do with each other.
+// A patch is added in boxes of up to 256 elements that lie side by side in memory, eight for each lane, 32 apart: all planes
+// of a small patch, some rows of a larger one, a piece of a row of a wide one. Where an element of a box belongs depends on
+// nothing but its number, so it is worked out once for all tiles of the warp; what is left is load, add the box's place, and
+// load, add, store in shared memory. Reads are runs of whole sectors at any alignment, no element is read that is not there. A
+// row of the tile is as long, modulo the 32 banks, as a row of the box: lanes next to each other in a box never meet in a bank.
+// The loads of a box are on their way while the one before is added: fourteen warps of a multiprocessor, as many as its shared
+// memory holds, have 10 to 20 KB of float32 in flight, half of that of 16 bits. Boxes that reach beyond the tile, that are
+// mirrored or not full look where each element lies.
+// What places a patch is looked at by one lane for each patch, for some images at once where they have few; only that counts
+// in 64 bits.
+// Counted in the machine code for sm_90a, for the case above: 84 instructions a box of 192 pixels, 90 for 16 bits, 45 for four
+// vectors that are written, 300 to 370 a tile for all else: 13 to 14 a pixel, where boxes that are not full or not inside take
+// twice as many. Expected of the copy bandwidth: three quarters for float32, half to two thirds for 16-bit floats.
 #pragma once
+
+#include <algorithm>
 
 #include "common/radix.h"
 #include "common/tuning.h"
@@ -25,241 +35,424 @@
 namespace fastkd::crop {
 namespace {
 
-constexpr int kGradientAxes = 3;  // of an image: elements of a row, rows, planes
+constexpr int kTileThreads = 64;  // of a block: two warps, so that many blocks fill shared memory
+constexpr int kTileWarps = kTileThreads / kWarp;
+constexpr int kTileBytes = 15 << 10;  // of a warp's sums
+constexpr int kClearBytes = 3 << 10;  // of them that are zeroed in a row
+constexpr int kTogether = 28;         // patches of several tiles: what seven blocks leave of a multiprocessor's shared memory
+constexpr int kTileAxes = 4;          // parts of a run of columns, runs, tiles of rows, tiles of planes; and images
 
 template <typename T>
-constexpr int kMost = sizeof(T) == 2 ? 3 : kRepeats;  // vectors of a thread: sums take twice the registers of 16-bit floats
+constexpr int kMostSteps = sizeof(T) == 8 ? 4 : 8;  // elements of a box that a lane adds
+template <typename T>
+constexpr int kGroup = 16 / static_cast<int>(sizeof(Compute<T>));  // sums of 16 bytes
 
 struct BackwardParams {
   CropBackwardParams call;
-  Radix<kGradientAxes> radix;  // of the first of each `repeats` parts of the image gradients
-  Divisor<uint32_t> unit_of;   // by channels of a unit
-  int64_t total;               // elements of these first parts
-  int64_t part;                // elements from one part to the next
-  int64_t patch_part;          // the same in the patches
-  int repeats;
-  int plane_step;                              // planes of a part
-  bool is_aligned;                             // a vector of a patch is as well aligned in the next part
-  unsigned rounds;                             // of vectors for each thread
-  int64_t image_row, row;                      // of images and patches, elements
-  int64_t plane_size, patch_size, image_size;  // of a patch's planes, a patch, an image's patches, elements
-  Memory memory;                               // of the gradients of the patches
+  int64_t tiles;                                     // in all
+  int64_t rounds;                                    // tiles of a warp
+  int64_t count[kTileAxes];                          // of tiles along each axis
+  Radix<kTileAxes> radix;                            // of the tiles
+  int64_t row, image_row;                            // of patches and images, elements
+  int64_t plane_size, patch_size, box_step;          // of a patch's planes, a patch, from a box to the next: elements
+  int64_t span;                                      // of a run of columns that are split: whole units or one, elements
+  int planes, rows, columns;                         // of a tile
+  int pitch;                                         // of its rows, elements
+  int box_rows, box_columns;                         // of a box; its planes are those of the tile
+  int box;                                           // its elements
+  int visits;                                        // patches that a warp takes at a time
+  int together;                                      // tiles, whole images, whose patches it looks at at once
+  bool is_narrow;                                    // images and patches are no longer than kNarrow
+  bool is_tall;                                      // boxes hold all rows of a patch
+  bool is_wide;                                      // boxes are pieces of a row
+  bool is_split;                                     // rows of a tile are not whole rows of the image
+  Divisor<uint32_t> by_columns, by_groups, by_rows;  // of a tile; groups of columns, where it has whole ones
+  Divisor<uint32_t> by_box_columns, by_box_rows;     // of a box
+  Divisor<uint32_t> by_unit;                         // one longer than a box: takes no number apart
+  Divisor<uint32_t> by_visits;
   Constants constants;
 };
 
-// A vector's elements [begin, end) that lie in one row of an image. Int holds every coordinate of images and patches.
-template <typename Int>
-struct Target {
-  int begin, end;
-  unsigned part;  // first parts between that of the block's first vector and this one
-  int64_t image;
-  int64_t origin;          // of its plane in its image's first patch, in elements
-  Int plane, row, column;  // the column of element 0, in elements: before the row where begin > 0
-  Int channel;             // within its unit, of element `begin`
+// A part of an image's gradient. The same for the whole warp.
+struct Tile {
+  int64_t image, row, column;  // of its first element; the column in elements
+  unsigned plane, channel;     // of that element, the channel within its unit
+  int planes, rows, columns;
 };
 
-// A patch of the image, in elements and clamped to where it makes a difference. The same for the whole warp.
 template <typename Int>
-struct Place {
-  Int y, x;
+FASTKD_DEVICE Int least(Int a, Int b) {
+  return a < b ? a : b;
+}
+template <typename Int>
+FASTKD_DEVICE Int most(Int a, Int b) {
+  return a > b ? a : b;
+}
+
+FASTKD_DEVICE Tile tile_of(const BackwardParams& p, const Digits<kTileAxes>& at) {
+  const Geometry& g = p.call.geometry;
+  const int64_t part = at.at[0] * p.columns;
+  Tile tile;
+  tile.image = at.at[4];
+  tile.plane = static_cast<unsigned>(at.at[3]) * p.planes;
+  tile.row = at.at[2] * p.rows;
+  tile.column = at.at[1] * p.span + part;
+  tile.channel = static_cast<unsigned>(part);
+  if (p.span == p.image_row) tile.channel = p.by_unit.remainder(tile.channel, p.by_unit.quotient(tile.channel));
+  tile.planes = static_cast<int>(least<int64_t>(p.planes, g.planes - tile.plane));
+  tile.rows = static_cast<int>(least<int64_t>(p.rows, g.image_height - tile.row));
+  tile.columns = static_cast<int>(least<int64_t>(p.columns, p.span - part));
+  return tile;
+}
+// Its first element in the gradient.
+FASTKD_DEVICE int64_t out_of(const BackwardParams& p, const Tile& tile) {
+  const Geometry& g = p.call.geometry;
+  return ((tile.image * g.planes + tile.plane) * g.image_height + tile.row) * p.image_row + tile.column;
+}
+
+// Where a patch lies, as given.
+struct Origin {
+  int64_t y, x;
   bool flip;
 };
-
-// The elements of a vector from `begin` on, up to the end of their row. The vector is `local` elements into its block.
-template <typename T, typename Int>
-FASTKD_DEVICE Target<Int> target_of(const BackwardParams& p, int64_t block, const Digits<kGradientAxes>& base, unsigned local,
-                                    int begin) {
-  constexpr int kVector = kPack<T>;
-  Target<Int> target;
-  target.begin = begin;
-  target.part = 0;
-  target.channel = 0;
-  if constexpr (sizeof(Int) == 4) {
-    const NarrowDigits<kGradientAxes> at = p.radix.advance(base, local + begin);
-    target.column = static_cast<Int>(at.at[0]), target.row = static_cast<Int>(at.at[1]);
-    target.plane = static_cast<Int>(at.at[2]);
-    target.image = base.at[3] + at.over[2];
-    target.part = at.over[2];
-    if (p.call.geometry.unit > 1) {
-      target.channel = static_cast<Int>(p.unit_of.remainder(at.at[0], p.unit_of.quotient(at.at[0])));
-    }
-  } else {  // one plane at a time
-    const Digits<kGradientAxes> at = p.radix.split(block + local + begin);
-    target.column = at.at[0], target.row = at.at[1], target.plane = at.at[2], target.image = at.at[3];
-    target.channel = at.at[0] % p.call.geometry.unit;
-  }
-  const Int left = static_cast<Int>(p.image_row) - target.column;
-  target.end = left < kVector - begin ? begin + static_cast<int>(left) : kVector;
-  target.column -= begin;
-  target.origin = target.image * p.image_size + int64_t{target.plane} * p.plane_size;
-  return target;
+FASTKD_DEVICE Origin origin_of(const Geometry& g, int64_t patch) {
+  return {g.offsets[2 * patch], g.offsets[2 * patch + 1], g.flip != nullptr && g.flip[patch]};
 }
 
-// Elements [first, last) of the vector are covered by the patch; element 0 is at `at` of its row, before mirroring.
-template <typename Int>
-struct Cover {
-  Int row, at;
-  int first, last;
+// What a patch adds to a tile: boxes, one below the other. None: amount = 0.
+struct alignas(16) Visit {
+  int64_t source;   // the first element of the first box in the patches
+  uint32_t place;   // of that element in the tile, or beyond it: row, 16 bits, and column; where mirrored, of the unit
+  uint32_t amount;  // elements, 18 bits, where boxes are wide of as many whole ones; of a wide box, 9 bits; and what is special
+
+  static constexpr unsigned kElements = 1u << 18, kWide = 1u << 9;
+  static constexpr unsigned kMirrored = 1u << 30, kClipped = 1u << 31, kSpecial = kMirrored | kClipped;
+
+  FASTKD_DEVICE int row() const { return static_cast<int32_t>(place) >> 16; }
+  FASTKD_DEVICE int column() const { return static_cast<int16_t>(place); }
+  FASTKD_DEVICE int elements() const { return static_cast<int>(amount % kElements); }
+  FASTKD_DEVICE int wide() const { return static_cast<int>(amount / kElements % kWide); }
 };
+
+// Of the patch of that number. Int holds every coordinate of images and patches.
 template <typename Int>
-FASTKD_DEVICE Cover<Int> cover_of(const BackwardParams& p, const Target<Int>& target, const Place<Int>& place, int vector) {
-  const Int row = target.row - place.y, at = target.column - place.x;
-  const Int first = -at, last = static_cast<Int>(p.row) - at;  // of what the patch's row covers
-  const bool inside = row >= 0 && row < static_cast<Int>(p.call.geometry.height);
-  return {row, at,
-          !inside                ? vector
-          : first > target.begin ? first < vector ? static_cast<int>(first) : vector
-                                 : target.begin,
-          last < target.end ? last > 0 ? static_cast<int>(last) : 0 : target.end};
+FASTKD_DEVICE Visit visit_of(const BackwardParams& p, const Tile& tile, int64_t patch, const Origin& origin) {
+  const Geometry& g = p.call.geometry;
+  const Int height = static_cast<Int>(g.height), length = static_cast<Int>(p.row), unit = static_cast<Int>(g.unit);
+  // relative to the tile, and clamped to where it makes a difference
+  Int y, x;
+  if constexpr (sizeof(Int) == 4) {
+    y = static_cast<int>(origin.y), x = static_cast<int>(origin.x);
+    if (y != origin.y || x != origin.x) return {};
+    y = most(least(y, static_cast<int>(kNarrow)), -static_cast<int>(kNarrow)) - static_cast<int>(tile.row);
+    x = most(least(x, static_cast<int>(g.image_width)), -static_cast<int>(g.width)) * unit - static_cast<int>(tile.column);
+  } else {
+    y = clamp(origin.y, -g.height, g.image_height) - tile.row;
+    x = clamp(origin.x, -g.width, g.image_width) * unit - tile.column;
+  }
+  const Int top = most<Int>(y, 0), bottom = least<Int>(y + height, tile.rows);
+  const Int left = most<Int>(x, 0), right = least<Int>(x + length, tile.columns);
+  if (top >= bottom || left >= right) return {};
+  bool mirrored = origin.flip, clipped = x < 0 || x + length > tile.columns;
+  Int row = top, begin = 0, column = mirrored ? x + length - unit : x;
+  int elements, wide = 0;
+  if (p.is_wide) {
+    // what lies in the tile: whole units, or a part of one
+    clipped = false;
+    if (mirrored && p.span != g.unit) {
+      begin = x + length - right, column = right - unit;
+    } else if (mirrored) {
+      begin = length - unit + x + 2 * static_cast<Int>(tile.channel), column = left, mirrored = false;
+    } else {
+      begin = left - x, column = left;
+    }
+    wide = static_cast<int>(right - left);
+    elements = static_cast<int>(bottom - top) * p.box;
+  } else if (p.is_tall) {
+    row = y;
+    clipped = clipped || y < 0 || y + height > tile.rows;
+    elements = tile.planes * p.box_rows * p.box_columns;
+  } else {
+    elements = static_cast<int>(bottom - top) * p.box_columns;
+  }
+  Visit visit;
+  visit.source = patch * p.patch_size + tile.plane * p.plane_size + int64_t{row - y} * length + begin;
+  visit.place = static_cast<uint32_t>(row) << 16 | (static_cast<uint32_t>(column) & 0xffff);
+  visit.amount = static_cast<unsigned>(elements) | static_cast<unsigned>(wide) * Visit::kElements |
+                 (mirrored ? Visit::kMirrored : 0) | (clipped ? Visit::kClipped : 0);
+  return visit;
 }
 
-// Adds patch `index` of the image to the vectors, all loads before the first sum. + 0 where it does not cover them.
-template <typename T, typename Int>
-FASTKD_DEVICE void add_patch(const BackwardParams& p, const Target<Int>& target, int64_t index, const Place<Int>& place,
-                             Compute<T> (&sums)[kMost<T>][kPack<T>]) {
-  constexpr int kVector = kPack<T>, kSize = sizeof(T);
-  const Cover<Int> cover = cover_of(p, target, place, kVector);
-  if (cover.first >= cover.last) return;
-  const bool whole = cover.first == 0 && cover.last == kVector;
-  const int64_t row = target.origin + index * p.patch_size + int64_t{cover.row} * static_cast<Int>(p.row);
-  const T* const source = static_cast<const T*>(p.memory.data) + row;
-  const auto add = [&](int i, const Pack<T>& term) {
-    for (int e = 0; e < kVector; ++e) sums[i][e] += to_compute(term.value[e]);
-  };
-  if constexpr (kSize == 2) {
-    const int64_t offset = (row + cover.at) * kSize;
-    if (!place.flip && holds(p.memory, offset, offset + (p.repeats - 1) * p.patch_part * kSize, 16)) {
-      Run<16> runs[kMost<T>];
+// The boxes of visits [next, end), one after the other. The same for the whole warp.
+class Boxes {
+ public:
+  FASTKD_DEVICE Boxes(const Shared<Visit>& visits, unsigned next, unsigned end) : visits_(visits), next_(next), end_(end) {}
+
+  // Goes on to the next box, if there is one: of its visit what is left from there on.
+  FASTKD_DEVICE bool next(const BackwardParams& p, Visit& visit) {
+    left_ -= p.box;
+    if (left_ > 0) {
+      visit.source += p.box_step;
+      visit.place += static_cast<unsigned>(p.box_rows) << 16;
+      return true;
+    }
+    if (next_ == end_) return false;
+    visit = visits_.load(next_++);
+    left_ = visit.elements();
+    return true;
+  }
+  // Elements of this box.
+  FASTKD_DEVICE int limit(const BackwardParams& p, const Visit& visit) const {
+    return p.is_wide ? visit.wide() : least(left_, p.box);
+  }
+
+ private:
+  Shared<Visit> visits_;
+  unsigned next_, end_;
+  int left_ = 0;
+};
+
+// A box on its way: the patch's elements, lane by lane.
+template <typename T, int kSteps>
+struct Box {
+  T terms[kSteps];
+  uint32_t place;
+  int limit;
+  unsigned special;  // 0: all of its elements exist, and belong where they would in the tile's first corner
+};
+
+// The sums of a warp's tile.
+template <typename T, int kSteps>
+class TileSums {
+ public:
+  using Sum = Compute<T>;
+  static constexpr int kLanes = static_cast<int>(kWarp), kAll = kSteps * kLanes;
+
+  FASTKD_DEVICE explicit TileSums(const BackwardParams& p)
+      : sums_(kConstantsShared + warp_index() * kTileBytes, kTileBytes / sizeof(Sum)),
+        groups_(kConstantsShared + warp_index() * kTileBytes, kTileBytes / sizeof(Group)) {
 #pragma unroll
-      for (int i = 0; i < kMost<T>; ++i) {
-        if (i < p.repeats) load_run(p.memory, offset + i * p.patch_part * kSize, runs[i]);
-      }
+    for (int s = 0; s < kSteps; ++s) {
+      const unsigned element = s * kWarp + lane_index();
+      const unsigned line = p.by_box_columns.quotient(element), column = p.by_box_columns.remainder(element, line);
+      const unsigned plane = p.by_box_rows.quotient(line), row = p.by_box_rows.remainder(line, plane);
+      where_[s] = ((plane * p.rows + row) * p.pitch + column) << 20 | (row & 255) << 8 | (column & 255);
+    }
+  }
+
+  FASTKD_DEVICE void clear(const BackwardParams& p, const Tile& tile) const {
+    constexpr unsigned kOnce = kClearBytes / 16 / kWarp;
+    static_assert(kTileBytes / sizeof(Sum) <= 1 << 12 && kAll <= 1 << 8);
+    static_assert(kTileBytes % kClearBytes == 0 && kClearBytes % (16 * kWarp) == 0);
+    const unsigned end = static_cast<unsigned>(tile.planes * p.rows * p.pitch / kGroup<T>) + lane_index();
+#pragma unroll 1
+    for (unsigned i = lane_index(); i < end; i += kOnce * kWarp) {
 #pragma unroll
-      for (int i = 0; i < kMost<T>; ++i) {
-        if (i >= p.repeats) break;
-        Bytes<16> bytes = shifted<kSize>(runs[i].low, runs[i].high, shift_of<16>(p.memory, offset + i * p.patch_part * kSize));
-        if (!whole) keep(bytes, cover.first * kSize, cover.last * kSize);
-        add(i, bit_cast<Pack<T>>(bytes));
+      for (unsigned j = 0; j < kOnce; ++j) groups_.store(i + j * kWarp, {});
+    }
+  }
+
+  FASTKD_DEVICE void load(const BackwardParams& p, const Boxes& boxes, const Visit& visit, Box<T, kSteps>& box) const {
+    const T* const source = static_cast<const T*>(p.call.grad_patches) + visit.source + lane_index();
+    box.place = visit.place;
+    box.limit = boxes.limit(p, visit);
+    box.special = (visit.amount & Visit::kSpecial) | static_cast<unsigned>(box.limit ^ kAll);
+    if (box.limit == kAll) {
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) box.terms[s] = source[s * kLanes];
+    } else {
+      const int left = box.limit - static_cast<int>(lane_index());
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        if (s * kLanes < left) box.terms[s] = source[s * kLanes];
       }
+    }
+  }
+
+  FASTKD_DEVICE void add(const BackwardParams& p, const Tile& tile, const Box<T, kSteps>& box) const {
+    const int top = static_cast<int32_t>(box.place) >> 16, begin = static_cast<int16_t>(box.place);
+    const int first = top * p.pitch + begin;
+    Sum sums[kSteps];
+    if (box.special == 0) {
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) sums[s] = sums_.load((where_[s] >> 20) + first) + to_compute(box.terms[s]);
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) sums_.store((where_[s] >> 20) + first, sums[s]);
       return;
     }
-  }
-  Pack<T> terms[kMost<T>]{};
-  const T* const start = source + cover.at;
-  if (kSize > 2 && !place.flip && whole && p.is_aligned && reinterpret_cast<uintptr_t>(start) % 16 == 0) {
+    const bool mirrored = (box.special & Visit::kMirrored) != 0;
+    const int left = box.limit - static_cast<int>(lane_index());
+    int at[kSteps];
 #pragma unroll
-    for (int i = 0; i < kMost<T>; ++i) {
-      if (i < p.repeats) terms[i] = load_pack(start + i * p.patch_part);
-    }
-  } else {
-    const Int unit = static_cast<Int>(p.call.geometry.unit), mirror = static_cast<Int>(p.row) - unit;
-#pragma unroll
-    for (int i = 0; i < kMost<T>; ++i) {
-      if (i >= p.repeats) break;
-      const T* const plane = source + i * p.patch_part;
-      Int channel = target.channel;
-      for (int e = 0; e < kVector; ++e) {
-        const Int at = cover.at + e;
-        if (e >= cover.first && e < cover.last) terms[i].value[e] = plane[place.flip ? mirror - at + 2 * channel : at];
-        if (e >= target.begin && ++channel == unit) channel = 0;
+    for (int s = 0; s < kSteps; ++s) {
+      const int from = where_[s] & 255, row = top + static_cast<int>(where_[s] >> 8 & 255);
+      int column = begin + from;
+      at[s] = first + static_cast<int>(where_[s] >> 20);
+      if (mirrored) {
+        const int on = 2 * (static_cast<int>(p.by_unit.remainder(from, p.by_unit.quotient(from))) - from);
+        column += on, at[s] += on;
+      }
+      if (s * kLanes >= left || static_cast<unsigned>(row) >= static_cast<unsigned>(tile.rows) ||
+          static_cast<unsigned>(column) >= static_cast<unsigned>(tile.columns)) {
+        at[s] = -1;
       }
     }
-  }
 #pragma unroll
-  for (int i = 0; i < kMost<T>; ++i) {
-    if (i < p.repeats) add(i, terms[i]);
-  }
-}
-
-// Adds every patch to sums. All lanes of a warp come, with targets in the order of the lanes.
-template <typename T, typename Int>
-FASTKD_DEVICE void sum_patches(const BackwardParams& p, const Target<Int>& target, bool wanted,
-                               Compute<T> (&sums)[kMost<T>][kPack<T>]) {
-  const Geometry& g = p.call.geometry;
-  // what the warp covers: within one plane its rows are those from the first lane's to the last one's
-  const int64_t first_image = shuffle(target.image, 0), last_image = shuffle(target.image, kWarp - 1);
-  const Int first_plane = shuffle(target.plane, 0), last_plane = shuffle(target.plane, kWarp - 1);
-  const bool one_plane = first_image == last_image && first_plane == last_plane;
-  const Int top_row = shuffle(target.row, 0), bottom_row = shuffle(target.row, kWarp - 1);
-  const Int first_row = one_plane ? top_row : 0, last_row = one_plane ? bottom_row : static_cast<Int>(g.image_height - 1);
-  for (int64_t image = first_image; image <= last_image; ++image) {
-    for (int64_t top = g.patches - 1; top >= 0; top -= kWarp) {
-      const int64_t own = top - lane_index();
-      Place<Int> place{0, 0, false};
-      bool meets = false;
-      if (own >= 0) {
-        const int64_t patch = image * g.patches + own;
-        const int64_t y = clamp(g.offsets[2 * patch], -g.height, g.image_height);
-        const int64_t x = clamp(g.offsets[2 * patch + 1], -g.width, g.image_width);
-        place = {static_cast<Int>(y), static_cast<Int>(x * g.unit), g.flip != nullptr && g.flip[patch]};
-        meets = y <= last_row && y + g.height > first_row && x > -g.width && x < g.image_width;
-      }
-      for (unsigned votes = ballot(meets); votes != 0; votes &= votes - 1) {
-        const unsigned lane = lowest_bit(votes);
-        const Place<Int> at{shuffle(place.y, lane), shuffle(place.x, lane), shuffle(place.flip, lane)};
-        if (wanted && target.image == image) add_patch<T, Int>(p, target, top - lane, at, sums);
-      }
+    for (int s = 0; s < kSteps; ++s) {
+      if (at[s] >= 0) sums[s] = sums_.load(at[s]) + to_compute(box.terms[s]);
+    }
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      if (at[s] >= 0) sums_.store(at[s], sums[s]);
     }
   }
-}
 
-FASTKD_DEVICE Block<kGradientAxes> block_of(const BackwardParams& p, int64_t block, int vector) {
-  return block_of<kGradientAxes>(p, block, vector, [](const Digits<kGradientAxes>& base) { return base.at[3]; });
-}
-
-// inspect: streaming crop_backward_kernel<*> loads=128 stores=128
-template <typename T, typename Int>
-FASTKD_KERNEL(kThreads, 2)
-crop_backward_kernel(const BackwardParams p) {
-  constexpr int kVector = kPack<T>;
-  const ConstantsOnDevice constants(p.constants);
-  const auto block = block_of(p, block_index(), kVector);
-  const int unit = static_cast<int>(p.call.geometry.unit);
-#pragma unroll 1
-  for (unsigned round = 0; round < p.rounds; ++round) {
-    const unsigned local = (round * kThreads + thread_index()) * kVector;
-    const int64_t left = p.total - block.first - local;
-    const int count = left <= 0 ? 0 : left < kVector ? static_cast<int>(left) : kVector;
-    if (!any(count > 0)) break;
-    // a vector beyond the end has nothing to do, but its lane votes with the others: as if it were the last element
-    const unsigned at = count > 0 ? local : static_cast<unsigned>(p.total - block.first - 1);
-    Target<Int> target = target_of<T, Int>(p, block.first, block.base, at, 0);
-    const int64_t index = block.index(local, target.part);
-    int done = 0;
-    while (true) {
-      const bool wanted = done < count;
-      Compute<T> sums[kMost<T>][kVector] = {};
-      sum_patches<T, Int>(p, target, wanted, sums);
-      if (wanted) {
+  // `count` elements of the tile's rows from `row` on, which lie side by side in the gradient from element `out` on.
+  FASTKD_DEVICE void write(const BackwardParams& p, const Tile& tile, int row, int count, int64_t out,
+                           const ConstantsOnDevice& constants) const {
+    constexpr int kVector = kPack<T>, kGroups = kVector / kGroup<T>, kBatch = 4;
+    T* const to = static_cast<T*>(p.call.grad_images) + out;
+    const unsigned first = row * p.pitch;
+    if (!constants.any() && p.columns % kGroup<T> == 0 && out % kVector == 0 && count % kVector == 0) {
+      const int vectors = count / kVector;
+      const unsigned gap = (p.pitch - p.columns) / kGroup<T>;
+      const auto group = [&](unsigned i) { return groups_.load(first / kGroup<T> + i + p.by_groups.quotient(i) * gap); };
+      const auto vector = [&](int i) {
+        Sum sums[kVector];
 #pragma unroll
-        for (int i = 0; i < kMost<T>; ++i) {
-          if (i >= p.repeats) break;
-          Pack<T> pack;
-          int channel = static_cast<int>(unit > 1 ? target.channel : target.plane + i * p.plane_step);
-          for (int e = 0; e < kVector; ++e) {
-            pack.value[e] = constants.any() ? narrow<T>(crop_math::normalise<double>(sums[i][e], 0.0, constants.scale(channel)))
-                                            : from_compute<T>(sums[i][e]);
-            if (unit > 1 && e >= target.begin && e < target.end && ++channel == unit) channel = 0;
-          }
-          store(static_cast<T*>(p.call.grad_images) + index + i * p.part, target.begin, target.end, pack);
+        for (int j = 0; j < kGroups; ++j) {
+          const Group some = group(i * kGroups + j);
+#pragma unroll
+          for (int e = 0; e < kGroup<T>; ++e) sums[j * kGroup<T> + e] = some.value[e];
         }
-        done = target.end;
+        return pack_of<T>(sums);
+      };
+      int i = static_cast<int>(lane_index());
+#pragma unroll 1
+      for (; i + (kBatch - 1) * kLanes < vectors; i += kBatch * kLanes) {
+        Pack<T> packs[kBatch];
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) packs[j] = vector(i + j * kLanes);
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) store_pack_once(to + (i + j * kLanes) * kVector, packs[j]);
       }
-      if (!any(done < count)) break;
-      if (done < count) target = target_of<T, Int>(p, block.first, block.base, at, done);
+#pragma unroll 1
+      for (; i < vectors; i += kLanes) store_pack_once(to + i * kVector, vector(i));
+      return;
+    }
+#pragma unroll 2
+    for (int i = static_cast<int>(lane_index()); i < count; i += kLanes) {
+      const unsigned line = p.by_columns.quotient(i), column = p.by_columns.remainder(i, line);
+      Sum sum = sums_.load(first + line * p.pitch + column);
+      if (constants.any()) {
+        const unsigned at = tile.channel + column;
+        const unsigned channel = p.call.geometry.unit > 1 ? p.by_unit.remainder(at, p.by_unit.quotient(at))
+                                                          : tile.plane + p.by_rows.quotient(row + line);
+        sum = static_cast<Sum>(crop_math::normalise<double>(sum, 0.0, constants.scale(static_cast<int>(channel))));
+      }
+      to[i] = from_compute<T>(sum);
+    }
+  }
+
+ private:
+  struct alignas(16) Group {
+    Sum value[kGroup<T>];
+  };
+  Shared<Sum> sums_;
+  Shared<Group> groups_;
+  // where a box's element lies: in the tile, were its first one 0, 12 bits; row and column in a plane of the box, 8 bits each
+  uint32_t where_[kSteps];
+};
+
+// inspect: streaming crop_backward_kernel<[BF]*> loads=16
+// inspect: streaming crop_backward_kernel<float,*> loads=32
+// inspect: streaming crop_backward_kernel<double,*> loads=64
+// inspect: streaming crop_backward_kernel<*> stores=128
+template <typename T, int kSteps>
+FASTKD_KERNEL(kTileThreads, 7)
+crop_backward_kernel(const BackwardParams p) {
+  const Geometry& g = p.call.geometry;
+  const ConstantsOnDevice constants(p.constants);
+  const int64_t warp = int64_t{block_index()} * kTileWarps + warp_index();
+  const unsigned lane = lane_index(), most = static_cast<unsigned>(p.together * p.visits);
+  const Shared<Visit> visits(kConstantsShared + kTileWarps * kTileBytes + warp_index() * most * sizeof(Visit), most);
+  const TileSums<T, kSteps> sums(p);
+  const unsigned turn_of_lane = p.by_visits.quotient(lane), patch_of_lane = p.by_visits.remainder(lane, turn_of_lane);
+  int64_t left = least(p.rounds, p.tiles - warp * p.rounds);
+  Digits<kTileAxes> at = p.radix.split(warp * p.rounds);
+  unsigned turn = 0, votes = 0;  // of the tiles that were looked at together
+#pragma unroll 1
+  for (; left > 0; --left) {
+    const Tile tile = tile_of(p, at);
+    sums.clear(p, tile);
+#pragma unroll 1
+    for (int64_t top = g.patches - 1; top >= 0; top -= p.visits) {
+      if (turn == 0) {
+        Visit visit{};
+        if (turn_of_lane < least<int64_t>(p.together, left) && patch_of_lane <= top) {
+          const int64_t patch = (tile.image + turn_of_lane) * g.patches + top - patch_of_lane;
+          const Origin origin = origin_of(g, patch);
+          visit = p.is_narrow ? visit_of<int>(p, tile, patch, origin) : visit_of<int64_t>(p, tile, patch, origin);
+        }
+        votes = ballot(visit.amount != 0);
+        if (visit.amount != 0) visits.store(bit_count(votes & ((1u << lane) - 1)), visit);
+      }
+      warp_barrier();
+      const unsigned before = turn * p.visits;
+      const unsigned first = bit_count(votes & ((1u << before) - 1));
+      const unsigned count = bit_count(votes >> before & (~0u >> (kWarp - p.visits)));
+      Boxes boxes(visits, first, first + count);
+      Visit now{};
+      Box<T, kSteps> box, other;
+      if (boxes.next(p, now)) {
+        sums.load(p, boxes, now, box);
+        while (true) {
+          bool more = boxes.next(p, now);
+          if (more) sums.load(p, boxes, now, other);
+          sums.add(p, tile, box);
+          warp_barrier();
+          if (!more) break;
+          more = boxes.next(p, now);
+          if (more) sums.load(p, boxes, now, box);
+          sums.add(p, tile, other);
+          warp_barrier();
+          if (!more) break;
+        }
+      }
+    }
+    warp_barrier();
+    const int runs = p.is_split ? tile.rows : 1, run = (p.is_split ? 1 : tile.planes * tile.rows) * tile.columns;
+    const int64_t out = out_of(p, tile);
+#pragma unroll 1
+    for (int row = 0; row < runs; ++row) sums.write(p, tile, row, run, out + row * p.image_row, constants);
+    warp_barrier();
+    if (++turn == static_cast<unsigned>(p.together)) turn = 0;
+    for (int axis = 0; axis < kTileAxes; ++axis) {
+      if (++at.at[axis] < p.count[axis]) break;
+      at.at[axis] = 0;
+      if (axis == kTileAxes - 1) ++at.at[kTileAxes];
     }
   }
 }
 
 using BackwardKernel = void (*)(BackwardParams);
 
-template <typename Int>
-BackwardKernel backward_of(Dtype dtype) {
+// Of boxes of so many elements.
+template <typename T>
+BackwardKernel backward_of(int box) {
+  const int steps = (box + static_cast<int>(kWarp) - 1) / static_cast<int>(kWarp);
+  if constexpr (kMostSteps<T> > 4) {
+    if (steps > 6) return crop_backward_kernel<T, 8>;
+    if (steps > 4) return crop_backward_kernel<T, 6>;
+  }
+  return steps > 2 ? crop_backward_kernel<T, 4> : crop_backward_kernel<T, 2>;
+}
+inline BackwardKernel backward_of(Dtype dtype, int box) {
   switch (dtype) {
-    case Dtype::kFloat64: return crop_backward_kernel<double, Int>;
-    case Dtype::kBFloat16: return crop_backward_kernel<BFloat16, Int>;
-    case Dtype::kFloat16: return crop_backward_kernel<Float16, Int>;
-    default: return crop_backward_kernel<float, Int>;
+    case Dtype::kFloat64: return backward_of<double>(box);
+    case Dtype::kBFloat16: return backward_of<BFloat16>(box);
+    case Dtype::kFloat16: return backward_of<Float16>(box);
+    default: return backward_of<float>(box);
   }
 }
 
@@ -269,39 +462,79 @@ struct BackwardPlan {
   ::fastkd::Geometry launch;
 };
 
-// Of a call with at least one element. Images or patches longer than `narrow` are counted in 64 bits.
+struct BackwardLimits {
+  unsigned multiprocessors;
+  int64_t tile_bytes = kTileBytes;          // no less than a row of 16 pixels in fp64
+  int64_t box = kMostSteps<float> * kWarp;  // elements, at most
+  int64_t rounds = 0;                       // tiles of a warp; 0: as many as there are enough of
+};
+
+// Of a call with at least one element.
 inline BackwardPlan plan_backward(const CropBackwardParams& call, int64_t images, const Constants& constants,
-                                  unsigned multiprocessors, int64_t narrow = kNarrow) {
+                                  const BackwardLimits& limits) {
   const Geometry& g = call.geometry;
-  BackwardParams params{};
-  params.image_row = g.image_width * g.unit;
-  const int64_t plane = g.image_height * params.image_row, all = images * g.planes * plane, vector = 16 / call.size;
-  params.call = call;
-  params.constants = constants;
-  params.row = g.width * g.unit;
-  params.plane_size = g.height * params.row;
-  params.patch_size = g.planes * params.plane_size;
-  params.image_size = g.patches * params.patch_size;
-  params.memory = {call.grad_patches, images * params.image_size * call.size};
-  const bool is_narrow =
-      g.image_height <= narrow && g.height <= narrow && params.image_row <= narrow && params.row <= narrow && g.planes <= narrow;
-  const int64_t most = call.size == 2 ? kMost<BFloat16> : kMost<float>;
-  params.repeats = is_narrow ? static_cast<int>(even_parts(most, g.planes, plane, vector)) : 1;
-  const int64_t planes = g.planes / params.repeats;
-  params.part = planes * plane;
-  params.patch_part = planes * params.plane_size;
-  params.plane_step = static_cast<int>(planes);
-  params.is_aligned = params.patch_part % vector == 0;
-  params.total = all / params.repeats;
-  params.radix = Radix<kGradientAxes>({params.image_row, g.image_height, planes});
-  if (is_narrow) params.unit_of = Divisor<uint32_t>(static_cast<uint32_t>(g.unit));
-  const int64_t vectors = params.total / vector + (params.total % vector != 0);
-  params.rounds =
-      vectors >= int64_t{64} * kThreads * multiprocessors ? static_cast<unsigned>(tuned(Knob::kCropBackwardRounds)) : 1;
-  const int64_t run = params.rounds * int64_t{kThreads}, blocks = vectors / run + (vectors % run != 0);
-  FASTKD_CHECK(blocks <= kMaxBlocks, "grad_images would have ", all, " elements, more than a launch can make");
-  const BackwardKernel kernel = is_narrow ? backward_of<int32_t>(call.dtype) : backward_of<int64_t>(call.dtype);
-  return {params, kernel, {static_cast<unsigned>(blocks), kThreads, 1, kConstantsShared}};
+  const auto parts = [](int64_t whole, int64_t part) { return whole / part + (whole % part != 0); };
+  // the largest part up to `most`, where all are as equal as can be
+  const auto even = [&](int64_t whole, int64_t most) { return parts(whole, parts(whole, std::max<int64_t>(most, 1))); };
+  const int64_t box = std::min<int64_t>(limits.box, kWarp * (call.size == 8 ? kMostSteps<double> : kMostSteps<float>));
+  const int64_t most = limits.tile_bytes / (call.size < 4 ? 4 : call.size);
+  BackwardParams p{};
+  p.call = call;
+  p.constants = constants;
+  p.row = g.width * g.unit;
+  p.image_row = g.image_width * g.unit;
+  p.is_wide = p.row > box;
+  p.span = g.unit > box ? g.unit : p.image_row;
+  if (p.is_wide) {
+    p.columns = static_cast<int>(g.unit > box ? even(g.unit, box) : std::min(p.image_row, box / g.unit * g.unit));
+  } else {
+    p.columns = static_cast<int>(p.image_row <= most / 2 ? p.image_row : most / 4);
+  }
+  p.is_split = p.columns < p.image_row;
+  p.box_columns = static_cast<int>(p.is_wide ? p.columns : p.row);
+  // as a row of the box modulo the banks, where steps of a warp go beyond a row; whole groups
+  p.pitch = (p.columns + 3) / 4 * 4;
+  if (p.box_columns < 32 && g.height > 1) {
+    const int wide = p.pitch + ((p.box_columns + 3) / 4 * 4 - p.pitch % 32 + 32) % 32;
+    if (wide <= p.pitch + p.pitch / 2 && wide <= most) p.pitch = wide;
+  }
+  const int64_t plane = g.image_height * p.pitch;
+  p.plane_size = g.height * p.row;
+  p.patch_size = g.planes * p.plane_size;
+  p.is_narrow = g.image_height <= kNarrow && g.height <= kNarrow && p.image_row <= kNarrow && p.row <= kNarrow;
+  p.rows = static_cast<int>(even(g.image_height, most / p.pitch));
+  p.planes = 1;
+  p.is_tall = !p.is_wide && p.plane_size <= box;
+  if (p.is_tall) {
+    p.box_rows = static_cast<int>(g.height);
+    if (!p.is_split && p.rows == g.image_height) {
+      p.planes = static_cast<int>(even(g.planes, std::min(box / p.plane_size, most / plane)));
+    }
+  } else {
+    p.box_rows = static_cast<int>(p.is_wide ? 1 : box / p.row);
+  }
+  p.box = p.planes * p.box_rows * p.box_columns;
+  p.box_step = p.box_rows * p.row;
+  p.count[0] = parts(p.span, p.columns);
+  p.count[1] = parts(p.image_row, p.span);
+  p.count[2] = parts(g.image_height, p.rows);
+  p.count[3] = parts(g.planes, p.planes);
+  p.radix = Radix<kTileAxes>(p.count);
+  p.by_columns = Divisor<uint32_t>(p.columns), p.by_rows = Divisor<uint32_t>(p.rows);
+  p.by_groups = Divisor<uint32_t>(std::max(1, p.columns / (call.size == 8 ? kGroup<double> : kGroup<float>)));
+  p.by_box_columns = Divisor<uint32_t>(p.box_columns), p.by_box_rows = Divisor<uint32_t>(p.box_rows);
+  p.by_unit = Divisor<uint32_t>(g.unit > box ? INT32_MAX : static_cast<uint32_t>(g.unit));
+  p.tiles = images * p.count[0] * p.count[1] * p.count[2] * p.count[3];
+  // several tiles a warp, to work out but once what lies where in a box, as long as there are many for every multiprocessor
+  const int64_t rounds =
+      std::clamp<int64_t>(p.tiles / (int64_t{128} * limits.multiprocessors), 1, tuned(Knob::kCropBackwardRounds));
+  p.rounds = limits.rounds > 0 ? limits.rounds : std::max(rounds, parts(p.tiles, int64_t{kMaxBlocks} * kTileWarps));
+  const int64_t blocks = parts(p.tiles, p.rounds * kTileWarps);
+  p.visits = static_cast<int>(std::clamp<int64_t>(g.patches, 1, kWarp));
+  p.together = static_cast<int>(p.tiles == images ? std::clamp<int64_t>(kTogether / p.visits, 1, p.rounds) : 1);
+  p.by_visits = Divisor<uint32_t>(p.visits);
+  const std::size_t shared_bytes = kConstantsShared + kTileWarps * (kTileBytes + p.together * p.visits * sizeof(Visit));
+  return {p, backward_of(call.dtype, p.box), {static_cast<unsigned>(blocks), kTileThreads, 1, shared_bytes}};
 }
 
 }  // namespace

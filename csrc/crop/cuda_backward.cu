@@ -13,7 +13,7 @@ Tensor crop_backward(Tensor grad_patches, Tensor offsets, std::optional<Tensor> 
   if (call.out.numel() == 0) return call.out;
   const Geometry& g = call.params.geometry;
   const PlacedConstants placed = place_constants(context, {}, scale, g.planes * g.unit);
-  const BackwardPlan plan = plan_backward(call.params, call.out.size(0), placed.constants, context.limits().multiprocessors);
+  const BackwardPlan plan = plan_backward(call.params, call.out.size(0), placed.constants, {context.limits().multiprocessors});
   context.launch("crop_backward", plan.kernel, plan.launch, plan.params);
   return call.out;
 }

@@ -6,22 +6,26 @@
 // for a vector of 16 bytes of the output. An H200 copies about 4.3 TB/s: 19 bytes a clock and multiprocessor, so a warp has
 // 55 clocks, 220 instructions, for the 1 KiB of 32 vectors. Where a vector comes from takes 160 of them, so a thread works
 // that out once for up to four vectors that differ in nothing but the plane, or the row. Counted in the machine code for
-// sm_90a: 125 a vector for four float32 planes or rows, 145 for three; another 15 for normalisation.
-// Expected of the copy bandwidth: 85 to 90 % for large batches of float32; three quarters for uint8 to float32, which has
-// 140 instructions for its 20 bytes, and where neither planes nor rows split evenly.
+// sm_90a: 125 a vector for four float32 planes or rows, 150 for three; for uint8 and three planes 150 to float32 and 200 to
+// bfloat16. In flight for each multiprocessor: 24 warps, up to four vectors of two loads each, 48 KB and more of float32.
+// Expected of the copy bandwidth: 85 % for large batches of float32; three quarters for uint8 to float32, half for uint8 to
+// bfloat16, and three quarters where neither planes nor rows split evenly. Short rows cost more than they say: of a row of 8
+// float32 at any column, memory gives two sectors or three vectors for two.
 //
 // Mapping: a thread makes whole 16-byte vectors of the output, counted through it without regard to rows, so every store is
 // an aligned one and a warp writes 512 bytes in a row, or as many as a plane has. A block divides the index of its first
 // vector once, in 64 bits; its threads count on from there with 32-bit multiplications (radix.h). What a vector takes from
 // one row of the image is one run of bytes at any alignment: it is read as the one or two aligned vectors that hold it and
-// shifted in registers (segment.cuh), all loads of a thread before the first use. Borders are masks. A vector that holds the
+// shifted in registers (segment.cuh), all loads of a thread before the first use, and where its next vector comes from is
+// asked for before them. Borders are masks. A vector that holds the
 // end of a row takes another turn for the next one. Element by element go mirrored pixels of several channels side by side,
 // the few runs at the very ends of the tensor, where aligned vectors reach out, and images of more than 2^29 elements each.
 //
 // Normalisation runs in fp64 as on the CPU, subtract, then multiply: the compiler cannot fuse that, so the bits are the same.
 //
 // Where a patch comes from is the business of a Places: given by the caller (forward_kernels.cuh), or drawn (batch/). Its
-// origin(image, patch) says image, y and x of the top left corner in it, flip, and is_missing: no such image, the patch is NaN.
+// origin(image, patch) says which image, y and x of the top left corner in it, flip, and is_missing: no such image, the patch
+// is NaN; kInMemory: origin() loads it.
 #pragma once
 
 #include "common/radix.h"
@@ -65,15 +69,19 @@ struct Piece {
   int64_t offset;  // of the run of the first part, bytes
 };
 
-// From element `begin` of the vector on, up to the end of the row.
-template <typename In, int kVector, typename Places>
-FASTKD_DEVICE Piece piece_of(const ForwardParams& p, const Places& places, const Digits<kVectorAxes>& base, unsigned local,
-                             int begin) {
-  constexpr int kSize = sizeof(In);
-  const Geometry& g = p.call.geometry;
-  const NarrowDigits<kVectorAxes> at = p.radix.advance(base, local + begin);
+// Of the patch that holds an element of the output.
+template <typename Places>
+FASTKD_DEVICE typename Places::Origin origin_of(const ForwardParams& p, const Places& places, const Digits<kVectorAxes>& base,
+                                                const NarrowDigits<kVectorAxes>& at) {
   const int64_t image = base.at[4] + at.over[3];
-  const auto origin = places.origin(image, image * g.patches + at.at[3]);
+  return places.origin(image, image * p.call.geometry.patches + at.at[3]);
+}
+
+// From element `begin` of the vector on, which is at these coordinates, up to the end of the row.
+template <typename In, int kVector, typename Origin>
+FASTKD_DEVICE Piece piece_of(const ForwardParams& p, const Digits<kVectorAxes>& base, const NarrowDigits<kVectorAxes>& at,
+                             const Origin& origin, int begin) {
+  constexpr int kSize = sizeof(In);
   const int y = static_cast<int>(clamp(origin.y(), -p.height, p.image_height));
   const int x = static_cast<int>(clamp(origin.x(), -p.width, p.image_width));
   const int column = static_cast<int>(at.at[0]) - begin;  // of element 0: before the row where begin > 0
@@ -91,8 +99,9 @@ FASTKD_DEVICE Piece piece_of(const ForwardParams& p, const Places& places, const
   const int start = x * p.unit + (piece.flip ? p.row - kVector - column : column);
   piece.first = larger(piece.flip ? kVector - piece.end : begin, -start);
   piece.last = smaller(piece.flip ? kVector - begin : piece.end, p.image_row - start);
-  piece.offset =
-      (origin.image() * p.call.image_stride + piece.plane * p.call.plane_stride + piece.row * p.call.row_stride + start) * kSize;
+  piece.offset = (origin.image(base.at[4] + at.over[3]) * p.call.image_stride + piece.plane * p.call.plane_stride +
+                  piece.row * p.call.row_stride + start) *
+                 kSize;
   piece.gather = piece.first < piece.last &&
                  ((piece.flip && p.unit > 1) ||
                   !holds(p.memory, piece.offset, piece.offset + (p.repeats - 1) * p.source_step * kSize, kVector * kSize));
@@ -109,7 +118,7 @@ FASTKD_DEVICE Bytes<kBytes> gather(const ForwardParams& p, const Places& places,
   // in unsigned arithmetic, y may be anything: a sum that wraps is never a row of the image
   const uint64_t row = static_cast<uint64_t>(origin.y()) + static_cast<uint64_t>(at.at[2]);
   const bool inside = row < static_cast<uint64_t>(g.image_height), flip = origin.flip();
-  const In* const source = static_cast<const In*>(p.call.images) + origin.image() * p.call.image_stride +
+  const In* const source = static_cast<const In*>(p.call.images) + origin.image(at.at[5]) * p.call.image_stride +
                            at.at[3] * p.call.plane_stride + (inside ? static_cast<int64_t>(row) : 0) * p.call.row_stride;
   int64_t column = at.at[1] * g.unit + at.at[0], channel = at.at[0];
   Bytes<kBytes> result{};
@@ -136,6 +145,9 @@ FASTKD_DEVICE Bytes<kBytes> place_run(const Piece& piece, const Run<kBytes>& run
   return piece.flip ? reversed<kSize>(bytes) : bytes;
 }
 
+// Vectors of a thread: what 16-bit floats are converted in takes twice their registers.
+FASTKD_HOST_DEVICE constexpr int most_repeats(bool converts, int64_t in_size) { return converts && in_size == 2 ? 3 : kRepeats; }
+
 template <typename In, typename Out>
 constexpr bool kConverts = !std::is_same_v<In, Out> || !std::is_integral_v<Out>;
 
@@ -146,20 +158,28 @@ FASTKD_DEVICE Pack<Out> convert(const Bytes<kBytes>& bytes, int begin, int end, 
   if constexpr (!kConverts<In, Out>) {
     return bit_cast<Pack<Out>>(bytes);
   } else {
-    Pack<Out> out;
-    if (is_missing) {
-      for (int i = 0; i < kPack<Out>; ++i) out.value[i] = narrow<Out>(bit_cast<double>(UINT64_C(0x7ff8000000000000)));
-      return out;
-    }
     double center = 0, scale = 1;
     if (constants.any()) center = constants.center(channel), scale = constants.scale(channel);
+    if (is_missing) center = bit_cast<double>(UINT64_C(0x7ff8000000000000));
+    Compute<Out> values[kPack<Out>];
+    // without a branch between them, elements are computed side by side; 16-bit floats have no registers for that twice
+    const bool alike = unit == 1 || !constants.any() || is_missing;
+    const auto value = [&](int i) {
+      values[i] = static_cast<Compute<Out>>(crop_math::normalise(widen(element<In>(bytes, i)), center, scale));
+    };
+    if (sizeof(In) != 2 && alike) {
+#pragma unroll
+      for (int i = 0; i < kPack<Out>; ++i) value(i);
+      return pack_of<Out>(values);
+    }
+#pragma unroll
     for (int i = 0; i < kPack<Out>; ++i) {
-      out.value[i] = narrow<Out>(crop_math::normalise(widen(element<In>(bytes, i)), center, scale));
-      if (unit == 1 || !constants.any() || i < begin || i >= end) continue;
+      value(i);
+      if (alike || i < begin || i >= end) continue;
       if (++channel == unit) channel = 0;
       center = constants.center(channel), scale = constants.scale(channel);
     }
-    return out;
+    return pack_of<Out>(values);
   }
 }
 
@@ -193,35 +213,60 @@ FASTKD_DEVICE Block<kVectorAxes> block_of(const ForwardParams& p, int64_t block,
 template <typename In, typename Out, typename Places>
 FASTKD_DEVICE void crop_block(const ForwardParams& p, const Block<kVectorAxes>& block, const Places& places,
                               const ConstantsOnDevice& constants) {
-  constexpr int kVector = kPack<Out>, kBytes = kVector * sizeof(In);
+  constexpr int kVector = kPack<Out>, kBytes = kVector * sizeof(In), kMost = most_repeats(kConverts<In, Out>, sizeof(In));
+  const auto local_of = [&](unsigned round) { return (round * kThreads + thread_index()) * kVector; };
+  if (!p.is_narrow) {
 #pragma unroll 1
-  for (unsigned round = 0; round < p.rounds; ++round) {
-    const unsigned local = (round * kThreads + thread_index()) * kVector;
-    const int64_t left = p.total - block.first - local;
-    if (left <= 0) break;
+    for (unsigned round = 0; round < p.rounds; ++round) {
+      const int64_t index = block.first + local_of(round), left = p.total - index;
+      if (left <= 0) break;
+      crop_wide<In, Out>(p, places, index, left < kVector ? static_cast<int>(left) : kVector, constants);
+    }
+    return;
+  }
+  int64_t left = p.total - block.first - local_of(0);
+  if (left <= 0) return;
+  using Origin = typename Places::Origin;
+  // where the next vector comes from is on its way while the pixels of this one are, but where registers are short
+  constexpr bool kAhead = Places::kInMemory && (!kConverts<In, Out> || sizeof(In) != 2);
+  Origin next;
+  if constexpr (kAhead) next = origin_of(p, places, block.base, p.radix.advance(block.base, local_of(0)));
+#pragma unroll 1
+  for (unsigned round = 0; round < p.rounds && left > 0; ++round, left -= kThreads * kVector) {
+    const unsigned local = local_of(round);
     const int count = left < kVector ? static_cast<int>(left) : kVector;
-    if (!p.is_narrow) {
-      crop_wide<In, Out>(p, places, block.first + local, count, constants);
-      continue;
+    Origin origin;
+    if constexpr (kAhead) {
+      origin = next;
+      if (round + 1 < p.rounds && left > kThreads * kVector) {
+        next = origin_of(p, places, block.base, p.radix.advance(block.base, local_of(round + 1)));
+      }
     }
     for (int begin = 0; begin < count;) {
-      const Piece piece = piece_of<In, kVector>(p, places, block.base, local, begin);
+      const NarrowDigits<kVectorAxes> at = p.radix.advance(block.base, local + begin);
+      if (!kAhead || begin > 0) origin = origin_of(p, places, block.base, at);
+      const Piece piece = piece_of<In, kVector>(p, block.base, at, origin, begin);
       const int64_t index = block.index(local, piece.part);
       const auto offset = [&](int i) { return piece.offset + i * p.source_step * static_cast<int>(sizeof(In)); };
-      Run<kBytes> runs[kRepeats];
-#pragma unroll
-      for (int i = 0; i < kRepeats; ++i) {
-        const bool inside = static_cast<unsigned>(piece.row + i * p.row_step) < static_cast<unsigned>(p.image_height);
-        if (i < p.repeats && inside && piece.first < piece.last && !piece.gather) load_run(p.memory, offset(i), runs[i]);
-      }
-#pragma unroll
-      for (int i = 0; i < kRepeats; ++i) {
-        if (i >= p.repeats) break;
-        const Bytes<kBytes> bytes = piece.gather ? gather<In, kBytes>(p, places, index + i * p.part, piece.begin, piece.end)
-                                                 : place_run<In>(piece, runs[i], shift_of<kBytes>(p.memory, offset(i)));
+      const auto put = [&](int i, const Bytes<kBytes>& bytes) {
         store(static_cast<Out*>(p.call.patches) + index + i * p.part, piece.begin, piece.end,
               convert<In, Out>(bytes, piece.begin, piece.end, p.unit, p.unit > 1 ? piece.channel : piece.plane + i * p.plane_step,
                                piece.is_missing, constants));
+      };
+      if (piece.gather) {
+#pragma unroll 1
+        for (int i = 0; i < p.repeats; ++i) put(i, gather<In, kBytes>(p, places, index + i * p.part, piece.begin, piece.end));
+      } else {
+        Run<kBytes> runs[kMost];
+#pragma unroll
+        for (int i = 0; i < kMost; ++i) {
+          const bool inside = static_cast<unsigned>(piece.row + i * p.row_step) < static_cast<unsigned>(p.image_height);
+          if (i < p.repeats && inside && piece.first < piece.last) load_run(p.memory, offset(i), runs[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < kMost; ++i) {
+          if (i < p.repeats) put(i, place_run<In>(piece, runs[i], shift_of<kBytes>(p.memory, offset(i))));
+        }
       }
       begin = piece.end;
     }
@@ -263,7 +308,8 @@ inline ForwardLayout lay_out_forward(CropParams call, int64_t batch, int64_t ima
   params.repeats = 1;
   int64_t rows = g.height, planes = g.planes;
   if (params.is_narrow) {
-    const int64_t by_planes = even_parts(kRepeats, planes, rows * row, vector), by_rows = even_parts(kRepeats, rows, row, vector);
+    const int64_t most = most_repeats(call.convert, call.in_size);
+    const int64_t by_planes = even_parts(most, planes, rows * row, vector), by_rows = even_parts(most, rows, row, vector);
     if (by_planes >= by_rows) {
       params.repeats = static_cast<int>(by_planes);
       planes /= by_planes;

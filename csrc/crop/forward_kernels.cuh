@@ -10,19 +10,27 @@ namespace fastkd::crop {
 namespace {
 
 struct GivenPlaces {
-  struct Origin {
-    const Geometry& g;
-    int64_t of_image, patch;
+  static constexpr bool kInMemory = true;
 
-    FASTKD_DEVICE int64_t image() const { return of_image; }
-    FASTKD_DEVICE int64_t y() const { return g.offsets[2 * patch]; }
-    FASTKD_DEVICE int64_t x() const { return g.offsets[2 * patch + 1]; }
-    FASTKD_DEVICE bool flip() const { return g.flip != nullptr && g.flip[patch]; }
+  class Origin {
+   public:
+    Origin() = default;
+    FASTKD_DEVICE Origin(const Geometry& g, int64_t patch)
+        : y_(g.offsets[2 * patch]), x_(g.offsets[2 * patch + 1]), flip_(g.flip != nullptr && g.flip[patch]) {}
+
+    FASTKD_DEVICE static int64_t image(int64_t of) { return of; }
+    FASTKD_DEVICE int64_t y() const { return y_; }
+    FASTKD_DEVICE int64_t x() const { return x_; }
+    FASTKD_DEVICE bool flip() const { return flip_; }
     FASTKD_DEVICE static constexpr bool is_missing() { return false; }
+
+   private:
+    int64_t y_, x_;
+    bool flip_;
   };
   const Geometry& geometry;  // where launch parameters are: no registers for its pointers
 
-  FASTKD_DEVICE Origin origin(int64_t image, int64_t patch) const { return {geometry, image, patch}; }
+  FASTKD_DEVICE Origin origin(int64_t /*image*/, int64_t patch) const { return {geometry, patch}; }
 };
 
 // inspect: streaming crop_kernel<unsignedchar,*> loads=16 stores=128

@@ -16,11 +16,6 @@ std::tuple<Tensor, Tensor> draw_batch_within(Tensor table, Tensor block_weight, 
   return {call.patches.out, call.indices};
 }
 
-struct OneItem {
-  int64_t item, y, x;
-  FASTKD_DEVICE Drawn origin(int64_t, int64_t) const { return {2 * item, static_cast<int32_t>(y), static_cast<int32_t>(x)}; }
-};
-
 // sizes: items, batch, planes, image height and width, crop height and width. Of a thread of a launch to float32 whose image
 // is `item` of packed images at (y, x): its vector's index in the batch, the elements of its first piece, their row and
 // plane, the first one's byte in the collection; the first image that the block meets and how many at most; elements of an
@@ -38,7 +33,8 @@ Tensor draw_batch_where(std::vector<int64_t> sizes, std::vector<int64_t> item, i
   const ForwardParams& p = plan.params.crop;
   const Block<kVectorAxes> b = block_of(p, block, 4);
   const unsigned local = static_cast<unsigned>((round * kThreads + thread) * 4);
-  const Piece piece = piece_of<uint8_t, 4>(p, OneItem{item[0], item[1], item[2]}, b.base, local, 0);
+  const Drawn drawn{2 * item[0], static_cast<int32_t>(item[1]), static_cast<int32_t>(item[2])};
+  const Piece piece = piece_of<uint8_t, 4>(p, b.base, p.radix.advance(b.base, local), drawn, 0);
   const int64_t values[] = {
       b.index(local, piece.part), piece.end, piece.row, piece.plane, piece.offset, b.base.at[kVectorAxes], plan.params.most,
       plan.params.elements,       p.total,   p.part,    p.repeats,   p.rounds,     plan.launch.blocks};

@@ -18,13 +18,14 @@ Tensor crop_narrow(Tensor images, Tensor offsets, std::optional<Tensor> flip, in
   return call.out;
 }
 
-Tensor crop_backward_narrow(Tensor grad_patches, Tensor offsets, std::optional<Tensor> flip, int64_t height, int64_t width,
-                            std::vector<double> scale, int64_t narrow) {
+// With tiles and boxes of no more than so many bytes and elements, and so many tiles a warp, if not 0.
+Tensor crop_backward_within(Tensor grad_patches, Tensor offsets, std::optional<Tensor> flip, int64_t height, int64_t width,
+                            std::vector<double> scale, int64_t tile_bytes, int64_t box, int64_t rounds) {
   const DeviceContext context(grad_patches);
   const CropBackwardCall call = make_crop_backward(context, grad_patches, offsets, flip, height, width, scale);
   if (call.out.numel() == 0) return call.out;
   const PlacedConstants placed = place_constants(context, {}, scale, grad_patches.size(1));
-  const BackwardPlan plan = plan_backward(call.params, call.out.size(0), placed.constants, 1, narrow);
+  const BackwardPlan plan = plan_backward(call.params, call.out.size(0), placed.constants, {1, tile_bytes, box, rounds});
   context.launch("crop_backward", plan.kernel, plan.launch, plan.params);
   return call.out;
 }
@@ -54,23 +55,29 @@ Tensor crop_where(Tensor offsets, std::vector<int64_t> sizes, int64_t block, int
   const ForwardParams& p = plan.params;
   const Block<kVectorAxes> b = block_of(p, block, 4);
   const unsigned local = static_cast<unsigned>((round * kThreads + thread) * 4);
-  const Piece piece = piece_of<uint32_t, 4>(p, GivenPlaces{p.call.geometry}, b.base, local, 0);
+  const NarrowDigits<kVectorAxes> at = p.radix.advance(b.base, local);
+  const Piece piece = piece_of<uint32_t, 4>(p, b.base, at, origin_of(p, GivenPlaces{p.call.geometry}, b.base, at), 0);
   return numbers({b.index(local, piece.part), piece.end, piece.row, piece.plane, piece.offset, p.is_narrow, p.repeats, p.part,
                   p.source_step, p.rounds, plan.launch.blocks, p.total});
 }
 
-// The same of the gradient of float32: the index in the gradient, image, plane, row and column.
-Tensor crop_backward_where(Tensor offsets, std::vector<int64_t> sizes, int64_t block, int64_t round, int64_t thread) {
+// Of a tile of a gradient of float32: image, plane, row and column where it begins, planes, rows, columns, its first element in
+// the gradient. Of what patch `patch` at offsets adds: the first element, its row and column in the tile, elements, those
+// of a wide box, whether it is mirrored and looked at element by element. Then tiles, elements of a box's planes, rows and
+// columns.
+Tensor crop_backward_where(Tensor offsets, std::vector<int64_t> sizes, bool flip, int64_t index, int64_t patch) {
   CropBackwardParams call{};
   call.geometry = geometry_of(offsets, sizes);
   call.size = 4;
-  const BackwardPlan plan = plan_backward(call, sizes[0], {}, 132);
+  const BackwardPlan plan = plan_backward(call, sizes[0], {}, {132});
   const BackwardParams& p = plan.params;
-  const Block<kGradientAxes> b = block_of(p, block, 4);
-  const unsigned local = static_cast<unsigned>((round * kThreads + thread) * 4);
-  const Target<int32_t> t = target_of<float, int32_t>(p, b.first, b.base, local, 0);
-  return numbers({b.index(local, t.part), t.end, t.image, t.plane, t.row, t.column, t.origin, p.repeats, p.part, p.patch_part,
-                  p.rounds, plan.launch.blocks, p.total});
+  const Tile t = tile_of(p, p.radix.split(index));
+  const int64_t* const at = static_cast<const int64_t*>(offsets.const_data_ptr());
+  const Visit v =
+      p.is_narrow ? visit_of<int>(p, t, patch, {at[0], at[1], flip}) : visit_of<int64_t>(p, t, patch, {at[0], at[1], flip});
+  return numbers({t.image, t.plane, t.row, t.column, t.planes, t.rows, t.columns, out_of(p, t), v.source, v.row(), v.column(),
+                  v.elements(), v.wide(), (v.amount & Visit::kMirrored) != 0, (v.amount & Visit::kClipped) != 0, p.tiles,
+                  p.planes, p.box_rows, p.box_columns});
 }
 
 int64_t divide(int64_t n, int64_t divisor, bool narrow) {
@@ -94,16 +101,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd_emulated, m) {
       "crop_narrow(Tensor images, Tensor offsets, Tensor? flip, int height, int width, float[] center, float[] scale, "
       "ScalarType dtype, int narrow) -> Tensor");
   m.def(
-      "crop_backward_narrow(Tensor grad_patches, Tensor offsets, Tensor? flip, int height, int width, float[] scale, "
-      "int narrow) -> Tensor");
+      "crop_backward_within(Tensor grad_patches, Tensor offsets, Tensor? flip, int height, int width, float[] scale, "
+      "int tile_bytes, int box, int rounds) -> Tensor");
   m.def("crop_where(Tensor offsets, int[] sizes, int block, int round, int thread) -> Tensor");
-  m.def("crop_backward_where(Tensor offsets, int[] sizes, int block, int round, int thread) -> Tensor");
+  m.def("crop_backward_where(Tensor offsets, int[] sizes, bool flip, int tile, int patch) -> Tensor");
   m.def("divide(int n, int divisor, bool narrow) -> int");
   m.def("radix(int[] sizes, int index, int step) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastkd_emulated, CPU, m) {
   m.impl("crop_narrow", TORCH_BOX(&crop_narrow));
-  m.impl("crop_backward_narrow", TORCH_BOX(&crop_backward_narrow));
+  m.impl("crop_backward_within", TORCH_BOX(&crop_backward_within));
   m.impl("crop_where", TORCH_BOX(&crop_where));
   m.impl("crop_backward_where", TORCH_BOX(&crop_backward_where));
 }

@@ -71,6 +71,7 @@ struct Block {
 const char* name_of(Meeting meeting) {
   switch (meeting) {
     case Meeting::kShuffle: return "a shuffle";
+    case Meeting::kWarpBarrier: return "a warp barrier";
     case Meeting::kBlockBarrier: return "a block barrier";
     default: return "a cluster barrier";
   }
@@ -309,7 +310,7 @@ void Machine::release(Group& group) {
   unsigned begin = 0, end = cluster_.size;  // its members
   if (group.meeting == Meeting::kBlockBarrier) {
     begin = static_cast<unsigned>(&group - blocks_.data()) * threads, end = begin + threads;
-  } else if (group.meeting == Meeting::kShuffle) {
+  } else if (group.meeting == Meeting::kShuffle || group.meeting == Meeting::kWarpBarrier) {
     begin = static_cast<unsigned>(&group - warps_.data()) * kWarp, end = begin + kWarp;
   }
   group.arrived = 0;

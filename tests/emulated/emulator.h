@@ -42,7 +42,7 @@ struct Position {
 };
 const Position& position();
 
-enum class Meeting { kShuffle, kBlockBarrier, kClusterBarrier, kClusterStart };
+enum class Meeting { kShuffle, kWarpBarrier, kBlockBarrier, kClusterBarrier, kClusterStart };
 void meet(Meeting meeting, const Site& site);
 
 // A cluster barrier in two, which publishes nothing: all blocks are known to run, no access is ordered by it. Who waits must have

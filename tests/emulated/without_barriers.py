@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-BARRIER = re.compile(r"^\s*((if \(.*\) )?(\w+\.)?(block_barrier|cluster_barrier|barrier|start)\(\);)", re.MULTILINE)
+BARRIER = re.compile(r"^\s*((if \(.*\) )?(\w+\.)?((warp_|block_|cluster_)?barrier|start)\(\);)", re.MULTILINE)
 TESTS = {
     "alias": ["tests/test_alias.py", "tests/test_alias_update.py", "tests/test_batch.py"],
     "batch": ["tests/test_batch.py"],

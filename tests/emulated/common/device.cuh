@@ -29,6 +29,7 @@ inline unsigned block_count() { return emulator::position().geometry->blocks; }
 inline unsigned cluster_rank() { return emulator::position().rank; }
 inline unsigned cluster_size() { return emulator::position().geometry->cluster; }
 
+inline void warp_barrier(Site site = Site::current()) { emulator::meet(emulator::Meeting::kWarpBarrier, site); }
 inline void block_barrier(Site site = Site::current()) { emulator::meet(emulator::Meeting::kBlockBarrier, site); }
 inline void cluster_barrier(Site site = Site::current()) { emulator::meet(emulator::Meeting::kClusterBarrier, site); }
 
