@@ -10,7 +10,7 @@ class HotPath(NamedTuple):
     """What a thread does for `elements` elements, in the case that counts.
 
     `ways`: "path LDG.128=8 STG.128=4" is the way from the kernel's entry to its exit that loads and stores 128 bits so
-    often, "loop ..." a way around a loop; several come one after the other. LDG.E.128.CONSTANT is an LDG.128.
+    often, "loop ..." a way around a loop, "4*loop ..." four times; several come one after the other. LDG.E.128 is an LDG.128.
     """
 
     title: str
@@ -59,36 +59,28 @@ def _divergences() -> list[HotPath]:
 
 
 def _sweeps() -> list[HotPath]:
-    """Rows that are read once for each sweep."""
+    """Rows that are read once for each sweep, in chunks of packs."""
     paths = []
     for dtype in _DTYPES:
         size, pack, name = _SIZE[dtype], _PACK[dtype], _NAME[dtype]
-        exp = f"MUFU.EX2={pack}"
-        rows = f"streaming_rows<{name},false,*ClusterGroup>"
+        chunk = f"loop LDG.128=8 MUFU.EX2={8 * pack}"  # of one side, or half of it of each of two
         paths += [
             HotPath(
                 f"KL without gradient, 128256 classes, {dtype}",
-                rows,
+                f"streaming_rows<{name},false,*ClusterGroup>",
                 512,
-                pack,
+                4 * pack,
                 2 * size,
-                (f"loop LDG.128=2 STG=0 MUFU.EX2={3 * pack if dtype == 'bf16' else 2 * pack}",),
+                (f"{chunk} STG=0",),
             ),
-            HotPath(
-                f"logit_stats, {dtype}",
-                f"stats_rows<{name},*ClusterGroup>",
-                512,
-                pack,
-                size,
-                (f"loop LDG.128=1 {exp}",),
-            ),
+            HotPath(f"logit_stats, {dtype}", f"stats_rows<{name},*ClusterGroup>", 256, 8 * pack, size, (chunk,)),
             HotPath(
                 f"logit_stats, backward, {dtype}",
                 f"stats_backward_rows<{name},*ClusterGroup>",
-                512,
-                pack,
+                256,
+                8 * pack,
                 2 * size,
-                (f"loop LDG.128=1 STG=0 {exp}", f"loop LDG.128=1 STG.128=1 {exp}"),
+                (f"{chunk} STG=0", f"{chunk} STG.128=8"),
             ),
             HotPath(
                 f"backward, scaled, {dtype}",
@@ -109,8 +101,37 @@ _OTHERS = [
     HotPath(
         "crop, 3 channels, fp32", "crop_kernel<unsignedint,unsignedint>", 256, 12, 8, ("loop LDG.128=6 STG.128=3",)
     ),
-    HotPath("crop, 3 channels, uint8 to fp32", "crop_kernel<unsignedchar,float>", 256, 12, 5, ("loop STG.128=3",)),
-    HotPath("draw_batch, uint8 to fp32", "draw_batch_kernel<float>", 256, 12, 5, ("loop STG.128=3",)),
+    HotPath(
+        "crop, 3 channels, uint8 to fp32", "crop_kernel<unsignedchar,float>", 256, 12, 5, ("loop LDG.64=8 STG.128=3",)
+    ),
+    HotPath(
+        "crop, 3 channels, uint8 to bf16",
+        "crop_kernel<unsignedchar,BFloat16>",
+        256,
+        24,
+        3,
+        ("loop LDG.64=8 STG.128=3",),
+    ),
+    # an image of 3x32x32: eight boxes of 192 elements are added, two each time around, and the sums written, 16 bytes each time
+    HotPath(
+        "crop, backward, 8 patches of 8x8, bf16",
+        "crop_backward_kernel<BFloat16,6>",
+        64,
+        96,
+        3,
+        ("4*loop LDG.U16=12 STG=0", "3*loop STG.128=4"),
+        shared=31 << 10,
+    ),
+    HotPath(
+        "crop, backward, 8 patches of 8x8, fp32",
+        "crop_backward_kernel<float,6>",
+        64,
+        96,
+        6,
+        ("4*loop LDG=12 STG=0", "6*loop STG.128=4"),
+        shared=31 << 10,
+    ),
+    HotPath("draw_batch, uint8 to fp32", "draw_batch_kernel<float>", 256, 12, 5, ("loop LDG.64=6 STG.128=3",)),
     HotPath("alias table, quartiles, fp32", "count_digits_kernel<float>", 256, 16, 4, ("loop LDG.128=4",)),
     HotPath("alias table, extent, fp32", "extent_kernel<float>", 256, 16, 4, ("loop LDG.128=4",)),
     HotPath("alias table, partition, fp32", "partition_kernel<float>", 256, 16, 4, ("loop LDG.128=4",)),

@@ -225,10 +225,11 @@ class Row(NamedTuple):
         return cycles, memory, max(busiest, key=lambda key: busiest[key])
 
 
-def parse_way(way: str) -> tuple[bool, dict[str, int]]:
-    """Whether it is a loop, and how often it does what."""
+def parse_way(way: str) -> tuple[int, bool, dict[str, int]]:
+    """How many times it is gone, whether it is a loop, and how often it does what."""
     kind, *words = way.split()
-    return kind == "loop", {opcode: int(count) for opcode, count in (word.split("=") for word in words)}
+    times, _, kind = kind.rpartition("*")
+    return int(times or 1), kind == "loop", {key: int(n) for key, n in (word.split("=") for word in words)}
 
 
 def analyse(path: HotPath, code: list[Instruction], registers: int, shared: int) -> Row | None:
@@ -236,14 +237,14 @@ def analyse(path: HotPath, code: list[Instruction], registers: int, shared: int)
     steps: list[Instruction] = []
     alone, most = 0.0, 0
     for way in path.ways:
-        loop, does = parse_way(way)
+        times, loop, does = parse_way(way)
         indices = cheapest(code, does, loop)
         if indices is None:
             return None
         part = [code[i] for i in indices]
         cycles, in_flight = walk(part, 4 if loop else 1)
-        steps += part
-        alone += cycles
+        steps += part * times
+        alone += cycles * times
         most = max(most, in_flight)
     return Row(path, tuple(steps), registers, shared, alone, most)
 
