@@ -71,7 +71,7 @@ def _sweeps() -> list[HotPath]:
                 512,
                 4 * pack,
                 2 * size,
-                (f"{chunk} STG=0",),
+                (f"{chunk} DADD=3 STG=0",),
             ),
             HotPath(f"logit_stats, {dtype}", f"stats_rows<{name},*ClusterGroup>", 256, 8 * pack, size, (chunk,)),
             HotPath(

@@ -94,7 +94,7 @@ class DrawnPlaces {
 // inspect: streaming draw_batch_kernel<*> loads=16 stores=128
 // inspect: anywhere draw_batch_kernel<*> loads=128
 template <typename Out>
-FASTKD_KERNEL(kThreads, 3)
+FASTKD_KERNEL(kThreads, kForwardBlocks<uint8_t, Out>)
 draw_batch_kernel(const DrawBatchParams p) {
   const ConstantsOnDevice constants(p.crop.constants);
   const Block<kVectorAxes> block = block_of(p.crop, block_index(), kPack<Out>);

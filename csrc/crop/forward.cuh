@@ -7,10 +7,10 @@
 // 55 clocks, 220 instructions, for the 1 KiB of 32 vectors. Where a vector comes from takes 160 of them, so a thread works
 // that out once for up to four vectors that differ in nothing but the plane, or the row. Counted in the machine code for
 // sm_90a: 125 a vector for four float32 planes or rows, 150 for three; for uint8 and three planes 150 to float32 and 200 to
-// bfloat16. In flight for each multiprocessor: 24 warps, up to four vectors of two loads each, 48 KB and more of float32.
-// Expected of the copy bandwidth: 85 % for large batches of float32; three quarters for uint8 to float32, half for uint8 to
-// bfloat16, and three quarters where neither planes nor rows split evenly. Short rows cost more than they say: of a row of 8
-// float32 at any column, memory gives two sectors or three vectors for two.
+// bfloat16. In flight for each multiprocessor: 32 warps (24 of conversions to 16 bits), up to four vectors of two loads each: 64
+// KB and more of float32, an eighth of that of bytes, which wait. What is expected of the copy bandwidth:
+// benchmarks/machine_code.md. Short rows cost more than it says: of a row of 8 float32 at any column, memory gives two sectors or
+// three vectors for two.
 //
 // Mapping: a thread makes whole 16-byte vectors of the output, counted through it without regard to rows, so every store is
 // an aligned one and a warp writes 512 bytes in a row, or as many as a plane has. A block divides the index of its first
@@ -208,6 +208,11 @@ FASTKD_DEVICE Block<kVectorAxes> block_of(const ForwardParams& p, int64_t block,
     return p.row_step > 0 ? patch * p.planes + base.at[2] : patch;
   });
 }
+
+// Blocks on a multiprocessor at least: four leave a thread 64 registers, which is enough for copies, and for the few bytes that
+// become a vector of wide floats.
+template <typename In, typename Out>
+constexpr unsigned kForwardBlocks = std::is_integral_v<Out> || (sizeof(In) == 1 && sizeof(Out) >= 4) ? 4 : 3;
 
 // The vectors of a block. In and Out: element types, or, where bytes are copied, an unsigned integer of their size, twice.
 template <typename In, typename Out, typename Places>

@@ -41,7 +41,7 @@ struct GivenPlaces {
 // inspect: streaming crop_kernel<[BFd]*> loads=128 stores=128
 // inspect: streaming crop_kernel<float,*> loads=128 stores=128
 template <typename In, typename Out>
-FASTKD_KERNEL(kThreads, 3)
+FASTKD_KERNEL(kThreads, kForwardBlocks<In, Out>)
 crop_kernel(const ForwardParams p) {
   const ConstantsOnDevice constants(p.constants);
   crop_block<In, Out>(p, block_of(p, block_index(), kPack<Out>), GivenPlaces{p.call.geometry}, constants);

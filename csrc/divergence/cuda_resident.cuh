@@ -51,11 +51,19 @@ FASTKD_DEVICE void resident_row(const Row<T, int, kPlain>& row, Group& group) {
     const auto from_y = kSwap ? row.teacher() : row.student(), from_x = kSwap ? row.student() : row.teacher();
     if (kPlain && row.whole()) {
       const T *const at_y = from_y.data + part_of(0) * N, *const at_x = from_x.data + part_of(0) * N;
-#pragma unroll
-      for (int v = 0; v < kPacks; ++v) {
-        const bool inside = active && part_of(v) * N < from_y.count;
+      const auto load = [&](int v, bool inside) {
         raw_y[v] = from_y.load_whole(at_y + v * group.size() * N, inside);
         raw_x[v] = from_x.load_whole(at_x + v * group.size() * N, inside);
+      };
+      // as rows fill their teams, all packs but the last are inside: fewer instructions where that is known
+      const bool filled = active && from_y.count >= (kPacks - 1) * static_cast<int>(group.size()) * N;
+      if (filled) {
+#pragma unroll
+        for (int v = 0; v < kPacks - 1; ++v) load(v, true);
+        load(kPacks - 1, part_of(kPacks - 1) * N < from_y.count);
+      } else {
+#pragma unroll
+        for (int v = 0; v < kPacks; ++v) load(v, active && part_of(v) * N < from_y.count);
       }
     } else {
       const int behind = active ? 0 : from_y.parts();  // of rows that take no part nothing is read: all is -inf
