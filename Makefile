@@ -22,7 +22,7 @@ ASKED = FASTKD_CUDA=$(FASTKD_CUDA) TORCH_CUDA_ARCH_LIST=$(TORCH_CUDA_ARCH_LIST) 
 .PHONY: help demo test bench bench-full gpu-check compat frameworks sanitize inspect machine-code lint format sdist wheel build clean FORCE
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/.tools: pyproject.toml Makefile
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || \

@@ -250,8 +250,8 @@ def analyse(path: HotPath, code: list[Instruction], registers: int, shared: int)
 
 
 HEAD = (
-    "hot path", "instructions", "an element", "fma", "alu", "special", "fp64", "loads, stores", "registers", "shared", "blocks",
-    "kB in flight", *(machine.name for machine in MACHINES), "bound by",
+    "hot path", "instructions", "an element", "fma", "alu", "special", "conversions", "fp64", "loads, stores",
+    "registers", "shared", "blocks", "kB in flight", *(machine.name for machine in MACHINES), "bound by",
 )  # fmt: skip
 
 INTRODUCTION = """# What the machine code promises
@@ -260,7 +260,8 @@ Made by `make machine-code` from what nvcc {release} builds for {architecture}. 
 instructions or registers has changed by more than {tolerance:.0%}. What is counted: `.ci/hot_paths.py`; how time is predicted:
 `.ci/machine_code.py`.
 
-- **instructions**: of a warp, along the path; **an element**: of a thread, as are those of each unit.
+- **instructions**: of a warp, along the path; **an element**: of a thread, as are those of each unit; **special** functions
+  (exponentials, logarithms, reciprocals, roots) and **conversions** share one.
 - **loads, stores**: of global memory, their number and width in bits.
 - **shared**: bytes of a block; **blocks**: threads of a block x blocks on a multiprocessor; **kB in flight**: most that a
   multiprocessor has asked of memory at once.
@@ -283,9 +284,9 @@ def widths(steps: Iterable[Instruction]) -> str:
 def cells(row: Row) -> list[str]:
     """A line of the table."""
     path, count = row.path, len(row.steps)
-    each = [
-        f"{n / path.elements:.1f}" for n in (count, *(row.unit(unit) for unit in ("fma", "alu", "special", "fp64")))
-    ]
+    special = sum(step.base == "MUFU" for step in row.steps)
+    counts = (count, row.unit("fma"), row.unit("alu"), special, row.unit("special") - special, row.unit("fp64"))
+    each = [f"{n / path.elements:.1f}" for n in counts]
     shares = [
         f"{100 * row.predicted(machine)[0]:.0f} %" if path.bytes else f"{row.rate(machine):.2e}" for machine in MACHINES
     ]

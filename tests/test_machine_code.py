@@ -132,6 +132,31 @@ def test_a_change_of_the_counts_is_an_error() -> None:
     ]
 
 
+def rows_of(text: str, columns: int) -> dict[str, list[str]]:
+    """The rows of the tables of so many columns, by their first cell."""
+    lines = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    )
+    return {line[0]: line for line in lines if len(line) == columns}
+
+
+def test_the_documents_say_what_the_table_says() -> None:
+    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    table = rows_of((benchmarks / "machine_code.md").read_text(), len(machine_code.HEAD))
+    assert table.keys() - {"hot path", "---"} == {path.title for path in HOT_PATHS}
+    section = (benchmarks / "README.md").read_text().split("## Machine code\n")[1].split("\n## ")[0]
+    compared = rows_of(section, 4)
+    assert len(compared) > 10
+    now = machine_code.HEAD.index("H200")
+    for title in compared.keys() - {"hot path"}:
+        assert compared[title][3] == table[title][now], title
+
+
+def test_ways_may_be_gone_several_times() -> None:
+    assert machine_code.parse_way("4*loop LDG=12 STG=0") == (4, True, {"LDG": 12, "STG": 0})
+    assert machine_code.parse_way("path LDG.128=8") == (1, False, {"LDG.128": 8})
+
+
 def test_paths_are_well_formed() -> None:
     assert len({path.title for path in HOT_PATHS}) == len(HOT_PATHS)
     for path in HOT_PATHS:
