@@ -49,6 +49,7 @@ def _of_environment(settings: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.no_kernels
 def test_the_environment_is_read_at_import() -> None:
     found = _of_environment("divergence.resident_blocks=1,crop.rounds=2")
     usual = {name: default for name, (_, default, _) in KNOBS.items()}
@@ -121,6 +122,7 @@ MANY = {
 }
 
 
+@pytest.mark.no_kernels  # minutes under the sanitizers, for which other tests have smaller cases
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, value in VALUES if "rounds" in name])
 def test_rounds_of_many_vectors(name: str, value: int) -> None:
     with emulated.tuned(f"{name}={value}"):
@@ -136,6 +138,7 @@ def test_every_knob_has_cases() -> None:
         assert len(tuning.cases_of(knob, torch.device("cpu"), tuning.SMALL)) == len(sweep.cases), knob
 
 
+@pytest.mark.no_kernels
 def test_the_sweep_measures_each_value_in_its_own_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "TURNS", 2)
@@ -168,6 +171,7 @@ serve("imported", answer)
 """
 
 
+@pytest.mark.no_kernels
 def test_values_that_hang_crash_or_are_wrong_do_not_end_the_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +192,7 @@ def test_values_that_hang_crash_or_are_wrong_do_not_end_the_sweep(
     assert tuning.verdict([row for row in rows if row["knob"] == "another"]) == "another: 1 stays"
 
 
+@pytest.mark.no_kernels
 def test_the_sweep_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stub = tmp_path / "stub.py"
     stub.write_text(STUB)
