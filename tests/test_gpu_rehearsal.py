@@ -236,7 +236,8 @@ def test_a_file_that_cannot_be_imported_has_not_passed(script: Callable, check: 
 # ---- the check itself is ended -----------------------------------------------------------------------
 
 CHECK = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which whatever runs in the background is born without
 sys.path.insert(0, {root!r})
 from benchmarks import gpu_check
 from benchmarks.gpu_check import Stage
