@@ -131,6 +131,17 @@ def test_reductions(
     torch.testing.assert_close(*gradients)
 
 
+def test_reduction_of_many_rows(device: torch.device, generator: torch.Generator) -> None:
+    """So many that a cluster of blocks counts the valid ones and sums the losses, after the kernel of the rows."""
+    student, teacher = logits(9000, 3, "normal", torch.float32, generator, device)
+    target = torch.randint(3, (9000,), generator=generator)
+    target[::7] = -100
+    options = {"kd_scale": 0.9, "task_scale": 0.1, "temperature": 2.0, "reduction": "mean"}
+    expected = reference.divergence(student.cpu().double(), teacher.cpu().double(), target, **options)
+    ours, _ = divergence(student, teacher, target.to(device), **options)
+    torch.testing.assert_close(ours.cpu().double(), expected, rtol=1e-6, atol=0)
+
+
 def test_reference_is_what_torch_computes(generator: torch.Generator) -> None:
     """The truth of these tests against torch.nn.functional, where the latter is exact."""
     s, t = logits(8, 17, "normal", torch.float64, generator)
