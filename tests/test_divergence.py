@@ -131,6 +131,23 @@ def test_reductions(
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("rows", [12, 40])
+def test_valid_rows_are_those_of_this_call(rows: int, device: torch.device, generator: torch.Generator) -> None:
+    """Their number lies where an earlier call may have left its own."""
+    student, teacher = logits(rows, 60, "normal", torch.float32, generator, device)
+    student.requires_grad_()
+    options = {"kd_scale": 0.9, "task_scale": 0.1, "reduction": "mean"}
+    for valid in (rows, 3, 7, 1, 5):
+        target = torch.arange(rows) % 60
+        target[valid:] = -100
+        exact = student.detach().cpu().double().requires_grad_()
+        expected = reference.divergence(exact, teacher.cpu().double(), target, temperature=2.0, **options)
+        ours, _ = divergence(student, teacher, target.to(device), temperature=2.0, **options)
+        torch.testing.assert_close(ours.detach().cpu().double(), expected.detach(), rtol=1e-5, atol=0)
+        gradients = torch.autograd.grad(ours, student)[0], torch.autograd.grad(expected, exact)[0]
+        torch.testing.assert_close(gradients[0].cpu().double(), gradients[1], rtol=1e-4, atol=1e-7)
+
+
 def test_reduction_of_many_rows(device: torch.device, generator: torch.Generator) -> None:
     """So many that a cluster of blocks counts the valid ones and sums the losses, after the kernel of the rows."""
     student, teacher = logits(9000, 3, "normal", torch.float32, generator, device)
