@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import NamedTuple
+
+from sass import name_matches
 
 
 class HotPath(NamedTuple):
@@ -22,7 +23,7 @@ class HotPath(NamedTuple):
     shared: int = 0  # dynamic shared memory of a block
 
     def matches(self, name: str) -> bool:
-        return any(fnmatchcase(name, prefix + self.kernel) for prefix in ("", "*::"))
+        return name_matches(name, self.kernel)
 
 
 _SIZE = {"bf16": 2, "fp32": 4}

@@ -30,13 +30,12 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 from hot_paths import HOT_PATHS
 from machine_code import ARCHITECTURE, analyse, changes, table
-from sass import Instruction, Key, disassemble, parse_sass, short_names, successors
+from sass import Instruction, Key, disassemble, name_matches, parse_sass, short_names, successors
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path("benchmarks/machine_code.md")
@@ -59,7 +58,7 @@ class Rule(NamedTuple):
     bits: int
 
     def matches(self, name: str, folder: str) -> bool:
-        return self.folder in (folder, "common") and any(fnmatchcase(name, p + self.pattern) for p in ("", "*::"))
+        return self.folder in (folder, "common") and name_matches(name, self.pattern)
 
 
 def parse_report(text: str, folder: str) -> dict[Key, Resources]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,6 +101,11 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
     run = subprocess.run(["c++filt", "-p"], input="\n".join(mangled), capture_output=True, text=True, check=True)
     short = (re.sub(r"\(anonymous namespace\)::|fastkd::| ", "", line) for line in run.stdout.splitlines())
     return dict(zip(mangled, short, strict=True))
+
+
+def name_matches(name: str, pattern: str) -> bool:
+    """A shell pattern on a short name, whose namespaces it may leave out."""
+    return any(fnmatchcase(name, prefix + pattern) for prefix in ("", "*::"))
 
 
 def disassemble(library: Path) -> str:
