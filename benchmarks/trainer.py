@@ -31,15 +31,15 @@ class Trainer:
     def __init__(self, first: nn.Module, losses: Losses, device: torch.device) -> None:
         self.first, self.losses, self.device = first.to(memory_format=torch.channels_last), losses, device
         self.model = copy.deepcopy(first)
-        # given outputs are no network: what an optimiser takes for them would hide data and loss
-        self.optimiser = None if isinstance(first, Given) else _optimiser(self.model)
+        # given outputs are no network: what an optimizer takes for them would hide data and loss
+        self.optimizer = None if isinstance(first, Given) else _optimiser(self.model)
 
     def __call__(self) -> Done:
         for loss in self.losses(self.model, None):
             self.model.zero_grad()
             loss.backward()
-            if self.optimiser is not None:
-                self.optimiser.step()
+            if self.optimizer is not None:
+                self.optimizer.step()
         return Done(loss.detach(), self.first_gradient)
 
     def first_gradient(self) -> Tensor:

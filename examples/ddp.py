@@ -6,8 +6,8 @@ Each process takes its part of each batch. Interrupted, the same command goes on
 import sys
 from pathlib import Path
 
-from fastkd.data.batches import Batches
 from fastkd.data.digits import image_sets
+from fastkd.data.image_batches import ImageBatches
 from fastkd.methods import DML, Objective
 from fastkd.models.convnet import ConvNet
 from fastkd.training import Trainer, TrainingSettings, evaluator, process_group
@@ -18,8 +18,8 @@ def main(folder: Path, epochs: int = 12) -> None:
     with process_group() as process:
         train, test = (part.to(process.device) for part in image_sets())
         method = DML(networks=2)
-        student = method.student_from(lambda seed: ConvNet((16, 32), seed=seed))
-        batches = Batches(train, 64, seed=0, padding=1, rank=process.rank, world_size=process.world_size)
+        student = method.build_student(lambda seed: ConvNet((16, 32), seed=seed))
+        batches = ImageBatches(train, 64, seed=0, padding=1, rank=process.rank, world_size=process.world_size)
         trainer = Trainer(
             Objective(method, student).to(process.device),
             batches,

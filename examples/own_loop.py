@@ -21,25 +21,25 @@ def main(epochs: int = 8) -> dict[str, float]:
     images, target = train.normalised(), train.target
 
     teacher = ConvNet((32, 64), seed=0)
-    optimiser = torch.optim.AdamW(teacher.parameters(), 3e-3)
+    optimizer = torch.optim.AdamW(teacher.parameters(), 3e-3)
     for batch in shuffled(len(target), epochs):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(teacher(images[batch]), target[batch]).backward()
-        optimiser.step()
+        optimizer.step()
 
     student = ConvNet((8, 16), seed=1)
     stages = ["features.3", "features.7"]  # as named_modules() calls them
     method = AT(stages, feature_weight=100.0)
     student_tap = FeatureTap(student, method.layers)
     teacher_tap = FeatureTap(teacher.eval(), method.teacher_layers)
-    optimiser = torch.optim.AdamW([*student.parameters(), *method.parameters()], 3e-3)
+    optimizer = torch.optim.AdamW([*student.parameters(), *method.parameters()], 3e-3)
     for batch in shuffled(len(target), epochs):
         with torch.no_grad():
             given = teacher_tap(images[batch])
         loss = method(student_tap(images[batch]), given, target[batch])
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.total.backward()
-        optimiser.step()
+        optimizer.step()
     print({name: round(term.item(), 4) for name, term in loss.terms.items()})  # of the last batch
 
     networks = {"teacher": teacher, "student": student}

@@ -2,12 +2,12 @@
 
 from fastkd import functional, scores, statistics
 from fastkd._library import build_info
-from fastkd.batches import draw_batch
+from fastkd.alias_table import AliasTable
+from fastkd.collection_samplers import CollectionBatchSampler, CollectionSampler
+from fastkd.draw import draw_batch
 from fastkd.functional import logit_stats
 from fastkd.losses import JSDivLoss, KDLoss, KLDivLoss, RelationLoss
 from fastkd.patches import crop_patches, random_crop_flip, random_patches
-from fastkd.samplers import CollectionBatchSampler, CollectionSampler
-from fastkd.sampling import AliasTable
 from fastkd.selection import FitStatus, TwoGaussianMixture, select_clean
 
 __all__ = [

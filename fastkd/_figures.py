@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-__all__ = ["BLUE", "DASHED", "GREEN", "GREY", "INK", "ORANGE", "PALE", "RED", "canvas", "frame", "plain"]
+__all__ = ["BLUE", "DASHED", "GREEN", "GREY", "INK", "ORANGE", "PALE", "RED", "canvas", "frame", "plain_axes"]
 
 BLUE, ORANGE, GREEN, RED = "#0b6fb8", "#e07b1a", "#2a9d6f", "#b23a48"
 INK, GREY, PALE = "#22303c", "#8a949e", "#e4e7ea"
@@ -34,7 +34,7 @@ def frame(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def plain(axes: Axes, title: str, x: str, y: str) -> None:
+def plain_axes(axes: Axes, title: str, x: str, y: str) -> None:
     """Titles, a frame, and lines to read the values off."""
     axes.set_title(title, loc="left", color=INK, fontweight="bold")
     axes.set_xlabel(x, color=INK)

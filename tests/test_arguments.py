@@ -18,7 +18,7 @@ import fastkd
 from fastkd import AliasTable, CollectionBatchSampler, CollectionSampler, statistics
 from fastkd._seeding import mixed_seed, seeded
 from fastkd.data import digits, labels
-from fastkd.data.batches import Batches
+from fastkd.data.image_batches import ImageBatches
 from fastkd.data.images import ImageSet, channel_statistics
 from fastkd.data.splits import stratified_split
 from fastkd.models.convnet import ConvNet
@@ -49,7 +49,7 @@ SEEDED: dict[str, Callable[[Any], Any]] = {
     "sample_at": lambda seed: TABLE.sample_at(seed, 0, 20),
     "CollectionSampler": lambda seed: list(CollectionSampler(TABLE, 20, seed=seed)),
     "CollectionBatchSampler": lambda seed: list(CollectionBatchSampler(TABLE, 5, 4, seed=seed)),
-    "Batches": lambda seed: next(Batches(SET, 7, seed=seed).epoch(0)),
+    "ImageBatches": lambda seed: next(ImageBatches(SET, 7, seed=seed).epoch(0)),
     "LoaderBatches": lambda seed: make_loader_batches(seed),
     "seeded": global_draw,
     "ConvNet": lambda seed: next(ConvNet((4, 4), seed=seed).parameters()).detach(),
@@ -111,7 +111,7 @@ def test_seeds_modulo_two_to_the_64() -> None:
 
 # ---- numbers ------------------------------------------------------------------------------------------
 
-EPOCH = Batches(SET, 7, seed=1)
+EPOCH = ImageBatches(SET, 7, seed=1)
 COUNTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "sample": ("n", lambda n: AliasTable(SCORES, seed=3).sample(n)),
     "draw_batch": ("n", lambda n: fastkd.draw_batch(AliasTable(TARGET.float(), seed=3), IMAGES, n, padding=0)[1]),
@@ -126,12 +126,12 @@ COUNTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "set_epoch": ("epoch", lambda epoch: [s := CollectionSampler(TABLE, 9, seed=1), s.set_epoch(epoch), list(s)][2]),
     "done": ("done", lambda done: CollectionSampler(TABLE, 9, seed=1).state_dict(done)),
     "draw_counts": ("items", lambda items: statistics.draw_counts(TARGET, items)),
-    "Batches batch_size": ("batch_size", lambda n: next(Batches(SET, n, seed=1).epoch(0))),
-    "Batches padding": ("padding", lambda n: next(Batches(SET, 7, seed=1, padding=n).epoch(0))),
-    "Batches rank": ("rank", lambda n: next(Batches(SET, 7, seed=1, rank=n, world_size=4).epoch(0))),
-    "Batches world_size": ("world_size", lambda n: next(Batches(SET, 7, seed=1, world_size=n).epoch(0))),
-    "Batches epoch": ("epoch", lambda epoch: next(EPOCH.epoch(epoch))),
-    "Batches start": ("start", lambda start: next(EPOCH.epoch(0, start))),
+    "ImageBatches batch_size": ("batch_size", lambda n: next(ImageBatches(SET, n, seed=1).epoch(0))),
+    "ImageBatches padding": ("padding", lambda n: next(ImageBatches(SET, 7, seed=1, padding=n).epoch(0))),
+    "ImageBatches rank": ("rank", lambda n: next(ImageBatches(SET, 7, seed=1, rank=n, world_size=4).epoch(0))),
+    "ImageBatches world_size": ("world_size", lambda n: next(ImageBatches(SET, 7, seed=1, world_size=n).epoch(0))),
+    "ImageBatches epoch": ("epoch", lambda epoch: next(EPOCH.epoch(epoch))),
+    "ImageBatches start": ("start", lambda start: next(EPOCH.epoch(0, start))),
     "ImageSet padding": (
         "padding",
         lambda n: ImageSet(IMAGES, TARGET, ("a", "b", "c"), (0.5,), (0.25,), padding=n).padding,
@@ -178,14 +178,14 @@ def test_what_is_no_number(name: str, call: Callable[[Any], Any], value: Any) ->
 @pytest.mark.parametrize("value", [-1, -(2**70)])
 @pytest.mark.parametrize(
     ("name", "call"),
-    [case for key, case in COUNTS.items() if key != "Batches world_size"],  # it speaks of the rank
+    [case for key, case in COUNTS.items() if key != "ImageBatches world_size"],  # it speaks of the rank
 )
 def test_negative_numbers(name: str, call: Callable[[Any], Any], value: int) -> None:
     with pytest.raises(ValueError, match=f"fastkd: {name} is -"):
         call(value)
 
 
-UNBOUNDED = ("Batches epoch", "Batches world_size")  # an epoch is hashed, like a seed
+UNBOUNDED = ("ImageBatches epoch", "ImageBatches world_size")  # an epoch is hashed, like a seed
 
 
 @pytest.mark.parametrize("value", [2**62, 2**63, 2**64, 2**70, 10**30])
@@ -193,7 +193,7 @@ UNBOUNDED = ("Batches epoch", "Batches world_size")  # an epoch is hashed, like 
 def test_numbers_beyond_all_bounds(name: str, value: int) -> None:
     argument, call = COUNTS[name]
     countable = ("start", "stride", "epoch", "num_samples", "num_batches")
-    if value == 2**62 and argument in countable and name != "Batches start":
+    if value == 2**62 and argument in countable and name != "ImageBatches start":
         return  # one that can be counted to
     with pytest.raises(ValueError, match=f"fastkd: {argument} is {value}"):
         call(value)
@@ -289,7 +289,7 @@ def test_dtypes_of_indices(dtype: torch.dtype) -> None:
             "rank is not given and world_size is 2, must be",
         ),
         (lambda: CollectionSampler(TABLE, 5, world_size=0), ValueError, "world_size is 0, must be at least 1"),
-        (lambda: Batches(IMAGES, 5, seed=1), TypeError, "image_set is Tensor, must be an ImageSet"),
+        (lambda: ImageBatches(IMAGES, 5, seed=1), TypeError, "image_set is Tensor, must be an ImageSet"),
         (lambda: TABLE.load_state_dict(None), TypeError, "state is NoneType, must be a dict"),
         (lambda: CollectionSampler(TABLE, 5).load_state_dict(None), TypeError, "state is NoneType, must be a dict"),
         (
@@ -398,8 +398,8 @@ def _batches() -> list[Any]:
     table = AliasTable(TARGET.to(torch.float32), seed=1)
     of_table = fastkd.draw_batch(table, IMAGES, 6, mean=0.5, std=0.25, generator=fixed())
     return [
-        *Batches(SET, 7, seed=1).epoch(2),
-        *Batches(SET, 7, seed=1, channels_last=True, dtype=torch.float16).epoch(2),
+        *ImageBatches(SET, 7, seed=1).epoch(2),
+        *ImageBatches(SET, 7, seed=1, channels_last=True, dtype=torch.float16).epoch(2),
         of_table,
         patches(IMAGES, 3, 2, padding=1),
         fastkd.random_crop_flip(IMAGES, generator=fixed()),

@@ -33,15 +33,15 @@ from fastkd.methods import (
     Outputs,
     registry,
 )
-from fastkd.methods.loop import optimise
 from fastkd.methods.relational import similarities
 from fastkd.methods.representation import attention
 from fastkd.models import registry as networks
 from fastkd.models.convnet import ConvNet, count_parameters
 from fastkd.models.resnet import ResNet, resnet
+from fastkd.studies.demo.loop import optimize
 from fastkd.training import TrainingSettings
 from fastkd.training.metrics import Running
-from fastkd.training.optimisation import make_optimiser
+from fastkd.training.optimization import make_optimizer
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
 
@@ -190,14 +190,14 @@ def test_a_step_returns_the_logits_of_the_first_network() -> None:
         return nn.Sequential(nn.Flatten(), nn.Linear(4, 5))
 
     with torch.random.fork_rng(devices=[]):
-        student, images = DML().student_from(make), torch.randn(3, 1, 2, 2)
+        student, images = DML().build_student(make), torch.randn(3, 1, 2, 2)
     _, logits = DML().step(FeatureTap(student), None, images, torch.arange(3))
     assert torch.equal(logits, student.networks[0](images))
 
 
 def test_the_gate_of_one_begins_alike_whatever_the_networks() -> None:
     method = ONE(branches=2)
-    students = [method.student_from(lambda seed, first=first: resnet(8, seed=first + seed)) for first in (0, 5)]
+    students = [method.build_student(lambda seed, first=first: resnet(8, seed=first + seed)) for first in (0, 5)]
     assert not torch.equal(*(student.trunk[0].weight for student in students))
     for ours, theirs in zip(*(student.gate.parameters() for student in students), strict=True):
         assert torch.equal(ours, theirs)
@@ -217,7 +217,7 @@ def test_optimise_goes_down_half_a_cosine_to_zero() -> None:
     """Of a constant gradient, a step of Adam is as long as the learning rate."""
     model = nn.Linear(1, 1, bias=False)
     places = [model.weight.item()]
-    optimise(
+    optimize(
         model,
         lambda: 3 * model.weight.sum(),
         steps=20,
@@ -290,13 +290,13 @@ def test_numbers_of_a_training_are_means_over_images_not_batches() -> None:
     assert running.read() == {"loss": (2 * 1 + 6 * 3) / 8, "accuracy": 2 / 8}
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
-def test_weight_decay_is_of_all_parameters(optimiser: Any) -> None:
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_weight_decay_is_of_all_parameters(optimizer: Any) -> None:
     network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Linear(2, 2))
     for parameter in network.parameters():
         nn.init.ones_(parameter)
         parameter.grad = torch.zeros_like(parameter)
-    settings = TrainingSettings(optimiser=optimiser, learning_rate=0.1, momentum=0.0, nesterov=False, weight_decay=0.5)
-    make_optimiser(network.parameters(), settings).step()
+    settings = TrainingSettings(optimizer=optimizer, learning_rate=0.1, momentum=0.0, nesterov=False, weight_decay=0.5)
+    make_optimizer(network.parameters(), settings).step()
     for name, parameter in network.named_parameters():
         torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, 1 - 0.1 * 0.5), msg=name)

@@ -48,7 +48,7 @@ COMMON = [
     ("--output=", "--output is empty"),
     ("--data-root=", "--data-root is empty"),
     ("--epochs", "--epochs"),
-    ("--optimiser lion", "--optimiser"),
+    ("--optimizer lion", "--optimizer"),
     ("--learning-rate 0", "learning_rate is 0"),
     ("--learning-rate nan", "learning_rate is nan"),
     ("--momentum 1", "momentum is 1"),

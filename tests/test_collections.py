@@ -11,10 +11,11 @@ import pytest
 import torch
 from refusals import refuses
 
-from fastkd import AliasTable, KDLoss, KLDivLoss
-from fastkd.methods import collections
-from fastkd.methods.loop import one_thread, predict
+from fastkd import AliasTable, KDLoss, KLDivLoss, statistics
+from fastkd._threads import one_thread
 from fastkd.models.convnet import ConvNet
+from fastkd.studies.demo.loop import distill
+from fastkd.training.inference import predict
 
 N = 40
 
@@ -39,27 +40,29 @@ def count(draws: list[int]) -> torch.Tensor:
 def test_statistics_against_loops(draws: list[int], relevant: torch.Tensor) -> None:
     counts, seen = count(draws), Counter(draws)
     assert 1 < len(seen) < N
-    assert collections.skip_ratio(counts) == pytest.approx(sum(i not in seen for i in range(N)) / N)
+    assert statistics.skip_ratio(counts).item() == pytest.approx(sum(i not in seen for i in range(N)) / N)
     shares = [times / len(draws) for times in seen.values()]
     entropy = -sum(share * math.log(share) for share in shares)
-    assert collections.uniformity(counts) == pytest.approx(entropy / math.log(len(seen)))
+    assert statistics.uniformity(counts).item() == pytest.approx(entropy / math.log(len(seen)))
     irrelevant = sum(not relevant[i] for i in seen)
-    assert collections.irrelevant_proportion(counts, relevant) == pytest.approx(irrelevant / len(seen))
-    assert collections.relevant_draws(counts, relevant) == pytest.approx(sum(bool(relevant[i]) for i in draws) / 60)
+    assert statistics.irrelevant_proportion(counts, relevant).item() == pytest.approx(irrelevant / len(seen))
+    assert statistics.relevant_draws(counts, relevant).item() == pytest.approx(
+        sum(bool(relevant[i]) for i in draws) / 60
+    )
 
 
 def test_statistics_at_their_ends(relevant: torch.Tensor) -> None:
     nothing, equal, single = count([]), torch.full((N,), 7), count([3] * 9)
-    assert collections.skip_ratio(nothing) == 1.0
-    assert collections.skip_ratio(equal) == 0.0
-    assert collections.skip_ratio(single) == pytest.approx(1 - 1 / N)
-    assert collections.uniformity(equal) == pytest.approx(1.0)
-    assert collections.uniformity(single) == 1.0
-    assert collections.irrelevant_proportion(single, relevant) == 0.0
+    assert statistics.skip_ratio(nothing).item() == 1.0
+    assert statistics.skip_ratio(equal).item() == 0.0
+    assert statistics.skip_ratio(single).item() == pytest.approx(1 - 1 / N)
+    assert statistics.uniformity(equal).item() == pytest.approx(1.0)
+    assert statistics.uniformity(single).item() == 1.0
+    assert statistics.irrelevant_proportion(single, relevant).item() == 0.0
     for undefined in (
-        collections.uniformity(nothing),
-        collections.irrelevant_proportion(nothing, relevant),
-        collections.relevant_draws(nothing, relevant),
+        statistics.uniformity(nothing).item(),
+        statistics.irrelevant_proportion(nothing, relevant).item(),
+        statistics.relevant_draws(nothing, relevant).item(),
     ):
         assert math.isnan(undefined)
 
@@ -68,17 +71,17 @@ def test_statistics_at_their_ends(relevant: torch.Tensor) -> None:
 def test_expected_skip_ratio_against_powers(n: int, generator: torch.Generator) -> None:
     q = torch.softmax(3 * torch.randn(N, generator=generator, dtype=torch.float64), 0)
     expected = sum((1 - share) ** n for share in q.tolist()) / N
-    assert collections.expected_skip_ratio(q, n) == pytest.approx(expected, rel=1e-12)
+    assert statistics.expected_skip_ratio(q, n).item() == pytest.approx(expected, rel=1e-12)
     certain = torch.tensor([1.0, 0.0])
-    assert collections.expected_skip_ratio(certain, n) == (1.0 if n == 0 else 0.5)
+    assert statistics.expected_skip_ratio(certain, n).item() == (1.0 if n == 0 else 0.5)
 
 
 def test_expected_skip_ratio_is_the_mean_of_skip_ratios(generator: torch.Generator) -> None:
     q = torch.softmax(torch.randn(N, generator=generator), 0)
     runs = torch.multinomial(q, 2000 * 50, replacement=True, generator=generator).reshape(2000, 50)
-    mean = sum(collections.skip_ratio(count(run.tolist())) for run in runs) / len(runs)
+    mean = sum(statistics.skip_ratio(count(run.tolist())).item() for run in runs) / len(runs)
     # one run deviates by less than 0.08, so their mean by less than 0.002; six times that is out of reach of chance
-    assert mean == pytest.approx(collections.expected_skip_ratio(q, 50), abs=0.012)
+    assert mean == pytest.approx(statistics.expected_skip_ratio(q, 50).item(), abs=0.012)
 
 
 @pytest.mark.parametrize("with_labels", [False, True])
@@ -90,7 +93,7 @@ def test_distill_follows_the_teacher_and_counts_its_draws(with_labels: bool, gen
     criterion = KDLoss(2.0, 0.9) if with_labels else KLDivLoss(2.0)
     steps = []
     with one_thread():
-        counts = collections.distill(
+        counts = distill(
             student,
             images,
             logits,
@@ -140,7 +143,7 @@ def test_distill_refuses_before_it_works(message: str, changes: dict[str, Any]) 
         "target": torch.zeros(20, dtype=torch.int64),
     }
     before = arguments["table"].state_dict()
-    refuses(message, lambda: collections.distill(**{**arguments, **changes}))
+    refuses(message, lambda: distill(**{**arguments, **changes}))
     assert arguments["table"].state_dict() == before
     assert arguments["student"].training  # as it was made
 

@@ -21,7 +21,7 @@ from fastkd import build_info
 from fastkd.__main__ import main
 from fastkd._library import OPERATORS
 from fastkd.cli import demo
-from fastkd.demo import experiment, timing
+from fastkd.studies.demo import experiment, timing
 
 pytestmark = pytest.mark.no_kernels
 

@@ -67,15 +67,15 @@ def test_lightning_module_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         Hinton, "step", lambda self, *inputs: (seen.append(inputs[-1]), step(self, *inputs))[1]
     )  # its progress
-    optimiser = module.configure_optimizers()
-    assert sum(len(group["params"]) for group in optimiser.param_groups) == len(list(module.objective.parameters()))
+    optimizer = module.configure_optimizers()
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(module.objective.parameters()))
     train, test = example.loaders()
     losses = []
     for i, batch in enumerate(train):
         loss = module.training_step(batch, i)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert set(seen) == {0.5}

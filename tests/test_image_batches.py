@@ -1,4 +1,4 @@
-"""Batches of a set: which images, which crops; the same after a resumption, for ranks, layouts, and dtypes."""
+"""ImageBatches of a set: which images, which crops; the same after a resumption, for ranks, layouts, and dtypes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd.data import Batches, ImageSet
+from fastkd.data import ImageBatches, ImageSet
 from fastkd.patches import crop_seed, seeded_crop_flip
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
@@ -33,7 +33,7 @@ def pixels(views: Tensor) -> Tensor:
     return ((views.double() * 0.25 + 0.5) * 255).round().long()
 
 
-def epoch(batches: Batches, number: int = 0, start: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
+def epoch(batches: ImageBatches, number: int = 0, start: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
     return list(batches.epoch(number, start))
 
 
@@ -46,7 +46,7 @@ def same(a: list[tuple[Tensor, Tensor, Tensor]], b: list[tuple[Tensor, Tensor, T
 def test_an_epoch_has_every_image_once() -> None:
     data = image_set()
     for drop_last, sizes in ((True, [16, 16, 16]), (False, [16, 16, 16, 2])):
-        batches = Batches(data, 16, seed=0, drop_last=drop_last)
+        batches = ImageBatches(data, 16, seed=0, drop_last=drop_last)
         parts = epoch(batches)
         assert len(batches) == len(parts) == len(sizes)
         assert [len(target) for _, target, _ in parts] == sizes
@@ -54,12 +54,12 @@ def test_an_epoch_has_every_image_once() -> None:
         assert len(indices.unique()) == sum(sizes)
         assert torch.equal(torch.cat([part[1] for part in parts]), data.target[indices])
         assert not torch.equal(indices, indices.sort().values)
-    assert len(Batches(data, 25, seed=0, drop_last=False)) == 2
-    assert len(Batches(data, 100, seed=0, drop_last=False)) == 1
+    assert len(ImageBatches(data, 25, seed=0, drop_last=False)) == 2
+    assert len(ImageBatches(data, 100, seed=0, drop_last=False)) == 1
 
 
 def test_views_are_crops_of_their_images() -> None:
-    for views, _, indices in Batches(image_set(), 10, seed=0, padding=2, flip=True).epoch(0):
+    for views, _, indices in ImageBatches(image_set(), 10, seed=0, padding=2, flip=True).epoch(0):
         assert views.shape == (10, 3, 8, 8)
         assert views.dtype == torch.float32
         seen = pixels(views)
@@ -75,7 +75,7 @@ def test_places_and_mirrors_are_uniform() -> None:
     padded = [0, 0, *row.tolist(), 0, 0]
     crops = [tuple(padded[place : place + 8]) for place in range(5)]
     counts = dict.fromkeys([*crops, *(crop[::-1] for crop in crops)], 0)
-    for views, _, _ in Batches(data, 500, seed=1, padding=2, flip=True).epoch(0):
+    for views, _, _ in ImageBatches(data, 500, seed=1, padding=2, flip=True).epoch(0):
         for seen in pixels(views)[:, 0, 4].tolist():  # a row that is inside the image at any place
             counts[tuple(seen)] += 1
     assert all(abs(count - 400) < 95 for count in counts.values())
@@ -83,25 +83,25 @@ def test_places_and_mirrors_are_uniform() -> None:
 
 def test_plain_batches_are_the_normalised_images() -> None:
     data = image_set(channels=1)
-    for views, _, indices in Batches(data, 25, seed=0, padding=0, flip=False).epoch(3):
+    for views, _, indices in ImageBatches(data, 25, seed=0, padding=0, flip=False).epoch(3):
         assert torch.equal(views, data.normalised(indices))
         assert torch.equal(views, data.normalised()[indices])
 
 
 def test_the_set_recommends_flip_and_padding() -> None:
     data = image_set(flip=True, padding=1)
-    assert same(epoch(Batches(data, 25, seed=0)), epoch(Batches(data, 25, seed=0, padding=1, flip=True)))
-    assert not same(epoch(Batches(data, 25, seed=0)), epoch(Batches(data, 25, seed=0, padding=1, flip=False)))
-    assert not same(epoch(Batches(data, 25, seed=0)), epoch(Batches(data, 25, seed=0, padding=2, flip=True)))
-    upright = Batches(image_set(padding=0), 25, seed=0)
+    assert same(epoch(ImageBatches(data, 25, seed=0)), epoch(ImageBatches(data, 25, seed=0, padding=1, flip=True)))
+    assert not same(epoch(ImageBatches(data, 25, seed=0)), epoch(ImageBatches(data, 25, seed=0, padding=1, flip=False)))
+    assert not same(epoch(ImageBatches(data, 25, seed=0)), epoch(ImageBatches(data, 25, seed=0, padding=2, flip=True)))
+    upright = ImageBatches(image_set(padding=0), 25, seed=0)
     assert all(torch.equal(views, upright.image_set.normalised(i)) for views, _, i in upright.epoch(0))
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 6, 7])
 def test_resumption_gives_the_same_bits(start: int) -> None:
     data = image_set(flip=True)
-    whole = epoch(Batches(data, 7, seed=3), 5)
-    resumed = epoch(Batches(data, 7, seed=3), 5, start)
+    whole = epoch(ImageBatches(data, 7, seed=3), 5)
+    resumed = epoch(ImageBatches(data, 7, seed=3), 5, start)
     assert len(resumed) == 7 - start
     assert same(whole[start:], resumed)
 
@@ -109,18 +109,18 @@ def test_resumption_gives_the_same_bits(start: int) -> None:
 def test_batches_leave_the_global_generator() -> None:
     """And do not depend on it."""
     data, state = image_set(), torch.random.get_rng_state()
-    a = epoch(Batches(data, 10, seed=0))
+    a = epoch(ImageBatches(data, 10, seed=0))
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.manual_seed(1)
     try:
-        assert same(a, epoch(Batches(data, 10, seed=0)))
+        assert same(a, epoch(ImageBatches(data, 10, seed=0)))
     finally:
         torch.random.set_rng_state(state)
 
 
 def test_epochs_of_one_object_are_independent() -> None:
     """Two iterators in turns are as one after the other."""
-    batches = Batches(image_set(), 10, seed=0)
+    batches = ImageBatches(image_set(), 10, seed=0)
     in_turns = [list(pair) for pair in zip(*zip(batches.epoch(0), batches.epoch(1), strict=True), strict=True)]
     assert same(in_turns[0], epoch(batches, 0))
     assert same(in_turns[1], epoch(batches, 1))
@@ -129,7 +129,9 @@ def test_epochs_of_one_object_are_independent() -> None:
 def test_seed_and_epoch_change_order_and_crops() -> None:
     """By chance a crop is at the same one of 81 places. The images are the same: a view tells its place alone."""
     data = image_set().subset([7] * 50)
-    runs = [epoch(Batches(data, 50, seed=seed), number)[0] for seed, number in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2))]
+    runs = [
+        epoch(ImageBatches(data, 50, seed=seed), number)[0] for seed, number in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2))
+    ]
     for i, (views, _, indices) in enumerate(runs):
         for other_views, _, other_indices in runs[:i]:
             assert not torch.equal(indices, other_indices)
@@ -138,29 +140,29 @@ def test_seed_and_epoch_change_order_and_crops() -> None:
 
 def test_batches_of_an_epoch_have_different_crops() -> None:
     data = image_set().subset([7] * 50)
-    parts = epoch(Batches(data, 10, seed=0))
+    parts = epoch(ImageBatches(data, 10, seed=0))
     assert not any(torch.equal(parts[0][0], part[0]) for part in parts[1:])
 
 
 def test_ranks_share_the_permutation() -> None:
     data = image_set(count=100)
-    alone = Batches(data, 24, seed=2)
-    ranks = [Batches(data, 8, seed=2, rank=rank, world_size=3) for rank in range(3)]
+    alone = ImageBatches(data, 24, seed=2)
+    ranks = [ImageBatches(data, 8, seed=2, rank=rank, world_size=3) for rank in range(3)]
     assert [len(rank) for rank in ranks] == [4, 4, 4]
     parts = [epoch(rank, 1) for rank in ranks]
     for number, (_, _, indices) in enumerate(alone.epoch(1)):
         assert torch.equal(torch.cat([part[number][2] for part in parts]), indices)
     single = image_set().subset([7] * 50)
-    views = [epoch(Batches(single, 10, seed=0, rank=rank, world_size=2))[0][0] for rank in range(2)]
+    views = [epoch(ImageBatches(single, 10, seed=0, rank=rank, world_size=2))[0][0] for rank in range(2)]
     assert not torch.equal(*views)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_channels_last(channels: int) -> None:
     data = image_set(channels=channels, flip=True)
-    plain = Batches(data, 10, seed=0)
-    last = Batches(data, 10, seed=0, channels_last=True)
-    back = Batches(
+    plain = ImageBatches(data, 10, seed=0)
+    last = ImageBatches(data, 10, seed=0, channels_last=True)
+    back = ImageBatches(
         data.__class__(**{**vars(data), "images": data.images.contiguous(memory_format=torch.channels_last)}),
         10,
         seed=0,
@@ -177,7 +179,7 @@ def test_channels_last(channels: int) -> None:
 def test_dtype(dtype: torch.dtype) -> None:
     data = image_set(flip=True)
     for (a, _, _), (b, _, _) in zip(
-        Batches(data, 10, seed=0).epoch(0), Batches(data, 10, seed=0, dtype=dtype).epoch(0), strict=True
+        ImageBatches(data, 10, seed=0).epoch(0), ImageBatches(data, 10, seed=0, dtype=dtype).epoch(0), strict=True
     ):
         assert b.dtype == dtype
         torch.testing.assert_close(a.to(dtype), b, rtol=0, atol=1e-6 if dtype == torch.float64 else 0)
@@ -215,11 +217,11 @@ def test_seeded_crops_are_those_of_a_generator_with_this_seed() -> None:
 )
 def test_errors(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match="fastkd: " + message):
-        next(Batches(image_set(), **{"batch_size": 10, "seed": 0, **arguments}).epoch(0))
+        next(ImageBatches(image_set(), **{"batch_size": 10, "seed": 0, **arguments}).epoch(0))
 
 
 @pytest.mark.parametrize("start", [-1, 6])
 def test_start_outside(start: int) -> None:
     """At the call, not at the first batch."""
     with pytest.raises(ValueError, match=rf"start is {start}, must be in \[0, 5\], the batches of an epoch"):
-        Batches(image_set(), 10, seed=0).epoch(0, start)
+        ImageBatches(image_set(), 10, seed=0).epoch(0, start)

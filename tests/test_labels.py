@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastkd._seeding import mixed_seed
 from fastkd.data.labels import CIFAR10_CONFUSIONS, asymmetric_noise, imbalanced, power_law_counts, symmetric_noise
-from fastkd.data.seeds import mixed_seed
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
 

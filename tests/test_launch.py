@@ -22,7 +22,7 @@ LARGEST_SHARED, NON_PORTABLE_CLUSTER = 8, 13  # cudaFuncAttribute
 
 
 @pytest.fixture(scope="module")
-def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+def teacher_outputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     """Runs launch_test and returns the lines that it prints."""
     program = tmp_path_factory.mktemp("launch") / "launch_test"
     flags = f"-std=c++20 -Wall -Wextra -Werror -pthread -I{FAKE} -I{ROOT / 'csrc'}".split()

@@ -113,20 +113,20 @@ def test_baseline_needs_no_teacher() -> None:
 
 
 def test_in_a_loop_of_ones_own() -> None:
-    """As the docstring of Method has it: FeatureTap around the networks, the method's weights to the optimiser."""
+    """As the docstring of Method has it: FeatureTap around the networks, the method's weights to the optimizer."""
     student, teacher = resnet(8, in_channels=1, seed=1), resnet(14, in_channels=1, seed=2).eval()
     method = FitNet(32, 32)
     tapped, asked = FeatureTap(student, method.layers), FeatureTap(teacher, method.teacher_layers)
-    optimiser = torch.optim.SGD([*student.parameters(), *method.parameters()], 0.01)
+    optimizer = torch.optim.SGD([*student.parameters(), *method.parameters()], 0.01)
     images, target = torch.randn(16, 1, 12, 12), torch.arange(16) % CLASSES
     losses = []
     for _ in range(12):
         with torch.no_grad():
             given = asked(images)
         loss = method(tapped(images), given, target)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.total.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.terms["hint_loss"].item())
     assert losses[-1] < 0.7 * losses[0]
 

@@ -32,8 +32,8 @@ from fastkd.methods import (
     Objective,
     Outputs,
 )
-from fastkd.methods.loop import predict
 from fastkd.training.evaluation import evaluate
+from fastkd.training.inference import predict
 from fastkd.training.metrics import Running
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
@@ -122,7 +122,7 @@ def test_a_language_model_is_not_its_first_sequence(
     if method.layers and wrap is Wrapped:
         method = SP(["network.embedding"])
     tokens, target = torch.arange(B * T).reshape(B, T) % K, torch.arange(B * T).reshape(B, T) % 3
-    student, teacher = method.student_from(lambda seed: wrap(OfTokens(seed))), wrap(OfTokens(9))
+    student, teacher = method.build_student(lambda seed: wrap(OfTokens(seed))), wrap(OfTokens(9))
     loss, logits = Objective(method, student, teacher)(tokens, target)
     assert logits.shape == (B, T, K)
     loss.total.backward()

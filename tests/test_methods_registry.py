@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from fastkd.methods import AT, BSS, DML, FSP, ONE, RKD, SP, Baseline, FitNet, Hinton, Objective
-from fastkd.methods.loop import predict
 from fastkd.methods.registry import NAMES, create, needs_teacher
 from fastkd.models.resnet import resnet
 from fastkd.models.wide_resnet import wide_resnet
+from fastkd.training.inference import predict
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
 
@@ -51,18 +51,18 @@ def test_every_method_trains(name: str, family: str) -> None:
     student, teacher = networks(family)
     method = create(name, student, teacher, IMAGES)
     assert type(method) is KINDS[name]
-    made = method.student_from(lambda seed: student if seed == 0 else networks(family)[0])
+    made = method.build_student(lambda seed: student if seed == 0 else networks(family)[0])
     objective = Objective(method, made, teacher)
-    optimiser = torch.optim.SGD(objective.parameters(), 0.02)
+    optimizer = torch.optim.SGD(objective.parameters(), 0.02)
     losses = []
     for _ in range(8):
         torch.manual_seed(0)
         loss, logits = objective(IMAGES, TARGET, 0.3)
         assert logits.shape == (8, 10)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.total.backward()
         assert all(p.grad is not None for p in objective.parameters())
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.total.item())
     assert min(losses[1:]) < losses[0]
     assert all(p.grad is None for p in teacher.parameters())

@@ -77,7 +77,7 @@ def test_a_student_of_each_method() -> None:
 
     images = torch.randn(4, 1, 12, 12)
     for method in (ONE(), DML(3)):
-        student = method.student_from(make)
+        student = method.build_student(make)
         loss, main = method.step(FeatureTap(student), None, images, torch.arange(4))
         assert main.shape == (4, 10)
         loss.total.backward()
@@ -85,7 +85,7 @@ def test_a_student_of_each_method() -> None:
         kept = method.deployed(student)
         assert kept.eval()(images).shape == (4, 10)
         assert sum(p.numel() for p in kept.parameters()) == sum(p.numel() for p in make(0).parameters())
-    a, b = DML().student_from(make).networks
+    a, b = DML().build_student(make).networks
     assert not torch.equal(a.conv1.weight, b.conv1.weight)
 
 
@@ -95,7 +95,7 @@ def test_the_students_weights_are_those_of_the_seeds() -> None:
 
     for method in (ONE(), DML()):
         before = torch.get_rng_state()
-        first, second = method.student_from(make).state_dict(), method.student_from(make).state_dict()
+        first, second = method.build_student(make).state_dict(), method.build_student(make).state_dict()
         assert torch.equal(before, torch.get_rng_state())
         assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -106,15 +106,15 @@ def test_what_is_deployed_is_the_students_own_class() -> None:
 
     images = torch.randn(4, 1, 12, 12)
     method = ONE()
-    student = method.student_from(make)
+    student = method.build_student(make)
     averaged = copy.deepcopy(student)
     frozen = averaged.branch(1).conv1.weight.clone()
-    optimiser = torch.optim.SGD(student.parameters(), 0.1)
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
     evaluated = method.deployed(student)
     for _ in range(2):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         method.step(FeatureTap(student), None, images, torch.arange(4))[0].total.backward()
-        optimiser.step()
+        optimizer.step()
     student.eval()
     every = student(images)
     for i, kept in enumerate((method.deployed(student), student.branch(1))):
@@ -138,12 +138,12 @@ def test_the_gate_is_where_the_networks_are(device: str, dtype: torch.dtype, by_
         return resnet(8, in_channels=1, seed=seed).to(device, dtype)
 
     method = ONE(branches=2)
-    student = method.student_from(make)
+    student = method.build_student(make)
     if by_hand:
         student = MultiBranch(student.trunk, list(student.branches), 32)
     images, target = torch.linspace(-1, 1, 4 * 144).reshape(4, 1, 12, 12).to(device, dtype), torch.arange(4).to(device)
     if device == "cpu":
-        plain = method.student_from(lambda seed: resnet(8, in_channels=1, seed=seed))
+        plain = method.build_student(lambda seed: resnet(8, in_channels=1, seed=seed))
         assert torch.equal(student.gate[2].weight, plain.gate[2].weight.to(dtype))
         expected = plain.eval()(images.float())
         for one, other in zip(student.eval()(images), expected, strict=True):
@@ -158,10 +158,10 @@ def test_the_gate_whatever_the_defaults_are() -> None:
     def make(seed: int) -> nn.Module:
         return resnet(8, in_channels=1, seed=seed)
 
-    nets, plain = [make(seed) for seed in range(2)], ONE(branches=2).student_from(make)
+    nets, plain = [make(seed) for seed in range(2)], ONE(branches=2).build_student(make)
     with torch.device("meta"):
         student = MultiBranch.split(nets, "layer3")
-        inside = ONE(branches=2).student_from(make)
+        inside = ONE(branches=2).build_student(make)
     assert torch.equal(student.gate[2].weight, plain.gate[2].weight)
     assert all(p.is_meta for p in inside.parameters())
     nothing = MultiBranch(nn.Identity(), [nn.Flatten(), nn.Flatten()], 3)

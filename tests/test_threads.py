@@ -139,7 +139,7 @@ def test_an_epoch_for_each_thread(make: Callable[[AliasTable], Any]) -> None:
 
 @pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
 def test_one_iteration_for_all_threads(make: Callable[[AliasTable], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastkd.samplers._CHUNK", 7)  # many ends of chunks
+    monkeypatch.setattr("fastkd.collection_samplers._CHUNK", 7)  # many ends of chunks
     table = make_table()
     iterator = iter(make(table))
     shares = in_threads(*[lambda: flat(list(iterator))] * THREADS)

@@ -82,7 +82,7 @@ def test_terms_that_begin_and_end(tmp_path: Path) -> None:
     loss = BSS()(*(type("O", (), {"logits": logits}),) * 2, target)  # type: ignore[arg-type]
     assert running.read() == {}
     running.add(loss, logits, target)
-    running.add(loss.plus("late", one), logits, target)
+    running.add(loss.with_term("late", one), logits, target)
     means = running.read()
     assert means["late"] == 0.5
     assert means["accuracy"] == 0.5

@@ -181,15 +181,15 @@ def test_numbers_of_numpy_and_torch_are_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "fused"), [("sgd", True), ("adamw", True), ("adamw", False)])
 def test_kernels_of_the_optimiser_are_those_of_the_device(kind: str, fused: bool, tmp_path: Path) -> None:
     """A checkpoint of another device says what was right there."""
-    settings = make_settings(epochs=1, optimiser=kind)
+    settings = make_settings(epochs=1, optimizer=kind)
     train("hinton", tmp_path, settings, stop_at=5)
     path = tmp_path / "checkpoint.pt"
     state = checkpoint.read(path)
-    state["optimiser"]["param_groups"][0]["fused"] = fused
+    state["optimizer"]["param_groups"][0]["fused"] = fused
     torch.save(state, path)
     trainer = train("hinton", tmp_path, settings, resume=True)
     assert trainer._state is not None
-    assert [group["fused"] for group in trainer._state.optimiser.param_groups] == [None]
+    assert [group["fused"] for group in trainer._state.optimizer.param_groups] == [None]
 
 
 def test_code_in_a_checkpoint_is_not_run(folder: Path) -> None:

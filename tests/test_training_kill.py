@@ -11,7 +11,7 @@ import pytest
 from training_cases import assert_same_end, train
 from training_processes import KILLED, PATIENCE, POINTS, kill_itself, start, train_slowly
 
-from fastkd.methods.loop import one_thread
+from fastkd._threads import one_thread
 from fastkd.training import checkpoint
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.forks, pytest.mark.usefixtures("one_thread", "no_figures")]

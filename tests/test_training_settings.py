@@ -13,7 +13,7 @@ from torch import nn
 from training_cases import BATCHES, Batches, make_objective, make_settings
 
 from fastkd.training import Trainer, TrainingSettings
-from fastkd.training.optimisation import Average, make_optimiser, make_schedule
+from fastkd.training.optimization import Average, make_optimizer, make_schedule
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
 
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
         ({"epochs": 10**9 + 1}, "epochs is 1000000001, must be 1 or more, and at most 1000000000"),
         ({"learning_rate": 10**400}, "learning_rate is 10+, must be a number that a float holds"),
         ({"milestones": (0.5, 10**400)}, "milestones is 10+, must be a number that a float holds"),
-        ({"optimiser": "adam"}, "optimiser is 'adam', must be one of sgd, adamw"),
+        ({"optimizer": "adam"}, "optimizer is 'adam', must be one of sgd, adamw"),
         ({"schedule": "linear"}, "schedule is 'linear', must be one of cosine, step, constant"),
         ({"amp": "fp8"}, "amp is 'fp8', must be one of off, bf16, fp16"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0, must be above 0"),
@@ -110,8 +110,8 @@ def test_learning_rate_of_each_step(schedule: str, warmup: float) -> None:
     settings = make_settings(
         epochs=epochs, learning_rate=highest, schedule=schedule, milestones=(0.5, 0.8), warmup_epochs=warmup, decay=0.2
     )
-    optimiser = make_optimiser([nn.Parameter(torch.zeros(1))], settings)
-    rates = make_schedule(optimiser, settings, per_epoch)
+    optimizer = make_optimizer([nn.Parameter(torch.zeros(1))], settings)
+    rates = make_schedule(optimizer, settings, per_epoch)
     n, w = epochs * per_epoch, round(warmup * per_epoch)
     for t in range(n):
         if t < w:
@@ -122,8 +122,8 @@ def test_learning_rate_of_each_step(schedule: str, warmup: float) -> None:
             expected = highest * 0.2 ** sum(round(share * n) <= t for share in (0.5, 0.8))
         else:
             expected = highest
-        assert optimiser.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-9, abs=1e-12), t
-        optimiser.step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-9, abs=1e-12), t
+        optimizer.step()
         rates.step()
 
 
@@ -177,11 +177,11 @@ def test_gradient_clip_and_optimisers() -> None:
     Trainer(objective, Batches(1), settings, show="off").fit()
     moved = torch.cat([(a - b).flatten() for a, b in zip(objective.parameters(), before, strict=True)])
     assert moved.norm().item() == pytest.approx(0.5, rel=1e-4)
-    sgd = make_optimiser(objective.parameters(), make_settings(momentum=0.8, weight_decay=0.1, nesterov=False))
+    sgd = make_optimizer(objective.parameters(), make_settings(momentum=0.8, weight_decay=0.1, nesterov=False))
     assert isinstance(sgd, torch.optim.SGD)
     assert {name: sgd.defaults[name] for name in ("momentum", "weight_decay", "nesterov")} == {
         "momentum": 0.8,
         "weight_decay": 0.1,
         "nesterov": False,
     }
-    assert isinstance(make_optimiser(objective.parameters(), make_settings(optimiser="adamw")), torch.optim.AdamW)
+    assert isinstance(make_optimizer(objective.parameters(), make_settings(optimizer="adamw")), torch.optim.AdamW)

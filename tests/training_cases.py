@@ -78,7 +78,7 @@ def make_objective(method: str, seed: int = 0, make: Callable[[int], nn.Module] 
     """The teacher is always the same; the student's weights, and the method's, are of the seed."""
     with seeded(seed):
         made = METHODS[method]()
-        student = made.student_from(lambda i: make(100 * seed + i))  # the gate of ONE draws, too
+        student = made.build_student(lambda i: make(100 * seed + i))  # the gate of ONE draws, too
     return Objective(made, student, small(77, (8, 8)) if made.needs_teacher else None)
 
 

@@ -28,7 +28,7 @@ POINTS = ("while it is written", "before it is on the disk", "before it takes it
 
 def start(work: Callable[..., None], *arguments: Any) -> Any:
     """A process that runs this. They are forked from one that has imported what they need, torch's
-    optimisers torch._dynamo for instance, and done nothing else."""
+    optimizers torch._dynamo for instance, and done nothing else."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "numpy.random", "training_processes"])
     process = context.Process(target=_alone, args=(work, *arguments))
@@ -111,7 +111,7 @@ def _as_rank(work: Callable[..., None], rank: int, ranks: int, port: int, argume
 
 CASES: dict[str, dict[str, Any]] = {
     "hinton": {"ema": 0.9},
-    "fitnet": {"optimiser": "adamw", "learning_rate": 0.01},
+    "fitnet": {"optimizer": "adamw", "learning_rate": 0.01},
     "at": {"epochs": 2},
     "sp": {"epochs": 2},
     "rkd-da": {"epochs": 2},

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastkd._library import CUDA_OPERATORS, build_info
 from fastkd.cli._errors import UsageError
 from fastkd.cli._output import check_writable
-from fastkd.demo import experiment
+from fastkd.studies.demo import experiment
 
 FILE_NAME = "fastkd-demo.png"
 QUICK = {"steps": 200, "teacher_steps": 100, "collection_size": 2000, "repeats": 1}
@@ -54,7 +54,7 @@ class Demo(experiment.Settings):
         devices = _choose_devices(self.device)
         figure_path = _prepare_output(self.output)
         json_path = figure_path.with_suffix(".json")
-        from fastkd.demo import figure, report, timing  # matplotlib takes a second to import
+        from fastkd.studies.demo import figure, report, timing  # matplotlib takes a second to import
 
         settings = experiment.Settings(**{f.name: getattr(self, f.name) for f in fields(experiment.Settings)})
         if self.quick:

@@ -121,7 +121,7 @@ class ImageSet:
         """``(x / 255 - mean) / std`` of all images, or of a slice of them, or of indices as of :meth:`subset`: to evaluate on.
 
         Returns:
-            ``[n, C, H, W]`` of dtype, as :func:`fastkd.random_crop_flip` rounds it: what :class:`fastkd.data.batches.Batches`
+            ``[n, C, H, W]`` of dtype, as :func:`fastkd.random_crop_flip` rounds it: what :class:`fastkd.data.ImageBatches`
             gives without crop and flip.
         """
         chosen = _check_slice("part", part) if isinstance(part, slice) else self._chosen("part", part)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastkd._checks import check_between, check_count, check_dtype, check_number, index_of
+from fastkd._seeding import mixed_generator
 from fastkd.data.images import check_labels
-from fastkd.data.seeds import mixed_generator
 
 __all__ = ["CIFAR10_CONFUSIONS", "asymmetric_noise", "imbalanced", "power_law_counts", "symmetric_noise"]
 

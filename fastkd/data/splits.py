@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkd._checks import check_dtype, check_number
-from fastkd.data.seeds import mixed_generator
+from fastkd._seeding import mixed_generator
 
 __all__ = ["stratified_split"]
 

@@ -1,8 +1,8 @@
 """The distillation methods: one file a family.
 
 The zoo of Sarfraz et al., "Knowledge Distillation Beyond Model Compression" (ICPR 2020): Hinton and BSS (:mod:`.response`),
-FitNet, FSP and AT (:mod:`.representation`), RKD and SP (:mod:`.relational`), ONE and DML (:mod:`.online`). Distillation from
-unlabeled collections: :mod:`.collections`.
+FitNet, FSP and AT (:mod:`.representation`), RKD and SP (:mod:`.relational`), ONE and DML (:mod:`.online`).
+
 """
 
 from fastkd.methods.features import FeatureTap, JointLogits, Outputs

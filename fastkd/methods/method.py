@@ -39,7 +39,7 @@ class Loss(NamedTuple):
     terms: dict[str, Tensor]
     """Its terms by name, with their weights, detached, for logging; their sum is the total. One of weight 0 is not there."""
 
-    def plus(self, name: str, term: Tensor) -> Loss:
+    def with_term(self, name: str, term: Tensor) -> Loss:
         """With one term more."""
         return Loss(self.total + term, {**self.terms, name: term.detach()})
 
@@ -51,7 +51,7 @@ class Method(nn.Module):
     >>> loss.total.backward()
 
     or let it run the networks (BSS needs that), ``loss, logits = method.step(student, teacher, images, target)``. Where it
-    has parameters of its own (FitNet's regressor), give ``method.parameters()`` to the optimiser, too.
+    has parameters of its own (FitNet's regressor), give ``method.parameters()`` to the optimizer, too.
     """
 
     needs_teacher: ClassVar[bool] = True
@@ -101,10 +101,10 @@ class Method(nn.Module):
     ) -> tuple[Loss, Tensor]:
         """Runs the networks on a batch: the loss, and the student's logits ``[B, ..., K]``, of several those of the first."""
         student_outputs = student(images)
-        loss = self(student_outputs, self.ask(teacher, images), target, progress)
+        loss = self(student_outputs, self.teacher_outputs(teacher, images), target, progress)
         return loss, main_logits(student_outputs.logits)
 
-    def ask(self, teacher: FeatureTap | None, images: Tensor) -> Outputs | None:
+    def teacher_outputs(self, teacher: FeatureTap | None, images: Tensor) -> Outputs | None:
         """The teacher's outputs, without a graph; None where nothing of them is read."""
         if not self.reads_teacher:
             return None
@@ -114,7 +114,7 @@ class Method(nn.Module):
             outputs: Outputs = teacher(images)
         return outputs
 
-    def student_from(self, make: Callable[[int], nn.Module]) -> nn.Module:
+    def build_student(self, make: Callable[[int], nn.Module]) -> nn.Module:
         """What is trained, of networks that ``make(seed)`` makes: one of them, but for online methods."""
         return make(0)
 
@@ -184,7 +184,7 @@ class WeightedMethod(Method):
         pair = (features_of("student", student, self.layers), features_of("teacher", teacher, self.teacher_layers))
         with torch.autocast(loss.total.device.type, enabled=False):  # whose products would be rounded to 16 bits
             distance = self.distance(*pair)
-        return loss.plus(self.term, self.feature_weight * distance)
+        return loss.with_term(self.term, self.feature_weight * distance)
 
     def distance(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         """X >= 0, a scalar, of the features of ``layers`` and ``teacher_layers``."""

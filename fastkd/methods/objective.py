@@ -1,4 +1,4 @@
-"""A method together with its networks, as one module: what an optimiser trains, and DDP wraps."""
+"""A method together with its networks, as one module: what an optimizer trains, and DDP wraps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Objective(nn.Module):
     """Images and labels in, the loss and the student's logits out; its parameters are the student's and the method's.
 
     >>> objective = Objective(method, student, teacher)
-    >>> optimiser = torch.optim.SGD(objective.parameters(), 0.1)
+    >>> optimizer = torch.optim.SGD(objective.parameters(), 0.1)
     >>> loss, logits = objective(images, target, progress=epoch / epochs)
     >>> loss.total.backward()
 
@@ -25,7 +25,7 @@ class Objective(nn.Module):
 
     Args:
         method: any. Layers are tapped and the teacher runs only while their terms have weights above 0.
-        student: what ``method.student_from`` made.
+        student: what ``method.build_student`` made.
         teacher: images to logits; it is put into evaluation mode, is never trained, and is no part of this module's state, but
             moves with it (``to``).
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fastkd import _checks, functional
 from fastkd._seeding import seeded
 from fastkd.methods.features import JointLogits, Outputs, check_module, logits_of, logits_of_one
-from fastkd.methods.loop import evaluating
 from fastkd.methods.method import Loss, Method, check_logits, check_number, check_progress, cross_entropy
+from fastkd.models.modes import evaluating
 
 __all__ = ["DML", "ONE", "Cohort", "MultiBranch"]
 
@@ -30,7 +30,7 @@ class ONE(Method):
 
     Args:
         temperature: T > 0.
-        branches: of the student that ``student_from`` makes, 2 or more.
+        branches: of the student that ``build_student`` makes, 2 or more.
         branch_at: the child module of the student at which the branches begin.
         ramp_share: in [0, 1].
     """
@@ -59,7 +59,7 @@ class ONE(Method):
             return loss
         given = ensemble.detach()
         kd = torch.stack([functional.kl_div(one, given, self.temperature) for one in branches]).sum()
-        return loss.plus("kd_loss", weight * kd)
+        return loss.with_term("kd_loss", weight * kd)
 
     def ramp(self, progress: float) -> float:
         """w, of a progress in [0, 1]: from exp(-5) to 1."""
@@ -67,7 +67,7 @@ class ONE(Method):
         left = 1.0 - progress / self.ramp_share if progress < self.ramp_share else 0.0
         return math.exp(-5.0 * left**2)
 
-    def student_from(self, make: Callable[[int], nn.Module]) -> MultiBranch:
+    def build_student(self, make: Callable[[int], nn.Module]) -> MultiBranch:
         """Branches of ``make(0)``, ``make(1)``, ...; the gate begins with the same weights, whatever ``make`` makes."""
         return MultiBranch.split([make(seed) for seed in range(self.branches)], self.branch_at)
 
@@ -88,7 +88,7 @@ class DML(Method):
     from the same predictions. Its student is a :class:`Cohort`; what is kept in the end is the first network.
 
     Args:
-        networks: of the cohort that ``student_from`` makes, 2 or more.
+        networks: of the cohort that ``build_student`` makes, 2 or more.
         temperature: T > 0.
     """
 
@@ -111,9 +111,9 @@ class DML(Method):
             if i != j
         ]
         mutual = torch.stack(pairs).sum() / (len(cohort) - 1)
-        return Loss(task, {"task_loss": task.detach()}).plus("mutual_loss", mutual)
+        return Loss(task, {"task_loss": task.detach()}).with_term("mutual_loss", mutual)
 
-    def student_from(self, make: Callable[[int], nn.Module]) -> Cohort:
+    def build_student(self, make: Callable[[int], nn.Module]) -> Cohort:
         return Cohort([make(seed) for seed in range(self.networks)])
 
     def deployed(self, student: nn.Module) -> nn.Module:
@@ -281,7 +281,7 @@ def _logits_of_several(logits: object) -> list[Tensor]:
         )
         raise ValueError(
             f"fastkd: student.logits {given}, must be JointLogits, [B, ..., K] of each of 2 networks or more: the student is "
-            "what student_from makes; of a stack [networks, B, ..., K] they are JointLogits(stack)"
+            "what build_student makes; of a stack [networks, B, ..., K] they are JointLogits(stack)"
         )
     each = [check_logits(f"student.logits[{i}]", one) for i, one in enumerate(logits)]
     for i, one in enumerate(each):

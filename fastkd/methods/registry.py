@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from fastkd._checks import check_text
 from fastkd._names import unknown_name
 from fastkd.methods.features import FeatureTap
-from fastkd.methods.loop import evaluating
 from fastkd.methods.method import Method, WeightedMethod
 from fastkd.methods.online import DML, ONE
 from fastkd.methods.relational import RKD, SP
 from fastkd.methods.representation import AT, FSP, FitNet
 from fastkd.methods.response import BSS, Baseline, Hinton
 from fastkd.models.layers import FeatureLayers, feature_layers
+from fastkd.models.modes import evaluating
 
 __all__ = ["NAMES", "create", "needs_teacher"]
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from fastkd import _checks, functional
 from fastkd._seeding import drawing
 from fastkd.methods.features import FeatureTap, Outputs
-from fastkd.methods.loop import evaluating
 from fastkd.methods.method import (
     Loss,
     Method,
@@ -24,6 +23,7 @@ from fastkd.methods.method import (
     check_teacher_logits,
     cross_entropy,
 )
+from fastkd.models.modes import evaluating
 
 __all__ = ["BSS", "Attacked", "Baseline", "Hinton"]
 
@@ -108,7 +108,7 @@ class BSS(Method):
         target: Tensor,
         progress: float = 0.0,
     ) -> tuple[Loss, Tensor]:
-        teacher_outputs = self.ask(teacher, images)
+        teacher_outputs = self.teacher_outputs(teacher, images)
         student_outputs = student(images)
         loss = self(student_outputs, teacher_outputs, target, progress)
         logits = check_logits("student.logits", student_outputs.logits)
@@ -118,7 +118,7 @@ class BSS(Method):
             with torch.no_grad():
                 teacher_logits = teacher(attacked.images).logits
             term = self.boundary_loss(student(attacked.images).logits, teacher_logits, attacked.weight)
-            loss = loss.plus("boundary_loss", self.attack_weight(progress) * term)
+            loss = loss.with_term("boundary_loss", self.attack_weight(progress) * term)
         return loss, logits
 
     def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: float = 0.0) -> Loss:
@@ -130,7 +130,7 @@ class BSS(Method):
         given = check_teacher_logits(logits, teacher.logits)
         task = cross_entropy(logits, target)
         kd = self._soft_cross_entropy(logits, given)
-        return Loss(task, {"task_loss": task.detach()}).plus("kd_loss", (3.0 * (1.0 - progress) + 1.0) * kd)
+        return Loss(task, {"task_loss": task.detach()}).with_term("kd_loss", (3.0 * (1.0 - progress) + 1.0) * kd)
 
     def attack_weight(self, progress: float) -> float:
         """``rho_a``, of a progress in [0, 1]; from 0 on there is nothing to attack for."""

@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from fastkd._seeding import mixed_generator
 from fastkd.data import labels
 from fastkd.data import registry as data_sets
 from fastkd.data.images import ImageSet
 from fastkd.data.registry import Outline
-from fastkd.data.seeds import mixed_generator
 
 __all__ = ["DataSettings", "check", "prepare"]
 

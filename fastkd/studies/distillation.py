@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from fastkd._files import write_whole
 from fastkd._library import build_info
-from fastkd.data.batches import Batches
+from fastkd.data.image_batches import ImageBatches
 from fastkd.data.images import ImageSet
 from fastkd.methods import Method, Objective
 from fastkd.methods import registry as methods
-from fastkd.methods.loop import evaluating
 from fastkd.models import registry as models
+from fastkd.models.modes import evaluating
 from fastkd.patches import padding_of
 from fastkd.studies import data as images
 from fastkd.studies.data import DataSettings, prepare
@@ -320,8 +320,8 @@ def _made_up(settings: Distillation) -> _Data:
     return _Data(few, few.normalised(), few.target)
 
 
-def _batches(settings: Distillation, train: ImageSet, size: int, rank: int = 0, world_size: int = 1) -> Batches:
-    return Batches(
+def _batches(settings: Distillation, train: ImageSet, size: int, rank: int = 0, world_size: int = 1) -> ImageBatches:
+    return ImageBatches(
         train,
         size,
         seed=settings.training.seed,
@@ -416,7 +416,7 @@ def _objective(settings: Distillation, data: _Data, teacher: nn.Module | None, s
     first = _network(settings, "student", data, seed)
     method = make_method(settings, *(() if teacher is None else (first, teacher, data.test_images[:2])))
     # the networks of an online method differ; the first is the one that every other method would train
-    student = method.student_from(
+    student = method.build_student(
         lambda i: first if i == 0 else _network(settings, "student", data, seed + i * (TEACHERS << 1))
     )
     return Objective(method, student, teacher).to(data.test_images.device)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fastkd._checks import check_count, check_dtype, check_tensor
 from fastkd.methods.features import check_module
-from fastkd.methods.loop import predict
 from fastkd.methods.method import cross_entropy
+from fastkd.training.inference import predict
 
 __all__ = ["evaluate", "evaluator"]
 

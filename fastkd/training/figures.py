@@ -8,16 +8,16 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from fastkd._figures import BLUE, GREEN, GREY, INK, ORANGE, RED, canvas, plain
+from fastkd._figures import BLUE, GREEN, GREY, INK, ORANGE, RED, canvas, plain_axes
 from fastkd._files import write_whole
-from fastkd.training.metrics import Line
+from fastkd.training.metrics import EpochMetrics
 
 __all__ = ["save_curves"]
 
 TERMS = (BLUE, ORANGE, GREEN, RED)  # the colours of the loss's terms, in this order
 
 
-def save_curves(lines: Sequence[Line], path: str | Path, title: str = "") -> None:
+def save_curves(lines: Sequence[EpochMetrics], path: str | Path, title: str = "") -> None:
     """Loss and its terms, accuracy, and learning rate over the epochs, as PNG.
 
     Args:
@@ -40,7 +40,7 @@ def save_curves(lines: Sequence[Line], path: str | Path, title: str = "") -> Non
     write_whole(Path(path), lambda file: figure.savefig(file, format="png"))
 
 
-def _losses(axes: Axes, lines: Sequence[Line]) -> None:
+def _losses(axes: Axes, lines: Sequence[EpochMetrics]) -> None:
     _plain(axes, "Loss on the training images", "mean over the epoch")
     names = list(dict.fromkeys(name for line in lines for name in line))
     # the trainer's own lines name the terms between the loss and the accuracy
@@ -55,7 +55,7 @@ def _losses(axes: Axes, lines: Sequence[Line]) -> None:
     axes.legend(frameon=False, loc="upper right")
 
 
-def _accuracies(axes: Axes, lines: Sequence[Line]) -> None:
+def _accuracies(axes: Axes, lines: Sequence[EpochMetrics]) -> None:
     _plain(axes, "Accuracy", "% of images right")
     percent = [{name: 100 * value if name.endswith("accuracy") else value for name, value in x.items()} for x in lines]
     _draw(axes, percent, "accuracy", BLUE, "training (as augmented)")
@@ -66,12 +66,12 @@ def _accuracies(axes: Axes, lines: Sequence[Line]) -> None:
     axes.legend(frameon=False, loc="lower right")
 
 
-def _draw(axes: Axes, lines: Sequence[Line], name: str, colour: str, label: str, *, width: float = 1.6) -> None:
+def _draw(axes: Axes, lines: Sequence[EpochMetrics], name: str, colour: str, label: str, *, width: float = 1.6) -> None:
     points = [(line["epoch"], line[name]) for line in lines if name in line]
     marker = "o" if len(points) <= 25 else ""
     axes.plot(*zip(*points, strict=True), color=colour, linewidth=width, label=label, marker=marker, markersize=3.5)
 
 
 def _plain(axes: Axes, title: str, y: str) -> None:
-    plain(axes, title, "epoch", y)
+    plain_axes(axes, title, "epoch", y)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

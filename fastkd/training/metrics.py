@@ -13,9 +13,9 @@ from torch import Tensor
 from fastkd.methods import Loss
 from fastkd.training import distributed
 
-__all__ = ["Line", "MetricsFile", "Recorder", "Running", "TensorBoard", "read_metrics"]
+__all__ = ["EpochMetrics", "MetricsFile", "Recorder", "Running", "TensorBoard", "read_metrics"]
 
-Line = dict[str, float]
+EpochMetrics = dict[str, float]
 """What an epoch came to: epoch, step, learning_rate, loss, each of its terms, accuracy, seconds, and test results."""
 
 
@@ -42,7 +42,7 @@ class Running:
         self._sums.add_(means, alpha=len(target))
         self._images += len(target)
 
-    def read(self, *, all_ranks: bool = False) -> Line:
+    def read(self, *, all_ranks: bool = False) -> EpochMetrics:
         """The means by name, of this rank or, called by all of them, of all; waits for the device, once."""
         if not self._names:
             return {}
@@ -62,7 +62,7 @@ class Running:
         self._sums = state["sums"].to(self._sums.device, copy=True)
 
 
-def check_finite(line: Line, step: int) -> None:
+def check_finite(line: EpochMetrics, step: int) -> None:
     """Whether the loss and its terms are numbers.
 
     Raises:
@@ -81,10 +81,10 @@ def check_finite(line: Line, step: int) -> None:
 class Recorder(Protocol):
     """Keeps the lines of a training."""
 
-    def begin(self, lines: list[Line]) -> None:
+    def begin(self, lines: list[EpochMetrics]) -> None:
         """These are there already: those after them, of an earlier run, go."""
 
-    def add(self, line: Line) -> None:
+    def add(self, line: EpochMetrics) -> None:
         """One more."""
 
     def close(self) -> None:
@@ -97,10 +97,10 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def begin(self, lines: list[Line]) -> None:
+    def begin(self, lines: list[EpochMetrics]) -> None:
         self._path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
-    def add(self, line: Line) -> None:
+    def add(self, line: EpochMetrics) -> None:
         with self._path.open("a") as file:
             file.write(f"{json.dumps(line)}\n")
 
@@ -125,13 +125,13 @@ class TensorBoard:
         self._folder = folder
         self._writer: Any = None
 
-    def begin(self, lines: list[Line]) -> None:
+    def begin(self, lines: list[EpochMetrics]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         done = int(lines[-1]["step"]) if lines else 0
         self._writer = SummaryWriter(str(self._folder), purge_step=done + 1)  # type: ignore[no-untyped-call,unused-ignore]
 
-    def add(self, line: Line) -> None:
+    def add(self, line: EpochMetrics) -> None:
         for name, value in line.items():
             if name != "step":
                 self._writer.add_scalar(name, value, int(line["step"]))
@@ -142,6 +142,6 @@ class TensorBoard:
             self._writer.close()
 
 
-def read_metrics(path: str | Path) -> list[Line]:
+def read_metrics(path: str | Path) -> list[EpochMetrics]:
     """The lines of a ``metrics.jsonl``."""
     return [json.loads(line) for line in Path(path).read_text().splitlines()]

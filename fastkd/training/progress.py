@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from fastkd.training.metrics import Line
+from fastkd.training.metrics import EpochMetrics
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,10 +27,10 @@ class Display(AbstractContextManager["Display"], Protocol):
     def due(self) -> bool:
         """Whether it is time to show again."""
 
-    def show(self, epoch: int, batch: int, means: Line) -> None:
+    def show(self, epoch: int, batch: int, means: EpochMetrics) -> None:
         """Within an epoch, from 0 on, after so many batches of it."""
 
-    def epoch(self, line: Line) -> None:
+    def epoch(self, line: EpochMetrics) -> None:
         """After an epoch."""
 
 
@@ -59,10 +59,10 @@ class Silent:
     def due(self) -> bool:
         return False
 
-    def show(self, epoch: int, batch: int, means: Line) -> None:
+    def show(self, epoch: int, batch: int, means: EpochMetrics) -> None:
         pass
 
-    def epoch(self, line: Line) -> None:
+    def epoch(self, line: EpochMetrics) -> None:
         pass
 
 
@@ -73,7 +73,7 @@ class Lines(Silent):
         self._epochs = epochs
         self._print: Callable[[str], object] = print if console is None else console.print
 
-    def epoch(self, line: Line) -> None:
+    def epoch(self, line: EpochMetrics) -> None:
         numbers = (f"{name.replace('_', ' ')} {_short(name, x)}" for name, x in line.items() if name != "epoch")
         self._print(f"epoch {int(line['epoch']):>{len(str(self._epochs))}}/{self._epochs}: {', '.join(numbers)}")
 
@@ -108,14 +108,14 @@ class Bar:
     def due(self) -> bool:
         return time.monotonic() >= self._next
 
-    def show(self, epoch: int, batch: int, means: Line) -> None:
+    def show(self, epoch: int, batch: int, means: EpochMetrics) -> None:
         said = f"loss {means['loss']:.3f}, accuracy {100 * means['accuracy']:.1f} %{self._test}"
         self._progress.update(
             self._task, completed=epoch * self._batches + batch, epoch=epoch + 1, batch=batch, description=said
         )
         self._next = time.monotonic() + _INTERVAL
 
-    def epoch(self, line: Line) -> None:
+    def epoch(self, line: EpochMetrics) -> None:
         if "test_accuracy" in line:
             self._test = f", test {100 * line['test_accuracy']:.1f} %"
         self.show(int(line["epoch"]) - 1, self._batches, line)

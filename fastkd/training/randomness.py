@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastkd.data.seeds import mixed_seed
+from fastkd._seeding import mixed_seed
 
-__all__ = ["capture", "restore", "seeded"]
+__all__ = ["capture", "everything_seeded", "restore"]
 
 
 def capture() -> dict[str, Any]:
@@ -37,7 +37,7 @@ def restore(state: dict[str, Any]) -> None:
 
 
 @contextmanager
-def seeded(seed: int, rank: int) -> Iterator[None]:
+def everything_seeded(seed: int, rank: int) -> Iterator[None]:
     """Seeds them all inside the ``with`` block; afterwards they are as they were."""
     before = capture()
     seed = mixed_seed("training", seed, rank)

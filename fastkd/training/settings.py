@@ -12,9 +12,9 @@ import numpy as np
 
 from fastkd._checks import check_choice
 
-__all__ = ["TrainingSettings", "plain"]
+__all__ = ["TrainingSettings", "plain_value"]
 
-Optimiser = Literal["sgd", "adamw"]
+Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["cosine", "step", "constant"]
 Amp = Literal["off", "bf16", "fp16"]
 MOST_EPOCHS = 10**9
@@ -31,7 +31,7 @@ class TrainingSettings:
 
     epochs: int = 200
     """Passes over the batches."""
-    optimiser: Optimiser = "sgd"
+    optimizer: Optimizer = "sgd"
     """torch's SGD or AdamW."""
     learning_rate: float = 0.1
     """The highest: that after the warm-up."""
@@ -83,7 +83,7 @@ class TrainingSettings:
         ):
             if not good:
                 raise ValueError(f"fastkd: {name} is {getattr(self, name)}, must be {allowed}")
-        if self.optimiser == "sgd" and self.nesterov and self.momentum == 0:
+        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("fastkd: nesterov is True with momentum 0, must be False, or momentum above 0")
         if self.schedule == "step" and self.milestones[0] * self.epochs <= self.warmup_epochs:
             raise ValueError(
@@ -98,13 +98,13 @@ class TrainingSettings:
             if kind is tuple:
                 if not isinstance(value, list | tuple | np.ndarray):
                     raise TypeError(f"fastkd: {field.name} is {value!r}, must be a tuple of numbers")
-                made: Any = tuple(plain(field.name, part, float) for part in value)
+                made: Any = tuple(plain_value(field.name, part, float) for part in value)
             else:
-                made = plain(field.name, value, kind)
+                made = plain_value(field.name, value, kind)
             object.__setattr__(self, field.name, made)
 
     def _check_choices(self) -> None:
-        for name, choices in (("optimiser", Optimiser), ("schedule", Schedule), ("amp", Amp)):
+        for name, choices in (("optimizer", Optimizer), ("schedule", Schedule), ("amp", Amp)):
             check_choice(name, getattr(self, name), get_args(choices))
         if self.schedule == "step" and not self.milestones:
             raise ValueError("fastkd: milestones is (), must be one share or more for the schedule 'step'")
@@ -114,7 +114,7 @@ class TrainingSettings:
         return all(low < high for low, high in pairwise(bounds))
 
 
-def plain(name: str, value: Any, kind: type = object) -> Any:
+def plain_value(name: str, value: Any, kind: type = object) -> Any:
     """The value as Python's own ``kind``, or as the one of str, bool, int and float that it is.
 
     Raises:

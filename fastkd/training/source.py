@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from fastkd._checks import check_count
-from fastkd.data.seeds import mixed_generator
+from fastkd._seeding import mixed_generator
 
 __all__ = ["BatchSource", "LoaderBatches"]
 

@@ -11,21 +11,21 @@ from torch import nn
 
 from fastkd._checks import check_state
 from fastkd.methods import Objective
-from fastkd.training import distributed, optimisation, randomness
-from fastkd.training.metrics import Line, Running
+from fastkd.training import distributed, optimization, randomness
+from fastkd.training.metrics import EpochMetrics, Running
 from fastkd.training.settings import TrainingSettings
 
 __all__ = ["TrainingState"]
 
 _PROGRESS = (
-    *("student", "method", "optimiser", "schedule", "scaler", "average", "epoch", "batch", "history", "seconds"),
+    *("student", "method", "optimizer", "schedule", "scaler", "average", "epoch", "batch", "history", "seconds"),
     "of_ranks",
 )
 _FREE = ("checkpoint_every",)  # settings that change nothing of what is learnt
 
 
 class TrainingState:
-    """Networks, optimiser, schedule, scaler, average, and how far the training is.
+    """Networks, optimizer, schedule, scaler, average, and how far the training is.
 
     Args:
         objective: on its device.
@@ -51,14 +51,14 @@ class TrainingState:
             raise ValueError("fastkd: objective has no parameter that requires a gradient, must have some to train")
         self.device = self.parameters[0].device
         self.trained = distributed.wrap(objective, find_unused_parameters=find_unused_parameters)
-        self.optimiser = optimisation.make_optimiser(self.parameters, settings)
-        self.schedule = optimisation.make_schedule(self.optimiser, settings, steps_per_epoch)
+        self.optimizer = optimization.make_optimizer(self.parameters, settings)
+        self.schedule = optimization.make_schedule(self.optimizer, settings, steps_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
-        self.average = optimisation.Average(self.student, settings.ema) if settings.ema else None
+        self.average = optimization.Average(self.student, settings.ema) if settings.ema else None
         self.epoch = 0  # under way, or to begin
         self.batch = 0  # batches of it that are done
         self.running = Running(self.device)
-        self.history: list[Line] = []
+        self.history: list[EpochMetrics] = []
         self.seconds = 0.0
 
     def close(self) -> None:
@@ -67,7 +67,7 @@ class TrainingState:
 
     @property
     def student(self) -> nn.Module:
-        """The networks as ``method.student_from`` made them."""
+        """The networks as ``method.build_student`` made them."""
         return self.objective.student.model
 
     @property
@@ -85,7 +85,7 @@ class TrainingState:
         if self.average is not None:
             distributed.take_buffers_of_first_rank(self.average)
 
-    def end_epoch(self, line: Line) -> None:
+    def end_epoch(self, line: EpochMetrics) -> None:
         """On to the next one."""
         self.history.append(line)
         self.epoch, self.batch = self.epoch + 1, 0
@@ -108,7 +108,7 @@ class TrainingState:
         """All of it, in tensors and plain types; called by all ranks, the same on all."""
         return {
             **self.description(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
@@ -124,7 +124,7 @@ class TrainingState:
         check_state(state, _PROGRESS, "a training")
         self.student.load_state_dict(state["student"])
         self.objective.method.load_state_dict(state["method"])
-        self.optimiser.load_state_dict(self._on_this_device(state["optimiser"]))
+        self.optimizer.load_state_dict(self._on_this_device(state["optimizer"]))
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
@@ -133,14 +133,14 @@ class TrainingState:
         self.history, self.seconds = list(state["history"]), state["seconds"]
         self.running.load_state_dict(state["of_ranks"][distributed.rank()]["running"])
 
-    def _on_this_device(self, optimiser: dict[str, Any]) -> dict[str, Any]:
-        """An optimiser's state with the kernels of this one: a checkpoint of a CPU may be taken up on CUDA, or back. Before
+    def _on_this_device(self, optimizer: dict[str, Any]) -> dict[str, Any]:
+        """An optimizer's state with the kernels of this one: a checkpoint of a CPU may be taken up on CUDA, or back. Before
         it is loaded, as torch keeps the steps of fused kernels on the device."""
-        ours = self.optimiser.param_groups
+        ours = self.optimizer.param_groups
         groups = [
-            {**there, "fused": here["fused"]} for there, here in zip(optimiser["param_groups"], ours, strict=True)
+            {**there, "fused": here["fused"]} for there, here in zip(optimizer["param_groups"], ours, strict=True)
         ]
-        return {**optimiser, "param_groups": groups}
+        return {**optimizer, "param_groups": groups}
 
     def load_randomness(self, state: dict[str, Any]) -> None:
         """Apart, as it comes last: nothing may be drawn between it and the next batch."""

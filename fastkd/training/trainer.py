@@ -19,8 +19,8 @@ from fastkd._checks import check_callable, check_choice, check_flag
 from fastkd._files import write_whole
 from fastkd.methods import Objective
 from fastkd.training import checkpoint, distributed, folder, progress, randomness
-from fastkd.training.metrics import Line, MetricsFile, Recorder, TensorBoard, check_finite
-from fastkd.training.settings import TrainingSettings, plain
+from fastkd.training.metrics import EpochMetrics, MetricsFile, Recorder, TensorBoard, check_finite
+from fastkd.training.settings import TrainingSettings, plain_value
 from fastkd.training.source import BatchSource
 from fastkd.training.state import TrainingState
 
@@ -79,7 +79,7 @@ class Trainer:
         folder: str | Path | None = None,
         description: Mapping[str, str | int | float] | None = None,
         on_step: Callable[[int], None] | None = None,
-        on_epoch: Callable[[Line], None] | None = None,
+        on_epoch: Callable[[EpochMetrics], None] | None = None,
         show: progress.Show = "auto",
         console: Console | None = None,
         tensorboard: bool = False,
@@ -109,7 +109,7 @@ class Trainer:
         self.batches = batches
         self.settings = settings
         self.description = {
-            str(name): plain(f"description[{name!r}]", value) for name, value in (description or {}).items()
+            str(name): plain_value(f"description[{name!r}]", value) for name, value in (description or {}).items()
         }
         self.folder = None if folder is None else Path(folder)
         self._evaluate = evaluate
@@ -126,7 +126,7 @@ class Trainer:
             return self.objective.method.deployed(self.objective.student.model)
         return self._state.deployed()
 
-    def fit(self, *, resume: bool | Literal["auto"] = False, overwrite: bool = False) -> list[Line]:
+    def fit(self, *, resume: bool | Literal["auto"] = False, overwrite: bool = False) -> list[EpochMetrics]:
         """Trains to the end; the networks are then in evaluation mode. Once: a second call is for a resume only, as the
         weights are not those of the beginning any more.
 
@@ -169,13 +169,13 @@ class Trainer:
             self._state = state
             return self._fit(state, found)
 
-    def _fit(self, state: TrainingState, found: dict[str, Any] | None) -> list[Line]:
+    def _fit(self, state: TrainingState, found: dict[str, Any] | None) -> list[EpochMetrics]:
         settings = self.settings
         first = distributed.rank() == 0
         recorders = self._recorders() if first else []
         show: progress.Show = self._show if first else "off"
         display = progress.make_display(show, settings.epochs, len(self.batches), self._console)
-        with display, _steps_may_be_left_out(settings), randomness.seeded(settings.seed, distributed.rank()):
+        with display, _steps_may_be_left_out(settings), randomness.everything_seeded(settings.seed, distributed.rank()):
             if found is not None:
                 state.load_state_dict(found)
             for recorder in recorders:
@@ -199,7 +199,7 @@ class Trainer:
             distributed.on_first_rank(lambda: self._finish(state, into))  # who returns finds the files
         return state.history
 
-    def _epoch(self, state: TrainingState, found: dict[str, Any] | None, display: progress.Display) -> Line:
+    def _epoch(self, state: TrainingState, found: dict[str, Any] | None, display: progress.Display) -> EpochMetrics:
         """The batches of an epoch that are not done yet, from the randomness of ``found`` on; and its line of metrics."""
         began = time.monotonic() - state.seconds
         self.objective.train()
@@ -211,7 +211,7 @@ class Trainer:
                 raise ValueError(
                     f"fastkd: batches.epoch({state.epoch}) gives more than len(batches), {state.batch}, batches"
                 )
-            rate = state.optimiser.param_groups[0]["lr"]
+            rate = state.optimizer.param_groups[0]["lr"]
             self._step(state, images.to(state.device, non_blocking=True), target.to(state.device, non_blocking=True))
             if display.due():
                 display.show(state.epoch, state.batch, self._read(state))
@@ -236,14 +236,14 @@ class Trainer:
 
     def _step(self, state: TrainingState, images: Tensor, target: Tensor) -> None:
         amp = self.settings.amp
-        state.optimiser.zero_grad()
+        state.optimizer.zero_grad()
         with torch.autocast(state.device.type, _DTYPES[amp], enabled=amp != "off"):
             loss, logits = state.trained(images, target, state.epoch / self.settings.epochs)
         state.scaler.scale(loss.total).backward()
         if self.settings.gradient_clip:
-            state.scaler.unscale_(state.optimiser)
+            state.scaler.unscale_(state.optimizer)
             nn.utils.clip_grad_norm_(state.parameters, self.settings.gradient_clip)
-        state.scaler.step(state.optimiser)
+        state.scaler.step(state.optimizer)
         state.scaler.update()
         state.schedule.step()
         state.batch += 1
@@ -251,17 +251,17 @@ class Trainer:
             state.average.update(state.student, state.step)
         state.running.add(loss, logits.detach(), target)
 
-    def _read(self, state: TrainingState, *, all_ranks: bool = False) -> Line:
+    def _read(self, state: TrainingState, *, all_ranks: bool = False) -> EpochMetrics:
         means = state.running.read(all_ranks=all_ranks)
         check_finite(means, state.step)
         return means
 
-    def _evaluated(self, state: TrainingState, line: Line) -> Line:
+    def _evaluated(self, state: TrainingState, line: EpochMetrics) -> EpochMetrics:
         """What ``evaluate`` returns, where it is due."""
         done, settings = state.epoch + 1, self.settings
         if self._evaluate is None or (done % settings.evaluate_every and done < settings.epochs):
             return {}
-        results: Line = distributed.gather(_as_floats(self._evaluate(state.deployed())))[0]
+        results: EpochMetrics = distributed.gather(_as_floats(self._evaluate(state.deployed())))[0]
         twice = [name for name in results if name in line or name == "seconds"]
         if twice:
             raise ValueError(
@@ -321,9 +321,9 @@ def _check_type(name: str, value: object, kind: type | tuple[type, ...], allowed
         raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be {allowed}")
 
 
-def _as_floats(results: Mapping[str, Any]) -> Line:
+def _as_floats(results: Mapping[str, Any]) -> EpochMetrics:
     """Plain ones, as only those can be read back from a checkpoint; waits for the device where they are tensors."""
-    floats: Line = {}
+    floats: EpochMetrics = {}
     for name, value in results.items():
         try:
             floats[str(name)] = float(value)

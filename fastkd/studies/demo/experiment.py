@@ -22,12 +22,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from fastkd import scores
+from fastkd._threads import one_thread
+from fastkd.alias_table import AliasTable
 from fastkd.data import digits
 from fastkd.losses import KDLoss, KLDivLoss
-from fastkd.methods import collections
-from fastkd.methods.loop import one_thread, optimise, predict
 from fastkd.models.convnet import ConvNet, count_parameters
-from fastkd.sampling import AliasTable
+from fastkd.studies.demo.loop import distill, optimize
+from fastkd.training.inference import predict
 
 TEACHER_WIDTHS = (32, 64, 64)
 STUDENT_WIDTHS = (8, 16)
@@ -199,7 +200,7 @@ def _train_teacher(
         return F.cross_entropy(teacher(training.images[drawn]), training.target[drawn])
 
     with progress("teacher", settings.teacher_steps) as advance:
-        optimise(
+        optimize(
             teacher, loss_of_batch, steps=settings.teacher_steps, learning_rate=2e-3, on_step=lambda _step: advance()
         )
 
@@ -223,7 +224,7 @@ def _train_student(
             curve.append(_share_equal(predict(student, test.images).argmax(1), test.target))
         advance()
 
-    counts = collections.distill(
+    counts = distill(
         student,
         source.images,
         source.logits,

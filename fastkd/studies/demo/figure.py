@@ -10,8 +10,8 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from fastkd._figures import BLUE, DASHED, GREEN, GREY, INK, ORANGE, canvas, plain
-from fastkd.demo.experiment import Arm, Results
+from fastkd._figures import BLUE, DASHED, GREEN, GREY, INK, ORANGE, canvas, plain_axes
+from fastkd.studies.demo.experiment import Arm, Results
 
 COLOURS = (INK, BLUE, ORANGE)  # labelled, biased, uniform
 RELEVANT, IRRELEVANT = GREEN, "#b9bfc6"
@@ -32,7 +32,7 @@ def save(results: Results, path: Path) -> None:
 
 
 def _learning_curves(axes: Axes, results: Results) -> None:
-    plain(axes, "Students: test accuracy while they learn", "steps", "% of test digits right")
+    plain_axes(axes, "Students: test accuracy while they learn", "steps", "% of test digits right")
     steps = torch.tensor(results.curve_steps)
     axes.axhline(100 * results.teacher_accuracy, color=GREY, linewidth=1.2, linestyle=DASHED, label="the teacher")
     for arm, colour in zip(results.arms, COLOURS, strict=True):
@@ -47,7 +47,9 @@ def _learning_curves(axes: Axes, results: Results) -> None:
 
 
 def _score_histogram(axes: Axes, results: Results) -> None:
-    plain(axes, "What the T1000 score sees", "teacher's largest logit above the mean logit", "% of images, or of draws")
+    plain_axes(
+        axes, "What the T1000 score sees", "teacher's largest logit above the mean logit", "% of images, or of draws"
+    )
     margin = (results.scores * 10 - 1) * 1000  # back from T1000 to logits
     relevant = results.collection.relevant
     low, high = margin.min().item(), margin.max().item()

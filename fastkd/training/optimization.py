@@ -1,4 +1,4 @@
-"""Optimiser, learning rates and moving average of the weights, as the settings say: torch's."""
+"""Optimizer, learning rates and moving average of the weights, as the settings say: torch's."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastkd.training.settings import TrainingSettings
 
-__all__ = ["Average", "make_optimiser", "make_schedule"]
+__all__ = ["Average", "make_optimizer", "make_schedule"]
 
 
-def make_optimiser(parameters: Iterable[nn.Parameter], settings: TrainingSettings) -> Optimizer:
+def make_optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSettings) -> Optimizer:
     """SGD or AdamW."""
     parameters = list(parameters)
     # one kernel; and a GradScaler need not wait for the device to know whether to step
     fused = True if all(p.is_cuda for p in parameters) else None
-    if settings.optimiser == "adamw":
+    if settings.optimizer == "adamw":
         return AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay, fused=fused)
     return SGD(
         parameters,
@@ -40,7 +40,7 @@ def make_optimiser(parameters: Iterable[nn.Parameter], settings: TrainingSetting
     )
 
 
-def make_schedule(optimiser: Optimizer, settings: TrainingSettings, steps_per_epoch: int) -> LRScheduler:
+def make_schedule(optimizer: Optimizer, settings: TrainingSettings, steps_per_epoch: int) -> LRScheduler:
     """The learning rate of each step t, from 0 on, of all N, W of them warm-up, up to ``learning_rate``, l:
 
     ``l (t + 1) / W`` in the warm-up; then ``l (1 + cos(pi (t - W) / (N - W))) / 2``, ``l decay^(milestones <= t)`` with
@@ -50,16 +50,16 @@ def make_schedule(optimiser: Optimizer, settings: TrainingSettings, steps_per_ep
     warmup = min(round(settings.warmup_epochs * steps_per_epoch), steps - 1)
     schedule: LRScheduler
     if settings.schedule == "cosine":
-        schedule = CosineAnnealingLR(optimiser, steps - warmup)
+        schedule = CosineAnnealingLR(optimizer, steps - warmup)
     elif settings.schedule == "step":
         milestones = [round(share * steps) - warmup for share in settings.milestones]
-        schedule = MultiStepLR(optimiser, milestones, settings.decay)
+        schedule = MultiStepLR(optimizer, milestones, settings.decay)
     else:
-        schedule = ConstantLR(optimiser, factor=1.0)
+        schedule = ConstantLR(optimizer, factor=1.0)
     if warmup == 0:
         return schedule
-    grow = LinearLR(optimiser, 1 / warmup, total_iters=warmup - 1)
-    return SequentialLR(optimiser, [grow, schedule], [warmup])
+    grow = LinearLR(optimizer, 1 / warmup, total_iters=warmup - 1)
+    return SequentialLR(optimizer, [grow, schedule], [warmup])
 
 
 class Average(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd._checks import check_size
+from fastkd.alias_table import AliasTable, check_one_for_each_item, check_table
 from fastkd.ops import batch as _ops
 from fastkd.patches import (
     Size,
@@ -19,7 +20,6 @@ from fastkd.patches import (
     padding_of,
     pair_of,
 )
-from fastkd.sampling import AliasTable, check_one_for_each_item, check_table
 
 __all__ = ["draw_batch"]
 

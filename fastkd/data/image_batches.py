@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from fastkd._checks import check_count, check_flag
+from fastkd._seeding import mixed_generator, mixed_seed
 from fastkd.data.images import ImageSet
-from fastkd.data.seeds import mixed_generator, mixed_seed
 from fastkd.patches import check_augmentation, padding_of, seeded_crop_flip
 
-__all__ = ["Batches"]
+__all__ = ["ImageBatches"]
 
 
-class Batches:
-    """Batches whose every bit follows from the seed, the epoch, the number of the batch and the rank.
+class ImageBatches:
+    """ImageBatches whose every bit follows from the seed, the epoch, the number of the batch and the rank.
 
     The order of an epoch is a permutation of (seed, epoch), which the ranks share out; the crops of a batch follow from
     (seed, epoch, batch, rank). So a run that stopped goes on with ``epoch(e, start=k)`` as if it had not, on any device.
@@ -88,7 +88,7 @@ class Batches:
         )  # index_select keeps no strides; indexing, which does, takes 14 times as long
 
     def __len__(self) -> int:
-        """Batches of an epoch, the same on every rank."""
+        """ImageBatches of an epoch, the same on every rank."""
         whole, rest = divmod(len(self.image_set), self.batch_size * self.world_size)
         return whole if self.drop_last else whole + bool(rest)
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from fastkd._threads import one_thread
 from fastkd.functional import kl_div
-from fastkd.methods.loop import one_thread
 
 __all__ = ["LossTiming", "interleaved_medians", "time_loss"]
 

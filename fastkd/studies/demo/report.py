@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import asdict
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fastkd.demo.experiment import Arm, Results, Settings
-from fastkd.demo.timing import LossTiming
-from fastkd.methods import collections
+from fastkd import statistics
+from fastkd.studies.demo.experiment import Arm, Results, Settings
+from fastkd.studies.demo.timing import LossTiming
 
 EARLY = 0.1  # share of the steps at which the accuracy is also told, as in Table 5 of the paper
 
@@ -60,11 +60,13 @@ def _summary_of(arm: Arm, results: Results) -> dict[str, Any]:
         numbers |= {
             "iqpr": arm.iqpr,
             "inverse_temperature": arm.inverse_temperature,
-            "relevant_draws": [collections.relevant_draws(counts, relevant) for counts in arm.counts],
-            "skip_ratio": [collections.skip_ratio(counts) for counts in arm.counts],
-            "expected_skip_ratio": collections.expected_skip_ratio(arm.probabilities, draws),
-            "uniformity": [collections.uniformity(counts) for counts in arm.counts],
-            "irrelevant_proportion": [collections.irrelevant_proportion(counts, relevant) for counts in arm.counts],
+            "relevant_draws": [statistics.relevant_draws(counts, relevant).item() for counts in arm.counts],
+            "skip_ratio": [statistics.skip_ratio(counts).item() for counts in arm.counts],
+            "expected_skip_ratio": statistics.expected_skip_ratio(arm.probabilities, draws).item(),
+            "uniformity": [statistics.uniformity(counts).item() for counts in arm.counts],
+            "irrelevant_proportion": [
+                statistics.irrelevant_proportion(counts, relevant).item() for counts in arm.counts
+            ],
         }
     return numbers
 
@@ -107,8 +109,7 @@ def conclusion(summary: dict[str, Any], loss_time: LossTiming) -> Text:
     """What the numbers say, in words that follow them, and the time of the loss."""
     _, biased, uniform = summary["students"]
     early, final = (
-        100 * (statistics.fmean(biased[key]) - statistics.fmean(uniform[key]))
-        for key in ("test_accuracy_early", "test_accuracy")
+        100 * (fmean(biased[key]) - fmean(uniform[key])) for key in ("test_accuracy_early", "test_accuracy")
     )
     return Text.assemble(
         f"Biased against uniform: {early:+.1f} points after {EARLY:.0%} of the steps, {final:+.1f} at the end.\n",
@@ -119,5 +120,5 @@ def conclusion(summary: dict[str, Any], loss_time: LossTiming) -> Text:
 
 
 def _percent(shares: list[float], with_deviation: bool = False) -> str:
-    deviation = f" ± {100 * statistics.stdev(shares):.1f}" if with_deviation and len(shares) > 1 else ""
-    return f"{100 * statistics.fmean(shares):.1f}{deviation} %"
+    deviation = f" ± {100 * stdev(shares):.1f}" if with_deviation and len(shares) > 1 else ""
+    return f"{100 * fmean(shares):.1f}{deviation} %"

@@ -13,7 +13,7 @@ from torch.utils.data import DistributedSampler
 from fastkd._checks import check_count, check_size, check_state
 from fastkd._ranks import Part, Ranks
 from fastkd._seeding import seed_of
-from fastkd.sampling import AliasTable, check_table, new_stream
+from fastkd.alias_table import AliasTable, check_table, new_stream
 
 __all__ = ["CollectionBatchSampler", "CollectionSampler"]
 

@@ -1,10 +1,4 @@
-"""Distillation from a heterogeneous unlabeled collection (Begon & Geurts, "Distillation from heterogeneous unlabeled
-collections"): score every image once by the teacher, draw batches from ``q = softmax(lambda u)``, distill on them.
-
-``lambda`` comes from the inter-quartile sampling probability ratio, IQPR: an image at the third quartile of the scores
-is drawn IQPR times as often as one at the first (eq. 2.13). IQPR = 1 draws uniformly. The statistics below are those of
-the paper's Tables 4 and 6; they take ``counts``, how often each item of the collection was drawn.
-"""
+"""How the demo trains: AdamW along a cosine, and distillation on draws from a collection whose teacher logits are known."""
 
 from __future__ import annotations
 
@@ -14,13 +8,50 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import statistics
-from fastkd._checks import check_count
+from fastkd._checks import check_callable, check_count, check_not_negative
+from fastkd.alias_table import AliasTable, check_one_for_each_item, check_table
 from fastkd.losses import KDLoss, KLDivLoss
 from fastkd.methods.features import check_module, logits_of, logits_of_one
-from fastkd.methods.loop import optimise
-from fastkd.sampling import AliasTable, check_one_for_each_item, check_table
 
-__all__ = ["distill", "expected_skip_ratio", "irrelevant_proportion", "relevant_draws", "skip_ratio", "uniformity"]
+__all__ = ["distill", "optimize"]
+
+
+def optimize(
+    model: nn.Module,
+    loss_of_batch: Callable[[], Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+    weight_decay: float = 1e-2,
+    on_step: Callable[[int], None] | None = None,
+) -> None:
+    """AdamW for ``steps`` steps with a cosine from ``learning_rate`` to zero.
+
+    Args:
+        loss_of_batch: draws the next batch, runs the model and returns the loss.
+        steps: 1 or more.
+        learning_rate, weight_decay: 0 or more.
+        on_step: called with the number of steps done after each one; may evaluate the model (:func:`predict`).
+
+    Raises:
+        TypeError, ValueError: other than these.
+    """
+    check_module("model", model)
+    check_callable("on_step", on_step)
+    steps = check_count("steps", steps, 1)
+    learning_rate = check_not_negative("learning_rate", learning_rate)
+    weight_decay = check_not_negative("weight_decay", weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    model.train()
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        loss_of_batch().backward()
+        optimizer.step()
+        schedule.step()
+        if on_step is not None:
+            on_step(step)
+    model.eval()
 
 
 def distill(
@@ -74,33 +105,5 @@ def distill(
         logits = logits_of_one("the student's logits", logits_of(student(images[drawn.to(images.device)])))
         return criterion(logits.to(teacher_logits.device), teacher_logits[drawn], labels)  # type: ignore[no-any-return]
 
-    optimise(student, loss_of_batch, steps=steps, learning_rate=learning_rate, on_step=on_step)
+    optimize(student, loss_of_batch, steps=steps, learning_rate=learning_rate, on_step=on_step)
     return counts
-
-
-# The statistics on the device are those of fastkd.statistics; here as Python numbers, for which the device is waited for.
-
-
-def skip_ratio(counts: Tensor) -> float:
-    """:func:`fastkd.statistics.skip_ratio` as a number."""
-    return statistics.skip_ratio(counts).item()
-
-
-def expected_skip_ratio(probabilities: Tensor, draws: int) -> float:
-    """:func:`fastkd.statistics.expected_skip_ratio` as a number."""
-    return statistics.expected_skip_ratio(probabilities, draws).item()
-
-
-def uniformity(counts: Tensor) -> float:
-    """:func:`fastkd.statistics.uniformity` as a number."""
-    return statistics.uniformity(counts).item()
-
-
-def irrelevant_proportion(counts: Tensor, relevant: Tensor) -> float:
-    """:func:`fastkd.statistics.irrelevant_proportion` as a number."""
-    return statistics.irrelevant_proportion(counts, relevant).item()
-
-
-def relevant_draws(counts: Tensor, relevant: Tensor) -> float:
-    """:func:`fastkd.statistics.relevant_draws` as a number."""
-    return statistics.relevant_draws(counts, relevant).item()
