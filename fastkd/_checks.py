@@ -97,6 +97,17 @@ def check_not_negative(name: str, value: object) -> float:
     return number
 
 
+def check_positive(name: str, value: object) -> float:
+    number = check_number(name, value)
+    if not in_range(number, LEAST_NUMBER, LARGEST_NUMBER):
+        raise ValueError(f"fastkd: {name} is {value}, must be positive and finite")
+    return number
+
+
+def check_share(name: str, value: object) -> float:
+    return check_between(name, value, 0.0, 1.0)
+
+
 def index_of(value: Any) -> int | None:
     """The value as Python's int, or None where it is no whole number. True is none, and neither is 1.0."""
     if type(value) is int or isinstance(value, torch.SymInt):  # the latter under torch.compile, which keeps it variable
@@ -125,6 +136,36 @@ def check_count(name: str, value: object, least: int | None = None, below: int |
 def check_size(name: str, value: object, least: int = 0) -> int:
     """A number of elements that a tensor can have, whether or not there is the memory."""
     return check_count(name, value, least, LARGEST_SIZE)
+
+
+def check_kept_temperature(value: object) -> float | Tensor:
+    """A number, or a tensor, whose values this looks at: for what is kept, not for a call, which must not wait."""
+    if not isinstance(value, Tensor):
+        return check_positive("temperature", value)
+    check_row_values("temperature", value)
+    known = type(value) is Tensor and not value.is_meta and not torch.compiler.is_compiling()
+    if known and not bool(((value > 0.0) & value.isfinite()).all()):
+        raise ValueError(f"fastkd: temperature is {value}, must be positive and finite")
+    return value
+
+
+def check_row_values(name: str, value: Tensor) -> None:
+    """Of numbers that are one for each row: floats, without a gradient."""
+    check_dtype(name, value)
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"fastkd: {name} requires grad, but has no gradient here; pass {name}.detach()")
+
+
+def check_ignore_index(value: object) -> int:
+    return check_count("ignore_index", value, -(2**63), 2**63)
+
+
+def check_row_reduction(reduction: str) -> None:
+    if reduction == "mean":
+        raise ValueError(
+            "fastkd: reduction is 'mean', must be 'batchmean', 'sum' or 'none': a mean over rows and classes "
+            "would divide the cross-entropy by the number of classes"
+        )
 
 
 def check_text(name: str, value: object) -> str:

@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple, overload
 
 from torch import Tensor
 
-from fastkd._checks import check_choice, check_tensor, is_zero
+from fastkd._checks import check_choice, check_row_reduction, check_share, check_tensor, is_zero
 from fastkd.ops import divergence as _ops
 from fastkd.ops import relation as _relation_ops
 
@@ -99,7 +99,7 @@ def js_div(
     arXiv:2306.13649). These are not its limits: the divergence tends to 0 at both ends, and it is ``js_div / beta``
     (at 1: ``js_div / (1 - beta)``) that tends to the KL. Other arguments as in :func:`kl_div`.
     """
-    beta = _ops.check_share("beta", beta)
+    beta = check_share("beta", beta)
     return _ops.divergence(
         student_logits,
         teacher_logits,
@@ -197,8 +197,8 @@ def kd_loss(
     """
     check_tensor("target", target)
     check_choice("direction", direction, DIRECTIONS)
-    alpha = _ops.check_share("alpha", alpha)
-    _ops.check_row_reduction(reduction)
+    alpha = check_share("alpha", alpha)
+    check_row_reduction(reduction)
     if is_zero(alpha):
         temperature = 1.0  # of a term that is not there
     loss, terms = _ops.divergence(

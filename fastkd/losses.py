@@ -7,7 +7,14 @@ from typing import Literal
 from torch import Tensor, nn
 
 from fastkd import functional
-from fastkd._checks import check_choice, check_not_negative
+from fastkd._checks import (
+    check_choice,
+    check_ignore_index,
+    check_kept_temperature,
+    check_not_negative,
+    check_row_reduction,
+    check_share,
+)
 from fastkd.functional import Direction, Reduction
 from fastkd.ops import divergence as _ops
 
@@ -21,14 +28,14 @@ class _Loss(nn.Module):
 
     def __init__(self, temperature: float | Tensor, reduction: Reduction, ignore_index: int) -> None:
         super().__init__()
-        temperature = _ops.check_kept_temperature(temperature)
+        temperature = check_kept_temperature(temperature)
         if isinstance(temperature, Tensor):
             self.register_buffer("temperature", temperature)  # moves with the module
         else:
             self.temperature = temperature
         check_choice("reduction", reduction, _ops.REDUCTIONS)
         self.reduction: Reduction = reduction
-        self.ignore_index = _ops.check_ignore_index(ignore_index)
+        self.ignore_index = check_ignore_index(ignore_index)
 
 
 class KLDivLoss(_Loss):
@@ -83,7 +90,7 @@ class JSDivLoss(_Loss):
         ignore_index: int = -100,
     ) -> None:
         super().__init__(temperature, reduction, ignore_index)
-        self.beta = _ops.check_share("beta", beta)
+        self.beta = check_share("beta", beta)
 
     def forward(
         self,
@@ -124,9 +131,9 @@ class KDLoss(_Loss):
         ignore_index: int = -100,
     ) -> None:
         super().__init__(temperature, reduction, ignore_index)
-        _ops.check_row_reduction(reduction)
+        check_row_reduction(reduction)
         check_choice("direction", direction, functional.DIRECTIONS)
-        self.alpha = _ops.check_share("alpha", alpha)
+        self.alpha = check_share("alpha", alpha)
         self.direction: Direction = direction
         self.reduction: Literal["none", "sum", "batchmean"]
 

@@ -213,7 +213,7 @@ def test_attack_leaves_the_mode_of_each_module(tap_first: bool) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -1.0}, "temperature is -1.0, must be a finite number above 0"),
+        ({"temperature": -1.0}, "temperature is -1.0, must be positive and finite"),
         ({"attack_size": 0}, "attack_size is 0, must be at least 1"),
         ({"attack_steps": 0}, "attack_steps is 0, must be at least 1"),
         ({"step_size": 0.0}, "step_size is 0.0"),

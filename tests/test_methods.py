@@ -236,8 +236,8 @@ def test_labels_out_of_range(method: nn.Module, wrong: int) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Hinton(0.0), "temperature is 0.0, must be a finite number above 0"),
-        (lambda: Hinton(task_weight=-1), "task_weight is -1, must be a finite number of at least 0"),
+        (lambda: Hinton(0.0), "temperature is 0.0, must be positive and finite"),
+        (lambda: Hinton(task_weight=-1), "task_weight is -1, must be finite and not negative"),
         (lambda: AT(feature_weight=float("nan")), "feature_weight is nan"),
         (lambda: RKD(angle_weight=-2.0), "angle_weight is -2.0"),
         (lambda: FSP(["layer1"]), r"layers is \('layer1',\), must be 2 names or more"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, NamedTuple
 
@@ -18,7 +17,6 @@ __all__ = [
     "Method",
     "WeightedMethod",
     "check_logits",
-    "check_number",
     "check_progress",
     "cross_entropy",
     "features_of",
@@ -150,10 +148,10 @@ class WeightedMethod(Method):
         teacher_layers: Iterable[str] | None = None,
     ) -> None:
         super().__init__()
-        self.task_weight = check_number("task_weight", task_weight)
-        self.kd_weight = check_number("kd_weight", kd_weight)
-        self.feature_weight = check_number("feature_weight", feature_weight)
-        self.temperature = check_number("temperature", temperature, above=True)
+        self.task_weight = _checks.check_not_negative("task_weight", task_weight)
+        self.kd_weight = _checks.check_not_negative("kd_weight", kd_weight)
+        self.feature_weight = _checks.check_not_negative("feature_weight", feature_weight)
+        self.temperature = _checks.check_positive("temperature", temperature)
         self.layers = layer_names("layers", layers)
         self.teacher_layers = self.layers if teacher_layers is None else layer_names("teacher_layers", teacher_layers)
         if len(self.layers) != len(self.teacher_layers):
@@ -326,16 +324,6 @@ def features_of(whose: str, outputs: Outputs, layers: Sequence[str]) -> list[Ten
         )
     chosen = [_checks.check_dtype(f"the {whose}'s layer {name!r}", outputs.features[name]) for name in layers]
     return [f.float() if f.dtype in (torch.bfloat16, torch.float16) else f for f in chosen]
-
-
-def check_number(name: str, value: float, *, above: bool = False) -> float:
-    """The value, at least 0, or above it, and finite."""
-    number = _checks.check_number(name, value)
-    if not math.isfinite(number) or number < 0.0 or (above and number == 0.0):
-        raise ValueError(
-            f"fastkd: {name} is {value!r}, must be a finite number {'above' if above else 'of at least'} 0"
-        )
-    return number
 
 
 def check_progress(progress: float) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastkd import _checks, functional
 from fastkd._seeding import seeded
 from fastkd.methods.features import JointLogits, Outputs, check_module, logits_of, logits_of_one
-from fastkd.methods.method import Loss, Method, check_logits, check_number, check_progress, cross_entropy
+from fastkd.methods.method import Loss, Method, check_logits, check_progress, cross_entropy
 from fastkd.models.modes import evaluating
 
 __all__ = ["DML", "ONE", "Cohort", "MultiBranch"]
@@ -45,8 +45,8 @@ class ONE(Method):
         if not isinstance(branch_at, str):
             raise TypeError(f"fastkd: branch_at is {branch_at!r}, must be the name of a child module")
         self.branch_at = branch_at
-        self.temperature = check_number("temperature", temperature, above=True)
-        self.ramp_share = check_number("ramp_share", ramp_share)
+        self.temperature = _checks.check_positive("temperature", temperature)
+        self.ramp_share = _checks.check_not_negative("ramp_share", ramp_share)
         if self.ramp_share > 1.0:
             raise ValueError(f"fastkd: ramp_share is {ramp_share}, must be a share of the training, in [0, 1]")
 
@@ -97,7 +97,7 @@ class DML(Method):
     def __init__(self, networks: int = 2, *, temperature: float = 1.0) -> None:
         super().__init__()
         self.networks = _checks.check_count("networks", networks, 2)
-        self.temperature = check_number("temperature", temperature, above=True)
+        self.temperature = _checks.check_positive("temperature", temperature)
 
     def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: float = 0.0) -> Loss:
         check_progress(progress)

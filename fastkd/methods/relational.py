@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from fastkd import functional
-from fastkd.methods.method import WeightedMethod, check_number
+from fastkd import _checks, functional
+from fastkd.methods.method import WeightedMethod
 
 __all__ = ["RKD", "SP"]
 
@@ -42,8 +42,8 @@ class RKD(WeightedMethod):
     ) -> None:
         super().__init__(task_weight, kd_weight, feature_weight, temperature, layers, teacher_layers)
         self.check_layers(1, 1)
-        self.distance_weight = check_number("distance_weight", distance_weight)
-        self.angle_weight = check_number("angle_weight", angle_weight)
+        self.distance_weight = _checks.check_not_negative("distance_weight", distance_weight)
+        self.angle_weight = _checks.check_not_negative("angle_weight", angle_weight)
 
     @property
     def reads_features(self) -> bool:

@@ -18,7 +18,6 @@ from fastkd.methods.method import (
     Method,
     WeightedMethod,
     check_logits,
-    check_number,
     check_progress,
     check_teacher_logits,
     cross_entropy,
@@ -92,10 +91,10 @@ class BSS(Method):
         bounds: tuple[float, float] = (-2.5, 2.5),
     ) -> None:
         super().__init__()
-        self.temperature = check_number("temperature", temperature, above=True)
+        self.temperature = _checks.check_positive("temperature", temperature)
         if not 1e-18 <= self.temperature <= 1e18:  # losses are divided by its square
             raise ValueError(f"fastkd: temperature is {temperature}, must be from 1e-18 to 1e18 for BSS")
-        self.step_size = check_number("step_size", step_size, above=True)
+        self.step_size = _checks.check_positive("step_size", step_size)
         self.attack_size = _checks.check_count("attack_size", attack_size, 1)
         self.attack_steps = _checks.check_count("attack_steps", attack_steps, 1)
         self.bounds = _bounds(bounds)

@@ -15,16 +15,7 @@ import torch
 from torch import Tensor
 
 from fastkd import _library as _library  # registers the operators
-from fastkd._checks import (
-    LARGEST_NUMBER,
-    LEAST_NUMBER,
-    check_between,
-    check_choice,
-    check_count,
-    check_dtype,
-    check_number,
-    in_range,
-)
+from fastkd._checks import check_choice, check_dtype, check_ignore_index, check_positive, check_row_values
 from fastkd.ops._autograd import (
     call_in_backward,
     may_change_in_place,
@@ -99,7 +90,7 @@ def divergence(
     if isinstance(temperature, Tensor):
         row_temperature, temperature = _rows("temperature", temperature, rows_shape), 1.0
     else:
-        temperature = check_temperature(temperature)
+        temperature = check_positive("temperature", temperature)
     if weight is not None:
         weight = _rows("weight", weight, rows_shape)
     if target is not None:
@@ -138,40 +129,6 @@ def check_logits(name: str, value: Tensor) -> None:
         raise ValueError(f"fastkd: {name} has shape {tuple(value.shape)}, must be [..., classes], classes > 0")
 
 
-def check_temperature(value: object) -> float:
-    number = check_number("temperature", value)
-    if not in_range(number, LEAST_NUMBER, LARGEST_NUMBER):
-        raise ValueError(f"fastkd: temperature is {value}, must be positive and finite")
-    return number
-
-
-def check_kept_temperature(value: object) -> float | Tensor:
-    """A number, or a tensor, whose values this looks at: for what is kept, not for a call, which must not wait."""
-    if not isinstance(value, Tensor):
-        return check_temperature(value)
-    _check_row_values("temperature", value)
-    known = type(value) is Tensor and not value.is_meta and not torch.compiler.is_compiling()
-    if known and not bool(((value > 0.0) & value.isfinite()).all()):
-        raise ValueError(f"fastkd: temperature is {value}, must be positive and finite")
-    return value
-
-
-def check_ignore_index(value: object) -> int:
-    return check_count("ignore_index", value, -(2**63), 2**63)
-
-
-def check_share(name: str, value: object) -> float:
-    return check_between(name, value, 0.0, 1.0)
-
-
-def check_row_reduction(reduction: str) -> None:
-    if reduction == "mean":
-        raise ValueError(
-            "fastkd: reduction is 'mean', must be 'batchmean', 'sum' or 'none': a mean over rows and classes "
-            "would divide the cross-entropy by the number of classes"
-        )
-
-
 def _check_devices(student_logits: Tensor, *others: Tensor | None) -> None:
     device = student_logits.device
     for i, value in enumerate(others):
@@ -187,7 +144,7 @@ def _vocabulary_hint(student_logits: Tensor, teacher_logits: Tensor) -> str:
 
 
 def _rows(name: str, value: Tensor, shape: torch.Size) -> Tensor:
-    _check_row_values(name, value)
+    check_row_values(name, value)
     if value.dtype not in (torch.float32, torch.float64):
         value = value.float()
     try:
@@ -196,12 +153,6 @@ def _rows(name: str, value: Tensor, shape: torch.Size) -> Tensor:
         raise ValueError(
             f"fastkd: {name} has shape {tuple(value.shape)}, must broadcast to the rows, {tuple(shape)}"
         ) from None
-
-
-def _check_row_values(name: str, value: Tensor) -> None:
-    check_dtype(name, value)
-    if value.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"fastkd: {name} requires grad, but has no gradient here; pass {name}.detach()")
 
 
 @register_fake("divergence")
@@ -300,7 +251,7 @@ register_autograd("divergence", _divergence_backward, setup_context=_divergence_
 def logit_stats(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Statistics of ``z = logits / temperature`` over the last dimension: max, argmax, mean, logsumexp, entropy."""
     check_logits("logits", logits)
-    temperature = check_temperature(temperature)
+    temperature = check_positive("temperature", temperature)
     shape = logits.shape[:-1]
     flat = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
     stats = call_by_name("logit_stats", flat, temperature)
