@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import fastkd
 from fastkd import AliasTable, CollectionBatchSampler, CollectionSampler, statistics
 from fastkd._seeding import mixed_seed, seeded
-from fastkd.data import digits, labels
+from fastkd.data import LoaderBatches, digits, labels
 from fastkd.data.image_batches import ImageBatches
 from fastkd.data.images import ImageSet, channel_statistics
 from fastkd.data.splits import stratified_split
 from fastkd.models.convnet import ConvNet
-from fastkd.training import LoaderBatches
 
 SCORES = torch.linspace(0, 2, 50)
 TARGET = torch.arange(60) % 3
@@ -49,7 +49,7 @@ SEEDED: dict[str, Callable[[Any], Any]] = {
     "sample_at": lambda seed: TABLE.sample_at(seed, 0, 20),
     "CollectionSampler": lambda seed: list(CollectionSampler(TABLE, 20, seed=seed)),
     "CollectionBatchSampler": lambda seed: list(CollectionBatchSampler(TABLE, 5, 4, seed=seed)),
-    "ImageBatches": lambda seed: next(ImageBatches(SET, 7, seed=seed).epoch(0)),
+    "ImageBatches": lambda seed: next(ImageBatches(SET, 7, seed=seed).epoch(0)).images,
     "LoaderBatches": lambda seed: make_loader_batches(seed),
     "seeded": global_draw,
     "ConvNet": lambda seed: next(ConvNet((4, 4), seed=seed).parameters()).detach(),
@@ -126,12 +126,15 @@ COUNTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "set_epoch": ("epoch", lambda epoch: [s := CollectionSampler(TABLE, 9, seed=1), s.set_epoch(epoch), list(s)][2]),
     "done": ("done", lambda done: CollectionSampler(TABLE, 9, seed=1).state_dict(done)),
     "draw_counts": ("items", lambda items: statistics.draw_counts(TARGET, items)),
-    "ImageBatches batch_size": ("batch_size", lambda n: next(ImageBatches(SET, n, seed=1).epoch(0))),
-    "ImageBatches padding": ("padding", lambda n: next(ImageBatches(SET, 7, seed=1, padding=n).epoch(0))),
-    "ImageBatches rank": ("rank", lambda n: next(ImageBatches(SET, 7, seed=1, rank=n, world_size=4).epoch(0))),
-    "ImageBatches world_size": ("world_size", lambda n: next(ImageBatches(SET, 7, seed=1, world_size=n).epoch(0))),
-    "ImageBatches epoch": ("epoch", lambda epoch: next(EPOCH.epoch(epoch))),
-    "ImageBatches start": ("start", lambda start: next(EPOCH.epoch(0, start))),
+    "ImageBatches batch_size": ("batch_size", lambda n: next(ImageBatches(SET, n, seed=1).epoch(0)).images),
+    "ImageBatches padding": ("padding", lambda n: next(ImageBatches(SET, 7, seed=1, padding=n).epoch(0)).images),
+    "ImageBatches rank": ("rank", lambda n: next(ImageBatches(SET, 7, seed=1, rank=n, world_size=4).epoch(0)).images),
+    "ImageBatches world_size": (
+        "world_size",
+        lambda n: next(ImageBatches(SET, 7, seed=1, world_size=n).epoch(0)).images,
+    ),
+    "ImageBatches epoch": ("epoch", lambda epoch: next(EPOCH.epoch(epoch)).images),
+    "ImageBatches start": ("start", lambda start: next(EPOCH.epoch(0, start)).images),
     "ImageSet padding": (
         "padding",
         lambda n: ImageSet(IMAGES, TARGET, ("a", "b", "c"), (0.5,), (0.25,), padding=n).padding,
@@ -398,8 +401,8 @@ def _batches() -> list[Any]:
     table = AliasTable(TARGET.to(torch.float32), seed=1)
     of_table = fastkd.draw_batch(table, IMAGES, 6, mean=0.5, std=0.25, generator=fixed())
     return [
-        *ImageBatches(SET, 7, seed=1).epoch(2),
-        *ImageBatches(SET, 7, seed=1, channels_last=True, dtype=torch.float16).epoch(2),
+        *map(astuple, ImageBatches(SET, 7, seed=1, views=2).epoch(2)),
+        *map(astuple, ImageBatches(SET, 7, seed=1, channels_last=True, dtype=torch.float16).epoch(2)),
         of_table,
         patches(IMAGES, 3, 2, padding=1),
         fastkd.random_crop_flip(IMAGES, generator=fixed()),

@@ -28,7 +28,6 @@ from fastkd.methods import (
     FeatureTap,
     Hinton,
     JointLogits,
-    Loss,
     Method,
     Outputs,
     registry,
@@ -284,9 +283,8 @@ def test_symmetric_noise_from_all_classes_at_rate_r_is_ours_at_r_times_9_tenths(
 
 def test_numbers_of_a_training_are_means_over_images_not_batches() -> None:
     running = Running(torch.device("cpu"))
-    logits = torch.eye(2)[[0] * 6]
-    running.add(Loss(torch.tensor(1.0), {}), logits[:2], torch.zeros(2, dtype=torch.int64))
-    running.add(Loss(torch.tensor(3.0), {}), logits, torch.ones(6, dtype=torch.int64))
+    running.add({"loss": torch.tensor(1.0), "accuracy": torch.tensor(1.0)}, 2)
+    running.add({"loss": torch.tensor(3.0), "accuracy": torch.tensor(0.0)}, 6)
     assert running.read() == {"loss": (2 * 1 + 6 * 3) / 8, "accuracy": 2 / 8}
 
 
@@ -297,6 +295,6 @@ def test_weight_decay_is_of_all_parameters(optimizer: Any) -> None:
         nn.init.ones_(parameter)
         parameter.grad = torch.zeros_like(parameter)
     settings = TrainingSettings(optimizer=optimizer, learning_rate=0.1, momentum=0.0, nesterov=False, weight_decay=0.5)
-    make_optimizer(network.parameters(), settings).step()
+    make_optimizer(list(network.parameters()), settings).step()
     for name, parameter in network.named_parameters():
         torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, 1 - 0.1 * 0.5), msg=name)

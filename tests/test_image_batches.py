@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd.data import ImageBatches, ImageSet
+from fastkd.data import Batch, ImageBatches, ImageSet
 from fastkd.patches import crop_seed, seeded_crop_flip
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
@@ -34,7 +34,13 @@ def pixels(views: Tensor) -> Tensor:
 
 
 def epoch(batches: ImageBatches, number: int = 0, start: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
-    return list(batches.epoch(number, start))
+    return [parts(batch) for batch in batches.epoch(number, start)]
+
+
+def parts(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    assert batch.target is not None
+    assert batch.index is not None
+    return batch.images, batch.target, batch.index
 
 
 def same(a: list[tuple[Tensor, Tensor, Tensor]], b: list[tuple[Tensor, Tensor, Tensor]]) -> bool:
@@ -47,19 +53,19 @@ def test_an_epoch_has_every_image_once() -> None:
     data = image_set()
     for drop_last, sizes in ((True, [16, 16, 16]), (False, [16, 16, 16, 2])):
         batches = ImageBatches(data, 16, seed=0, drop_last=drop_last)
-        parts = epoch(batches)
-        assert len(batches) == len(parts) == len(sizes)
-        assert [len(target) for _, target, _ in parts] == sizes
-        indices = torch.cat([part[2] for part in parts])
+        every = epoch(batches)
+        assert len(batches) == len(every) == len(sizes)
+        assert [len(target) for _, target, _ in every] == sizes
+        indices = torch.cat([part[2] for part in every])
         assert len(indices.unique()) == sum(sizes)
-        assert torch.equal(torch.cat([part[1] for part in parts]), data.target[indices])
+        assert torch.equal(torch.cat([part[1] for part in every]), data.target[indices])
         assert not torch.equal(indices, indices.sort().values)
     assert len(ImageBatches(data, 25, seed=0, drop_last=False)) == 2
     assert len(ImageBatches(data, 100, seed=0, drop_last=False)) == 1
 
 
 def test_views_are_crops_of_their_images() -> None:
-    for views, _, indices in ImageBatches(image_set(), 10, seed=0, padding=2, flip=True).epoch(0):
+    for views, _, indices in epoch(ImageBatches(image_set(), 10, seed=0, padding=2, flip=True), 0):
         assert views.shape == (10, 3, 8, 8)
         assert views.dtype == torch.float32
         seen = pixels(views)
@@ -75,7 +81,7 @@ def test_places_and_mirrors_are_uniform() -> None:
     padded = [0, 0, *row.tolist(), 0, 0]
     crops = [tuple(padded[place : place + 8]) for place in range(5)]
     counts = dict.fromkeys([*crops, *(crop[::-1] for crop in crops)], 0)
-    for views, _, _ in ImageBatches(data, 500, seed=1, padding=2, flip=True).epoch(0):
+    for views, _, _ in epoch(ImageBatches(data, 500, seed=1, padding=2, flip=True), 0):
         for seen in pixels(views)[:, 0, 4].tolist():  # a row that is inside the image at any place
             counts[tuple(seen)] += 1
     assert all(abs(count - 400) < 95 for count in counts.values())
@@ -83,7 +89,7 @@ def test_places_and_mirrors_are_uniform() -> None:
 
 def test_plain_batches_are_the_normalised_images() -> None:
     data = image_set(channels=1)
-    for views, _, indices in ImageBatches(data, 25, seed=0, padding=0, flip=False).epoch(3):
+    for views, _, indices in epoch(ImageBatches(data, 25, seed=0, padding=0, flip=False), 3):
         assert torch.equal(views, data.normalised(indices))
         assert torch.equal(views, data.normalised()[indices])
 
@@ -94,7 +100,7 @@ def test_the_set_recommends_flip_and_padding() -> None:
     assert not same(epoch(ImageBatches(data, 25, seed=0)), epoch(ImageBatches(data, 25, seed=0, padding=1, flip=False)))
     assert not same(epoch(ImageBatches(data, 25, seed=0)), epoch(ImageBatches(data, 25, seed=0, padding=2, flip=True)))
     upright = ImageBatches(image_set(padding=0), 25, seed=0)
-    assert all(torch.equal(views, upright.image_set.normalised(i)) for views, _, i in upright.epoch(0))
+    assert all(torch.equal(views, upright.image_set.normalised(i)) for views, _, i in epoch(upright, 0))
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 6, 7])
@@ -121,9 +127,9 @@ def test_batches_leave_the_global_generator() -> None:
 def test_epochs_of_one_object_are_independent() -> None:
     """Two iterators in turns are as one after the other."""
     batches = ImageBatches(image_set(), 10, seed=0)
-    in_turns = [list(pair) for pair in zip(*zip(batches.epoch(0), batches.epoch(1), strict=True), strict=True)]
-    assert same(in_turns[0], epoch(batches, 0))
-    assert same(in_turns[1], epoch(batches, 1))
+    in_turns = list(zip(batches.epoch(0), batches.epoch(1), strict=True))
+    for number in range(2):
+        assert same([parts(pair[number]) for pair in in_turns], epoch(batches, number))
 
 
 def test_seed_and_epoch_change_order_and_crops() -> None:
@@ -150,7 +156,7 @@ def test_ranks_share_the_permutation() -> None:
     ranks = [ImageBatches(data, 8, seed=2, rank=rank, world_size=3) for rank in range(3)]
     assert [len(rank) for rank in ranks] == [4, 4, 4]
     parts = [epoch(rank, 1) for rank in ranks]
-    for number, (_, _, indices) in enumerate(alone.epoch(1)):
+    for number, (_, _, indices) in enumerate(epoch(alone, 1)):
         assert torch.equal(torch.cat([part[number][2] for part in parts]), indices)
     single = image_set().subset([7] * 50)
     views = [epoch(ImageBatches(single, 10, seed=0, rank=rank, world_size=2))[0][0] for rank in range(2)]
@@ -167,7 +173,7 @@ def test_channels_last(channels: int) -> None:
         10,
         seed=0,
     )
-    for (a, _, _), (b, _, _), (c, _, _) in zip(plain.epoch(0), last.epoch(0), back.epoch(0), strict=True):
+    for (a, _, _), (b, _, _), (c, _, _) in zip(epoch(plain), epoch(last), epoch(back), strict=True):
         assert a.is_contiguous()
         assert b.is_contiguous(memory_format=torch.channels_last)
         assert c.is_contiguous()
@@ -179,7 +185,7 @@ def test_channels_last(channels: int) -> None:
 def test_dtype(dtype: torch.dtype) -> None:
     data = image_set(flip=True)
     for (a, _, _), (b, _, _) in zip(
-        ImageBatches(data, 10, seed=0).epoch(0), ImageBatches(data, 10, seed=0, dtype=dtype).epoch(0), strict=True
+        epoch(ImageBatches(data, 10, seed=0)), epoch(ImageBatches(data, 10, seed=0, dtype=dtype)), strict=True
     ):
         assert b.dtype == dtype
         torch.testing.assert_close(a.to(dtype), b, rtol=0, atol=1e-6 if dtype == torch.float64 else 0)
@@ -225,3 +231,20 @@ def test_start_outside(start: int) -> None:
     """At the call, not at the first batch."""
     with pytest.raises(ValueError, match=rf"start is {start}, must be in \[0, 5\], the batches of an epoch"):
         ImageBatches(image_set(), 10, seed=0).epoch(0, start)
+
+
+def test_further_views_are_other_crops_of_the_same_images() -> None:
+    data = image_set(padding=2)
+    for one, three in zip(
+        ImageBatches(data, 10, seed=0).epoch(1), ImageBatches(data, 10, seed=0, views=3).epoch(1), strict=True
+    ):
+        assert torch.equal(one.images, three.images)  # the first one is that which there is without further ones
+        assert torch.equal(three.index, one.index)  # type: ignore[arg-type]
+        assert one.views == ()
+        assert len(three.views) == 2
+        for view in three.views:
+            assert view.shape == three.images.shape
+            assert not torch.equal(view, three.images)
+        assert not torch.equal(*three.views)
+    with pytest.raises(ValueError, match="views is 0, must be at least 1"):
+        ImageBatches(data, 10, seed=0, views=0)

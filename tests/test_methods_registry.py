@@ -151,7 +151,7 @@ def test_a_teacher_that_is_the_student_is_refused() -> None:
     teacher.layer1 = student.layer1
     for shared in (student, teacher):
         with pytest.raises(
-            ValueError, match=r"teacher shares \d+ parameters with student \(.*must be a network of its own"
+            ValueError, match=r"teacher shares \d+ parameters with what is trained \(.*must be a network of its own"
         ):
             Objective(create("hinton"), student, shared)
     assert student.training

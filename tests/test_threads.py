@@ -21,8 +21,8 @@ import fastkd
 import fastkd.models
 from fastkd import AliasTable, CollectionBatchSampler, CollectionSampler
 from fastkd._seeding import seeded
+from fastkd.data import LoaderBatches
 from fastkd.methods.response import _draw
-from fastkd.training import LoaderBatches
 
 THREADS, CALLS, DRAWS = 4, 50, 2000
 

@@ -32,7 +32,7 @@ from training_cases import (
     train,
 )
 
-from fastkd.methods import BSS, Baseline, Objective
+from fastkd.methods import Baseline, Objective
 from fastkd.training import Trainer, evaluate, evaluator, progress, read_metrics
 from fastkd.training.figures import save_curves
 from fastkd.training.metrics import Running
@@ -46,7 +46,7 @@ def test_learns() -> None:
     history = trainer.fit()
     assert history[-1]["test_accuracy"] > 0.9
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]
-    assert trainer.deployed is trainer.objective.student.model
+    assert trainer.deployed is trainer.procedure.network()
     assert not trainer.deployed.training
 
 
@@ -78,15 +78,15 @@ def test_terms_that_begin_and_end(tmp_path: Path) -> None:
     history = train("bss", None, make_settings(epochs=4))._state.history  # type: ignore[union-attr]
     assert ["boundary_loss" in line for line in history] == [True, True, True, False]
     running = Running(torch.device("cpu"))
-    logits, target, one = torch.eye(2), torch.tensor([0, 0]), torch.tensor(1.0)
-    loss = BSS()(*(type("O", (), {"logits": logits}),) * 2, target)  # type: ignore[arg-type]
     assert running.read() == {}
-    running.add(loss, logits, target)
-    running.add(loss.with_term("late", one), logits, target)
-    means = running.read()
-    assert means["late"] == 0.5
-    assert means["accuracy"] == 0.5
-    assert list(means)[-1] == "accuracy"
+    running.add({}, 2)
+    assert running.read() == {}
+    running.add({"loss": torch.tensor(3.0), "accuracy": 0.25}, 2)
+    running.add({"loss": torch.tensor(6.0), "late_loss": torch.ones(1), "accuracy": 1.0}, 4)
+    assert running.read() == {"loss": 5.0, "late_loss": 4 / 6, "accuracy": 0.75}
+    assert list(running.read()) == ["loss", "late_loss", "accuracy"]
+    for wrong in ("high", torch.ones(2), None):
+        refuses("the term loss of an iteration is", lambda w=wrong: running.add({"loss": w}, 1))
 
 
 def test_evaluation_is_as_often_as_said_and_at_the_end() -> None:
@@ -191,7 +191,7 @@ def test_nothing_is_read_within_an_epoch(monkeypatch: pytest.MonkeyPatch) -> Non
 
         monkeypatch.setattr(Tensor, name, counted)
     # looks at the values of labels on the CPU only
-    monkeypatch.setattr("fastkd.methods.method._check_target", lambda logits, target: None)
+    monkeypatch.setattr("fastkd.methods.method._check_target", lambda logits, target: target)
     settings = make_settings(ema=0.9, warmup_epochs=1.0, gradient_clip=1.0)
     Trainer(make_objective("hinton"), Batches(), settings, show="off").fit()
     assert reads == ["tolist"] * settings.epochs
@@ -309,7 +309,7 @@ def test_batches_that_are_not_as_many_as_said() -> None:
 
 
 REFUSED: list[tuple[str, dict[str, Any]]] = [
-    *[("objective is", {"objective": value}) for value in (3, None, small(0), Baseline())],
+    *[("procedure is", {"procedure": value}) for value in (3, None, small(0), Baseline())],
     *[("batches is", {"batches": value}) for value in (3, None, [], DataLoader([0, 1]))],
     *[("settings is", {"settings": value}) for value in ({}, None, 3)],
     *[(name, {name: 3}) for name in ("evaluate", "on_step", "on_epoch", "folder", "description", "console")],
@@ -320,7 +320,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("message", "changes"), REFUSED)
 def test_a_trainer_refuses_at_once(message: str, changes: dict[str, Any]) -> None:
-    arguments = {"objective": make_objective("baseline"), "batches": Batches(), "settings": make_settings(), **changes}
+    arguments = {"procedure": make_objective("baseline"), "batches": Batches(), "settings": make_settings(), **changes}
     refuses(message, lambda: Trainer(**arguments))
 
 
@@ -334,10 +334,10 @@ def test_how_to_fit(tmp_path: Path) -> None:
 
 
 def test_states_that_are_none_of_a_training() -> None:
-    state = TrainingState(make_objective("baseline"), make_settings(), 3)
+    state = TrainingState(make_objective("baseline"), make_settings(), Batches())
     for given in (None, [], 3):
         refuses("state is", lambda g=given: state.load_state_dict(g))
-    refuses("state has no .*student", lambda: state.load_state_dict({"epoch": 1}))
+    refuses("state has no .*networks", lambda: state.load_state_dict({"epoch": 1}))
     state.load_state_dict(state.state_dict())
 
 
@@ -348,7 +348,7 @@ def test_results_with_names_of_the_trainings_own() -> None:
 
 def test_nothing_to_train() -> None:
     objective = make_objective("baseline").requires_grad_(False)
-    with pytest.raises(ValueError, match="objective has no parameter that requires a gradient"):
+    with pytest.raises(ValueError, match="part 'student' has no parameter that requires a gradient"):
         Trainer(objective, Batches(), make_settings(), show="off").fit()
 
 

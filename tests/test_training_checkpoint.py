@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from training_cases import Batches, differences, make_objective, make_settings, small, train
 
 from fastkd.methods import Hinton, Objective
@@ -41,11 +42,11 @@ def folder(trained: bytes, tmp_path: Path) -> Path:
 def refused(trainer: Trainer, folder: Path, error: type[Exception], **how: Any) -> str:
     """The one line of the error; files and weights stay as they are."""
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    weights = {name: value.clone() for name, value in trainer.objective.state_dict().items()}
+    weights = {name: value.clone() for name, value in trainer.procedure.state_dict().items()}
     with pytest.raises(error) as caught:
         trainer.fit(**(how or {"resume": True}))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
-    assert not differences(weights, trainer.objective.state_dict())
+    assert not differences(weights, trainer.procedure.state_dict())
     said = str(caught.value)
     assert said.startswith("fastkd: ")
     assert "\n" not in said
@@ -85,6 +86,11 @@ def test_flipped_bytes_are_noticed_or_change_nothing(folder: Path, trained: byte
     assert noticed > 75
 
 
+def with_network(state: dict[str, Any], network: str, name: str, value: Tensor) -> dict[str, Any]:
+    networks = state["networks"]
+    return state | {"networks": {**networks, network: {**networks[network], name: value}}}
+
+
 def changed(**values: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda state: state | values
 
@@ -92,7 +98,7 @@ def changed(**values: Any) -> Callable[[dict[str, Any]], Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (changed(version=2), "is of format version 2, this fastkd reads version 1"),
+        (changed(version=1), "is of format version 1, this fastkd reads version 2"),
         (changed(format="other"), "is no checkpoint of a training with fastkd"),
         (lambda state: [1, 2], "is no checkpoint of a training with fastkd"),
         (changed(ranks=2), "ranks is 2 there, 1 here"),
@@ -103,14 +109,17 @@ def changed(**values: Any) -> Callable[[dict[str, Any]], Any]:
             "settings.lookahead is 9 there, missing here",
         ),
         (
-            lambda state: state | {"student": {**state["student"], "classifier.bias": torch.zeros(7)}},
+            lambda state: with_network(state, "student", "classifier.bias", torch.zeros(7)),
             r"student.classifier.bias is float32 \[7\] there, float32 \[4\] here",
         ),
         (
-            lambda state: state | {"student": {**state["student"], "head": torch.zeros(7, dtype=torch.int64)}},
+            lambda state: with_network(state, "student", "head", torch.zeros(7, dtype=torch.int64)),
             r"student.head is int64 \[7\] there, missing here",
         ),
-        (lambda state: state | {"method": {"w": torch.zeros(1)}}, r"method.w is float32 \[1\] there, missing here"),
+        (
+            lambda state: with_network(state, "method", "w", torch.zeros(1)),
+            r"method.w is float32 \[1\] there, missing here",
+        ),
     ],
 )
 def test_other_checkpoints(change: Callable[[dict[str, Any]], Any], message: str, folder: Path) -> None:
@@ -155,14 +164,6 @@ def test_other_descriptions(folder: Path, tmp_path_factory: pytest.TempPathFacto
         described(mine, data=[1])
 
 
-def test_checkpoints_from_before_descriptions(folder: Path) -> None:
-    path = folder / "checkpoint.pt"
-    state = checkpoint.read(path)
-    assert state.pop("description") == {}
-    torch.save(state, path)
-    trainer_in(folder).fit(resume=True)
-
-
 def test_numbers_of_numpy_and_torch_are_read_back(tmp_path: Path) -> None:
     def results(_: object) -> dict[str, Any]:
         return {"a": np.float64(0.25), "b": torch.tensor(0.5), "c": np.float32(0.75), "d": 1}
@@ -185,11 +186,11 @@ def test_kernels_of_the_optimiser_are_those_of_the_device(kind: str, fused: bool
     train("hinton", tmp_path, settings, stop_at=5)
     path = tmp_path / "checkpoint.pt"
     state = checkpoint.read(path)
-    state["optimizer"]["param_groups"][0]["fused"] = fused
+    state["parts"]["student"]["optimizer"]["param_groups"][0]["fused"] = fused
     torch.save(state, path)
     trainer = train("hinton", tmp_path, settings, resume=True)
     assert trainer._state is not None
-    assert [group["fused"] for group in trainer._state.optimizer.param_groups] == [None]
+    assert [group["fused"] for group in trainer._state.parts["student"].optimizer.param_groups] == [None]
 
 
 def test_code_in_a_checkpoint_is_not_run(folder: Path) -> None:
@@ -235,5 +236,5 @@ def test_overwrite_begins_anew(folder: Path) -> None:
 
 
 def test_holds_the_students_weights(folder: Path) -> None:
-    weights = torch.load(folder / "checkpoint.pt", weights_only=True)["student"]
+    weights = torch.load(folder / "checkpoint.pt", weights_only=True)["networks"]["student"]
     small(3).load_state_dict(weights)

@@ -31,7 +31,8 @@ from training_cases import (
     train,
 )
 
-from fastkd.training import LoaderBatches, checkpoint
+from fastkd.data import LoaderBatches
+from fastkd.training import checkpoint
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread", "no_figures")]
 
@@ -122,8 +123,8 @@ def test_checkpoint_every_may_change(tmp_path: Path) -> None:
     train("hinton", tmp_path / "a", make_settings())
     train("hinton", tmp_path / "b", make_settings(checkpoint_every=1), stop_at=9)
     train("hinton", tmp_path / "b", make_settings(checkpoint_every=0), resume=True)
-    ends = [checkpoint.read(tmp_path / name / "checkpoint.pt") for name in "ab"]
-    assert all(torch.equal(ends[0]["student"][key], ends[1]["student"][key]) for key in ends[0]["student"])
+    ours, theirs = (checkpoint.read(tmp_path / name / "checkpoint.pt")["networks"]["student"] for name in "ab")
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 class Noisy(Dataset[tuple[torch.Tensor, int]]):

@@ -133,7 +133,7 @@ def train_in_two(rank: int, root: Path) -> None:
                 for i, stop in enumerate(stops):
                     options = {"seed": i, "stop_at": stop, "resume": i > 0, "make": make}
                     trainer = train(method, folder, settings, batches=Batches(rank=rank), **options)
-                torch.save(trainer.objective.state_dict(), folder / f"rank{rank}.pt")
+                torch.save(trainer.procedure.state_dict(), folder / f"rank{rank}.pt")
                 torch.save(trainer.deployed.state_dict(), folder / f"deployed{rank}.pt")
 
 

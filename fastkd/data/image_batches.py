@@ -9,14 +9,16 @@ from torch import Tensor
 
 from fastkd._checks import check_count, check_flag
 from fastkd._seeding import mixed_generator, mixed_seed
+from fastkd.data.batch import Batch
 from fastkd.data.images import ImageSet
+from fastkd.data.source import check_start
 from fastkd.patches import check_augmentation, padding_of, seeded_crop_flip
 
 __all__ = ["ImageBatches"]
 
 
 class ImageBatches:
-    """ImageBatches whose every bit follows from the seed, the epoch, the number of the batch and the rank.
+    """Batches whose every bit follows from the seed, the epoch, the number of the batch and the rank.
 
     The order of an epoch is a permutation of (seed, epoch), which the ranks share out; the crops of a batch follow from
     (seed, epoch, batch, rank). So a run that stopped goes on with ``epoch(e, start=k)`` as if it had not, on any device.
@@ -32,6 +34,7 @@ class ImageBatches:
         drop_last: leaves out the images that fill no batch (of all ranks); else the last batch is smaller, on one rank.
         dtype: of the views: float32, float64, bfloat16 or float16.
         channels_last: memory format of the views; the set is copied to it once.
+        views: of each image, 1 or more: the same images, cropped and mirrored independently.
 
     Raises:
         TypeError, ValueError: a batch_size below 1, or more than the images with drop_last; a negative padding; a rank
@@ -52,6 +55,7 @@ class ImageBatches:
         drop_last: bool = True,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
+        views: int = 1,
     ) -> None:
         if not isinstance(image_set, ImageSet):
             raise TypeError(f"fastkd: image_set is {type(image_set).__name__}, must be an ImageSet")
@@ -72,6 +76,7 @@ class ImageBatches:
         flip = image_set.flip if flip is None else check_flag("flip", flip)
         channels_last = check_flag("channels_last", channels_last)
         check_augmentation(0.0, dtype)
+        self.views = check_count("views", views, 1)
         self.image_set = image_set
         self.batch_size = batch_size
         self.seed = seed
@@ -88,41 +93,37 @@ class ImageBatches:
         )  # index_select keeps no strides; indexing, which does, takes 14 times as long
 
     def __len__(self) -> int:
-        """ImageBatches of an epoch, the same on every rank."""
+        """Batches of an epoch, the same on every rank."""
         whole, rest = divmod(len(self.image_set), self.batch_size * self.world_size)
         return whole if self.drop_last else whole + bool(rest)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number ``start`` on.
 
         Yields:
-            views: ``[B, C, H, W]`` of dtype, normalised.
-            target: int64 ``[B]``.
-            indices: int64 ``[B]``, which images of the set these are.
+            :class:`fastkd.data.Batch`: images ``[B, C, H, W]`` of dtype, normalised, and further views of them; target;
+            index, which images of the set these are.
 
         Raises:
             TypeError, ValueError: at once, numbers that are no ints, a negative epoch, a start outside [0, len(self)].
         """
-        epoch, start = check_count("epoch", epoch, 0), check_count("start", start)
-        if not 0 <= start <= len(self):
-            raise ValueError(f"fastkd: start is {start}, must be in [0, {len(self)}], the batches of an epoch")
-        return self._iterate(epoch, start)
+        return self._iterate(*check_start(self, epoch, start))
 
-    def _iterate(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _iterate(self, epoch: int, start: int) -> Iterator[Batch]:
         data = self.image_set
         generator = mixed_generator("order", self.seed, epoch)
         order = torch.randperm(len(data), generator=generator, device="cpu").to(data.device)
         for number in range(start, len(self)):
             first = (number * self.world_size + self.rank) * self.batch_size
-            indices = order[first : first + self.batch_size]
-            chosen = self._images.index_select(0, indices)
-            views = seeded_crop_flip(
-                chosen.permute(0, 3, 1, 2) if self._channels_last else chosen,
-                mixed_seed("crops", self.seed, epoch, number, self.rank),
-                self.padding,
-                0.5 if self.flip else 0.0,
-                data.mean,
-                data.std,
-                self.dtype,
-            )
-            yield views, data.target[indices], indices
+            index = order[first : first + self.batch_size]
+            chosen = self._images.index_select(0, index)
+            chosen = chosen.permute(0, 3, 1, 2) if self._channels_last else chosen
+            place = (self.seed, epoch, number, self.rank)
+            # the number of the first view is left out: its crops are those that there are without further ones
+            seeds = [mixed_seed("crops", *place, *([view] if view else [])) for view in range(self.views)]
+            images, *views = (self._augmented(chosen, seed) for seed in seeds)
+            yield Batch(images, data.target[index], index, tuple(views))
+
+    def _augmented(self, images: Tensor, seed: int) -> Tensor:
+        data = self.image_set
+        return seeded_crop_flip(images, seed, self.padding, 0.5 if self.flip else 0.0, data.mean, data.std, self.dtype)

@@ -3,12 +3,15 @@
 The zoo of Sarfraz et al., "Knowledge Distillation Beyond Model Compression" (ICPR 2020): Hinton and BSS (:mod:`.response`),
 FitNet, FSP and AT (:mod:`.representation`), RKD and SP (:mod:`.relational`), ONE and DML (:mod:`.online`).
 
+A method with its networks is an
+:class:`Objective`, one of the procedures (:mod:`.procedure`) that a trainer trains.
 """
 
 from fastkd.methods.features import FeatureTap, JointLogits, Outputs
 from fastkd.methods.method import Loss, Method, WeightedMethod
 from fastkd.methods.objective import Objective
 from fastkd.methods.online import DML, ONE, Cohort, MultiBranch
+from fastkd.methods.procedure import Part, Procedure, Step
 from fastkd.methods.relational import RKD, SP
 from fastkd.methods.representation import AT, FSP, FitNet
 from fastkd.methods.response import BSS, Attacked, Baseline, Hinton
@@ -33,5 +36,8 @@ __all__ = [
     "MultiBranch",
     "Objective",
     "Outputs",
+    "Part",
+    "Procedure",
+    "Step",
     "WeightedMethod",
 ]

@@ -54,6 +54,8 @@ class Method(nn.Module):
 
     needs_teacher: ClassVar[bool] = True
     """Whether methods of this class learn from a teacher that is there before."""
+    reads_index: ClassVar[bool] = False
+    """Whether ``step`` also takes ``index``, int64 ``[B]``: which items of the data set the images are."""
     layers: tuple[str, ...] = ()
     """The student's features that it reads: those to tap."""
     teacher_layers: tuple[str, ...] = ()
@@ -69,7 +71,7 @@ class Method(nn.Module):
         """Whether the teacher has to run, as the method is: not where all that is made of it has weight 0."""
         return self.needs_teacher
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: float = 0.0) -> Loss:
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor | None, progress: float = 0.0) -> Loss:
         """The loss: a mean over the rows, of which logits ``[B, ..., K]`` have ``B * ...`` (each token is one).
 
         A term of weight 0 is not computed, and nothing is looked at for its sake: its inputs may be missing, not finite, or
@@ -81,7 +83,7 @@ class Method(nn.Module):
             teacher: logits of the same shape and the features named by ``teacher_layers``; None where there is no teacher, or
                 not :attr:`reads_teacher`. Taken as given: wrap the teacher in ``torch.no_grad()``.
             target: int64 ``[B, ...]``, classes: no row is left out, -100 is refused (on the CPU; a GPU is not waited for to
-                look).
+                look). None where no term reads labels.
             progress: share of the training that is done, a number in [0, 1]; for methods that change over time.
 
         Raises:
@@ -94,7 +96,7 @@ class Method(nn.Module):
         student: FeatureTap,
         teacher: FeatureTap | None,
         images: Tensor,
-        target: Tensor,
+        target: Tensor | None,
         progress: float = 0.0,
     ) -> tuple[Loss, Tensor]:
         """Runs the networks on a batch: the loss, and the student's logits ``[B, ..., K]``, of several those of the first."""
@@ -168,7 +170,7 @@ class WeightedMethod(Method):
     def reads_teacher(self) -> bool:
         return self.needs_teacher and (self.kd_weight != 0.0 or self.reads_features)
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: float = 0.0) -> Loss:
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor | None, progress: float = 0.0) -> Loss:
         check_progress(progress)
         if teacher is None and self.reads_teacher:
             raise ValueError(f"fastkd: teacher is None, must be its outputs for {type(self).__name__}")
@@ -230,7 +232,7 @@ class WeightedMethod(Method):
 def response(
     student_logits: Tensor | JointLogits,
     teacher_logits: Tensor | JointLogits | None,
-    target: Tensor,
+    target: Tensor | None,
     task_weight: float,
     kd_weight: float,
     temperature: float,
@@ -246,7 +248,7 @@ def response(
     if task_weight == 0.0:
         loss = kd_weight * functional.kl_div(student_logits, teacher_logits, temperature)
         return Loss(loss, {"kd_loss": loss.detach()})
-    _check_target(student_logits, target)
+    target = _check_target(student_logits, target)
     whole = task_weight + kd_weight
     alpha = kd_weight / whole
     loss, terms = functional.kd_loss(
@@ -258,16 +260,21 @@ def response(
     )
 
 
-def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor | None) -> Tensor:
     """``torch.nn.functional.cross_entropy`` of logits ``[B, ..., K]`` and classes ``[B, ...]``, no row left out.
 
     With a clear error for classes out of range where that costs no waiting.
     """
-    _check_target(logits, target)
+    target = _check_target(logits, target)
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1), ignore_index=_NO_LABEL)
 
 
-def _check_target(logits: Tensor, target: Tensor) -> None:
+def _check_target(logits: Tensor, target: Tensor | None) -> Tensor:
+    if target is None:
+        raise ValueError(
+            f"fastkd: target is None, must be classes, int64 {tuple(logits.shape[:-1])}: a term that reads labels has a "
+            "weight above 0"
+        )
     _checks.check_dtype("target", target, (torch.int64,))
     if target.shape != logits.shape[:-1]:
         raise ValueError(
@@ -282,6 +289,7 @@ def _check_target(logits: Tensor, target: Tensor) -> None:
             raise ValueError(
                 f"fastkd: target holds {low if low < 0 else high}, must be classes from 0 to {logits.shape[-1] - 1}"
             )
+    return target
 
 
 def check_logits(name: str, logits: object) -> Tensor:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from fastkd.data.batch import Batch, Batches
 from fastkd.methods.features import FeatureTap, check_module
 from fastkd.methods.method import Loss, Method
+from fastkd.methods.procedure import Part, Procedure, Step
 
 __all__ = ["Objective"]
 
 
-class Objective(nn.Module):
+class Objective(Procedure):
     """Images and labels in, the loss and the student's logits out; its parameters are the student's and the method's.
 
     >>> objective = Objective(method, student, teacher)
@@ -34,6 +36,8 @@ class Objective(nn.Module):
             a layer that is read.
     """
 
+    one_forward: ClassVar[bool] = True
+
     def __init__(self, method: Method, student: nn.Module, teacher: nn.Module | None = None) -> None:
         super().__init__()
         if not isinstance(method, Method):
@@ -41,21 +45,21 @@ class Objective(nn.Module):
         check_module("student", student)
         self.method = method
         self.student = FeatureTap(student)
+        if teacher is None and method.reads_teacher:
+            raise ValueError(f"fastkd: teacher is None, must be a network for {type(method).__name__}")
         tap = None
-        if teacher is None:
-            if method.reads_teacher:
-                raise ValueError(f"fastkd: teacher is None, must be a network for {type(method).__name__}")
-        elif method.needs_teacher:
-            check_module("teacher", teacher)
-            _check_apart(student, teacher)
-            tap = FeatureTap(teacher.eval().requires_grad_(False))
+        if teacher is not None and method.needs_teacher:
+            tap = FeatureTap(self.freeze("teacher", teacher))
         self._teacher = (tap,)  # in a tuple, nn.Module does not see it
         self._tap_what_is_read()
 
-    def forward(self, images: Tensor, target: Tensor, progress: float = 0.0) -> tuple[Loss, Tensor]:
+    def forward(
+        self, images: Tensor, target: Tensor | None = None, progress: float = 0.0, index: Tensor | None = None
+    ) -> tuple[Loss, Tensor]:
         """``Loss`` and logits ``[B, ..., K]`` of a batch."""
         self._tap_what_is_read()
-        return self.method.step(self.student, self._teacher[0], images, target, progress)
+        more = {"index": index} if self.method.reads_index else {}
+        return self.method.step(self.student, self._teacher[0], images, target, progress, **more)
 
     def _tap_what_is_read(self) -> None:
         """The method's weights may be changed in the course of a training, to 0 and from there."""
@@ -66,21 +70,30 @@ class Objective(nn.Module):
             if tap is not None and tap.layers != tuple(dict.fromkeys(wanted)):
                 tap.retap(wanted)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Objective:
-        """``to``, ``cuda``, ``double`` and their like move the teacher, too."""
-        for module in self._teacher:
-            if module is not None:
-                module._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
+    def parts(self) -> dict[str, Part]:
+        return {"student": Part(self)}
 
+    def network(self) -> nn.Module:
+        return self.student.model
 
-def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
-    """Freezing the teacher would freeze what the student shares with it."""
-    frozen = {id(parameter) for parameter in teacher.parameters()}
-    shared = [name for name, parameter in student.named_parameters() if id(parameter) in frozen]
-    if shared:
-        raise ValueError(
-            f"fastkd: teacher shares {len(shared)} parameters with student ({shared[0]}, ...), must be a network of its "
-            "own, as it is frozen: copy.deepcopy(teacher)"
-        )
+    def deployed(self, network: nn.Module) -> nn.Module:
+        return self.method.deployed(network)
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"student": self.student.model, "method": self.method}
+
+    def described(self) -> str:
+        return repr(self.method)
+
+    def iteration(self, batch: Batches, step: Step) -> dict[str, Tensor]:
+        """One update. The terms are the loss, its own, and, where there are labels, the accuracy on the images."""
+        if not isinstance(batch, Batch):
+            raise TypeError(
+                f"fastkd: batch is {type(batch).__name__}, must be a Batch for {type(self.method).__name__}"
+            )
+        loss, logits = step.run(batch.images, batch.target, step.progress, batch.index)
+        step.update(loss.total)
+        terms: dict[str, Any] = {"loss": loss.total, **loss.terms}
+        if batch.target is not None:
+            terms["accuracy"] = (logits.detach().argmax(-1) == batch.target).float().mean()
+        return terms

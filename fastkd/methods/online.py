@@ -50,7 +50,7 @@ class ONE(Method):
         if self.ramp_share > 1.0:
             raise ValueError(f"fastkd: ramp_share is {ramp_share}, must be a share of the training, in [0, 1]")
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: float = 0.0) -> Loss:
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor | None, progress: float = 0.0) -> Loss:
         weight = self.ramp(progress)
         *branches, ensemble = _logits_of_several(student.logits)
         task = torch.stack([cross_entropy(one, target) for one in (*branches, ensemble)]).sum()
@@ -99,7 +99,7 @@ class DML(Method):
         self.networks = _checks.check_count("networks", networks, 2)
         self.temperature = _checks.check_positive("temperature", temperature)
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: float = 0.0) -> Loss:
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor | None, progress: float = 0.0) -> Loss:
         check_progress(progress)
         cohort = _logits_of_several(student.logits)
         given = [logits.detach() for logits in cohort]

@@ -104,14 +104,19 @@ class BSS(Method):
         student: FeatureTap,
         teacher: FeatureTap | None,
         images: Tensor,
-        target: Tensor,
+        target: Tensor | None,
         progress: float = 0.0,
     ) -> tuple[Loss, Tensor]:
         teacher_outputs = self.teacher_outputs(teacher, images)
         student_outputs = student(images)
         loss = self(student_outputs, teacher_outputs, target, progress)
         logits = check_logits("student.logits", student_outputs.logits)
-        if teacher is not None and teacher_outputs is not None and self.attack_weight(progress) > 0.0:
+        if (
+            teacher is not None
+            and teacher_outputs is not None
+            and target is not None
+            and self.attack_weight(progress) > 0.0
+        ):
             given = check_logits("teacher.logits", teacher_outputs.logits)
             attacked = self.attack(teacher, images, logits, given, target)
             with torch.no_grad():
@@ -120,7 +125,7 @@ class BSS(Method):
             loss = loss.with_term("boundary_loss", self.attack_weight(progress) * term)
         return loss, logits
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, progress: float = 0.0) -> Loss:
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor | None, progress: float = 0.0) -> Loss:
         """The loss without the boundary supporting samples: ``CE + rho softCE``."""
         check_progress(progress)
         if teacher is None:

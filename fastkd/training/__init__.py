@@ -1,20 +1,19 @@
-"""Training loops: :class:`Trainer` for the methods, with exact resume, several processes, metrics and curves."""
+"""Training: :class:`Trainer` for procedures, with exact resume, several processes, metrics and curves."""
 
 from fastkd.training.distributed import Process, process_group
 from fastkd.training.evaluation import evaluate, evaluator
+from fastkd.training.inference import predict
 from fastkd.training.metrics import read_metrics
 from fastkd.training.settings import TrainingSettings
-from fastkd.training.source import BatchSource, LoaderBatches
 from fastkd.training.trainer import Trainer
 
 __all__ = [
-    "BatchSource",
-    "LoaderBatches",
     "Process",
     "Trainer",
     "TrainingSettings",
     "evaluate",
     "evaluator",
+    "predict",
     "process_group",
     "read_metrics",
 ]

@@ -1,7 +1,7 @@
 """A checkpoint's file: whole or not there, and what it says when it does not fit.
 
 It holds tensors and plain Python types only, so that reading one runs no code of whoever wrote it:
-``torch.load(path, weights_only=True)["student"]`` are the student's weights.
+``torch.load(path, weights_only=True)["networks"]["student"]`` are the student's weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastkd._files import write_whole
 __all__ = ["CHECKPOINT", "check_same", "read", "write"]
 
 CHECKPOINT = "checkpoint.pt"
-_FORMAT, _VERSION = "fastkd training", 1
+_FORMAT, _VERSION = "fastkd training", 2
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
@@ -66,7 +66,7 @@ def check_same(path: Path, state: dict[str, Any], ours: dict[str, Any]) -> None:
     Raises:
         ValueError: what differs.
     """
-    different = [line for key, value in ours.items() for line in _differences(key, _of(state, key, value), value)]
+    different = [line for key, value in ours.items() for line in _differences(key, state.get(key), value)]
     if different:
         more = f"; and {len(different) - 5} more" if len(different) > 5 else ""
         raise ValueError(
@@ -79,11 +79,6 @@ def _in_one_line(error: Exception) -> str:
     """Torch's own words are of many lines, in bold, and advise to run the code in the file; why comes last."""
     said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).rpartition("WeightsUnpickler error: ")[2]
     return next((line.strip() for line in said.splitlines() if line.strip()), type(error).__name__)
-
-
-def _of(state: dict[str, Any], key: str, ours: Any) -> Any:
-    """Checkpoints from before there were descriptions have none: as one that is empty."""
-    return state.get(key, {} if isinstance(ours, dict) else None)
 
 
 def _differences(name: str, there: Any, here: Any) -> list[str]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["Process", "process_group"]
 
 T = TypeVar("T")
+_BUCKET = 25 * 2**20  # bytes, as DistributedDataParallel has it
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
@@ -86,7 +88,7 @@ def wrap(module: nn.Module, *, find_unused_parameters: bool) -> nn.Module:
     """The module, whose gradients are then means over the processes."""
     if world_size() == 1:
         return module
-    return DistributedDataParallel(module, find_unused_parameters=find_unused_parameters)
+    return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=find_unused_parameters)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -136,11 +138,53 @@ def on_first_rank(work: Callable[[], T]) -> T:
     return result
 
 
-def take_buffers_of_first_rank(module: nn.Module) -> None:
-    """Batch norm's statistics are of the images of a rank: those of rank 0 count, as in DistributedDataParallel."""
+def take_statistics_of_first_rank(module: nn.Module) -> None:
+    """Batch norm's running statistics are of the images of a rank: those of rank 0 count. Other buffers stay as they are."""
     if world_size() > 1:
-        for buffer in module.buffers():
-            dist.broadcast(buffer, 0)
+        for part in module.modules():
+            if isinstance(part, _NormBase):
+                for buffer in part.buffers(recurse=False):
+                    dist.broadcast(buffer, 0)
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], *, find_unused_parameters: bool) -> None:
+    """Gradients become their means over the processes.
+
+    Args:
+        find_unused_parameters: parameters without a gradient in all processes stay without, which takes one exchange more;
+            else each without counts as one of 0.
+    """
+    if world_size() == 1:
+        return
+    wanted = list(parameters)
+    if find_unused_parameters:
+        have = torch.tensor([p.grad is not None for p in wanted], dtype=torch.uint8, device=wanted[0].device)
+        dist.all_reduce(have, dist.ReduceOp.MAX)
+        wanted = [p for p, used in zip(wanted, have.tolist(), strict=True) if used]
+    for parameter in wanted:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    pending = []
+    for gradients in _buckets([p.grad for p in wanted if p.grad is not None]):
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        pending.append((gradients, flat, dist.all_reduce(flat, async_op=True)))
+    for gradients, flat, work in pending:
+        work.wait()
+        means = flat.div_(world_size()).split([gradient.numel() for gradient in gradients])
+        for gradient, mean in zip(gradients, means, strict=True):
+            gradient.copy_(mean.view(gradient.shape))
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype, of so many bytes together that an exchange is worth it, and no more."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or sum(t.nbytes for t in bucket) >= _BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
 
 
 def _together() -> bool:

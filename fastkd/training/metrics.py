@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fastkd.methods import Loss
 from fastkd.training import distributed
 
-__all__ = ["EpochMetrics", "MetricsFile", "Recorder", "Running", "TensorBoard", "read_metrics"]
+__all__ = ["EpochMetrics", "MetricsFile", "Recorder", "Running", "TensorBoard", "is_loss", "is_share", "read_metrics"]
 
 EpochMetrics = dict[str, float]
-"""What an epoch came to: epoch, step, learning_rate, loss, each of its terms, accuracy, seconds, and test results."""
+"""What an epoch came to: epoch, step, learning_rate, means of what the iterations returned, results, seconds."""
 
 
 class Running:
-    """Means over the images of an epoch so far, of the loss, its terms and the accuracy: nothing is read from the device
-    but by :meth:`read`."""
+    """Means over the images of an epoch so far, of what the iterations returned: nothing is read from the device but by
+    :meth:`read`."""
 
     def __init__(self, device: torch.device) -> None:
         self._names: list[str] = []
@@ -29,18 +29,19 @@ class Running:
         self._images = 0
 
     @torch.no_grad()
-    def add(self, loss: Loss, logits: Tensor, target: Tensor) -> None:
-        """A batch: logits ``[B, ..., K]`` of one network, and classes ``[B, ...]``."""
-        right = (logits.argmax(-1) == target).float().mean()
-        values = {"loss": loss.total.detach(), **loss.terms, "accuracy": right}
+    def add(self, terms: Mapping[str, Tensor | float], images: int) -> None:
+        """The terms of an iteration, scalars, means over so many images."""
+        values = {name: _scalar(name, value, self._sums) for name, value in terms.items()}
         new = [name for name in values if name not in self._names]
         if new:  # a term may begin, or end, within the training
             self._names += new
             self._sums = torch.cat([self._sums, self._sums.new_zeros(len(new))])
-        nothing = torch.zeros_like(right)
-        means = torch.stack([values.get(name, nothing).to(self._sums.dtype) for name in self._names])
-        self._sums.add_(means, alpha=len(target))
-        self._images += len(target)
+        if not self._names:
+            return
+        nothing = self._sums.new_zeros(())
+        means = torch.stack([values.get(name, nothing) for name in self._names])
+        self._sums.add_(means, alpha=images)
+        self._images += images
 
     def read(self, *, all_ranks: bool = False) -> EpochMetrics:
         """The means by name, of this rank or, called by all of them, of all; waits for the device, once."""
@@ -49,8 +50,8 @@ class Running:
         sums = torch.cat([self._sums, self._sums.new_tensor([self._images])])
         *sums_, images = (distributed.sum_of_ranks(sums) if all_ranks else sums).tolist()
         means = {name: value / images for name, value in zip(self._names, sums_, strict=True)}
-        means["accuracy"] = means.pop("accuracy")  # after the terms that began later
-        return means
+        # losses first, those that began later among them
+        return dict(sorted(means.items(), key=lambda item: not is_loss(item[0])))
 
     def state_dict(self) -> dict[str, Any]:
         """The sums of this rank."""
@@ -62,8 +63,27 @@ class Running:
         self._sums = state["sums"].to(self._sums.device, copy=True)
 
 
+def is_loss(name: str) -> bool:
+    """Whether a metric of this name is a loss, or a term of one."""
+    return name.endswith("loss")
+
+
+def is_share(name: str) -> bool:
+    """Whether it is a share, to be shown in percent."""
+    return name.endswith(("accuracy", "iou"))
+
+
+def _scalar(name: str, value: object, like: Tensor) -> Tensor:
+    if isinstance(value, (int, float)):
+        return like.new_tensor(value)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        given = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"fastkd: the term {name} of an iteration is {given}, must be a number or a tensor of one")
+    return value.detach().reshape(()).to(like)
+
+
 def check_finite(line: EpochMetrics, step: int) -> None:
-    """Whether the loss and its terms are numbers.
+    """Whether all are numbers.
 
     Raises:
         FloatingPointError: some are not; the message names them, and the step.

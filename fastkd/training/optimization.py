@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import (
     ConstantLR,
     CosineAnnealingLR,
@@ -23,13 +23,16 @@ from fastkd.training.settings import TrainingSettings
 __all__ = ["Average", "make_optimizer", "make_schedule"]
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSettings) -> Optimizer:
-    """SGD or AdamW."""
-    parameters = list(parameters)
+def make_optimizer(parameters: list[nn.Parameter], settings: TrainingSettings) -> Optimizer:
+    """SGD, Adam or AdamW."""
     # one kernel; and a GradScaler need not wait for the device to know whether to step
     fused = True if all(p.is_cuda for p in parameters) else None
-    if settings.optimizer == "adamw":
-        return AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay, fused=fused)
+    if settings.optimizer != "sgd":
+        kind = AdamW if settings.optimizer == "adamw" else Adam
+        first, second = settings.betas
+        return kind(
+            parameters, settings.learning_rate, (first, second), weight_decay=settings.weight_decay, fused=fused
+        )
     return SGD(
         parameters,
         settings.learning_rate,

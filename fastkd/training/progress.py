@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from fastkd.training.metrics import EpochMetrics
+from fastkd.training.metrics import EpochMetrics, is_loss, is_share
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,7 +109,7 @@ class Bar:
         return time.monotonic() >= self._next
 
     def show(self, epoch: int, batch: int, means: EpochMetrics) -> None:
-        said = f"loss {means['loss']:.3f}, accuracy {100 * means['accuracy']:.1f} %{self._test}"
+        said = f"{_said(means)}{self._test}"
         self._progress.update(
             self._task, completed=epoch * self._batches + batch, epoch=epoch + 1, batch=batch, description=said
         )
@@ -121,9 +121,17 @@ class Bar:
         self.show(int(line["epoch"]) - 1, self._batches, line)
 
 
+def _said(means: EpochMetrics) -> str:
+    """The loss and the accuracy, or what comes first where there is none."""
+    terms = [name for name in means if is_loss(name) or is_share(name)]
+    chosen = [name for name in ("loss", "accuracy") if name in means] or terms[:2]
+    numbers = (f"{100 * means[name]:.1f} %" if is_share(name) else f"{means[name]:.3f}" for name in chosen)
+    return ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in zip(chosen, numbers, strict=True))
+
+
 def _short(name: str, value: float) -> str:
     if name == "step":
         return str(int(value))
-    if name.endswith("accuracy"):
+    if is_share(name):
         return f"{100 * value:.1f} %"
     return f"{value:.0f}" if name == "seconds" else f"{value:.4g}"

@@ -12,12 +12,17 @@ import numpy as np
 
 from fastkd._checks import check_choice
 
-__all__ = ["TrainingSettings", "plain_value"]
+__all__ = ["OF_A_PART", "TrainingSettings", "plain_value"]
 
-Optimizer = Literal["sgd", "adamw"]
+Optimizer = Literal["sgd", "adam", "adamw"]
 Schedule = Literal["cosine", "step", "constant"]
 Amp = Literal["off", "bf16", "fp16"]
 MOST_EPOCHS = 10**9
+OF_A_PART = (
+    *("optimizer", "learning_rate", "momentum", "nesterov", "betas", "weight_decay", "schedule", "milestones", "decay"),
+    *("warmup_epochs", "gradient_clip"),
+)
+"""Settings that each part of a procedure may have for itself."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,15 @@ class TrainingSettings:
     epochs: int = 200
     """Passes over the batches."""
     optimizer: Optimizer = "sgd"
-    """torch's SGD or AdamW."""
+    """torch's SGD, Adam or AdamW."""
     learning_rate: float = 0.1
     """The highest: that after the warm-up."""
     momentum: float = 0.9
     """Of SGD."""
     nesterov: bool = True
     """Nesterov's momentum, for SGD."""
+    betas: tuple[float, ...] = (0.9, 0.999)
+    """Of Adam and AdamW: decays of the averages of the gradient and of its square."""
     weight_decay: float = 5e-4
     """Of all parameters, normalisation and biases included."""
     schedule: Schedule = "cosine"
@@ -54,8 +61,13 @@ class TrainingSettings:
     ema: float = 0.0
     """Decay of the moving average of the weights, which is then what is evaluated and kept; 0: no average. After step t
     it is (1 + t) / (10 + t) at most, so that the initial weights are soon forgotten."""
+    accumulate: int = 1
+    """Batches whose gradients one step is made of, as if they were one batch; what is left at the end of an epoch makes a
+    smaller one. Not for procedures that update a part more than once in an iteration."""
     gradient_clip: float = 0.0
     """Largest norm of the gradient; longer ones are shortened to it. 0: none are."""
+    compile: bool = False
+    """Networks by torch.compile."""
     seed: int = 0
     """Of what the training draws from the global generators of torch, numpy and Python."""
     checkpoint_every: int = 0
@@ -73,8 +85,10 @@ class TrainingSettings:
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
             ("weight_decay", number(self.weight_decay) and self.weight_decay >= 0, "0 or more"),
             ("milestones", self._milestones_rise(), "shares of the training in (0, 1), each above the one before"),
+            ("betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
             ("decay", 0 < self.decay <= 1, "in (0, 1]"),
             ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, f"from 0 to less than epochs, {self.epochs}"),
+            ("accumulate", self.accumulate >= 1, "1 or more"),
             ("ema", 0 <= self.ema < 1, "in [0, 1)"),
             ("gradient_clip", number(self.gradient_clip) and self.gradient_clip >= 0, "0 (off) or more"),
             ("seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),

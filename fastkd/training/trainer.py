@@ -13,15 +13,16 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastkd._checks import check_callable, check_choice, check_flag
 from fastkd._files import write_whole
-from fastkd.methods import Objective
+from fastkd.data.batch import as_batches, images_of, on_device
+from fastkd.data.source import BatchSource, check_source
+from fastkd.methods import Procedure
 from fastkd.training import checkpoint, distributed, folder, progress, randomness
 from fastkd.training.metrics import EpochMetrics, MetricsFile, Recorder, TensorBoard, check_finite
 from fastkd.training.settings import TrainingSettings, plain_value
-from fastkd.training.source import BatchSource
 from fastkd.training.state import TrainingState
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
-    """Trains an :class:`fastkd.methods.Objective`, and goes on bit for bit where it was interrupted.
+    """Trains a :class:`fastkd.methods.Procedure`, and goes on bit for bit where it was interrupted.
 
     >>> objective = Objective(method, student, teacher).to("cuda")
     >>> trainer = Trainer(objective, batches, TrainingSettings(epochs=200), evaluate=evaluator(*test), folder=Path("run"))
@@ -47,8 +48,9 @@ class Trainer:
     Under ``torchrun`` (:func:`fastkd.training.process_group`) each rank trains on its own batches, rank 0 writes and shows.
 
     Args:
-        objective: on the device to train on; its weights are where the training begins.
-        batches: of this rank; see :class:`fastkd.training.BatchSource`.
+        procedure: on the device to train on; its weights are where the training begins. A method of :mod:`fastkd.methods`
+            with its networks is an :class:`fastkd.methods.Objective`.
+        batches: of this rank; see :class:`fastkd.data.BatchSource`.
         settings: how.
         evaluate: results by name of a network, images to logits, as of :func:`fastkd.training.evaluator`. Called on all
             ranks, those of rank 0 count.
@@ -61,8 +63,8 @@ class Trainer:
         description: what the training is of that the settings do not say, by name: the data, its augmentation, the
             teacher's weights. Kept in the checkpoint; a resume with another one is refused.
         tensorboard: write for TensorBoard into the folder, too.
-        find_unused_parameters: of DistributedDataParallel; for students that do not use all of their parameters in each
-            step. All methods of :mod:`fastkd.methods` do.
+        find_unused_parameters: with several processes, for networks that do not use all of their parameters in each step
+            (DistributedDataParallel's option of the name). All methods of :mod:`fastkd.methods` do.
 
     Raises:
         TypeError: arguments of other types.
@@ -71,7 +73,7 @@ class Trainer:
 
     def __init__(
         self,
-        objective: Objective,
+        procedure: Procedure,
         batches: BatchSource,
         settings: TrainingSettings,
         *,
@@ -85,15 +87,11 @@ class Trainer:
         tensorboard: bool = False,
         find_unused_parameters: bool = False,
     ) -> None:
-        _check_type("objective", objective, Objective, "an Objective")
+        _check_type("procedure", procedure, Procedure, "a Procedure, as an Objective is")
         _check_type("settings", settings, TrainingSettings, "TrainingSettings")
         _check_type("folder", folder, (str, PathLike, NoneType), "a path or None")
         _check_type("description", description, (Mapping, NoneType), "a dict or None")
-        if not callable(getattr(batches, "epoch", None)) or not hasattr(batches, "__len__"):
-            raise TypeError(
-                f"fastkd: batches is {type(batches).__name__}, must be a BatchSource, with len() and epoch(): "
-                "LoaderBatches(loader) of a DataLoader"
-            )
+        check_source("batches", batches)
         for name, function in (("evaluate", evaluate), ("on_step", on_step), ("on_epoch", on_epoch)):
             check_callable(name, function)
         check_choice("show", show, get_args(progress.Show))
@@ -101,11 +99,9 @@ class Trainer:
             raise TypeError(f"fastkd: console is {type(console).__name__}, must be a rich.console.Console or None")
         tensorboard = check_flag("tensorboard", tensorboard)
         find_unused_parameters = check_flag("find_unused_parameters", find_unused_parameters)
-        if len(batches) < 1:
-            raise ValueError("fastkd: batches is empty, must be one batch an epoch or more")
         if tensorboard and folder is None:
             raise ValueError("fastkd: tensorboard is True and folder None, must be a folder to write into")
-        self.objective = objective
+        self.procedure = procedure
         self.batches = batches
         self.settings = settings
         self.description = {
@@ -123,7 +119,7 @@ class Trainer:
     def deployed(self) -> nn.Module:
         """The network, images to logits, that the training was for: the averaged one where ``settings.ema`` says so."""
         if self._state is None:
-            return self.objective.method.deployed(self.objective.student.model)
+            return self.procedure.deployed(self.procedure.network())
         return self._state.deployed()
 
     def fit(self, *, resume: bool | Literal["auto"] = False, overwrite: bool = False) -> list[EpochMetrics]:
@@ -156,11 +152,10 @@ class Trainer:
         elif resume != "auto":
             raise ValueError(f"fastkd: resume is {resume!r}, must be True, False or 'auto'")
         overwrite = check_flag("overwrite", overwrite)
-        settings = self.settings
         state = TrainingState(
-            self.objective,
-            settings,
-            len(self.batches),
+            self.procedure,
+            self.settings,
+            self.batches,
             about=self.description,
             find_unused_parameters=self._find_unused_parameters,
         )
@@ -175,15 +170,14 @@ class Trainer:
         recorders = self._recorders() if first else []
         show: progress.Show = self._show if first else "off"
         display = progress.make_display(show, settings.epochs, len(self.batches), self._console)
-        with display, _steps_may_be_left_out(settings), randomness.everything_seeded(settings.seed, distributed.rank()):
+        with display, _steps_may_be_left_out(), randomness.everything_seeded(settings.seed, distributed.rank()):
             if found is not None:
                 state.load_state_dict(found)
             for recorder in recorders:
                 recorder.begin(state.history)
             try:
                 while state.epoch < settings.epochs:
-                    line = self._epoch(state, found, display)
-                    found = None
+                    line = self._epoch(state, display)
                     display.epoch(line)
                     if self._on_epoch is not None:
                         self._on_epoch(line)
@@ -193,26 +187,24 @@ class Trainer:
             finally:
                 for recorder in recorders:
                     recorder.close()
-        self.objective.eval()
+        self.procedure.eval()
         state.deployed().eval()
         if (into := self.folder) is not None:
             distributed.on_first_rank(lambda: self._finish(state, into))  # who returns finds the files
         return state.history
 
-    def _epoch(self, state: TrainingState, found: dict[str, Any] | None, display: progress.Display) -> EpochMetrics:
-        """The batches of an epoch that are not done yet, from the randomness of ``found`` on; and its line of metrics."""
+    def _epoch(self, state: TrainingState, display: progress.Display) -> EpochMetrics:
+        """The batches of an epoch that are not done yet; and its line of metrics."""
         began = time.monotonic() - state.seconds
-        self.objective.train()
-        batches = self.batches.epoch(state.epoch, start=state.batch)
-        if found is not None:
-            state.load_randomness(found)
-        for images, target, *_ in batches:
+        state.procedure.train()
+        rates = state.learning_rates()
+        for batch in self._batches_left(state):
             if state.batch == len(self.batches):
                 raise ValueError(
                     f"fastkd: batches.epoch({state.epoch}) gives more than len(batches), {state.batch}, batches"
                 )
-            rate = state.optimizer.param_groups[0]["lr"]
-            self._step(state, images.to(state.device, non_blocking=True), target.to(state.device, non_blocking=True))
+            rates = state.learning_rates()
+            self._iteration(state, batch)
             if display.due():
                 display.show(state.epoch, state.batch, self._read(state))
             if self._on_step is not None:
@@ -225,31 +217,38 @@ class Trainer:
             raise ValueError(
                 f"fastkd: batches.epoch({state.epoch}) gave {state.batch} batches, must be len(batches), {len(self.batches)}"
             )
-        means = self._read(state, all_ranks=True)
-        line = {"epoch": state.epoch + 1, "step": state.step, "learning_rate": rate, **means}
-        state.agree()
+        line = {"epoch": state.epoch + 1, "step": state.step, **rates, **self._read(state, all_ranks=True)}
+        line |= self._results("after_epoch", state.procedure.after_epoch(state.updates), line)
+        state.share_statistics()
         line |= self._evaluated(state, line)
         state.seconds = time.monotonic() - began
         line["seconds"] = state.seconds
         state.end_epoch(line)
         return line
 
-    def _step(self, state: TrainingState, images: Tensor, target: Tensor) -> None:
-        amp = self.settings.amp
-        state.optimizer.zero_grad()
-        with torch.autocast(state.device.type, _DTYPES[amp], enabled=amp != "off"):
-            loss, logits = state.trained(images, target, state.epoch / self.settings.epochs)
-        state.scaler.scale(loss.total).backward()
-        if self.settings.gradient_clip:
-            state.scaler.unscale_(state.optimizer)
-            nn.utils.clip_grad_norm_(state.parameters, self.settings.gradient_clip)
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.schedule.step()
+    def _batches_left(self, state: TrainingState) -> Iterator[Any]:
+        """Those of the epoch; before its first one the procedure prepares it."""
+        if state.batch == 0:
+            state.restore_randomness()
+            with state.updates.begin_iteration(state.epoch, 0), self._autocast(state):
+                state.procedure.before_epoch(state.updates)
+        batches = iter(self.batches.epoch(state.epoch, start=state.batch))
+        state.restore_randomness()
+        return batches
+
+    def _iteration(self, state: TrainingState, given: Any) -> None:
+        batch = on_device(as_batches(given), state.device)
+        with state.updates.begin_iteration(state.epoch, state.batch), self._autocast(state):
+            terms = state.procedure.iteration(batch, state.updates)
+        state.updates.end_iteration()
         state.batch += 1
         if state.average is not None:
-            state.average.update(state.student, state.step)
-        state.running.add(loss, logits.detach(), target)
+            state.average.update(state.procedure.network(), state.step)
+        state.running.add(terms, images_of(batch))
+
+    def _autocast(self, state: TrainingState) -> torch.autocast:
+        amp = self.settings.amp
+        return torch.autocast(state.device.type, _DTYPES[amp], enabled=amp != "off")
 
     def _read(self, state: TrainingState, *, all_ranks: bool = False) -> EpochMetrics:
         means = state.running.read(all_ranks=all_ranks)
@@ -261,11 +260,15 @@ class Trainer:
         done, settings = state.epoch + 1, self.settings
         if self._evaluate is None or (done % settings.evaluate_every and done < settings.epochs):
             return {}
-        results: EpochMetrics = distributed.gather(_as_floats(self._evaluate(state.deployed())))[0]
+        return self._results("evaluate", self._evaluate(state.deployed()), line)
+
+    def _results(self, whose: str, returned: Mapping[str, Any], line: EpochMetrics) -> EpochMetrics:
+        """What was returned to be logged, of rank 0."""
+        results: EpochMetrics = distributed.gather(_as_floats(whose, returned))[0]
         twice = [name for name in results if name in line or name == "seconds"]
         if twice:
             raise ValueError(
-                f"fastkd: evaluate returned {', '.join(twice)}, must be other names than the training's own"
+                f"fastkd: {whose} returned {', '.join(twice)}, must be other names than the training's own"
             )
         return results
 
@@ -283,7 +286,7 @@ class Trainer:
             found = folder.find(self.folder, state.description(), resume=resume, overwrite=overwrite)
         if found is None and self._state is not None:
             raise RuntimeError(
-                "fastkd: fit() is called again, and the weights are trained already: make a new objective and Trainer, "
+                "fastkd: fit() is called again, and the weights are trained already: make a new procedure and Trainer, "
                 "or go on from a checkpoint by fit(resume=True)"
             )
         if self.folder is not None:
@@ -300,10 +303,14 @@ class Trainer:
     def _checkpoint_is_due(self, state: TrainingState) -> bool:
         """Within an epoch: at its end there is one anyway, after the evaluation."""
         every = self.settings.checkpoint_every
-        return bool(every) and state.step % every == 0 and state.batch < len(self.batches) and self.folder is not None
+        if not every or self.folder is None or state.batch == len(self.batches):
+            return False
+        # where gradients are being accumulated, as soon as a step is made of them
+        return state.updates.whole and state.step // every != state.saved // every
 
     def _save(self, state: TrainingState) -> None:
         if (into := self.folder) is not None:
+            state.saved = state.step
             whole = state.state_dict()  # on all ranks, as it gathers
             # where all learn of a full disk
             distributed.on_first_rank(lambda: checkpoint.write(into / checkpoint.CHECKPOINT, whole))
@@ -313,7 +320,7 @@ class Trainer:
         if importlib.util.find_spec("matplotlib") is not None:
             from fastkd.training.figures import save_curves  # matplotlib takes a second to import
 
-            save_curves(state.history, into / folder.CURVES, repr(self.objective.method).partition("(")[0])
+            save_curves(state.history, into / folder.CURVES, self.procedure.described().partition("(")[0])
 
 
 def _check_type(name: str, value: object, kind: type | tuple[type, ...], allowed: str) -> None:
@@ -321,7 +328,7 @@ def _check_type(name: str, value: object, kind: type | tuple[type, ...], allowed
         raise TypeError(f"fastkd: {name} is {type(value).__name__}, must be {allowed}")
 
 
-def _as_floats(results: Mapping[str, Any]) -> EpochMetrics:
+def _as_floats(whose: str, results: Mapping[str, Any]) -> EpochMetrics:
     """Plain ones, as only those can be read back from a checkpoint; waits for the device where they are tensors."""
     floats: EpochMetrics = {}
     for name, value in results.items():
@@ -329,15 +336,15 @@ def _as_floats(results: Mapping[str, Any]) -> EpochMetrics:
             floats[str(name)] = float(value)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
-                f"fastkd: evaluate returned {name} of type {type(value).__name__}, must be a number"
+                f"fastkd: {whose} returned {name} of type {type(value).__name__}, must be a number"
             ) from None
     return floats
 
 
 @contextmanager
-def _steps_may_be_left_out(settings: TrainingSettings) -> Iterator[None]:
-    """A GradScaler leaves out the first steps, until its scale is right: the schedule then warns of its order of calls."""
+def _steps_may_be_left_out() -> Iterator[None]:
+    """A GradScaler leaves out the first steps, until its scale is right, and a procedure may leave out others: the schedule
+    then warns of its order of calls."""
     with warnings.catch_warnings():
-        if settings.amp == "fp16":
-            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`")
+        warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`")
         yield

@@ -1,34 +1,18 @@
-"""Where batches come from: what a training asks of a source, and a DataLoader as one."""
+"""A DataLoader as a source of batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from fastkd._checks import check_count
-from fastkd._seeding import mixed_generator
+from fastkd._seeding import mixed_generator, mixed_seed
 
-__all__ = ["BatchSource", "LoaderBatches"]
-
-
-class BatchSource(Protocol):
-    """Batches of an epoch, the same whenever they are asked for: what exact resume stands on."""
-
-    def __len__(self) -> int:
-        """Batches of an epoch, on each rank."""
-
-    def epoch(self, epoch: int, /, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
-        """Those of an epoch, from 0 on, but for the first ``start``: images ``[B, C, H, W]``, target int64 ``[B]``, and
-        what else there is.
-
-        What comes out of it depends on the epoch and the number of the batch. A batch may also draw from the global
-        generators as it is made, but nothing of that comes before the first one is asked for, save to skip.
-        """
+__all__ = ["LoaderBatches"]
 
 
 class LoaderBatches:
@@ -42,8 +26,8 @@ class LoaderBatches:
     (``persistent_workers``) and their order is that of the sampler.
 
     Args:
-        loader: it gives ``(images, target, ...)``; its sampler, or its own batch sampler, has ``set_epoch``, or it goes in
-            order.
+        loader: it gives what :func:`fastkd.data.batch.as_batches` takes, ``(images, target)`` for instance; its sampler, or
+            its own batch sampler, has ``set_epoch``, or it goes in order.
         seed: of the workers.
 
     Raises:
@@ -67,15 +51,59 @@ class LoaderBatches:
         self._with_epochs: list[Any] = [sampler for sampler in samplers if hasattr(sampler, "set_epoch")]
         self._loader, self._seed = loader, check_count("seed", seed)
 
+    @classmethod
+    def of(
+        cls,
+        dataset: Dataset[Any],
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+        **options: Any,
+    ) -> LoaderBatches:
+        """Shuffled batches of a map-style data set, whose items are ``(image, label)``, an image, or a mapping of the fields
+        of :class:`fastkd.data.Batch`.
+
+        >>> LoaderBatches.of(torchvision.datasets.ImageFolder(root, transform), 256, seed=0, num_workers=8)
+
+        Args:
+            batch_size: items of a batch, on each rank.
+            seed: of the order, and of the workers.
+            rank, world_size: which of how many processes this is; they share an epoch out.
+            drop_last: leaves out the items that fill no batch.
+            options: of the DataLoader: ``num_workers``, ``pin_memory``, ``collate_fn``, ...
+
+        Raises:
+            TypeError, ValueError: a data set without a length, numbers out of range, more in a batch than there is.
+        """
+        batch_size, seed = check_count("batch_size", batch_size, 1), check_count("seed", seed)
+        rank, world_size = check_count("rank", rank, 0), check_count("world_size", world_size, 1)
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise TypeError(
+                f"fastkd: dataset is {type(dataset).__name__}, must be map-style, with len() and dataset[i]"
+            )
+        if rank >= world_size:
+            raise ValueError(f"fastkd: rank is {rank}, must be in [0, world_size), world_size is {world_size}")
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            dataset, world_size, rank, seed=mixed_seed("order", seed), drop_last=drop_last
+        )
+        if drop_last and len(sampler) < batch_size:
+            raise ValueError(
+                f"fastkd: batch_size is {batch_size}, must be at most the {len(sampler)} items of a rank, or drop_last=False"
+            )
+        return cls(DataLoader(dataset, batch_size, sampler=sampler, drop_last=drop_last, **options), seed=seed)
+
     def __len__(self) -> int:
         return len(self._loader)
 
-    def epoch(self, epoch: int, /, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
-        """As in :class:`BatchSource`."""
+    def epoch(self, epoch: int, /, start: int = 0) -> Iterator[Any]:
+        """As of :class:`fastkd.data.BatchSource`."""
         for sampler in self._with_epochs:
             sampler.set_epoch(epoch)
         with _drawing_from(mixed_generator("workers", self._seed, epoch), self._loader):
-            batches: Iterator[tuple[Tensor, ...]] = iter(self._loader)
+            batches: Iterator[Any] = iter(self._loader)
         for _ in range(start):  # now, not at the first next(): these may draw from the global generators
             next(batches)
         return batches
