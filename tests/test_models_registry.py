@@ -16,8 +16,15 @@ from torch import nn
 from fastkd.data import registry as data
 from fastkd.methods import registry as methods
 from fastkd.models import FeatureLayers, create, feature_layers, names
+from fastkd.models.cifar_resnet import CifarResNet
 from fastkd.models.convnet import ConvNet
+from fastkd.models.densenet import DenseNet, cifar_densenet, densenet_bc
+from fastkd.models.lenet import LeNet5
+from fastkd.models.mobilenet_v2 import MobileNetV2
 from fastkd.models.resnet import ResNet, resnet
+from fastkd.models.shufflenet_v2 import ShuffleNetV2
+from fastkd.models.two_conv_net import TwoConvNet
+from fastkd.models.vgg import VGG
 from fastkd.models.wide_resnet import WideResNet, wide_resnet
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
@@ -78,9 +85,9 @@ def absent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in names() if not name.startswith("torchvision/") and name != "wrn-28-10"]
+    "name", [name for name in names() if name.startswith(("resnet", "wrn")) and name != "wrn-28-10"]
 )
-def test_own_names(name: str) -> None:
+def test_residual_networks(name: str) -> None:
     with torch.device("meta"):
         model = create(name, in_channels=1, num_classes=7)
     kind = ResNet if name.startswith("resnet") else WideResNet
@@ -106,6 +113,35 @@ def test_unusual_depth_is_taken() -> None:
     with torch.device("meta"):
         assert len(create("resnet38").layer1) == 6
         assert len(create("wrn-34-3").layer1) == 5
+        assert len(create("densenet-bc-22-8").layer1) == 3
+
+
+OTHERS = {
+    "cifar-resnet": CifarResNet,
+    "cifar-vgg": VGG,
+    "densenet-bc": DenseNet,
+    "cifar-densenet": DenseNet,
+    "cifar-mobilenetv2": MobileNetV2,
+    "cifar-shufflenetv2": ShuffleNetV2,
+    "lenet5": LeNet5,
+    "twoconvnet": TwoConvNet,
+}
+
+
+@pytest.mark.parametrize("name", [name for name in names() if not name.startswith(("resnet", "wrn", "torchvision"))])
+def test_other_networks(name: str) -> None:
+    with torch.device("meta"):
+        model = create(name.upper(), in_channels=1, num_classes=7)
+    (kind,) = (kind for start, kind in OTHERS.items() if name.startswith(start))
+    assert type(model) is kind
+    assert model.fc.out_features == 7
+    assert next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels == 1
+
+
+def test_names_of_torchvision_stay_its_own() -> None:
+    """What it has for images of 224 x 224 pixels; here they would be others."""
+    theirs = {"resnet18", "resnet50", "vgg11", "vgg11_bn", "densenet121", "mobilenet_v2", "shufflenet_v2_x1_0"}
+    assert not theirs & set(names())
 
 
 @pytest.mark.usefixtures("torchvision")
@@ -156,6 +192,16 @@ def test_only_classification_networks() -> None:
         ("wrn-10-99999", "wrn-10-2"),
         ("wrn-99994-2", "wrn-40-2"),
         ("resnet88888888888", "resnet8"),
+        ("cifar-resnet20", "cifar-resnet50"),
+        ("vgg11", "cifar-vgg11"),
+        ("mobilenetv2", "cifar-mobilenetv2"),
+        ("shufflenetv2", "cifar-shufflenetv2"),
+        ("cifar-densenet", "cifar-densenet121"),
+        ("densenet-bc-100", "densenet-bc-100-12"),
+        ("densenet-bc-101-12", "densenet-bc-100-12"),
+        ("densenet-bc-100-101", "densenet-bc-100-12"),
+        ("lenet", "lenet5"),
+        ("two-conv-net", "twoconvnet"),
     ],
 )
 @pytest.mark.parametrize("having", ["torchvision", "broken", "absent"])
@@ -180,6 +226,7 @@ def test_names_are_text(call: Callable[[Any], object], name: Any) -> None:
         call(name)
 
 
+_SIZES = ("depth", "in_channels", "num_classes")
 NETWORKS: dict[str, tuple[tuple[str, ...], Callable[..., nn.Module]]] = {
     "create": (("in_channels", "num_classes"), partial(create, "resnet8")),
     "ResNet": (("blocks", "in_channels", "num_classes"), lambda **given: ResNet(**{"blocks": 1, **given})),
@@ -191,6 +238,19 @@ NETWORKS: dict[str, tuple[tuple[str, ...], Callable[..., nn.Module]]] = {
     "ConvNet's widths": (("widths[1]",), lambda **given: ConvNet((4, *given.values()))),
     "resnet": (("depth",), lambda **given: resnet(**given)),
     "wide_resnet": (("depth", "width"), lambda **given: wide_resnet(**{"depth": 10, "width": 1, **given})),
+    "CifarResNet": (_SIZES, lambda **given: CifarResNet(**{"depth": 18, **given})),
+    "VGG": (_SIZES, lambda **given: VGG(**{"depth": 8, **given})),
+    "DenseNet": (
+        ("growth", "in_channels", "num_classes"),
+        lambda **given: DenseNet(**{"layers": (1,), "growth": 1, **given}),
+    ),
+    "DenseNet's layers": (("layers[1]",), lambda **given: DenseNet((1, *given.values()), 1)),
+    "densenet_bc": (("depth", "growth"), lambda **given: densenet_bc(**{"depth": 10, "growth": 1, **given})),
+    "cifar_densenet": (("depth",), lambda **given: cifar_densenet(**given)),
+    "MobileNetV2": (("stem_stride", "in_channels", "num_classes"), MobileNetV2),
+    "ShuffleNetV2": (("in_channels", "num_classes"), ShuffleNetV2),
+    "LeNet5": (("in_channels", "num_classes"), LeNet5),
+    "TwoConvNet": (("in_channels", "num_classes"), TwoConvNet),
 }
 
 

@@ -1,4 +1,4 @@
-"""The networks that the methods and the demo need to run end to end."""
+"""The networks that the methods and the demo need to run end to end, and those that the papers name."""
 
 from fastkd.models.layers import FeatureLayers, feature_layers
 from fastkd.models.registry import create, names

@@ -4,28 +4,76 @@ from __future__ import annotations
 
 import importlib
 import re
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from fastkd._checks import check_size, check_text
 from fastkd._names import unknown_name
 from fastkd._seeding import seeded
-from fastkd.models import resnet as _resnet
-from fastkd.models import wide_resnet as _wide_resnet
+from fastkd.models import cifar_resnet, densenet, resnet, shufflenet_v2, vgg, wide_resnet
 from fastkd.models.layers import MOST_DEPTH, MOST_WIDTH
+from fastkd.models.lenet import LeNet5
+from fastkd.models.mobilenet_v2 import MobileNetV2
+from fastkd.models.two_conv_net import TwoConvNet
 
 __all__ = ["create", "names"]
 
+Maker = Callable[..., nn.Module]  # takes in_channels, num_classes and seed
+
 TORCHVISION = "torchvision/"
 TORCHVISION_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-USUAL_WIDE = ("wrn-10-2", "wrn-16-1", "wrn-16-2", "wrn-22-2", "wrn-28-2", "wrn-28-10", "wrn-40-1", "wrn-40-2")
+USUAL_WIDE = ((10, 2), (16, 1), (16, 2), (22, 2), (28, 2), (28, 10), (40, 1), (40, 2))
+
+# "cifar-" is before what torchvision, too, has by that name, for larger images
+NETWORKS: dict[str, Maker] = {
+    **{f"resnet{depth}": partial(resnet.resnet, depth) for depth in resnet.USUAL_DEPTHS},
+    **{f"wrn-{depth}-{width}": partial(wide_resnet.wide_resnet, depth, width) for depth, width in USUAL_WIDE},
+    **{f"cifar-resnet{depth}": partial(cifar_resnet.CifarResNet, depth) for depth in cifar_resnet.BLOCKS},
+    **{f"cifar-vgg{depth}": partial(vgg.VGG, depth) for depth in vgg.CONVOLUTIONS},
+    **{
+        f"densenet-bc-{depth}-{growth}": partial(densenet.densenet_bc, depth, growth)
+        for depth, growth in densenet.USUAL
+    },
+    **{f"cifar-densenet{depth}": partial(densenet.cifar_densenet, depth) for depth in densenet.LAYERS},
+    "cifar-mobilenetv2": MobileNetV2,
+    "cifar-mobilenetv2-0.5": partial(MobileNetV2, 0.5),
+    "cifar-shufflenetv2": shufflenet_v2.ShuffleNetV2,
+    **{f"cifar-shufflenetv2-{width}": partial(shufflenet_v2.ShuffleNetV2, width) for width in (0.5, 1.5, 2.0)},
+    "lenet5": LeNet5,
+    "lenet5-half": partial(LeNet5, half=True),
+    "twoconvnet": TwoConvNet,
+}
+
+
+class _Family(NamedTuple):
+    """Networks by numbers, which are the groups of the pattern of their names."""
+
+    pattern: str
+    has: Callable[..., bool]
+    make: Maker
+
+
+_FAMILIES = (
+    _Family(r"resnet(\d{1,9})", lambda depth: 8 <= depth <= MOST_DEPTH and depth % 6 == 2, resnet.resnet),
+    _Family(
+        r"wrn-(\d{1,9})-(\d{1,9})",
+        lambda depth, width: 10 <= depth <= MOST_DEPTH and depth % 6 == 4 and 1 <= width <= MOST_WIDTH,
+        wide_resnet.wide_resnet,
+    ),
+    _Family(
+        r"densenet-bc-(\d{1,9})-(\d{1,9})",
+        lambda depth, growth: 10 <= depth <= MOST_DEPTH and depth % 6 == 4 and 1 <= growth <= MOST_WIDTH,
+        densenet.densenet_bc,
+    ),
+)
 
 
 def names() -> tuple[str, ...]:
     """The usual names that :func:`create` takes; other depths, widths and networks of torchvision are taken, too."""
-    own = (f"resnet{depth}" for depth in _resnet.USUAL_DEPTHS)
-    return (*own, *USUAL_WIDE, *(TORCHVISION + name for name in TORCHVISION_RESNETS))
+    return (*NETWORKS, *(TORCHVISION + name for name in TORCHVISION_RESNETS))
 
 
 def create(name: str, *, in_channels: int = 3, num_classes: int = 10, seed: int = 0) -> nn.Module:
@@ -33,9 +81,11 @@ def create(name: str, *, in_channels: int = 3, num_classes: int = 10, seed: int 
 
     Args:
         name: ``resnet<depth>`` (:func:`fastkd.models.resnet.resnet`), ``wrn-<depth>-<width>``
-            (:func:`fastkd.models.wide_resnet.wide_resnet`), or a classification network of torchvision by its name there,
-            with ``torchvision/`` before it where fastkd has the name, too. resnet50 and resnet152, which could be
-            depths of either family, are torchvision's.
+            (:func:`fastkd.models.wide_resnet.wide_resnet`), ``densenet-bc-<depth>-<growth>``
+            (:func:`fastkd.models.densenet.densenet_bc`), another of :func:`names`, or a classification network of torchvision
+            by its name there, with ``torchvision/`` before it where fastkd has the name, too. resnet50 and resnet152, which
+            could be depths of either family, are torchvision's; ``cifar-resnet18``, ``cifar-vgg11``, ... are fastkd's for
+            images of 32 x 32 pixels.
         in_channels: channels of the images. Where it is not 3, the first convolution of a network of torchvision is
             replaced by one that takes them.
         num_classes: number of logits K.
@@ -47,26 +97,33 @@ def create(name: str, *, in_channels: int = 3, num_classes: int = 10, seed: int 
             no channels or classes.
         ImportError: a name of torchvision, which is not installed or does not load.
     """
-    lower = check_text("name", name).lower()
+    make = _maker(check_text("name", name).lower())
     in_channels, num_classes = check_size("in_channels", in_channels, 1), check_size("num_classes", num_classes, 1)
-    if lower not in TORCHVISION_RESNETS and not lower.startswith(TORCHVISION):
-        if match := re.fullmatch(r"resnet(\d{1,9})", lower):
-            depth = int(match[1])
-            if 8 <= depth <= MOST_DEPTH and depth % 6 == 2:
-                return _resnet.resnet(depth, in_channels=in_channels, num_classes=num_classes, seed=seed)
-        if match := re.fullmatch(r"wrn-(\d{1,9})-(\d{1,9})", lower):
-            depth, width = int(match[1]), int(match[2])
-            if 10 <= depth <= MOST_DEPTH and depth % 6 == 4 and 1 <= width <= MOST_WIDTH:
-                return _wide_resnet.wide_resnet(
-                    depth, width, in_channels=in_channels, num_classes=num_classes, seed=seed
-                )
-    return _from_torchvision(name, in_channels, num_classes, seed)
+    if make is None:
+        return _from_torchvision(name, in_channels, num_classes, seed)
+    return make(in_channels=in_channels, num_classes=num_classes, seed=seed)
+
+
+def _maker(name: str) -> Maker | None:
+    """Of the network of this name, if fastkd has it."""
+    if name in NETWORKS:
+        return NETWORKS[name]
+    for family in _FAMILIES:
+        match = re.fullmatch(family.pattern, name)
+        if match and name not in TORCHVISION_RESNETS:
+            numbers = [int(group) for group in match.groups()]
+            if family.has(*numbers):
+                return partial(family.make, *numbers)
+    return None
 
 
 def _from_torchvision(name: str, in_channels: int, num_classes: int, seed: int) -> nn.Module:
     theirs = name.lower().removeprefix(TORCHVISION)
     known = name.lower().startswith(TORCHVISION) or theirs in TORCHVISION_RESNETS
-    hint = f"wrn depths are 6 n + 4, resnet depths 6 n + 2, up to {MOST_DEPTH}, and wrn widths up to {MOST_WIDTH}"
+    hint = (
+        f"wrn and densenet-bc depths are 6 n + 4, resnet depths 6 n + 2, up to {MOST_DEPTH}, "
+        f"and densenet-bc growths and wrn widths up to {MOST_WIDTH}"
+    )
     try:
         models: Any = importlib.import_module("torchvision.models")
     except Exception as error:  # its operators fail to load with RuntimeError where it was built for another torch

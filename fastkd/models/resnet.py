@@ -6,34 +6,13 @@ from torch import Tensor, nn
 
 from fastkd._checks import check_count, check_size
 from fastkd._seeding import seeded
+from fastkd.models.blocks import BasicBlock, initialise, stage
 from fastkd.models.layers import MOST_DEPTH
 
 __all__ = ["ResNet", "resnet"]
 
 WIDTHS = (16, 32, 64)  # channels of the three stages
 USUAL_DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)
-
-
-class _Block(nn.Module):
-    """Two 3x3 convolutions with batch norm around a shortcut."""
-
-    def __init__(self, before: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(before, width, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = (
-            None
-            if before == width and stride == 1
-            else nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(x)) + shortcut)  # type: ignore[no-any-return]
 
 
 class ResNet(nn.Module):
@@ -64,14 +43,12 @@ class ResNet(nn.Module):
             self.conv1 = nn.Conv2d(in_channels, WIDTHS[0], 3, padding=1, bias=False)
             self.bn1 = nn.BatchNorm2d(WIDTHS[0])
             self.relu = nn.ReLU(inplace=True)
-            self.layer1 = _stage(blocks, WIDTHS[0], WIDTHS[0], stride=1)
-            self.layer2 = _stage(blocks, WIDTHS[0], WIDTHS[1], stride=2)
-            self.layer3 = _stage(blocks, WIDTHS[1], WIDTHS[2], stride=2)
+            self.layer1 = stage(BasicBlock, blocks, WIDTHS[0], WIDTHS[0], stride=1)
+            self.layer2 = stage(BasicBlock, blocks, WIDTHS[0], WIDTHS[1], stride=2)
+            self.layer3 = stage(BasicBlock, blocks, WIDTHS[1], WIDTHS[2], stride=2)
             self.avgpool = nn.AdaptiveAvgPool2d(1)
             self.fc = nn.Linear(WIDTHS[2], num_classes)
-            for module in self.modules():
-                if isinstance(module, nn.Conv2d):
-                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            initialise(self)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(images)))
@@ -85,8 +62,3 @@ def resnet(depth: int, *, in_channels: int = 3, num_classes: int = 10, seed: int
         usual = ", ".join(map(str, USUAL_DEPTHS))
         raise ValueError(f"fastkd: depth is {depth}, must be 6 n + 2 with n >= 1: {usual}, ..., {MOST_DEPTH} at most")
     return ResNet((depth - 2) // 6, in_channels=in_channels, num_classes=num_classes, seed=seed)
-
-
-def _stage(blocks: int, before: int, width: int, stride: int) -> nn.Sequential:
-    first = _Block(before, width, stride)
-    return nn.Sequential(first, *(_Block(width, width, 1) for _ in range(blocks - 1)))

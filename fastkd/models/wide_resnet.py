@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from fastkd._checks import check_count, check_number, check_size
 from fastkd._seeding import seeded
+from fastkd.models.blocks import initialise, stage
 from fastkd.models.layers import MOST_DEPTH, MOST_WIDTH, FeatureLayers
 
 __all__ = ["WideResNet", "wide_resnet"]
@@ -74,18 +77,17 @@ class WideResNet(nn.Module):
         if not 0.0 <= check_number("dropout", dropout) < 1.0:
             raise ValueError(f"fastkd: dropout is {dropout}, must be in [0, 1)")
         stem, *widths = WIDTHS[0], *(width * channels for channels in WIDTHS)
+        block = partial(_Block, dropout=dropout)
         with seeded(seed):
             self.conv1 = nn.Conv2d(in_channels, stem, 3, padding=1, bias=False)
-            self.layer1 = _stage(blocks, stem, widths[0], 1, dropout)
-            self.layer2 = _stage(blocks, widths[0], widths[1], 2, dropout)
-            self.layer3 = _stage(blocks, widths[1], widths[2], 2, dropout)
+            self.layer1 = stage(block, blocks, stem, widths[0], stride=1)
+            self.layer2 = stage(block, blocks, widths[0], widths[1], stride=2)
+            self.layer3 = stage(block, blocks, widths[1], widths[2], stride=2)
             self.bn1 = nn.BatchNorm2d(widths[2])
             self.relu = nn.ReLU(inplace=True)
             self.avgpool = nn.AdaptiveAvgPool2d(1)
             self.fc = nn.Linear(widths[2], num_classes)
-            for module in self.modules():
-                if isinstance(module, nn.Conv2d):
-                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            initialise(self)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(self.conv1(images))))
@@ -103,8 +105,3 @@ def wide_resnet(
     return WideResNet(
         (depth - 4) // 6, width, in_channels=in_channels, num_classes=num_classes, dropout=dropout, seed=seed
     )
-
-
-def _stage(blocks: int, before: int, width: int, stride: int, dropout: float) -> nn.Sequential:
-    first = _Block(before, width, stride, dropout)
-    return nn.Sequential(first, *(_Block(width, width, 1, dropout) for _ in range(blocks - 1)))

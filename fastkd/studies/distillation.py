@@ -49,7 +49,8 @@ class Networks:
     """What is distilled into what, on which images."""
 
     teacher: str = "resnet26"
-    """resnet<6n+2>, wrn-<6n+4>-<width>, or a network of torchvision. It learns the same images and labels first."""
+    """resnet<6n+2>, wrn-<6n+4>-<width>, cifar-resnet34, ... (all: fastkd.models.names()), or a network of torchvision.
+    It learns the same images and labels first."""
     student: str = "resnet8"
     """As teacher."""
     teacher_epochs: int = 0
