@@ -52,7 +52,7 @@ ROWS = {cells[1]: cells for line in DOCUMENT.splitlines() if len(cells := [c.str
 WEIGHTS = {"r": "task_weight", "a": "kd_weight", "b": "feature_weight", "T": "temperature"}
 
 
-@pytest.mark.parametrize("name", registry.NAMES)
+@pytest.mark.parametrize("name", registry.names())
 def test_the_weights_of_the_documents_table_are_the_defaults(name: str) -> None:
     settings: dict[str, Any] = {"student_channels": 1, "teacher_channels": 1} if name == "fitnet" else {}
     method = registry.create(name, **settings)
@@ -75,7 +75,7 @@ def test_the_weights_of_the_documents_table_are_the_defaults(name: str) -> None:
 
 
 def test_the_documents_table_is_whole() -> None:
-    assert set(registry.NAMES) <= set(ROWS)
+    assert set(registry.names()) <= set(ROWS)
 
 
 def outputs(seed: int, *features: tuple[int, ...]) -> Outputs:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastkd.methods import AT, BSS, DML, FSP, ONE, RKD, SP, Baseline, FitNet, Hinton, Objective
-from fastkd.methods.registry import NAMES, create, needs_teacher
+from fastkd.methods.registry import create, find, names
 from fastkd.models.resnet import resnet
 from fastkd.models.wide_resnet import wide_resnet
 from fastkd.training.inference import predict
@@ -42,11 +42,11 @@ def networks(family: str) -> tuple[nn.Module, nn.Module]:
 
 
 def test_names() -> None:
-    assert tuple(KINDS) == NAMES
+    assert tuple(KINDS) == names()
 
 
 @pytest.mark.parametrize("family", ["resnet", "wide"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names())
 def test_every_method_trains(name: str, family: str) -> None:
     student, teacher = networks(family)
     method = create(name, student, teacher, IMAGES)
@@ -73,7 +73,7 @@ def test_the_documents_have_all_methods_and_their_weights() -> None:
     symbols = {"r": "task_weight", "a": "kd_weight", "b": "feature_weight", "T": "temperature"}
     text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in text.splitlines() if line.startswith("| ")][1:]
-    assert [name for name, *_ in rows] == list(NAMES)
+    assert [name for name, *_ in rows] == list(names())
     for name, kind, weights in rows:
         method = create(name, *networks("resnet"), torch.zeros(2, 1, 32, 32))
         assert kind == f"`{type(method).__name__}`"
@@ -140,10 +140,10 @@ def test_each_module_keeps_its_mode() -> None:
 
 
 def test_who_needs_a_teacher() -> None:
-    assert [name for name in NAMES if not needs_teacher(name)] == ["baseline", "one", "dml"]
-    assert all(needs_teacher(name) == kind.needs_teacher for name, kind in KINDS.items())
+    assert [name for name in names() if not find(name).needs_teacher] == ["baseline", "one", "dml"]
+    assert all(find(name).needs_teacher == kind.needs_teacher for name, kind in KINDS.items())
     with pytest.raises(ValueError, match="method 'hintom' is unknown, did you mean hinton"):
-        needs_teacher("hintom")
+        find("hintom")
 
 
 def test_a_teacher_that_is_the_student_is_refused() -> None:

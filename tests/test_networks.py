@@ -271,7 +271,7 @@ FAMILIES = {  # student and teacher, of equal channels, as fsp needs
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("method_name", methods.NAMES)
+@pytest.mark.parametrize("method_name", methods.names())
 def test_every_method_takes_a_step(method_name: str, name: str) -> None:
     images, target = torch.randn(4, 1, 16, 16), torch.arange(4)
     student, teacher = create(name, in_channels=1, seed=1), create(FAMILIES[name], in_channels=1, seed=2)

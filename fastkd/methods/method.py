@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 from fastkd import _checks, functional
 from fastkd.methods.features import FeatureTap, JointLogits, Outputs, layer_names, logits_of_one
+from fastkd.methods.given import Given
+from fastkd.models.layers import FeatureLayers, feature_layers
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = [
     "Loss",
@@ -118,6 +123,12 @@ class Method(nn.Module):
         """What is trained, of networks that ``make(seed)`` makes: one of them, but for online methods."""
         return make(0)
 
+    @classmethod
+    def build(cls, given: Given, **options: Any) -> Self:
+        """The method for given networks and data; ``options`` are arguments of the class. Overridden where some of these
+        follow from what is given."""
+        return cls(**{**given.wanted(cls), **options})
+
     def deployed(self, student: nn.Module) -> nn.Module:
         """The network, images to logits, that the training of ``student`` was for."""
         return student
@@ -139,6 +150,20 @@ class WeightedMethod(Method):
     """
 
     term: ClassVar[str] = "feature_loss"
+
+    @staticmethod
+    def layers_of(layers: FeatureLayers) -> tuple[str, ...]:
+        """Which of a network's layers it reads, where none are named."""
+        return ()
+
+    @classmethod
+    def build(cls, given: Given, **options: Any) -> Self:
+        """Reads, of the networks that are given, those layers that it has for them."""
+        if "layers" not in options and given.student is not None and given.teacher is not None:
+            pair = [cls.layers_of(feature_layers(network)) for network in (given.student, given.teacher)]
+            if any(pair):
+                options = {"layers": pair[0], "teacher_layers": pair[1], **options}
+        return super().build(given, **options)
 
     def __init__(
         self,

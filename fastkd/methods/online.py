@@ -15,11 +15,13 @@ from fastkd import _checks, functional
 from fastkd._seeding import seeded
 from fastkd.methods.features import JointLogits, Outputs, check_module, logits_of, logits_of_one
 from fastkd.methods.method import Loss, Method, check_logits, check_progress, cross_entropy
+from fastkd.methods.registry import register
 from fastkd.models.modes import evaluating
 
 __all__ = ["DML", "ONE", "Cohort", "MultiBranch"]
 
 
+@register("one", family="online", needs=("labels",), trains="branches, gate", paper="Lan et al., NeurIPS 2018")
 class ONE(Method):
     """``sum CE(branches and ensemble) + w sum_branches T^2 KL(ensemble || branch)``, the ensemble taken as given.
 
@@ -81,6 +83,7 @@ class ONE(Method):
         return f"temperature={self.temperature}, {student}, ramp_share={self.ramp_share}"
 
 
+@register("dml", family="online", needs=("labels",), trains="cohort of networks", paper="Zhang et al., CVPR 2018")
 class DML(Method):
     """``sum_i [CE_i + mean_{j != i} T^2 KL(p_j || p_i)]`` over the networks of a cohort, the other's p_j taken as given.
 

@@ -7,13 +7,17 @@ mixed precision, several processes, averages of weights, evaluation, checkpoints
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastkd.data.batch import Batches
 from fastkd.methods.features import check_module
+from fastkd.methods.given import Given
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Part", "Procedure", "Step"]
 
@@ -92,6 +96,11 @@ class Procedure(nn.Module):
         super().__init__()
         self.frozen: dict[str, nn.Module] = {}
         """Networks that are not trained, by name: no part of the state, but they move with the procedure (``to``)."""
+
+    @classmethod
+    def build(cls, given: Given, **options: Any) -> Self:
+        """The procedure for given networks and data; ``options`` are the other arguments of the class."""
+        return cls(**{**given.wanted(cls), **options})
 
     def parts(self) -> Mapping[str, Part]:
         """What is trained, by name."""

@@ -1,26 +1,191 @@
-"""Methods by name, with the weights of the study, for two given networks."""
+"""Methods by name: of which family each is, what it needs, what it trains, its options, and how it is made.
+
+>>> @register("mine", family="response", needs=("labels", "teacher"), paper="A. Author, 2026")
+... class Mine(WeightedMethod):
+...     def __init__(self, temperature: float = 4.0) -> None: ...
+
+The options of a method are the arguments of its class, but for those that :class:`Given` has. Methods of others are found by
+entry points of the group ``fastkd.methods``, whose modules register them, and by :func:`load_plugin`.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import inspect
+import re
+import sys
+import typing
 from collections.abc import Callable
-from inspect import signature
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from fastkd._checks import check_text
 from fastkd._names import unknown_name
-from fastkd.methods.features import FeatureTap
-from fastkd.methods.method import Method, WeightedMethod
-from fastkd.methods.online import DML, ONE
-from fastkd.methods.relational import RKD, SP
-from fastkd.methods.representation import AT, FSP, FitNet
-from fastkd.methods.response import BSS, Baseline, Hinton
-from fastkd.models.layers import FeatureLayers, feature_layers
-from fastkd.models.modes import evaluating
+from fastkd.methods.given import Given
+from fastkd.methods.method import Method
+from fastkd.methods.objective import Objective
+from fastkd.methods.procedure import Procedure
 
-__all__ = ["NAMES", "create", "needs_teacher"]
+__all__ = [
+    "FAMILIES",
+    "NEEDS",
+    "Entry",
+    "Given",
+    "Option",
+    "create",
+    "create_procedure",
+    "find",
+    "load_plugin",
+    "names",
+    "register",
+]
+
+NEEDS = ("labels", "images", "collection", "out-of-domain images", "teacher")
+"""What a method may need: the images of the task with their labels or without, an unlabeled collection, images of another
+domain, a teacher that is there before. Without images of any kind it makes its own."""
+
+FAMILIES = (
+    "response",
+    "representation",
+    "relational",
+    "online",
+    "collections",
+    "data-free",
+    "out-of-domain",
+    "noisy labels",
+)
+"""Kinds of distillation, in the order in which they are listed; others come after them."""
+
+ENTRY_POINTS = "fastkd.methods"
+Kind = TypeVar("Kind", bound=type[Method] | type[Procedure])
+
+
+class Option(NamedTuple):
+    """What can be set of a method."""
+
+    name: str
+    kind: Any
+    """Its type, as annotated."""
+    default: Any
+    """None where it follows from the networks."""
+    help: str
+    """From the docstring of the class."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method that was registered."""
+
+    name: str
+    kind: type[Method] | type[Procedure]
+    family: str
+    needs: tuple[str, ...]
+    trains: str
+    paper: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it learns from a teacher that is there before."""
+        return "teacher" in self.needs
+
+    @property
+    def summary(self) -> str:
+        """What it does, in one line."""
+        return next(iter((inspect.getdoc(self.kind) or "").splitlines()), "")
+
+    def options(self) -> dict[str, Option]:
+        """By name; those of the class that :class:`Given` does not have."""
+        hints = typing.get_type_hints(self.kind.__init__)
+        said = _argument_docs(self.kind)
+        found = {}
+        for name, parameter in list(inspect.signature(self.kind).parameters.items()):
+            if name in _GIVEN or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue
+            default = None if parameter.default is parameter.empty else parameter.default
+            found[name] = Option(name, hints.get(name, Any), self.defaults.get(name, default), said.get(name, ""))
+        return found
+
+    def make(self, given: Given, settings: dict[str, Any]) -> Method | Procedure:
+        """The method for what is given.
+
+        Raises:
+            ValueError: an option that it does not have, answered with the nearest; what it needs is not given.
+        """
+        allowed = self.options()
+        for option in settings:
+            if option not in allowed:
+                raise unknown_name(f"{self.name}'s option", option, allowed, listed=True)
+        return self.kind.build(given, **{**self.defaults, **settings})
+
+
+def register(
+    name: str,
+    *,
+    family: str,
+    needs: tuple[str, ...] = ("labels", "teacher"),
+    trains: str = "student",
+    paper: str = "",
+    **defaults: Any,
+) -> Callable[[Kind], Kind]:
+    """Gives a class of :class:`fastkd.methods.Method` or :class:`fastkd.methods.Procedure` a name.
+
+    Args:
+        family: the kind of distillation: one of :data:`FAMILIES`, or another.
+        needs: of :data:`NEEDS`.
+        trains: the networks that learn, in words.
+        paper: the source.
+        defaults: of its options, where they are others under this name.
+
+    Raises:
+        TypeError: another class.
+        ValueError: a name that another class has; needs that are none, or do not say what the class says of its teacher.
+    """
+    for need in needs:
+        if need not in NEEDS:
+            raise unknown_name("needs", need, NEEDS)
+
+    def decorate(kind: Kind) -> Kind:
+        if not isinstance(kind, type) or not issubclass(kind, (Method, Procedure)):
+            raise TypeError(f"fastkd: {kind!r} cannot be registered, must be a subclass of Method or Procedure")
+        if issubclass(kind, Method) and kind.needs_teacher != ("teacher" in needs):
+            raise ValueError(
+                f"fastkd: needs of {name!r} is {needs}, must have a teacher where {kind.__name__}.needs_teacher says so, "
+                f"{kind.needs_teacher}"
+            )
+        other = _entries.get(check_text("name", name))
+        if other is not None and (other.kind.__module__, other.kind.__qualname__) != (
+            kind.__module__,
+            kind.__qualname__,
+        ):
+            raise ValueError(f"fastkd: name {name!r} is taken by {other.kind.__module__}.{other.kind.__qualname__}")
+        _entries[name] = Entry(name, kind, family, tuple(needs), trains, paper, defaults)
+        return kind
+
+    return decorate
+
+
+def names() -> tuple[str, ...]:
+    """Of all methods, family by family."""
+    _load_entry_points()
+    families = [*FAMILIES, *dict.fromkeys(entry.family for entry in _entries.values())]
+    return tuple(sorted(_entries, key=lambda name: families.index(_entries[name].family)))
+
+
+def find(name: str) -> Entry:
+    """The method of this name.
+
+    Raises:
+        ValueError: an unknown name, answered with the nearest right ones.
+    """
+    _load_entry_points()
+    if check_text("name", name) not in _entries:
+        raise unknown_name("method", name, names())
+    return _entries[name]
 
 
 def create(
@@ -28,153 +193,98 @@ def create(
     student: nn.Module | None = None,
     teacher: nn.Module | None = None,
     images: Tensor | None = None,
+    *,
+    batch_size: int | None = None,
+    items: int | None = None,
     **settings: Any,
 ) -> Method:
     """The method of this name, reading the layers that the networks have for it.
 
     Args:
-        name: one of ``NAMES``: baseline, hinton, bss, fitnet, fsp, at, sp, rkd-d, rkd-a, rkd-da, one, dml.
+        name: one of :func:`names`.
         student, teacher: whose layers are taken (:func:`fastkd.models.layers.feature_layers`); not needed for methods without
             features.
-        images: a batch ``[B, C, H, W]`` on the networks' device: they run once, in evaluation mode, for fitnet, which must know
-            the channels of its layers, and for at, whose published weight is of a mean over 32 x 32 places or more: of maps
-            that are smaller each place would weigh more, so the weight shrinks with them. Without images at keeps it.
-        settings: of the method's class, in the place of the study's: ``temperature``, ``feature_weight``, ``layers``, ...
+        images: a batch ``[B, C, H, W]`` on the networks' device, for methods that must know the shapes of features: the
+            networks run on it once, in evaluation mode.
+        batch_size, items: images of a batch, and of the training set, for methods that depend on them.
+        settings: options of the method, in the place of the published ones: ``temperature``, ``feature_weight``, ``layers``,
+            ...
 
     Raises:
-        ValueError: an unknown name, or setting of the method; the message has the nearest right ones.
+        ValueError: an unknown name, or option of the method, answered with the nearest right ones; one of a whole procedure.
     """
-    entry = _entry(name)
-    allowed = list(signature(entry.kind).parameters)
-    for option in settings:
-        if option not in allowed:
-            raise unknown_name(f"{name}'s option", option, allowed, listed=True)
-    return entry.make(student, teacher, images, settings)
+    entry = find(name)
+    made = entry.make(Given(student, teacher, images, batch_size=batch_size, items=items), settings)
+    if not isinstance(made, Method):
+        raise ValueError(f"fastkd: {name} is a procedure, not a Method: create_procedure makes it")
+    return made
 
 
-def needs_teacher(name: str) -> bool:
-    """Whether the method of this name learns from a teacher that is there before.
+def create_procedure(name: str, given: Given, **settings: Any) -> Procedure:
+    """The method of this name with its networks, to be trained.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: as of :func:`create`; or no student is given.
     """
-    return _entry(name).kind.needs_teacher
+    made = find(name).make(given, settings)
+    if isinstance(made, Procedure):
+        return made
+    return Objective(made, made.build_student(given.network_of_seed), given.teacher)
 
 
-_CIFAR_PLACES = 32 * 32  # of the first maps that AT's weight was chosen for
+def load_plugin(path: str | Path) -> None:
+    """Runs a Python file, which registers methods; once, however often it is asked for.
 
-Settings = dict[str, Any]
-Maker = Callable[[nn.Module | None, nn.Module | None, Tensor | None, Settings], Method]
-
-
-class _Entry(NamedTuple):
-    kind: type[Method]
-    make: Maker
-
-
-def _entry(name: str) -> _Entry:
-    if check_text("name", name) not in _METHODS:
-        raise unknown_name("method", name, NAMES)
-    return _METHODS[name]
-
-
-def _without_features(kind: type[Method]) -> _Entry:
-    return _Entry(kind, lambda student, teacher, images, settings: kind(**settings))
-
-
-def _with_features(
-    kind: type[WeightedMethod], layers: Callable[[FeatureLayers], tuple[str, ...]], **ours: Any
-) -> _Entry:
-    """Of a class that reads these layers of both networks."""
-
-    def make(student: nn.Module | None, teacher: nn.Module | None, _: Tensor | None, settings: Settings) -> Method:
-        return kind(**{**ours, **_layers(layers, student, teacher, settings), **settings})
-
-    return _Entry(kind, make)
-
-
-def _fitnet(student: nn.Module | None, teacher: nn.Module | None, images: Tensor | None, settings: Settings) -> Method:
-    chosen = {**_layers(_middle, student, teacher, settings), **settings}
-    if "student_channels" not in chosen or "teacher_channels" not in chosen:
-        if student is None or teacher is None or images is None:
-            raise ValueError(
-                "fastkd: fitnet needs student, teacher and images, or student_channels and teacher_channels"
-            )
-        hint = FitNet(1, 1, **{name: chosen[name] for name in ("layers", "teacher_layers") if name in chosen})
-        chosen.update(
-            layers=hint.layers,
-            teacher_layers=hint.teacher_layers,
-            student_channels=_feature(student, hint.layers[0], images).shape[1],
-            teacher_channels=_feature(teacher, hint.teacher_layers[0], images).shape[1],
-        )
-    return FitNet(**chosen)
-
-
-def _at(student: nn.Module | None, teacher: nn.Module | None, images: Tensor | None, settings: Settings) -> Method:
-    method = AT(**{**_layers(_stages, student, teacher, settings), **settings})
-    if "feature_weight" not in settings and student is not None and teacher is not None and images is not None:
-        pair = ((student, method.layers), (teacher, method.teacher_layers))
-        places = min(_feature(network, layers[0], images).shape[2:].numel() for network, layers in pair)
-        method.feature_weight *= min(1.0, places / _CIFAR_PLACES)
-    return method
-
-
-def _layers(
-    pick: Callable[[FeatureLayers], tuple[str, ...]],
-    student: nn.Module | None,
-    teacher: nn.Module | None,
-    settings: Settings,
-) -> Settings:
-    """``layers`` and ``teacher_layers`` of these networks, where the settings do not say and there are networks."""
-    if "layers" in settings or student is None or teacher is None:
-        return {}
-    return {"layers": pick(feature_layers(student)), "teacher_layers": pick(feature_layers(teacher))}
-
-
-def _middle(layers: FeatureLayers) -> tuple[str, ...]:
-    return (layers.stages[len(layers.stages) // 2],)
-
-
-def _stages(layers: FeatureLayers) -> tuple[str, ...]:
-    return layers.stages
-
-
-def _stem_and_stages(layers: FeatureLayers) -> tuple[str, ...]:
-    return (layers.stem, *layers.stages)
-
-
-def _last(layers: FeatureLayers) -> tuple[str, ...]:
-    return layers.stages[-1:]
-
-
-def _embedding(layers: FeatureLayers) -> tuple[str, ...]:
-    return (layers.embedding,)
-
-
-@torch.no_grad()
-def _feature(network: nn.Module, layer: str, images: Tensor) -> Tensor:
-    """A map of this layer."""
-    tap = FeatureTap(network, [layer])
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: it cannot be imported.
+    """
+    file = Path(path).resolve()
+    if not file.is_file():
+        raise FileNotFoundError(f"fastkd: plugin is {path}, must be a Python file")
+    name = f"fastkd_plugin_{file.stem}"
+    there = sys.modules.get(name)
+    if there is not None and getattr(there, "__file__", None) == str(file):
+        return
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"fastkd: plugin is {path}, must be a Python file, *.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses and pickle look
     try:
-        with evaluating(network):
-            features: dict[str, Tensor] = tap(images).features
-            return features[layer]
-    finally:
-        tap.remove()
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[name]
+        if isinstance(error, Exception) and not str(error).startswith("fastkd: "):
+            raise ImportError(f"fastkd: plugin {path} cannot be imported: {type(error).__name__}: {error}") from error
+        raise
 
 
-_METHODS: dict[str, _Entry] = {
-    "baseline": _without_features(Baseline),
-    "hinton": _without_features(Hinton),
-    "bss": _without_features(BSS),
-    "fitnet": _Entry(FitNet, _fitnet),
-    "fsp": _with_features(FSP, _stem_and_stages),
-    "at": _Entry(AT, _at),
-    "sp": _with_features(SP, _last),
-    "rkd-d": _with_features(RKD, _embedding, angle_weight=0.0),
-    "rkd-a": _with_features(RKD, _embedding, distance_weight=0.0),
-    "rkd-da": _with_features(RKD, _embedding),
-    "one": _without_features(ONE),
-    "dml": _without_features(DML),
-}
-NAMES = tuple(_METHODS)
+_entries: dict[str, Entry] = {}
+_GIVEN = frozenset(f.name for f in fields(Given))
+_loaded: set[str] = set()
+
+
+def _load_entry_points() -> None:
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        if point.value not in _loaded:
+            _loaded.add(point.value)
+            try:
+                point.load()
+            except Exception as error:
+                raise ImportError(
+                    f"fastkd: the methods of {point.name} ({point.value}) cannot be imported: {error}"
+                ) from error
+
+
+def _argument_docs(kind: type) -> dict[str, str]:
+    """What the docstring of a class says of each argument, under ``Args:``, and those of its bases of theirs."""
+    said: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        text = inspect.cleandoc(base.__dict__.get("__doc__") or "")
+        section = re.search(r"^Args:\n((?: {4}.*\n?|\n)+)", text, re.MULTILINE)
+        if section is None:
+            continue
+        for item in re.finditer(r"^ {4}([\w, ]+): (.*(?:\n {8}.*)*)", section[1], re.MULTILINE):
+            said |= {name.strip(): " ".join(item[2].split()) for name in item[1].split(",")}
+    return said

@@ -11,10 +11,49 @@ from torch import Tensor
 
 from fastkd import _checks, functional
 from fastkd.methods.method import WeightedMethod
+from fastkd.methods.registry import register
+from fastkd.models.layers import FeatureLayers
 
 __all__ = ["RKD", "SP"]
 
 
+@register("sp", family="relational", paper="Tung & Mori, ICCV 2019")
+class SP(WeightedMethod):
+    """``b ||G_s - G_t||_F^2 / B^2``, ``G = rows of F F^T, each of L2 norm 1``, ``[B, B]``, with ``F = [B, C H W]``.
+
+    Tung & Mori, "Similarity-Preserving Knowledge Distillation" (ICCV 2019), Eq. 1 to 4.
+
+    Args:
+        layers, teacher_layers: one of each, features ``[B, ...]`` of any size.
+    """
+
+    term: ClassVar[str] = "similarity_loss"
+
+    @staticmethod
+    def layers_of(layers: FeatureLayers) -> tuple[str, ...]:
+        return layers.stages[-1:]
+
+    def __init__(
+        self,
+        layers: Sequence[str] = ("layer3",),
+        teacher_layers: Sequence[str] | None = None,
+        *,
+        task_weight: float = 1.0,
+        kd_weight: float = 0.0,
+        feature_weight: float = 3000.0,
+        temperature: float = 4.0,
+    ) -> None:
+        super().__init__(task_weight, kd_weight, feature_weight, temperature, layers, teacher_layers)
+        self.check_layers(1, 1)
+
+    def distance(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+        ours, theirs = self.embeddings(0, student, teacher)
+        return F.mse_loss(similarities(ours), similarities(theirs))
+
+
+@register("rkd-da", family="relational", paper="Park et al., CVPR 2019")
+@register("rkd-a", family="relational", paper="Park et al., CVPR 2019", distance_weight=0.0)
+@register("rkd-d", family="relational", paper="Park et al., CVPR 2019", angle_weight=0.0)
 class RKD(WeightedMethod):
     """``b (d D + a A)``: distances of pairs of samples and angles of triples, by :func:`fastkd.functional.relation_loss`.
 
@@ -27,6 +66,10 @@ class RKD(WeightedMethod):
     """
 
     term: ClassVar[str] = "relation_loss"
+
+    @staticmethod
+    def layers_of(layers: FeatureLayers) -> tuple[str, ...]:
+        return (layers.embedding,)
 
     def __init__(
         self,
@@ -57,35 +100,6 @@ class RKD(WeightedMethod):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, distance_weight={self.distance_weight}, angle_weight={self.angle_weight}"
-
-
-class SP(WeightedMethod):
-    """``b ||G_s - G_t||_F^2 / B^2``, ``G = rows of F F^T, each of L2 norm 1``, ``[B, B]``, with ``F = [B, C H W]``.
-
-    Tung & Mori, "Similarity-Preserving Knowledge Distillation" (ICCV 2019), Eq. 1 to 4.
-
-    Args:
-        layers, teacher_layers: one of each, features ``[B, ...]`` of any size.
-    """
-
-    term: ClassVar[str] = "similarity_loss"
-
-    def __init__(
-        self,
-        layers: Sequence[str] = ("layer3",),
-        teacher_layers: Sequence[str] | None = None,
-        *,
-        task_weight: float = 1.0,
-        kd_weight: float = 0.0,
-        feature_weight: float = 3000.0,
-        temperature: float = 4.0,
-    ) -> None:
-        super().__init__(task_weight, kd_weight, feature_weight, temperature, layers, teacher_layers)
-        self.check_layers(1, 1)
-
-    def distance(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-        ours, theirs = self.embeddings(0, student, teacher)
-        return F.mse_loss(similarities(ours), similarities(theirs))
 
 
 def similarities(features: Tensor) -> Tensor:

@@ -13,11 +13,17 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastkd import _checks
+from fastkd.methods.given import Given, feature_of
 from fastkd.methods.method import WeightedMethod
+from fastkd.methods.registry import register
+from fastkd.models.layers import FeatureLayers
 
 __all__ = ["AT", "FSP", "FitNet"]
 
+_CIFAR_PLACES = 32 * 32  # of the first maps that AT's weight was chosen for
 
+
+@register("fitnet", family="representation", trains="student, regressor", paper="Romero et al., ICLR 2015")
 class FitNet(WeightedMethod):
     """``b MSE(ReLU(BN(Conv1x1(f_s))), f_t)`` of one layer, beside Hinton's loss.
 
@@ -31,6 +37,28 @@ class FitNet(WeightedMethod):
     """
 
     term: ClassVar[str] = "hint_loss"
+
+    @staticmethod
+    def layers_of(layers: FeatureLayers) -> tuple[str, ...]:
+        return (layers.stages[len(layers.stages) // 2],)
+
+    @classmethod
+    def build(cls, given: Given, **options: Any) -> FitNet:
+        """With the channels that the layers have for the images."""
+        if "student_channels" not in options or "teacher_channels" not in options:
+            student, teacher, images = given.student, given.teacher, given.images
+            if student is None or teacher is None or images is None:
+                raise ValueError(
+                    "fastkd: fitnet needs student, teacher and images, or student_channels and teacher_channels"
+                )
+            hint = super().build(given, **{**options, "student_channels": 1, "teacher_channels": 1})
+            options |= {"layers": hint.layers, "teacher_layers": hint.teacher_layers}
+            for name, network, layers in (
+                ("student_channels", student, hint.layers),
+                ("teacher_channels", teacher, hint.teacher_layers),
+            ):
+                options.setdefault(name, feature_of(network, layers[0], images).shape[1])
+        return super().build(given, **options)
 
     def __init__(
         self,
@@ -74,6 +102,7 @@ class FitNet(WeightedMethod):
         return f"{channels}, {super().extra_repr()}"
 
 
+@register("fsp", family="representation", paper="Yim et al., CVPR 2017")
 class FSP(WeightedMethod):
     """``b sum_i mean (G_s - G_t)^2`` over consecutive layers, ``G = mean_hw F_i (x) F_{i+1}``, ``[B, C_i, C_{i+1}]``.
 
@@ -86,6 +115,10 @@ class FSP(WeightedMethod):
     """
 
     term: ClassVar[str] = "flow_loss"
+
+    @staticmethod
+    def layers_of(layers: FeatureLayers) -> tuple[str, ...]:
+        return (layers.stem, *layers.stages)
 
     def __init__(
         self,
@@ -109,18 +142,39 @@ class FSP(WeightedMethod):
         return torch.stack([F.mse_loss(ours, theirs) for ours, theirs in flows]).sum()
 
 
+@register("at", family="representation", paper="Zagoruyko & Komodakis, ICLR 2017")
 class AT(WeightedMethod):
     """``b sum_i mean (A_s - A_t)^2`` with ``A = L2norm(vec(mean_c F^2))``, ``[B, H W]``: where a layer is active.
 
     Zagoruyko & Komodakis, "Paying More Attention to Attention" (ICLR 2017), Eq. 2, activation-based, p = 2. The weight is of
     a mean over places, as their code has it, and was chosen for maps of 32 x 32 and more: of a map of H W places the squared
-    distance weighs b / (H W), so smaller images want a smaller b (:func:`fastkd.methods.registry.create` sees to it).
+    distance weighs b / (H W), so smaller images want a smaller b (:meth:`build`, and so
+    :func:`fastkd.methods.registry.create`, sees to it).
 
     Args:
         layers, teacher_layers: maps ``[B, C, H, W]``, compared in pairs; of two sizes the larger is averaged down.
     """
 
     term: ClassVar[str] = "attention_loss"
+
+    @staticmethod
+    def layers_of(layers: FeatureLayers) -> tuple[str, ...]:
+        return layers.stages
+
+    @classmethod
+    def build(cls, given: Given, **options: Any) -> AT:
+        """With a smaller weight for maps of fewer places than those that the published one was chosen for."""
+        method = super().build(given, **options)
+        if "feature_weight" not in options and given.images is not None:
+            pairs = ((given.student, method.layers), (given.teacher, method.teacher_layers))
+            places = [
+                feature_of(network, layers[0], given.images).shape[2:].numel()
+                for network, layers in pairs
+                if network is not None
+            ]
+            if len(places) == len(pairs):
+                method.feature_weight *= min(1.0, min(places) / _CIFAR_PLACES)
+        return method
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ teacher's decision boundary runs (BSS). And the baseline, which has labels alone
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -13,6 +13,7 @@ from torch import Tensor
 from fastkd import _checks, functional
 from fastkd._seeding import drawing
 from fastkd.methods.features import FeatureTap, Outputs
+from fastkd.methods.given import Given
 from fastkd.methods.method import (
     Loss,
     Method,
@@ -22,11 +23,13 @@ from fastkd.methods.method import (
     check_teacher_logits,
     cross_entropy,
 )
+from fastkd.methods.registry import register
 from fastkd.models.modes import evaluating
 
 __all__ = ["BSS", "Attacked", "Baseline", "Hinton"]
 
 
+@register("baseline", family="response", needs=("labels",))
 class Baseline(WeightedMethod):
     """Cross-entropy with the labels: training without a teacher."""
 
@@ -36,6 +39,7 @@ class Baseline(WeightedMethod):
         super().__init__(1.0, 0.0, 0.0, 1.0)
 
 
+@register("hinton", family="response", paper="Hinton et al., 2015")
 class Hinton(WeightedMethod):
     """``r CE + a T^2 KL(softmax(t / T) || softmax(s / T))``.
 
@@ -55,6 +59,7 @@ class Attacked(NamedTuple):
     """float32 ``[n]``: 1, or 0 for a row that only fills the batch and counts nowhere."""
 
 
+@register("bss", family="response", paper="Heo et al., AAAI 2019")
 class BSS(Method):
     """``CE + rho softCE + rho_a softCE on boundary supporting samples``, with soft cross-entropies at temperature T.
 
@@ -75,7 +80,7 @@ class BSS(Method):
 
     Args:
         temperature: T, from 1e-18 to 1e18, so that T^2 times a cross-entropy stays in the range of float32.
-        attack_size: samples of a batch that are attacked, at most.
+        attack_size: samples of a batch that are attacked, at most. By name, a quarter of a batch, the authors' share.
         attack_steps: steps of the attack.
         step_size: length of a step, over the difference of the two logits.
         bounds: of the normalised pixels, which the attack does not leave.
@@ -98,6 +103,12 @@ class BSS(Method):
         self.attack_size = _checks.check_count("attack_size", attack_size, 1)
         self.attack_steps = _checks.check_count("attack_steps", attack_steps, 1)
         self.bounds = _bounds(bounds)
+
+    @classmethod
+    def build(cls, given: Given, **options: Any) -> BSS:
+        if given.batch_size is not None:
+            options = {"attack_size": max(1, given.batch_size // 4), **options}
+        return super().build(given, **options)
 
     def step(
         self,
