@@ -18,7 +18,7 @@ from training_processes import PATIENCE
 from fastkd.__main__ import main
 from fastkd.cli._config import expand
 from fastkd.cli._errors import UsageError
-from fastkd.cli.study import Zoo, _options
+from fastkd.cli.study import commands, options_of
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
 
@@ -116,7 +116,8 @@ def in_session(leader: int) -> bool:
 
 
 def test_command_of_all_options_in_other_than_default_is_complete() -> None:
-    options = _options(Zoo(seeds=5, flip=False, methods=("at",)), Zoo())
+    make = commands()["zoo"]
+    options = options_of(make(seeds=5, flip=False, methods=("at",)), make())
     assert options == ["--no-flip", "--methods", "at", "--seeds", "5"]
 
 

@@ -205,10 +205,10 @@ def test_cuda_operators_asked_for_are_those_called() -> None:
 def test_unknown_command_help_and_info(capsys: pytest.CaptureFixture[str]) -> None:
     status, said = fails(["dmo"], capsys)
     assert status == 2
-    assert "demo, distill, study, bench, info" in said
+    assert "demo, distill, methods, study, bench, info" in said
     for arguments, words in (
-        ([], ["demo", "distill", "study", "info"]),
-        (["--help"], ["demo", "distill", "study", "info"]),
+        ([], ["demo", "distill", "methods", "study", "info"]),
+        (["--help"], ["demo", "distill", "methods", "study", "info"]),
         (["demo", "--help"], ["--iqpr", "--seed", "--output", "default: 5.0"]),
     ):
         status, said = fails(arguments, capsys)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,13 @@ from matplotlib.image import imread
 
 from fastkd import build_info
 from fastkd.data import registry as data_sets
-from fastkd.studies import distillation, published, report, zoo
+from fastkd.studies import distillation, report
+from fastkd.studies import study as study_frame
 from fastkd.studies.data import DataSettings, prepare
-from fastkd.studies.distillation import Distillation, Networks, Result
+from fastkd.studies.result import Result
+from fastkd.studies.settings import Distillation, Networks
+from fastkd.studies.study import Accuracies, Run, known, run_all
+from fastkd.studies.zoo import Zoo, published
 from fastkd.training import Process, TrainingSettings
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
@@ -28,6 +32,9 @@ TINY = Networks(
     data=DataSettings(data="digits", train_size=100, test_size=40),
     training=TrainingSettings(epochs=2, learning_rate=0.02),
 )
+
+
+STUDY = Zoo(**{f.name: getattr(TINY, f.name) for f in fields(Networks)})
 
 
 def of(method: str, **settings: object) -> Distillation:
@@ -67,7 +74,7 @@ def test_other_settings_do_not_pass_for_these(tmp_path: Path) -> None:
         of("baseline").digest(),
         of("at").digest(),
         of("at", flip=False).digest(),
-        of("at", kd_weight=1.0).digest(),
+        of("at", options={"kd_weight": 1.0}).digest(),
     }
     assert len(digests) == 4
     training = replace(TINY.training, checkpoint_every=7)
@@ -87,7 +94,7 @@ def test_an_interrupted_one_goes_on_with_the_same_only(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(distillation, "_write_result", interrupted)  # all but this is there
+        patch.setattr(distillation, "write_result", interrupted)  # all but this is there
         with pytest.raises(KeyboardInterrupt):
             distillation.run(of("baseline"), tmp_path / "baseline", HERE, show="off")
     if "teacher" in change:  # which the baseline does not have
@@ -134,7 +141,10 @@ def test_every_method_from_a_shared_teacher(
         ({"method": "hintn"}, "method 'hintn' is unknown, did you mean hinton"),
         ({"student": "resnet9"}, "student 'resnet9' is unknown, did you mean resnet8"),
         ({"teacher": "wrn-17-2"}, "teacher 'wrn-17-2' is unknown, did you mean wrn-"),
-        ({"method": "dml", "feature_weight": 2.0}, "dml's option 'feature_weight' is unknown, must be one of"),
+        (
+            {"method": "dml", "options": {"feature_weight": 2.0}},
+            "dml's option 'feature_weight' is unknown, must be one of",
+        ),
         ({"teacher_weights": Path("nowhere.pt")}, "there are no weights nowhere.pt"),
         ({"batch_size": 101}, "batch_size is 101, must be at most the 100 images"),
         ({"data": DataSettings(data="digit")}, "name 'digit' is unknown, did you mean digits"),
@@ -207,40 +217,39 @@ def test_data_of_an_experiment() -> None:
 
 
 def test_the_grid(tmp_path: Path) -> None:
-    runs = zoo.grid(TINY, ["hinton", "dml"], ["clean", "noise-0.4", "imbalance-0.2"], 2)
+    runs = STUDY.grid(["hinton", "dml"], ["clean", "noise-0.4", "imbalance-0.2"], 2)
     assert len(runs) == 12
     assert len({run.folder(tmp_path) for run in runs}) == 12
     for run in runs:
         own = run.distillation
-        assert (own.method, own.training.seed) == (run.method, run.seed)
-        assert own.data.label_noise == (0.4 if run.setting == "noise-0.4" else 0.0)
-        assert own.data.imbalance == (0.2 if run.setting == "imbalance-0.2" else 0.0)
+        assert (own.method, own.training.seed) == (run.row, run.seed)
+        assert own.data.label_noise == (0.4 if run.column == "noise-0.4" else 0.0)
+        assert own.data.imbalance == (0.2 if run.column == "imbalance-0.2" else 0.0)
     with pytest.raises(ValueError, match="method 'hint' is unknown, did you mean hinton"):
-        zoo.grid(TINY, ["hint"], ["clean"], 1)
+        STUDY.grid(["hint"], ["clean"], 1)
     with pytest.raises(ValueError, match=r"setting 'noise-0.5' is unknown, did you mean noise-0\.[246]"):
-        zoo.grid(TINY, ["hinton"], ["noise-0.5"], 1)
+        STUDY.grid(["hinton"], ["noise-0.5"], 1)
 
 
 def test_a_study_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def study(methods: list[str], seeds: int) -> list[tuple[zoo.Run, Result | Exception]]:
-        runs = zoo.grid(TINY, methods, ["clean"], seeds)
-        return list(zoo.run_all(runs, tmp_path, HERE.device, 1))
+    def done(methods: list[str], seeds: int) -> list[tuple[Run, Result | Exception]]:
+        runs = STUDY.grid(methods, ["clean"], seeds)
+        return list(run_all(runs, tmp_path, HERE.device, 1))
 
-    (first,) = study(["baseline"], 1)
-    more = study(["baseline", "hinton"], 2)
+    (first,) = done(["baseline"], 1)
+    more = done(["baseline", "hinton"], 2)
     assert more[0] == first  # there already
-    assert {(run.method, run.seed) for run, _ in more} == {(m, s) for m in ("baseline", "hinton") for s in (0, 1)}
+    assert {(run.row, run.seed) for run, _ in more} == {(m, s) for m in ("baseline", "hinton") for s in (0, 1)}
     assert len(list((tmp_path / "teachers").iterdir())) == 2
-    monkeypatch.setattr(zoo, "_run", None)  # nothing is run any more
-    assert sorted(map(repr, study(["baseline", "hinton"], 2))) == sorted(map(repr, more))
+    monkeypatch.setattr(study_frame, "_run", pytest.fail)  # nothing is run any more
+    assert sorted(map(repr, done(["baseline", "hinton"], 2))) == sorted(map(repr, more))
 
 
 @pytest.mark.forks
 def test_processes_side_by_side(tmp_path: Path) -> None:
-    runs = zoo.grid(TINY, ["baseline", "hinton"], ["clean"], 1)
+    runs = STUDY.grid(["baseline", "hinton"], ["clean"], 1)
     results = [
-        {run.method: result for run, result in zoo.run_all(runs, tmp_path / str(jobs), HERE.device, jobs)}
-        for jobs in (1, 2)
+        {run.row: result for run, result in run_all(runs, tmp_path / str(jobs), HERE.device, jobs)} for jobs in (1, 2)
     ]
     assert results[0] == results[1]
     assert all(isinstance(result, Result) for result in results[0].values())
@@ -248,23 +257,23 @@ def test_processes_side_by_side(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.forks)])
 def test_a_run_that_fails_keeps_no_other_from_running(jobs: int, tmp_path: Path) -> None:
-    base = replace(TINY, teacher="wrn-10-2")  # whose maps FSP cannot compare with the student's
-    base = replace(base, data=replace(TINY.data, shrink=2))
-    runs = zoo.grid(base, ["fsp", "baseline"], ["clean"], 1)
-    results = {run.method: result for run, result in zoo.run_all(runs, tmp_path, HERE.device, jobs)}
+    # whose maps FSP cannot compare with the student's
+    base = replace(STUDY, teacher="wrn-10-2", data=replace(TINY.data, shrink=2))
+    runs = base.grid(["fsp", "baseline"], ["clean"], 1)
+    results = {run.row: result for run, result in run_all(runs, tmp_path, HERE.device, jobs)}
     assert isinstance(results["baseline"], Result)
     assert "FSP needs equal numbers of channels" in str(results["fsp"])
-    assert [run.method for run, _ in zoo.known(runs, tmp_path)] == ["baseline"]
+    assert [run.row for run, _ in known(runs, tmp_path)] == ["baseline"]
 
 
 def test_the_report(tmp_path: Path) -> None:
-    accuracies: zoo.Accuracies = {
+    accuracies: Accuracies = {
         "clean": {"baseline": {0: 0.80, 1: 0.82}, "hinton": {0: 0.83, 1: 0.83}},
         "noise-0.4": {"baseline": {0: 0.5}, "dml": {0: 0.6}},
     }
-    teachers: zoo.Accuracies = {"clean": {"resnet26": {0: 0.9, 1: 0.9}}}
+    teachers: Accuracies = {"clean": {"resnet26": {0: 0.9, 1: 0.9}}}
     about = {"what": "resnet8 from resnet26", "command": "fastkd study zoo", "student": "resnet8", "data": "cifar10"}
-    files = report.save(tmp_path / "made", accuracies, teachers, about)
+    files = report.save(tmp_path / "made", Zoo(), accuracies, teachers, about)
     table = (tmp_path / "made" / "table.md").read_text()
     assert "| baseline | 81.00 ± 1.41 |  | 2 | 87.64 ± 0.25 |" in table
     assert "| hinton | 83.00 ± 0.00 | +2.00 ± 1.00 | 2 | 88.80 ± 0.16 |" in table
@@ -293,10 +302,10 @@ def test_published_figures() -> None:
         76.3,
         64.5,
     ]
-    assert zoo.SETTINGS["noise-0.4"].published("cifar10", "resnet8") == ("CIFAR-10, wrn-16-2", noisy)
-    assert zoo.SETTINGS["clean"].published("cifar10", "resnet14")[1]["sp"] == (92.34, 0.19)
-    assert zoo.SETTINGS["clean"].published("cifar100", "wrn-40-2")[1]["one"] == (76.89, 0.27)
-    assert zoo.SETTINGS["clean"].published("mnist", "mobilenet")[1] == {}
+    assert Zoo().published("noise-0.4") == ("CIFAR-10, wrn-16-2", noisy)
+    assert Zoo(student="resnet14").published("clean")[1]["sp"] == (92.34, 0.19)
+    assert Zoo(student="wrn-40-2", data=DataSettings(data="cifar100")).published("clean")[1]["one"] == (76.89, 0.27)
+    assert Zoo(student="mobilenet", data=DataSettings(data="mnist")).published("clean")[1] == {}
 
 
 ZOO = ROOT / "results" / "zoo"
@@ -308,9 +317,10 @@ ZOO = ROOT / "results" / "zoo"
 def test_documents_show_the_committed_results(folder: Path) -> None:
     document = json.loads((folder / "results.json").read_text())
     table = (folder / "table.md").read_text()
-    assert table == report.markdown(document["accuracies"], document["teachers"], document)
+    study = Zoo(student=document["student"], data=DataSettings(data=document["data"]))
+    assert table == report.markdown(study, document["accuracies"], document["teachers"], document)
     assert document["command"] in table
-    shown = report.as_markdown(report.overview(document["accuracies"], document["teachers"]))
+    shown = report.as_markdown(report.overview(study, document["accuracies"], document["teachers"]))
     assert document["command"] in (readme := (ZOO / "README.md").read_text())
     assert shown in readme
     if folder.name == "fashion-mnist-noise":

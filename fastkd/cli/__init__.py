@@ -16,9 +16,10 @@ from fastkd.cli._config import expand
 from fastkd.cli._errors import UsageError
 from fastkd.cli.bench import Bench
 from fastkd.cli.demo import Demo
-from fastkd.cli.distill import Distill
+from fastkd.cli.distill import command_for
 from fastkd.cli.info import Info
-from fastkd.cli.study import Study, Zoo
+from fastkd.cli.methods import Methods
+from fastkd.cli.study import Studies, commands
 
 FLAT = (tyro.conf.OmitArgPrefixes,)  # --epochs, not --training.epochs
 DESCRIPTION = (
@@ -46,13 +47,13 @@ def _parse(name: str, arguments: list[str]) -> Callable[[Console], int | None]:
     """The command, with its options."""
     command: Callable[[Console], int | None]
     if name == "study":
-        studies: dict[str, Callable[..., Zoo]] = {"zoo": Zoo}
         command = tyro.extras.subcommand_cli_from_dict(
-            studies, prog="fastkd study", args=arguments[1:] or ["--help"], config=FLAT
+            commands(), prog="fastkd study", args=arguments[1:] or ["--help"], config=FLAT
         )
     else:
-        command = tyro.cli(
-            Demo | Distill | Study | Bench | Info,
+        distill = command_for(arguments)
+        command = tyro.extras.subcommand_cli_from_dict(
+            {"demo": Demo, "distill": distill, "methods": Methods, "study": Studies, "bench": Bench, "info": Info},
             prog="fastkd",
             description=DESCRIPTION,
             args=arguments or ["--help"],

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from rich.console import Console
 from rich.table import Table
 
 from fastkd.cli._errors import UsageError, usage_errors
 from fastkd.cli._output import check_writable
-from fastkd.studies.distillation import Distillation, check, run
+from fastkd.methods import registry as methods
+from fastkd.studies.distillation import Experiment, run
+from fastkd.studies.settings import Distillation
 from fastkd.training import process_group
 
 MOST_THREADS = 1024  # torch makes as many as it is told to
@@ -20,11 +23,14 @@ MOST_THREADS = 1024  # torch makes as many as it is told to
 
 @dataclass(frozen=True)
 class Distill(Distillation):
-    """Train a student by a method of the zoo, on CIFAR-10 or another set of small images, and say how good it is.
+    """Train a student by a method, on CIFAR-10 or another set of small images, and say how good it is.
 
-    A teacher learns the same images first, unless its weights are given. All is in one folder, with metrics and curves; the
-    same command goes on where it was interrupted. Works under torchrun, too.
+    A teacher learns the same images first, where the method has one, unless its weights are given. All is in one folder, with
+    metrics and curves; the same command goes on where it was interrupted. Works under torchrun, too. The options of the
+    method come last: `fastkd distill --method at --help` shows those of AT, `fastkd methods` all methods.
     """
+
+    options: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
 
     output: Path = Path("fastkd-distill")
     """The folder of the results."""
@@ -36,10 +42,10 @@ class Distill(Distillation):
     """Of the CPU; 0: as many as torch takes."""
 
     def __call__(self, console: Console) -> None:
-        settings = Distillation(**{f.name: getattr(self, f.name) for f in fields(Distillation)})
+        settings = self._settings()
         # first what was said, then the files that it names, then the images, then the work
         with usage_errors():
-            check(settings)
+            Experiment(settings).check()
         check_device(self.device)
         if not 0 <= self.threads <= MOST_THREADS:
             raise UsageError(
@@ -53,6 +59,52 @@ class Distill(Distillation):
             if process.rank == 0:
                 console.print(_table(settings, result.accuracy, result.teacher_accuracy))
                 console.print(f"\nresults  {self.output}", highlight=False, soft_wrap=True)
+
+    def _settings(self) -> Distillation:
+        common = {f.name: getattr(self, f.name) for f in fields(Distillation)}
+        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _OWN}
+        return Distillation(**{**common, "options": {name: value for name, value in said.items() if value is not None}})
+
+
+_OWN = {f.name for f in fields(Distill)}
+
+
+def command_for(arguments: list[str]) -> type[Distill]:
+    """The command, with the options of the method that the arguments name.
+
+    Raises:
+        UsageError: an unknown method, or a plugin that cannot be had.
+    """
+    with usage_errors():
+        if plugin := _value_of("--plugin", arguments):
+            methods.load_plugin(plugin)
+        options = methods.find(_value_of("--method", arguments) or Distillation.method).options()
+    own = [(o.name, Annotated[o.kind | None, tyro.conf.arg(help=_help(o))], None) for o in options.values()]
+    clashes = [name for name, *_ in own if name in _OWN]
+    if clashes:
+        raise UsageError(f"options of the method have names of the command's own: {', '.join(clashes)}")
+    return make_dataclass("Distill", own, bases=(Distill,), frozen=True, namespace={"__doc__": Distill.__doc__})
+
+
+def _help(option: methods.Option) -> str:
+    said = option.help.replace("``", "")
+    default = "" if option.default is None else f" By default {_as_said(option.default)}."
+    return f"{said}{default}".strip() or "Of the method."
+
+
+def _as_said(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+def _value_of(option: str, arguments: list[str]) -> str | None:
+    """What the arguments say of an option, the last time that they do."""
+    found = None
+    for i, argument in enumerate(arguments):
+        if argument == option and i + 1 < len(arguments):
+            found = arguments[i + 1]
+        elif argument.startswith(f"{option}="):
+            found = argument.partition("=")[2]
+    return found
 
 
 def check_device(device: str) -> None:

@@ -94,6 +94,11 @@ class Entry:
         return "teacher" in self.needs
 
     @property
+    def needs_images(self) -> bool:
+        """Whether it is given images, of any kind."""
+        return any(need != "teacher" for need in self.needs)
+
+    @property
     def summary(self) -> str:
         """What it does, in one line."""
         return next(iter((inspect.getdoc(self.kind) or "").splitlines()), "")

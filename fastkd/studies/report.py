@@ -1,10 +1,10 @@
-"""The zoo's results as a table, beside the published figures, and as a figure."""
+"""A study's results as a table, beside the published figures, and as a figure."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,23 +13,24 @@ from matplotlib.figure import Figure
 
 from fastkd._figures import BLUE, DASHED, GREY, INK, canvas, frame
 from fastkd._files import write_whole
-from fastkd.methods.registry import NAMES
-from fastkd.studies.zoo import SETTINGS, Accuracies
+from fastkd.studies.study import Accuracies, Study
 
 __all__ = ["as_markdown", "markdown", "overview", "save"]
 
 
-def save(folder: Path, accuracies: Accuracies, teachers: Accuracies, about: Mapping[str, Any]) -> list[Path]:
+def save(
+    folder: Path, study: Study, accuracies: Accuracies, teachers: Accuracies, about: Mapping[str, Any]
+) -> list[Path]:
     """Writes ``results.json`` (each run), ``table.md`` and ``accuracy.png``.
 
     Args:
         teachers: of the runs' teachers.
-        about: what was run, for the JSON; ``what``, ``command``, ``data`` and ``student`` are needed.
+        about: what was run, for the JSON; ``what`` and ``command`` are needed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     document = {**about, "accuracies": accuracies, "teachers": teachers}
-    figure = _figure(accuracies, teachers)
-    table, numbers = markdown(accuracies, teachers, about), json.dumps(document, indent=1, default=str) + "\n"
+    figure = _figure(study, accuracies, teachers)
+    table, numbers = markdown(study, accuracies, teachers, about), json.dumps(document, indent=1, default=str) + "\n"
     parts: dict[str, Callable[[BinaryIO], object]] = {
         "table.md": lambda file: file.write(table.encode()),
         "accuracy.png": lambda file: figure.savefig(file, format="png"),
@@ -47,42 +48,50 @@ def summary(seeds: Mapping[int, float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
-def markdown(accuracies: Accuracies, teachers: Accuracies, about: Mapping[str, Any]) -> str:
-    """A table for each setting: ours, the difference to our baseline, and the paper's."""
-    lines = [f"{about['what']}", "", f"`{about['command']}`", "", as_markdown(overview(accuracies, teachers))]
-    for setting, methods in accuracies.items():
-        where, published = SETTINGS[setting].published(about["data"], about["student"])
-        head = f"| method | test accuracy, % | to the baseline | seeds | published: {where} |"
-        lines += [f"## {setting}", "", head, "|---|---|---|---|---|"]
-        for method in sorted(methods, key=NAMES.index):
-            seeds = methods[method]
-            theirs = published.get(method)
+def markdown(study: Study, accuracies: Accuracies, teachers: Accuracies, about: Mapping[str, Any]) -> str:
+    """A table for each column: ours, the difference to our baseline, and the paper's."""
+    lines = [f"{about['what']}", "", f"`{about['command']}`", "", as_markdown(overview(study, accuracies, teachers))]
+    for column, rows in accuracies.items():
+        where, published = study.published(column)
+        head = f"| {study.row_option.removesuffix('s')} | test accuracy, % | to the baseline | seeds | published: {where} |"
+        lines += [f"## {column}", "", head, "|---|---|---|---|---|"]
+        for row in in_order(study, rows):
+            seeds = rows[row]
+            theirs = published.get(row)
             lines.append(
-                f"| {method} | {summary(seeds)} | {_gain(seeds, methods.get('baseline', {}))} | {len(seeds)} | "
+                f"| {row} | {summary(seeds)} | {_gain(seeds, rows.get(study.baseline, {}))} | {len(seeds)} | "
                 + (f"{theirs.mean:.2f} ± {theirs.std:.2f} |" if theirs else "|")
             )
         lines += [
             f"| the teacher, {name} | {summary(seeds)} | | {len(seeds)} | |"
-            for name, seeds in teachers.get(setting, {}).items()
+            for name, seeds in teachers.get(column, {}).items()
         ]
         lines.append("")
     return "\n".join(lines)
 
 
-def overview(accuracies: Accuracies, teachers: Accuracies) -> list[list[str]]:
-    """One table of all settings: a row of names of settings, then one for each method and teacher, mean and deviation in %."""
+def overview(study: Study, accuracies: Accuracies, teachers: Accuracies) -> list[list[str]]:
+    """One table: a row of names of columns, then one for each row of the study and teacher, mean and deviation in %."""
+    found = in_order(study, {row for rows in accuracies.values() for row in rows})
     named: dict[str, dict[str, Mapping[int, float]]] = {
-        method: {setting: methods[method] for setting, methods in accuracies.items() if method in methods}
-        for method in NAMES
+        row: {column: rows[row] for column, rows in accuracies.items() if row in rows} for row in found
     }
-    for setting, networks in teachers.items():
+    for column, networks in teachers.items():
         for name, seeds in networks.items():
-            named.setdefault(f"the teacher, {name}", {})[setting] = seeds
-    rows = [["", *accuracies]]
-    for name, cells in named.items():
-        if cells:
-            rows.append([name, *(summary(cells[setting]) if setting in cells else "" for setting in accuracies)])
-    return rows
+            named.setdefault(f"the teacher, {name}", {})[column] = seeds
+    return [
+        ["", *accuracies],
+        *(
+            [name, *(summary(cells[column]) if column in cells else "" for column in accuracies)]
+            for name, cells in named.items()
+        ),
+    ]
+
+
+def in_order(study: Study, rows: Iterable[str]) -> list[str]:
+    """The study's own first, in its order, then others."""
+    names = list(dict.fromkeys((*study.all_rows, *study.row_names())))
+    return sorted(rows, key=names.index)
 
 
 def as_markdown(rows: list[list[str]]) -> str:
@@ -100,24 +109,27 @@ def _gain(seeds: Mapping[int, float], baseline: Mapping[int, float]) -> str:
     return f"{mean} ± {statistics.stdev(gains) / len(gains) ** 0.5:.2f}" if len(gains) > 1 else mean
 
 
-def _figure(accuracies: Accuracies, teachers: Accuracies) -> Figure:
-    """A panel for each setting: a bar from the baseline's mean to the method's, a dot for each seed."""
+def _figure(study: Study, accuracies: Accuracies, teachers: Accuracies) -> Figure:
+    """A panel for each column: a bar from the baseline's mean to the row's, a dot for each seed."""
     columns = min(4, len(accuracies))
     rows = -(-len(accuracies) // columns)
     figure = canvas(1.2 + 3.3 * columns, 0.5 + 3.5 * rows)
-    for i, (setting, methods) in enumerate(accuracies.items()):
-        axes = figure.add_subplot(rows, columns, i + 1)
-        _panel(axes, setting, methods, teachers.get(setting, {}))
+    for i, (column, of_rows) in enumerate(accuracies.items()):
+        _panel(figure.add_subplot(rows, columns, i + 1), study, column, of_rows, teachers.get(column, {}))
     return figure
 
 
 def _panel(
-    axes: Axes, setting: str, methods: dict[str, dict[int, float]], teachers: dict[str, dict[int, float]]
+    axes: Axes,
+    study: Study,
+    column: str,
+    rows: Mapping[str, Mapping[int, float]],
+    teachers: Mapping[str, Mapping[int, float]],
 ) -> None:
-    names = sorted(methods, key=NAMES.index, reverse=True)
-    start = 100 * statistics.fmean(methods["baseline"].values()) if "baseline" in methods else 0.0
+    names = in_order(study, rows)[::-1]
+    start = 100 * statistics.fmean(rows[study.baseline].values()) if study.baseline in rows else 0.0
     for place, name in enumerate(names):
-        values = [100 * value for value in methods[name].values()]
+        values = [100 * value for value in rows[name].values()]
         mean = statistics.fmean(values)
         axes.barh(place, mean - start, left=start, height=0.6, color=BLUE if mean >= start else GREY, alpha=0.8)
         axes.plot(values, [place] * len(values), ".", color=INK, markersize=4)
@@ -126,7 +138,7 @@ def _panel(
         axes.axvline(100 * statistics.fmean(seeds.values()), color=GREY, linewidth=1.2, linestyle=DASHED)
     frame(axes)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_title(setting, fontsize=10, loc="left", color=INK)
+    axes.set_title(column, fontsize=10, loc="left", color=INK)
     axes.tick_params(axis="x", labelsize=8)
     axes.set_xlabel("test accuracy, % (dashed: the teacher)", fontsize=8, color=INK)
     axes.margins(x=0.06)

@@ -6,16 +6,11 @@ Facts, to be shown beside our own: test accuracy in %, mean and standard deviati
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
-__all__ = ["CLASS_IMBALANCE", "CLEAN", "CLEAN_CIFAR100", "LABEL_NOISE", "Published"]
+from fastkd.studies.study import Published
 
-
-class Published(NamedTuple):
-    """Test accuracy in %."""
-
-    mean: float
-    std: float
+__all__ = ["CLASS_IMBALANCE", "CLEAN", "CLEAN_CIFAR100", "LABEL_NOISE"]
 
 
 Column = TypeVar("Column")

@@ -1,0 +1,63 @@
+"""What a distillation came to, and its file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from fastkd._files import write_whole
+from fastkd._library import build_info
+from fastkd.studies.settings import Distillation
+
+__all__ = ["RESULT", "Result", "read_result", "write_result"]
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Shares of the test images that are right, after the last epoch."""
+
+    accuracy: float
+    teacher_accuracy: float | None
+    """None where the method has no teacher."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """What else a study keeps of a run, by name."""
+
+
+def read_result(settings: Distillation, folder: Path) -> Result | None:
+    """The result in the folder, or None where there is none.
+
+    Raises:
+        ValueError: it is the result of other settings.
+    """
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    try:
+        document = json.loads(path.read_text())
+        digest, figures = document["digest"], document.get("figures", {})
+        result = Result(document["test_accuracy"], document["teacher_accuracy"], figures)
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"fastkd: {path} is no result of a distillation; delete it to run it again") from None
+    if digest != settings.digest():
+        raise ValueError(f"fastkd: {path} is of other settings; choose another folder, or delete it")
+    return result
+
+
+def write_result(settings: Distillation, folder: Path, result: Result) -> None:
+    """Whole or not at all."""
+    document = {
+        "test_accuracy": result.accuracy,
+        "teacher_accuracy": result.teacher_accuracy,
+        "figures": result.figures,
+        "digest": settings.digest(),
+        "settings": asdict(settings),
+        "fastkd": build_info()["version"],
+        "torch": torch.__version__,
+    }
+    text = json.dumps(document, indent=2, default=str) + "\n"
+    write_whole(folder / RESULT, lambda file: file.write(text.encode()))

@@ -1,0 +1,110 @@
+"""What a distillation, or a study of many, can vary."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fastkd.methods import registry as methods
+from fastkd.patches import padding_of
+from fastkd.studies.data import DataSettings
+from fastkd.training import TrainingSettings
+from fastkd.training.settings import MOST_EPOCHS
+
+__all__ = ["Distillation", "Networks"]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What is distilled into what, on which images."""
+
+    teacher: str = "resnet26"
+    """resnet<6n+2>, wrn-<6n+4>-<width>, or another name of fastkd.models.names(), or of torchvision. It learns the same
+    images and labels first."""
+    student: str = "resnet8"
+    """As teacher."""
+    teacher_epochs: int = 0
+    """Of the teacher's training; 0: as many as the student's."""
+    batch_size: int = 128
+    """Images of a batch, in each process."""
+    padding: int | None = None
+    """Pixels of zeros that random crops may reach into; by default those of the set, 4 for sides of 32 and 28. 0: no crops."""
+    flip: bool = True
+    """Mirror half of the images, where a mirrored one is still one of its class."""
+    iterations: int = 0
+    """Of an epoch, for methods without images; 0: as many as the training images have batches."""
+    plugin: Path | None = None
+    """A Python file that registers methods of your own."""
+    data: DataSettings = field(default_factory=DataSettings)
+    """The images."""
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    """The training of the student, and, but for teacher_epochs, of the teacher. The seed is also that of the networks'
+    weights, of the order of the images, and of their choice and their wrong labels."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 2:
+            raise ValueError(f"fastkd: batch_size is {self.batch_size}, must be 2 or more, as batch norm needs")
+        if self.padding is not None:
+            padding_of(self.padding)
+        if self.iterations < 0:
+            raise ValueError(f"fastkd: iterations is {self.iterations}, must be 0 (as the images have batches) or more")
+        if not 0 <= self.teacher_epochs <= MOST_EPOCHS:
+            raise ValueError(
+                f"fastkd: teacher_epochs is {self.teacher_epochs}, must be 0 (as the student) or more, "
+                f"and at most {MOST_EPOCHS}"
+            )
+
+
+@dataclass(frozen=True)
+class Distillation(Networks):
+    """How, too."""
+
+    method: str = "hinton"
+    """One of those that `fastkd methods` lists."""
+    teacher_weights: Path | None = None
+    """A state dict of the teacher, instead of training it."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the method, where they are not to be the published ones."""
+
+    def of_teacher(self) -> Distillation:
+        """The training of the teacher, as a distillation without one."""
+        epochs = self.teacher_epochs or self.training.epochs
+        training = replace(self.training, epochs=epochs, warmup_epochs=min(self.training.warmup_epochs, epochs / 2))
+        return Distillation(
+            method="baseline",
+            teacher="",
+            student=self.teacher,
+            batch_size=self.batch_size,
+            padding=self.padding,
+            flip=self.flip,
+            data=self.data,
+            training=training,
+        )
+
+    def description(self) -> dict[str, Any]:
+        """All that the result depends on."""
+        everything = asdict(self)
+        entry = methods.find(self.method)
+        if not entry.needs_teacher:
+            del everything["teacher"], everything["teacher_epochs"], everything["teacher_weights"]
+        elif self.teacher_weights is not None and self.teacher_weights.is_file():
+            everything["teacher_weights"] = _digest_of(self.teacher_weights)
+        if entry.needs_images:
+            del everything["iterations"]
+        if self.plugin is not None and self.plugin.is_file():
+            everything["plugin"] = _digest_of(self.plugin)
+        del everything["data"]["data_root"]  # the images are the same wherever they lie
+        everything["training"]["checkpoint_every"] = 0
+        everything["training"]["warmup_epochs"] = float(self.training.warmup_epochs)
+        return everything
+
+    def digest(self) -> str:
+        """Ten letters that differ where the description does."""
+        return hashlib.sha256(json.dumps(self.description(), default=str, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _digest_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
