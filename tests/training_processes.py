@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -15,11 +17,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from training_cases import CLASSES, Batches, Linear, make_settings, small, small_resnet, train
+from training_cases import CLASSES, Batches, InterruptionError, Linear, make_settings, small, small_resnet, train
 
 from fastkd._seeding import seeded
-from fastkd.methods import DML, ONE, Cohort, FeatureTap, JointLogits, MultiBranch, Objective, Outputs
-from fastkd.training import checkpoint, figures, process_group
+from fastkd.data import NoBatches
+from fastkd.methods import (
+    DML,
+    ONE,
+    Cohort,
+    FeatureTap,
+    JointLogits,
+    MultiBranch,
+    Objective,
+    Outputs,
+    Part,
+    Procedure,
+    registry,
+)
+from fastkd.methods.method import cross_entropy
+from fastkd.training import Trainer, checkpoint, figures, process_group
 
 KILLED = make_settings(epochs=8, checkpoint_every=2, ema=0.9)
 PATIENCE = 240  # seconds, of a busy machine
@@ -219,3 +235,98 @@ def read_in_two(rank: int, folder: Path) -> None:
         train("hinton", folder, make_settings(epochs=1, checkpoint_every=0), batches=Batches(rank=rank))
         torch.load(folder / "model.pt", weights_only=True)
         (folder / f"read{rank}").touch()
+
+
+def adversarial(seed: int = 0, *, ranks: int | None = None, make: Callable[[int], nn.Module] = small) -> Any:
+    """The example: a student of the seed, without data from a teacher that is always the same.
+
+    Args:
+        ranks: every process makes the noise of all and takes its part, that of one of so many.
+    """
+    kind = load_example("adversarial").Adversarial
+
+    class Shared(kind):  # type: ignore[misc,valid-type]
+        def noise(self, step: Any) -> Any:
+            whole = torch.randn(12, self.latent, generator=self.stream)
+            return whole[step.rank :: step.world_size]
+
+    with seeded(seed):
+        procedure = (kind if ranks is None else Shared)(
+            *(make(100 * seed), small(77, (8, 8)), Batches().of(0)[0], 12),
+            latent=8,
+            student_steps=2,
+            balance=1.0 if ranks is None else 0.0,  # of the mean over a batch, which is not that over all processes
+        )
+    procedure.stream = torch.Generator().manual_seed(5)
+    return procedure
+
+
+def load_example(name: str) -> Any:
+    """A module of ``examples``."""
+    path = Path(__file__).resolve().parents[1] / "examples" / f"{name}.py"
+    registry.load_plugin(path)
+    return sys.modules[f"fastkd_plugin_{name}"]
+
+
+def until_killed(folder: Path, settings: Any, seed: int, steps: int) -> None:
+    """Goes on from a checkpoint, if there is one, and kills itself after so many steps, the checkpoint of the last not
+    written."""
+    left = steps
+
+    def on_step(_: int) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    procedure = adversarial(seed)
+    Trainer(procedure, NoBatches(9), settings, folder=folder, show="off", on_step=on_step).fit(resume="auto")
+
+
+def adversarial_in_two(rank: int, folder: Path, settings: Any, find_unused_parameters: bool) -> None:
+    """The example, half of the noise in each process."""
+    with process_group("cpu"):
+        procedure = adversarial(ranks=2, make=Linear)
+        options = {"folder": folder / "two", "show": "off", "find_unused_parameters": find_unused_parameters}
+        Trainer(procedure, NoBatches(5), settings, **options).fit()
+        torch.save(procedure.state_dict(), folder / f"rank{rank}.pt")
+
+
+class Seen(Procedure):
+    """Counts on each rank, in a buffer of its own place, the images of its batches."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.learner = small(seed)
+        self.register_buffer("seen", torch.zeros(2))
+
+    def parts(self) -> dict[str, Part]:
+        return {"learner": Part(self.learner)}
+
+    def network(self) -> nn.Module:
+        return self.learner
+
+    def iteration(self, batch: Any, step: Any) -> dict[str, Any]:
+        self.seen[step.rank] += 1
+        loss = cross_entropy(self.learner(batch.images), batch.target)
+        step.update(loss)
+        return {"loss": loss}
+
+
+def state_in_two(rank: int, folder: Path) -> None:
+    settings = make_settings(checkpoint_every=2)
+    with process_group("cpu"):
+        for name, stops in (("whole", (None,)), ("parts", (3, 8, None))):
+            for i, stop in enumerate(stops):
+                procedure = Seen(i)
+
+                def on_step(step: int, stop: Any = stop) -> None:
+                    if step == stop:
+                        raise InterruptionError
+
+                trainer = Trainer(
+                    procedure, Batches(rank=rank), settings, folder=folder / name, show="off", on_step=on_step
+                )
+                with contextlib.suppress(InterruptionError):
+                    trainer.fit(resume="auto")
+            torch.save(procedure.state_dict(), folder / f"{name}{rank}.pt")

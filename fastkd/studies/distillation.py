@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastkd._seeding import mixed_seed, seeded
 from fastkd.data import Batch, BatchSource, ImageBatches, ImageSet, NoBatches
 from fastkd.methods import Procedure
 from fastkd.methods import registry as methods
@@ -214,7 +215,8 @@ class Experiment:
             num_classes=data.train.num_classes,
             make_student=make,
         )
-        made = methods.create_procedure(self.settings.method, given, **self.settings.options)
+        with seeded(mixed_seed("method", seed)):  # of what the method has beside the student: a regressor, a generator
+            made = methods.create_procedure(self.settings.method, given, **self.settings.options)
         return made.to(data.test_images.device)
 
     def _check_step(self, data: _Data) -> None:

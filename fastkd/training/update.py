@@ -82,10 +82,11 @@ def trained_parts(procedure: Procedure, settings: TrainingSettings, steps_per_ep
         ValueError: none, parts without parameters to train, or one parameter in two parts.
     """
     parts = procedure.parts()
+    given = type(parts).__name__
+    if isinstance(parts, Mapping):
+        given = f"a dict of {', '.join(dict.fromkeys(type(part).__name__ for part in parts.values()))}"
     if not isinstance(parts, Mapping) or not all(isinstance(part, Part) for part in parts.values()):
-        raise TypeError(
-            f"fastkd: {type(procedure).__name__}.parts() returned {parts!r}, must be a dict of names to Part"
-        )
+        raise TypeError(f"fastkd: {type(procedure).__name__}.parts() returned {given}, must be a dict of names to Part")
     if not parts:
         raise ValueError(f"fastkd: {type(procedure).__name__}.parts() is empty, must be one part or more")
     owner: dict[int, str] = {}
