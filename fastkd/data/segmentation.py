@@ -1,8 +1,8 @@
 """A small segmentation task out of the real images that scikit-learn ships: nothing to fetch.
 
-Handwritten digits (:mod:`fastkd.data.digits`) lie at random places on patches of photographs, one over the other where they
-meet; each pixel of ink has the class of its digit, every other one is background. Digits to train on are none of those to
-test on; the two photographs are the same.
+Handwritten digits (:mod:`fastkd.data.digits`) lie at random places on patches of photographs; each pixel of ink has the
+class of its digit, every other one is background. Digits to train on are none of those to test on; the two photographs are
+the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BACKGROUND = 10  # after the digits, which keep their numbers
 CLASSES = 11
 LARGEST = 53  # pixels on a side: of the smallest photograph that patches are cut from
 _INK = 64  # of 255: from there on a pixel is of its digit
-_DIM = 0.3
+_LIGHT = 0.3  # of the photographs, so that ink stands out
 
 
 class Scenes(NamedTuple):
@@ -50,7 +50,7 @@ def scenes(
     Args:
         train_size, test_size: how many, 0 or more.
         side: H = W, from 8 to 53.
-        digits: in each scene, 0 or more, all within it; those that come later hide what is below.
+        digits: in each scene, 0 or more, all within it; where ink of two meets, the class is that of the later one.
 
     Raises:
         TypeError, ValueError: numbers that are no ints, or out of range.
@@ -63,7 +63,7 @@ def scenes(
 
 
 def _compose(pool: ImageSet, count: int, side: int, digits: int, generator: torch.Generator) -> Scenes:
-    images = (photo_patches(count, generator, side)[:, 0] * (255 * _DIM)).round().to(torch.uint8)
+    images = (photo_patches(count, generator, side)[:, 0] * (255 * _LIGHT)).round().to(torch.uint8)
     target = torch.full_like(images, BACKGROUND, dtype=torch.int64)
     scene, pixel = torch.arange(count, device="cpu")[:, None, None], torch.arange(SIZE, device="cpu")
     for _ in range(digits):
