@@ -43,7 +43,7 @@ def eager_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float 
 
 
 def mdistiller_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """As mdistiller's KD: unreduced, summed over classes, mean over rows."""
+    """As mdistiller's KD: unreduced, summed over classes, mean over rows, or over the pixels of maps."""
     log_q = F.log_softmax(_heated(student_logits, temperature), 1)
     p = F.softmax(_heated(teacher_logits, temperature), 1)
     return F.kl_div(log_q, p, reduction="none").sum(1).mean() * temperature**2
@@ -142,6 +142,8 @@ def cases(settings: Settings) -> Iterator[Case]:
         yield _loss(settings, kind, rows, classes, torch.float32)
     yield _statistics(settings, 512, 32000, torch.float32)
     if settings.sizes == "full":
+        yield _maps(settings, torch.float32)
+        yield _maps(settings, torch.bfloat16)
         for rows, classes in ((1024, 1000), (512, 32000)):
             yield _loss(settings, "KL", rows, classes, torch.bfloat16)
         yield _forward_only(settings, 512, 32000, torch.float32)
@@ -281,6 +283,42 @@ def _forward_only(settings: Settings, rows: int, classes: int, dtype: torch.dtyp
         return peers_that_fit(work, PEER_TENSORS * nbytes, settings)
 
     return Case(f"KL forward only {rows}x{classes} {short_name(dtype)}", build, 2 * nbytes)
+
+
+def _maps(settings: Settings, dtype: torch.dtype) -> Case:
+    """Segmentation: the classes of a pixel lie side by side in channels-last maps, H * W apart in NCHW ones."""
+    batch, classes, side = 8, 21, 128
+    t, rows = CPU_TEMPERATURE, batch * side**2
+
+    def build() -> Work:
+        student, teacher = _logits(settings, rows, classes, dtype)
+        truth = _truth("KL", student, teacher, t)
+        forms = {}
+        for form in (torch.channels_last, torch.contiguous_format):
+            maps = (x.detach().view(batch, side, side, classes).movedim(-1, 1) for x in (student, teacher))
+            ours, theirs = (x.clone(memory_format=form) for x in maps)
+            forms[form] = ours.requires_grad_(), theirs
+        last, nchw = forms.values()
+        ours, eager = fastkd.KLDivLoss(t, dim=1), partial(mdistiller_kl, temperature=t)
+
+        def error(step: Step) -> float:
+            return truth(Step(step.loss, step.gradient.movedim(1, -1).reshape(rows, classes)))
+
+        return Work(
+            partial(gradient_step, ours, *last),
+            {
+                "NCHW": partial(gradient_step, ours, *nchw),
+                "torch eager": partial(gradient_step, eager, *last),
+                "torch eager, NCHW": partial(gradient_step, eager, *nchw),
+            },
+            error,
+            *((1e-2, 0.15) if dtype == torch.bfloat16 else (1e-4, 1e-2)),
+            floor_bytes=floors.divergence(rows, classes, dtype.itemsize),
+            own=("NCHW",),
+        )
+
+    name = f"KL of maps {batch}x{classes}x{side}x{side} {short_name(dtype)}, channels-last"
+    return Case(name, build, 3 * rows * classes * dtype.itemsize)
 
 
 def _statistics(settings: Settings, rows: int, classes: int, dtype: torch.dtype) -> Case:

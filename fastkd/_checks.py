@@ -138,6 +138,16 @@ def check_size(name: str, value: object, least: int = 0) -> int:
     return check_count(name, value, least, LARGEST_SIZE)
 
 
+def check_dim(name: str, value: object, of: str, shape: Sequence[int]) -> int:
+    """A dimension of a tensor of this shape, from the end where negative; ``of`` says whose."""
+    dim = check_count(name, value)
+    if not -len(shape) <= dim < len(shape):
+        raise ValueError(
+            f"fastkd: {name} is {dim}, must be from {-len(shape)} to {len(shape) - 1}, a dimension of {of}, {tuple(shape)}"
+        )
+    return dim
+
+
 def check_kept_temperature(value: object) -> float | Tensor:
     """A number, or a tensor, whose values this looks at: for what is kept, not for a call, which must not wait."""
     if not isinstance(value, Tensor):

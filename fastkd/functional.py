@@ -13,6 +13,12 @@ side gives a class probability 0 that the "from" side does not), the loss of tha
 "from" side has no derivative there and gets ``nan`` or ``inf`` in that row. Mask such classes on both sides.
 Probabilities below the smallest normal number of the arithmetic (2^-126; float64: 2^-1022) count as 0.
 
+Maps: with ``dim=1``, logits ``[B, K, H, W]`` have a row a pixel, and so on for any number of dimensions. What is ``[...]``
+below (target, weight, temperature, losses without a reduction) is then ``[B, H, W]``, and "batchmean" is the mean over the
+valid pixels, not their sum over the number of images. Channels-last logits are taken as they lie, and so are their
+gradients. Of logits in NCHW order each side is copied, once, to have the classes of a pixel side by side, and its gradient
+is copied back. Each gradient has the memory format of its logits; student and teacher may have different ones.
+
 A row that holds ``nan``, ``+inf``, or ``-inf`` only has a loss and gradients of ``nan``; rows that are ignored or have
 weight 0 are not looked at. First derivatives only, in reverse mode (``backward``, ``torch.func.grad``).
 """
@@ -44,6 +50,7 @@ def kl_div(
     target: Tensor | None = None,
     ignore_index: int = -100,
     weight: Tensor | None = None,
+    dim: int = -1,
 ) -> Tensor:
     """``T^2 KL(p || q)`` (forward; Hinton et al., 2015) or ``T^2 KL(q || p)`` (reverse) from raw logits, in one pass.
 
@@ -56,12 +63,14 @@ def kl_div(
             ``mean`` = sum / (valid rows * K), as ``torch.nn.functional.kl_div`` has it.
         target: int64 ``[...]``; rows whose target is ``ignore_index`` are left out of loss, gradient and count.
         weight: broadcasts to ``[...]``, a float dtype, factor of each row; does not change the count.
+        dim: dimension of the classes, if not the last: 1 for maps ``[B, K, H, W]``, whose rows ``[B, H, W]`` are pixels.
 
     Returns:
         float32 (float64 for float64 logits), scalar or ``[...]``.
 
     Raises:
-        TypeError, ValueError, RuntimeError: shapes that differ, logits that are not floats, T <= 0, a target out of range.
+        TypeError, ValueError, RuntimeError: shapes that differ, logits that are not floats, T <= 0, a target or a dim out of
+        range.
         Rows that are left out, by ignore_index or weight 0, may hold anything, in temperature and target too.
         On a GPU, numbers in tensors are not looked at before the launch, as that would wait for the device: a target or a
         temperature of a row that is out of range makes the loss and the gradients of that row NaN there.
@@ -76,6 +85,7 @@ def kl_div(
         weight=weight,
         ignore_index=ignore_index,
         reduction=reduction,
+        dim=dim,
     )[0]
 
 
@@ -89,6 +99,7 @@ def js_div(
     target: Tensor | None = None,
     ignore_index: int = -100,
     weight: Tensor | None = None,
+    dim: int = -1,
 ) -> Tensor:
     """Generalised Jensen-Shannon divergence, ``T^2 [beta KL(p || m) + (1 - beta) KL(q || m)]``, in nats.
 
@@ -110,6 +121,7 @@ def js_div(
         weight=weight,
         ignore_index=ignore_index,
         reduction=reduction,
+        dim=dim,
     )[0]
 
 
@@ -122,6 +134,7 @@ def soft_cross_entropy(
     target: Tensor | None = None,
     ignore_index: int = -100,
     weight: Tensor | None = None,
+    dim: int = -1,
 ) -> Tensor:
     """``-T^2 sum_k p_k log q_k``: forward KL plus the teacher's entropy; the student's gradient is that of forward KL.
 
@@ -136,6 +149,7 @@ def soft_cross_entropy(
         weight=weight,
         ignore_index=ignore_index,
         reduction=reduction,
+        dim=dim,
     )[0]
 
 
@@ -151,6 +165,7 @@ def kd_loss(
     reduction: Literal["none", "sum", "batchmean"] = ...,
     ignore_index: int = ...,
     weight: Tensor | None = ...,
+    dim: int = ...,
     return_terms: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -167,6 +182,7 @@ def kd_loss(
     reduction: Literal["none", "sum", "batchmean"] = ...,
     ignore_index: int = ...,
     weight: Tensor | None = ...,
+    dim: int = ...,
     return_terms: Literal[True],
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
@@ -182,6 +198,7 @@ def kd_loss(
     reduction: Literal["none", "sum", "batchmean"] = "batchmean",
     ignore_index: int = -100,
     weight: Tensor | None = None,
+    dim: int = -1,
     return_terms: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """``(1 - alpha) CE(student, target) + alpha T^2 KL`` in one pass over the logits (Hinton et al., 2015).
@@ -212,6 +229,7 @@ def kd_loss(
         task_scale=1.0 - alpha,
         ignore_index=ignore_index,
         reduction=reduction,
+        dim=dim,
     )
     return (loss, {"task_loss": terms[0], "kd_loss": terms[1]}) if return_terms else loss
 
@@ -288,7 +306,7 @@ class LogitStats(NamedTuple):
     entropy: Tensor
 
 
-def logit_stats(logits: Tensor, temperature: float = 1.0) -> LogitStats:
+def logit_stats(logits: Tensor, temperature: float = 1.0, *, dim: int = -1) -> LogitStats:
     """Maximum, argmax (int64), mean, logsumexp and softmax entropy (nats) of each row of ``z = logits / temperature``.
 
     One pass, differentiable in all but argmax. ``logsumexp - max`` is the cross-entropy with the predicted class,
@@ -297,8 +315,9 @@ def logit_stats(logits: Tensor, temperature: float = 1.0) -> LogitStats:
     Args:
         logits: ``[..., K]``, float32, float64, bfloat16 or float16.
         temperature: T > 0.
+        dim: dimension of the classes, if not the last: 1 for maps ``[B, K, H, W]``, of which each statistic is ``[B, H, W]``.
 
     Returns:
         :class:`LogitStats` of tensors ``[...]``.
     """
-    return LogitStats(*_ops.logit_stats(logits, temperature))
+    return LogitStats(*_ops.logit_stats(logits, temperature, dim))

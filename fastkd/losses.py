@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastkd import functional
 from fastkd._checks import (
     check_choice,
+    check_count,
     check_ignore_index,
     check_kept_temperature,
     check_not_negative,
@@ -26,7 +27,7 @@ class _Loss(nn.Module):
 
     temperature: float | Tensor
 
-    def __init__(self, temperature: float | Tensor, reduction: Reduction, ignore_index: int) -> None:
+    def __init__(self, temperature: float | Tensor, reduction: Reduction, ignore_index: int, dim: int) -> None:
         super().__init__()
         temperature = check_kept_temperature(temperature)
         if isinstance(temperature, Tensor):
@@ -36,6 +37,10 @@ class _Loss(nn.Module):
         check_choice("reduction", reduction, _ops.REDUCTIONS)
         self.reduction: Reduction = reduction
         self.ignore_index = check_ignore_index(ignore_index)
+        self.dim = check_count("dim", dim)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, reduction={self.reduction!r}, dim={self.dim}"
 
 
 class KLDivLoss(_Loss):
@@ -51,8 +56,10 @@ class KLDivLoss(_Loss):
         reduction: Reduction = "batchmean",
         direction: Direction = "forward",
         ignore_index: int = -100,
+        *,
+        dim: int = -1,
     ) -> None:
-        super().__init__(temperature, reduction, ignore_index)
+        super().__init__(temperature, reduction, ignore_index, dim)
         check_choice("direction", direction, functional.DIRECTIONS)
         self.direction: Direction = direction
 
@@ -63,7 +70,7 @@ class KLDivLoss(_Loss):
         target: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
-        """The loss of logits ``[..., K]``; ``target`` and ``weight`` are ``[...]``."""
+        """The loss of logits ``[..., K]``, or of ``[B, K, H, W]`` with ``dim=1``; ``target`` and ``weight`` are ``[...]``."""
         return functional.kl_div(
             student_logits,
             teacher_logits,
@@ -73,10 +80,11 @@ class KLDivLoss(_Loss):
             target=target,
             ignore_index=self.ignore_index,
             weight=weight,
+            dim=self.dim,
         )
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, reduction={self.reduction!r}, direction={self.direction!r}"
+        return f"{super().extra_repr()}, direction={self.direction!r}"
 
 
 class JSDivLoss(_Loss):
@@ -88,8 +96,10 @@ class JSDivLoss(_Loss):
         beta: float = 0.5,
         reduction: Reduction = "batchmean",
         ignore_index: int = -100,
+        *,
+        dim: int = -1,
     ) -> None:
-        super().__init__(temperature, reduction, ignore_index)
+        super().__init__(temperature, reduction, ignore_index, dim)
         self.beta = check_share("beta", beta)
 
     def forward(
@@ -99,7 +109,7 @@ class JSDivLoss(_Loss):
         target: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
-        """The loss of logits ``[..., K]``; ``target`` and ``weight`` are ``[...]``."""
+        """The loss of logits ``[..., K]``, or of ``[B, K, H, W]`` with ``dim=1``; ``target`` and ``weight`` are ``[...]``."""
         return functional.js_div(
             student_logits,
             teacher_logits,
@@ -109,10 +119,11 @@ class JSDivLoss(_Loss):
             target=target,
             ignore_index=self.ignore_index,
             weight=weight,
+            dim=self.dim,
         )
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, beta={self.beta}, reduction={self.reduction!r}"
+        return f"{super().extra_repr()}, beta={self.beta}"
 
 
 class KDLoss(_Loss):
@@ -129,8 +140,10 @@ class KDLoss(_Loss):
         reduction: Literal["none", "sum", "batchmean"] = "batchmean",
         direction: Direction = "forward",
         ignore_index: int = -100,
+        *,
+        dim: int = -1,
     ) -> None:
-        super().__init__(temperature, reduction, ignore_index)
+        super().__init__(temperature, reduction, ignore_index, dim)
         check_row_reduction(reduction)
         check_choice("direction", direction, functional.DIRECTIONS)
         self.alpha = check_share("alpha", alpha)
@@ -140,7 +153,7 @@ class KDLoss(_Loss):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, weight: Tensor | None = None
     ) -> Tensor:
-        """The loss of logits ``[..., K]`` and classes ``[...]``; ``weight`` is ``[...]``."""
+        """The loss of logits ``[..., K]``, or of ``[B, K, H, W]`` with ``dim=1``, and classes ``[...]``, as ``weight`` is."""
         return functional.kd_loss(
             student_logits,
             teacher_logits,
@@ -151,13 +164,11 @@ class KDLoss(_Loss):
             reduction=self.reduction,
             ignore_index=self.ignore_index,
             weight=weight,
+            dim=self.dim,
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, alpha={self.alpha}, reduction={self.reduction!r}, "
-            f"direction={self.direction!r}"
-        )
+        return f"{super().extra_repr()}, alpha={self.alpha}, direction={self.direction!r}"
 
 
 class RelationLoss(nn.Module):

@@ -39,6 +39,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "js_div": (F.js_div, (STUDENT, TEACHER)),
     "soft_cross_entropy": (F.soft_cross_entropy, (STUDENT, TEACHER)),
     "kd_loss": (lambda s, t, y: F.kd_loss(s, t, y, return_terms=True), (STUDENT, TEACHER, TARGET)),
+    "kl_div of columns": (lambda s, t: F.kl_div(s, t, dim=0), (STUDENT, TEACHER)),
     "KLDivLoss": (fastkd.KLDivLoss(2.0), (STUDENT, TEACHER)),
     "JSDivLoss": (fastkd.JSDivLoss(2.0), (STUDENT, TEACHER)),
     "KDLoss": (fastkd.KDLoss(), (STUDENT, TEACHER, TARGET)),

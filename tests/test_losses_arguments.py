@@ -51,6 +51,8 @@ ERRORS: dict[str, Error] = {
     "target shape": ({"target": LABELS[:2]}, ValueError, ("target", "(2,)", "(3,)")),
     "target dtype": ({"target": LABELS.int()}, TypeError, ("target", "int32", "int64")),
     "ignore_index": ({"target": LABELS, "ignore_index": "x"}, TypeError, ("ignore_index is str", "int")),
+    "dim": ({"dim": 2}, ValueError, ("dim is 2", "from -2 to 1", "(3, 5)")),
+    "dim True": ({"dim": True}, TypeError, ("dim is bool", "int")),
     "reduction": ({"reduction": "avg"}, ValueError, ("reduction is 'avg'", "none, sum, batchmean")),
     "reduction list": ({"reduction": []}, ValueError, ("reduction is []", "none, sum, batchmean")),
 }
@@ -152,6 +154,7 @@ REFUSED |= {
     "ignore_index True": (lambda: fastkd.KDLoss(ignore_index=True), TypeError, "ignore_index is bool"),
     "ignore_index 2^70": (lambda: fastkd.KLDivLoss(ignore_index=2**70), ValueError, "ignore_index is"),
     "kl_div ignore_index 2^70": (lambda: F.kl_div(S, T, ignore_index=2**70), ValueError, "ignore_index is"),
+    "dim float": (lambda: fastkd.KDLoss(dim=1.0), TypeError, "dim is float"),
     "KDLoss mean": (lambda: fastkd.KDLoss(reduction="mean"), ValueError, "reduction is 'mean'"),
     "beta": (lambda: fastkd.JSDivLoss(beta=True), TypeError, "beta is bool"),
     "alpha": (lambda: fastkd.KDLoss(alpha=math.nan), ValueError, "alpha is nan"),

@@ -29,6 +29,7 @@ VALUES = [w / 16 for w in range(1, 13)]  # more than there may be graphs of a fu
 # of w in (0, 1), from logits or images: anything that can be differentiated, or not
 CASES: dict[str, tuple[Tensor, Callable[[Tensor, float], Tensor]]] = {
     "kl_div temperature": (S, lambda x, w: F.kl_div(x, T, w)),
+    "kl_div of maps": (S, lambda x, w: F.kl_div(x.view(2, 10, 4), T.view(2, 10, 4), w, dim=1)),
     "kl_div both": (S, lambda x, w: F.kl_div(x * w, T, 1 / w)),
     "js_div beta": (S, lambda x, w: F.js_div(x * w, T, beta=w / 10)),
     "js_div temperature": (S, lambda x, w: F.js_div(x, T, 1 + w, beta=1 - w)),

@@ -83,8 +83,8 @@ def vary(digits: Labelled, count: int, generator: torch.Generator) -> Labelled:
     return Labelled(images.clamp(0, 1), digits.target[source])
 
 
-def photo_patches(count: int, generator: torch.Generator) -> Tensor:
-    """``count`` grey 8x8 patches ``[N, 1, 8, 8]`` at random places of the photographs, reduced 1, 2, 4 and 8 times."""
+def photo_patches(count: int, generator: torch.Generator, size: int = SIZE) -> Tensor:
+    """``count`` grey patches ``[N, 1, size, size]`` at random places of the photographs, reduced 1, 2, 4 and 8 times."""
     from sklearn.datasets import load_sample_images
 
     scenes = [
@@ -92,12 +92,12 @@ def photo_patches(count: int, generator: torch.Generator) -> Tensor:
         for photo in load_sample_images().images
         for reduction in (1, 2, 4, 8)
     ]
-    pixel = torch.arange(SIZE, device="cpu")
+    pixel = torch.arange(size, device="cpu")
     patches = []
     for i, scene in enumerate(scenes):
         share = len(range(i, count, len(scenes)))
         top, left = (
-            torch.randint(side - SIZE + 1, (share, 1, 1), generator=generator, device="cpu") for side in scene.shape
+            torch.randint(side - size + 1, (share, 1, 1), generator=generator, device="cpu") for side in scene.shape
         )
         patches.append(scene[top + pixel[:, None], left + pixel])
     return torch.cat(patches)[:, None]

@@ -6,16 +6,25 @@ import difflib
 import threading
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 from torch.utils.hooks import RemovableHandle
 
-from fastkd._checks import check_tensor
+from fastkd._checks import check_count, check_dim, check_tensor
 
-__all__ = ["FeatureTap", "JointLogits", "Outputs", "check_module", "layer_names", "logits_of", "logits_of_one"]
+__all__ = [
+    "FeatureTap",
+    "JointLogits",
+    "Outputs",
+    "check_module",
+    "classes_last",
+    "layer_names",
+    "logits_of",
+    "logits_of_one",
+]
 
 _NONE: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -34,6 +43,8 @@ class JointLogits(tuple[Tensor, ...]):
         return super().__new__(cls, logits if len(logits) > 1 else logits[0])
 
 
+Logits = TypeVar("Logits", Tensor, JointLogits, Tensor | JointLogits)
+
 # to torch a subclass of tuple is a leaf: DDP, torch.export and vmap would not see the tensors
 register_pytree_node(
     JointLogits,
@@ -47,8 +58,8 @@ class Outputs(NamedTuple):
     """What a network put out for a batch."""
 
     logits: Tensor | JointLogits
-    """``[B, ..., K]``, classes last: ``[B, K]`` of a classifier, ``[B, T, K]`` of a language model; :class:`JointLogits` of
-    several networks that learn together, of which other methods take none."""
+    """``[B, ..., K]``, classes last: ``[B, K]`` of a classifier, ``[B, T, K]`` of a language model, ``[B, H, W, K]`` of maps;
+    :class:`JointLogits` of several networks that learn together, of which other methods take none."""
     features: Mapping[str, Tensor] = _NONE
     """By the name of the module that returned them, ``[B, ...]``."""
 
@@ -67,21 +78,26 @@ class FeatureTap(nn.Module):
         model: any network that returns logits (one tensor, or :class:`JointLogits`), or an object that has them as ``.logits``.
         layers: names of modules as in ``model.named_modules()``, each to run once in a forward pass. Where the model or a
             part of it is compiled, as they were before (without ``_orig_mod.``).
+        class_dim: dimension of the classes in the model's logits. Those of a dense network, ``[B, K, H, W]``, have them in
+            dimension 1, as a classifier's ``[B, K]`` do. They are handed on with the classes last, ``[B, H, W, K]``, as a view:
+            so methods take them with targets ``[B, H, W]``, and every pixel counts the same.
 
     The hooks stay on the model until :meth:`remove`, and do nothing but while the tap runs. Threads may share a tap: each gets
     the features of its own forward pass.
 
     Raises:
         TypeError: a model that is no module, a string for the names.
-        ValueError: a name that the model does not have; the message lists those that it has.
+        ValueError: a name that the model does not have; the message lists those that it has. At the call, a class_dim that the
+            logits do not have.
         RuntimeError: at the call, where a module did not run, ran twice, returned something else than a tensor, or its
             output was changed in place afterwards (``ReLU(inplace=True)`` after a tapped batch norm; not noticed inside
             of ``torch.compile`` and of ``torch.inference_mode``, whose tensors do not count their changes).
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[str] = ()) -> None:
+    def __init__(self, model: nn.Module, layers: Iterable[str] = (), class_dim: int = -1) -> None:
         super().__init__()
         self.model = check_module("model", model)
+        self.class_dim = check_count("class_dim", class_dim)
         self.training = model.training
         self._hooks: list[RemovableHandle] = []
         self.retap(layers)
@@ -108,7 +124,7 @@ class FeatureTap(nn.Module):
         finally:
             for tap in self._taps:
                 tap.here.outputs = None
-        return Outputs(logits_of(result), features)
+        return Outputs(classes_last(logits_of(result), self.class_dim), features)
 
     def remove(self) -> None:
         """Takes the hooks off the model; the tap is of no use afterwards, but for :meth:`retap`."""
@@ -165,6 +181,20 @@ def logits_of(result: Any) -> Tensor | JointLogits:
             "JointLogits of networks that learn together"
         )
     return logits
+
+
+def classes_last(logits: Logits, class_dim: int) -> Logits:
+    """The logits, of several networks each, with their classes in the last dimension: a view.
+
+    Raises:
+        ValueError: they have no such dimension.
+    """
+    if class_dim == -1:
+        return logits
+    if isinstance(logits, JointLogits):
+        return JointLogits([classes_last(one, class_dim) for one in logits])
+    one = check_tensor("the model's logits", logits)
+    return one.movedim(check_dim("class_dim", class_dim, "the model's logits", one.shape), -1)
 
 
 def logits_of_one(name: str, logits: object) -> Tensor:

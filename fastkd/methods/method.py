@@ -285,13 +285,19 @@ def response(
     )
 
 
-def cross_entropy(logits: Tensor, target: Tensor | None) -> Tensor:
-    """``torch.nn.functional.cross_entropy`` of logits ``[B, ..., K]`` and classes ``[B, ...]``, no row left out.
+def cross_entropy(
+    logits: Tensor, target: Tensor | None, *, ignore_index: int = _NO_LABEL, reduction: str = "mean"
+) -> Tensor:
+    """``torch.nn.functional.cross_entropy`` of logits ``[B, ..., K]`` and classes ``[B, ...]``, no row left out unless told.
 
     With a clear error for classes out of range where that costs no waiting.
     """
-    target = _check_target(logits, target)
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1), ignore_index=_NO_LABEL)
+    if target is not None and ignore_index != _NO_LABEL:
+        _check_target(logits, target.where(target != ignore_index, 0))
+    else:
+        target = _check_target(logits, target)
+    rows, labels = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
+    return F.cross_entropy(rows, labels, ignore_index=ignore_index, reduction=reduction)
 
 
 def _check_target(logits: Tensor, target: Tensor | None) -> Tensor:
@@ -304,7 +310,7 @@ def _check_target(logits: Tensor, target: Tensor | None) -> Tensor:
     if target.shape != logits.shape[:-1]:
         raise ValueError(
             f"fastkd: target has shape {tuple(target.shape)}, must be {tuple(logits.shape[:-1])}, a class for each row of "
-            f"student.logits, {tuple(logits.shape)}"
+            f"student.logits, {tuple(logits.shape)}" + _class_dim_hint(logits, target)
         )
     # neither a program that is traced nor a transform of torch.func lets values be read
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
@@ -315,6 +321,12 @@ def _check_target(logits: Tensor, target: Tensor | None) -> Tensor:
                 f"fastkd: target holds {low if low < 0 else high}, must be classes from 0 to {logits.shape[-1] - 1}"
             )
     return target
+
+
+def _class_dim_hint(logits: Tensor, target: Tensor) -> str:
+    if logits.dim() > 2 and target.shape == logits.select(1, 0).shape:
+        return "; of maps [B, K, H, W], FeatureTap(model, class_dim=1) puts the classes last"
+    return ""
 
 
 def check_logits(name: str, logits: object) -> Tensor:

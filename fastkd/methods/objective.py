@@ -30,6 +30,7 @@ class Objective(Procedure):
         student: what ``method.build_student`` made.
         teacher: images to logits; it is put into evaluation mode, is never trained, and is no part of this module's state, but
             moves with it (``to``).
+        class_dim: of the networks' logits; 1 for maps ``[B, K, H, W]`` of dense networks, with targets ``[B, H, W]``.
 
     Raises:
         ValueError: no teacher for a method that reads one, one that shares parameters with the student, or a network without
@@ -38,18 +39,20 @@ class Objective(Procedure):
 
     one_forward: ClassVar[bool] = True
 
-    def __init__(self, method: Method, student: nn.Module, teacher: nn.Module | None = None) -> None:
+    def __init__(
+        self, method: Method, student: nn.Module, teacher: nn.Module | None = None, *, class_dim: int = -1
+    ) -> None:
         super().__init__()
         if not isinstance(method, Method):
             raise TypeError(f"fastkd: method is {method!r}, must be a Method (registry.create makes one by name)")
         check_module("student", student)
         self.method = method
-        self.student = FeatureTap(student)
+        self.student = FeatureTap(student, class_dim=class_dim)
         if teacher is None and method.reads_teacher:
             raise ValueError(f"fastkd: teacher is None, must be a network for {type(method).__name__}")
         tap = None
         if teacher is not None and method.needs_teacher:
-            tap = FeatureTap(self.freeze("teacher", teacher))
+            tap = FeatureTap(self.freeze("teacher", teacher), class_dim=class_dim)
         self._teacher = (tap,)  # in a tuple, nn.Module does not see it
         self._tap_what_is_read()
 

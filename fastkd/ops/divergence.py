@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from fastkd import _library as _library  # registers the operators
-from fastkd._checks import check_choice, check_dtype, check_ignore_index, check_positive, check_row_values
+from fastkd._checks import (
+    check_choice,
+    check_dim,
+    check_dtype,
+    check_ignore_index,
+    check_positive,
+    check_row_values,
+)
 from fastkd.ops._autograd import (
     call_in_backward,
     may_change_in_place,
@@ -56,11 +63,12 @@ def divergence(
     task_scale: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "batchmean",
+    dim: int = -1,
 ) -> tuple[Tensor, Tensor]:
-    """``kd_scale * T^2 * D + task_scale * CE`` over the last dimension, reduced; the core of every loss.
+    """``kd_scale * T^2 * D + task_scale * CE`` over one dimension, reduced; the core of every loss.
 
     Args:
-        student_logits: ``[..., K]``, float32, float64, bfloat16 or float16.
+        student_logits: ``[..., K]``, float32, float64, bfloat16 or float16; K is dimension ``dim``, see :func:`classes_last`.
         teacher_logits: the same shape; of two dtypes the wider one is taken for both.
         target: int64 ``[...]``, classes for the cross-entropy (at T = 1), or ``ignore_index``: such rows count nowhere.
         kind: one of ``forward``, ``reverse``, ``jensen_shannon``, ``soft_cross_entropy``.
@@ -72,16 +80,17 @@ def divergence(
         loss: float32 (float64 for float64 logits); terms: ``[2]`` or ``[2, ...]``, task and distillation term,
         detached; the task term is 0 where ``task_scale`` is.
     """
-    check_logits("student_logits", student_logits)
-    check_logits("teacher_logits", teacher_logits)
+    dim = check_logits("student_logits", student_logits, dim)
+    check_logits("teacher_logits", teacher_logits, dim)
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"fastkd: teacher_logits has shape {tuple(teacher_logits.shape)}, must be that of student_logits, "
-            f"{tuple(student_logits.shape)}" + _vocabulary_hint(student_logits, teacher_logits)
+            f"{tuple(student_logits.shape)}" + _vocabulary_hint(student_logits, teacher_logits, dim)
         )
     if student_logits.dtype != teacher_logits.dtype:  # under autocast, say, with a teacher outside of it
         wide = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
         student_logits, teacher_logits = student_logits.to(wide), teacher_logits.to(wide)
+    student_logits, teacher_logits = classes_last(student_logits, dim), classes_last(teacher_logits, dim)
     check_choice("kind", kind, KINDS)
     check_choice("reduction", reduction, REDUCTIONS)
     ignore_index = check_ignore_index(ignore_index)
@@ -123,10 +132,47 @@ def divergence(
     return loss, terms
 
 
-def check_logits(name: str, value: Tensor) -> None:
+def check_logits(name: str, value: Tensor, dim: int = -1) -> int:
+    """Floats with classes in this dimension, which is returned."""
     check_dtype(name, value)
-    if value.dim() < 1 or value.shape[-1] == 0:
-        raise ValueError(f"fastkd: {name} has shape {tuple(value.shape)}, must be [..., classes], classes > 0")
+    if value.dim() > 0 and (type(dim) is not int or dim != -1):
+        dim = check_dim("dim", dim, name, value.shape)
+    if value.dim() < 1 or value.shape[dim] == 0:
+        where = "[..., classes]" if dim == -1 else f"classes in dimension {dim}"
+        raise ValueError(f"fastkd: {name} has shape {tuple(value.shape)}, must be {where}, classes > 0")
+    return dim
+
+
+def classes_last(logits: Tensor, dim: int) -> Tensor:
+    """The logits with their classes in the last dimension.
+
+    A view where the classes of a row are neighbours in memory, as in channels-last maps ``[B, K, H, W]``, ``dim=1``: nothing is
+    copied, and the gradient is a view of what the kernel wrote. Else, as of NCHW maps, a copy, and one of the gradient.
+    """
+    if dim in (-1, logits.dim() - 1):
+        return logits
+    rows = logits.movedim(dim, -1)
+    if rows.is_contiguous() or not (torch.is_grad_enabled() and logits.requires_grad):
+        return rows
+    return _ClassesLast.apply(logits, dim)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _ClassesLast(torch.autograd.Function):
+    """A copy, whose gradient comes back in the order of the logits: that of torch's own would keep the copy's."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, dim: int) -> Tensor:
+        return logits.movedim(dim, -1).clone(memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        ctx.dim = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.movedim(-1, ctx.dim).contiguous(), None
 
 
 def _check_devices(student_logits: Tensor, *others: Tensor | None) -> None:
@@ -137,8 +183,8 @@ def _check_devices(student_logits: Tensor, *others: Tensor | None) -> None:
             raise ValueError(f"fastkd: {name} is on {value.device}, must be where student_logits is, on {device}")
 
 
-def _vocabulary_hint(student_logits: Tensor, teacher_logits: Tensor) -> str:
-    if teacher_logits.dim() == student_logits.dim() and teacher_logits.shape[:-1] == student_logits.shape[:-1]:
+def _vocabulary_hint(student_logits: Tensor, teacher_logits: Tensor, dim: int) -> str:
+    if teacher_logits.select(dim, 0).shape == student_logits.select(dim, 0).shape:
         return "; where vocabularies are padded to different sizes, slice both to the common classes"
     return ""
 
@@ -248,9 +294,11 @@ def _scale(ctx: Any, gradient: Tensor, grad_loss: Tensor, loss: Tensor) -> Tenso
 register_autograd("divergence", _divergence_backward, setup_context=_divergence_setup_context)
 
 
-def logit_stats(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of ``z = logits / temperature`` over the last dimension: max, argmax, mean, logsumexp, entropy."""
-    check_logits("logits", logits)
+def logit_stats(
+    logits: Tensor, temperature: float = 1.0, dim: int = -1
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Statistics of ``z = logits / temperature`` over one dimension: max, argmax, mean, logsumexp, entropy."""
+    logits = classes_last(logits, check_logits("logits", logits, dim))
     temperature = check_positive("temperature", temperature)
     shape = logits.shape[:-1]
     flat = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
