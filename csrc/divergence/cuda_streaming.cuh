@@ -53,8 +53,8 @@ struct OnlineSums {
   // A chunk, of which this lane has what is `inside`. False where there is an infinity, or a NaN, that the divergence cannot take
   // as it is: the chunk is then to be added one by one.
   template <bool kDivergence, int kLanes, int kPacks>
-  FASTKD_DEVICE bool add(const Pack<T> (&to)[kPacks], const Pack<T> (&from)[kPacks], int inside) {
-    Pack<T> high_y = to[0], high_x = from[0];
+  FASTKD_DEVICE bool add(const Words<T> (&to)[kPacks], const Words<T> (&from)[kPacks], int inside) {
+    Words<T> high_y = to[0], high_x = from[0];
 #pragma unroll
     for (int v = 1; v < kPacks; ++v) {
       high_y = maximum(high_y, to[v]);
@@ -132,12 +132,9 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
     for (int64_t part = chunks.first; wanted && chunks.has(part); part += chunks.step) {
       constexpr bool kLast = decltype(last_sweep)::value;
       const int left = chunks.left(part);
-      typename Parts::Words words_y[kPacks], words_x[kPacks];
-      chunks.template load<kLast>(y.data, part, left, words_y);
-      chunks.template load<kLast>(x.data, part, left, words_x);
-      Pack<T> to[kPacks], from[kPacks];
-#pragma unroll
-      for (int v = 0; v < kPacks; ++v) to[v] = Parts::elements(words_y[v]), from[v] = Parts::elements(words_x[v]);
+      Words<T> to[kPacks], from[kPacks];
+      chunks.template load<kLast>(y.data, part, left, to);
+      chunks.template load<kLast>(x.data, part, left, from);
       body(to, from, part, left);
     }
   };
