@@ -73,11 +73,13 @@ struct RowView {
     memcpy(&pack, &words, sizeof pack);
     return pack;
   }
-  // Of rows that are all packs: few instructions, where `at` differs from pack to pack by a constant. -inf if not `inside`.
+  // A whole pack: few instructions, where `at` differs from pack to pack by a constant. -inf if not `inside`.
+  template <bool kLast = false>
   FASTKD_DEVICE static Words<T> load_whole(const T* at, bool inside) {
+    const auto* const from = reinterpret_cast<const Word*>(at);
     Pack<Word> raw;
     if (inside) {
-      raw = load_pack(reinterpret_cast<const Word*>(at));
+      raw = kLast ? load_pack_once(from) : load_pack(from);
     } else {
 #pragma unroll
       for (int w = 0; w < kPack<Word>; ++w) raw.value[w] = lowest_word();

@@ -35,11 +35,31 @@ FASTKD_INLINE void write(T* p, Vector<T> v, int lanes, bool stream) {
   store_up_to(p, v, lanes);
 }
 
+// What the formulas need of the CPU.
+template <typename Register>
+struct Registers {
+  using V = Register;
+  using S = std::remove_cvref_t<decltype(V{}[0])>;
+  static constexpr double kUnit = 1, kLogUnit = 1;
+  static constexpr bool kAddsTiniest = false;
+  FASTKD_INLINE static V number(double x) { return broadcast<V>(x); }
+  FASTKD_INLINE static double divide(double x, double y) { return x / y; }
+  template <typename Mask>
+  FASTKD_INLINE static bool all(Mask mask) {
+    return all_of(mask);
+  }
+  FASTKD_INLINE static V reciprocal(V x) { return S(1) / x; }
+  FASTKD_INLINE static V floored(V x) { return maximum(broadcast<V>(kTiny<S>), x); }
+  FASTKD_INLINE static V log(V x) { return fastkd::FASTKD_ISA::log<true>(x); }  // has a floor of its own
+  FASTKD_INLINE static V exact_log(V x) { return log(x); }
+};
+
 // One row: student s, teacher t, gradients gs and gt (null where not wanted).
 template <typename T>
 struct Row {
   using V = Vector<T>;
   using S = Scalar<T>;
+  using P = Registers<V>;
 
   const RowParams& params;
   const T* s;
@@ -57,35 +77,21 @@ struct Row {
 
   // What the sweeps read, as locals: a store of floats may alias any member, and would reload it each time.
   struct Inputs {
-    const T* const s;
-    const T* const t;
+    const T* const y;
+    const T* const x;
     const T* const ahead[3];
-    const V inverse_temperature, max_s, max_t;
-    // Logits near each other are subtracted as they are, which costs no digits; others relative to their maxima.
-    const bool alike;
-    const V zero_s, zero_t, apart;
-    FASTKD_INLINE explicit Inputs(const Row& row, bool differences = false)
-        : s(row.s),
-          t(row.t),
+    const V top_y, top_x;
+    FASTKD_INLINE Inputs(const Row& row, bool swap)
+        : y(swap ? row.t : row.s),
+          x(swap ? row.s : row.t),
           ahead{row.ahead[0], row.ahead[1], row.ahead[2]},
-          inverse_temperature(row.inverse_temperature),
-          max_s(row.max_s),
-          max_t(row.max_t),
-          alike(differences && max_s[0] - max_t[0] <= 1 && max_t[0] - max_s[0] <= 1),
-          zero_s(alike ? V{} : max_s),
-          zero_t(alike ? V{} : max_t),
-          apart(alike ? max_s - max_t : V{}) {}
+          top_y(swap ? row.max_t : row.max_s),
+          top_x(swap ? row.max_s : row.max_t) {}
     FASTKD_INLINE void fetch_ahead(int64_t i) const {
       for (const T* row : ahead) __builtin_prefetch(row + i, 0, 2);
     }
-    FASTKD_INLINE V below_max(int64_t i, int lanes) const { return load_up_to(s + i, lanes, S(kLowest)) - max_s; }
-    FASTKD_INLINE V a(int64_t i, int lanes) const { return below_max(i, lanes) * inverse_temperature; }
-    FASTKD_INLINE V b(int64_t i, int lanes) const { return (load_up_to(t + i, lanes, S(kLowest)) - max_t) * inverse_temperature; }
-    // c_s a - c_t b; a factor other than 1 without `differences`
-    FASTKD_INLINE V difference(int64_t i, int lanes, V c_s, V c_t) const {
-      const V from_s = load_up_to(s + i, lanes, S(kLowest)) - zero_s, from_t = load_up_to(t + i, lanes, S(kLowest)) - zero_t;
-      return (c_s * from_s - c_t * from_t - apart) * inverse_temperature;
-    }
+    FASTKD_INLINE V at_y(int64_t i, int lanes) const { return load_up_to(y + i, lanes, S(kLowest)); }
+    FASTKD_INLINE V at_x(int64_t i, int lanes) const { return load_up_to(x + i, lanes, S(kLowest)); }
   };
 
   void run(double* kd_loss, double* task_loss) {
@@ -106,8 +112,7 @@ struct Row {
     // T^2 may be infinite
     *kd_loss = params.kd_scale != 0 && divergence != 0 ? weight * temperature * temperature * divergence : 0;
     if (params.task && target >= 0) {
-      const double shifted = (double(load_first(s + target, 1, S(0))[0]) - double(max_s[0]));
-      *task_loss = weight * (task.log_z - shifted);
+      *task_loss = weight * cross_entropy(task.log_z, load_first(s + target, 1, S(0))[0], max_s[0]);
     }
   }
 
@@ -126,7 +131,7 @@ struct Row {
     task.inverse_z = 1.0 / z;
   }
 
-  // KL or cross-entropy; Swap: from the student to the teacher
+  // KL or cross-entropy, from side x to side y; Swap: from the student to the teacher
   template <bool Swap>
   FASTKD_INLINE double linear(double c, Task& task, bool stream) {
     if (params.task && !shared_task()) return linear_sweeps<Swap, true>(c, task, stream);
@@ -135,48 +140,44 @@ struct Row {
 
   template <bool Swap, bool OwnTask>
   double linear_sweeps(double c, Task& task, bool stream) {
-    const Inputs in(*this, c == 1);
-    const V c_v = broadcast<V>(c), one = broadcast<V>(1);
+    const Inputs in(*this, Swap);
+    const Linear<P> of{{inverse_temperature, in.top_y, in.top_x}, broadcast<V>(c)};
+    const auto below_top = [&](int64_t i, int lanes) __attribute__((always_inline)) {  // the student's logits
+      return Swap ? in.at_x(i, lanes) - in.top_x : in.at_y(i, lanes) - in.top_y;
+    };
     const bool keep = gs != nullptr || gt != nullptr;
-    S* const e_s = buffer[0];
-    S* const e_t = buffer[1];
+    S* const kept_y = buffer[0];
+    S* const kept_x = buffer[1];
     const auto sums =
         sweep_sum<V, OwnTask ? 4 : 3>(params.classes, [&](int64_t i, int lanes, V* sum) __attribute__((always_inline)) {
           in.fetch_ahead(i);
-          const V below = in.below_max(i, lanes);
-          const V ai = below * in.inverse_temperature, bi = in.b(i, lanes);
-          const V es = exp(ai), et = exp(bi);
-          sum[0] += es;
-          sum[1] += et;
-          sum[2] += Swap ? weigh(es, c_v * ai - bi) : weigh(et, c_v * bi - ai);
-          if constexpr (OwnTask) sum[3] += exp(below);
+          const V y = in.at_y(i, lanes), x = in.at_x(i, lanes);
+          const V a = of.a(y), b = of.b(x), e_y = exp(a), e_x = exp(b);
+          sum[0] += e_y;
+          sum[1] += e_x;
+          sum[2] += weigh(e_x, linear_term(of.c, a, b));
+          if constexpr (OwnTask) sum[3] += exp(below_top(i, lanes));
           if (keep) {
-            store(e_s + i, es);
-            store(e_t + i, et);
+            store(kept_y + i, e_y);
+            store(kept_x + i, e_x);
           }
         });
-    const double zs = sums.value[0], zt = sums.value[1];
-    const double log_s = log_of(zs), log_t = log_of(zt);
-    double value =
-        Swap ? divergence_value(sums.value[2] / zs, log_s, log_t, c) : divergence_value(sums.value[2] / zt, log_t, log_s, c);
-    if (c == 1 && params.kd_scale != 0 && value < kSmallDivergence<S>)
-      value = small_divergence<Swap>(in, keep, zs, zt, log_s, log_t);
-    if (params.task) finish_task(task, OwnTask ? sums.value[3] : zs);
+    const double z_y = sums.value[0], z_x = sums.value[1], log_y = log_of(z_y), log_x = c * log_of(z_x);
+    const Differences<P> differences(inverse_temperature, in.top_y, in.top_x,
+                                     c == 1 && Differences<P>::are_near(in.top_y[0], in.top_x[0]));
+    double value = divergence_value(sums.value[2] / z_x, log_x, log_y);
+    if (c == 1 && params.kd_scale != 0 && value < kSmallDivergence<S>) {
+      value = small_divergence(in, of, differences, keep, z_y, z_x, log_y - log_x);
+    }
+    if (params.task) finish_task(task, OwnTask ? sums.value[3] : Swap ? z_x : z_y);
     if (!keep) return value;
 
-    // gradients: of the "to" side it is p_y - p_x, of the "from" side p_x (c log p_x - log p_y - D)
-    const double scale = weight * params.kd_scale * temperature;
-    const V f_s = broadcast<V>(finite<S>(scale / zs)), f_t = broadcast<V>(finite<S>(scale / zt));
-    const V f = Swap ? f_t : f_s, ratio = broadcast<V>(Swap ? zt / zs : zs / zt);
+    Linear<P> linear = of;
+    linear.finish(weight * params.kd_scale * temperature, z_y, z_x, log_y - log_x, value);
     const V f_task = broadcast<V>(weight * params.task_scale * task.inverse_z);
-    const V shift = broadcast<V>(Swap ? -c * log_s + log_t - value : -c * log_t + log_s - value);
-    const auto to_side = [&](int64_t i) __attribute__((always_inline)) {
-      const V es = load(e_s + i), et = load(e_t + i);
-      return f * (Swap ? et - es * ratio : es - et * ratio);  // exactly 0 for equal rows, contracted or not
-    };
-    const auto from_side = [&](int64_t i, int lanes) __attribute__((always_inline)) {
-      return Swap ? weigh(load(e_s + i) * f_s, in.difference(i, lanes, c_v, one) + shift)
-                  : weigh(load(e_t + i) * f_t, shift - in.difference(i, lanes, one, c_v));
+    const auto gradient = [&](bool of_y, int64_t i, int lanes) __attribute__((always_inline)) {
+      return of_y ? linear.y_gradient(load(kept_y + i), load(kept_x + i))
+                  : linear.x_gradient(load(kept_x + i), differences(in.at_y(i, lanes), in.at_x(i, lanes), linear.c));
     };
     if (gs != nullptr) {
       T* const out = gs;
@@ -184,14 +185,9 @@ struct Row {
       const int64_t label = target;
       S label_gradient = 0;
       sweep<V>(params.classes, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-        V g;
-        if constexpr (Swap) {
-          g = from_side(i, lanes);
-        } else {
-          g = to_side(i);
-        }
+        V g = gradient(!Swap, i, lanes);
         if (task_too) {
-          g += OwnTask ? f_task * exp(in.below_max(i, lanes)) : f_task * load(e_s + i);
+          g += f_task * (OwnTask ? exp(below_top(i, lanes)) : load((Swap ? kept_x : kept_y) + i));
           if (uint64_t(label - i) < uint64_t(lanes)) label_gradient = g[label - i];
         }
         write(out + i, g, lanes, stream);
@@ -200,120 +196,73 @@ struct Row {
     }
     if (gt != nullptr) {
       T* const out = gt;
-      sweep<V>(params.classes, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-        if constexpr (Swap) {
-          write(out + i, to_side(i), lanes, stream);
-        } else {
-          write(out + i, from_side(i, lanes), lanes, stream);
-        }
-      });
+      sweep<V>(params.classes, [&](int64_t i, int lanes)
+                                   __attribute__((always_inline)) { write(out + i, gradient(Swap, i, lanes), lanes, stream); });
     }
     return value;
   }
 
   // KL of rows that are alike, as a sum of terms that are not negative.
-  template <bool Swap>
-  double small_divergence(const Inputs& in, bool kept, double zs, double zt, double log_s, double log_t) const {
-    const V inverse_zs = broadcast<V>(1.0 / zs), inverse_zt = broadcast<V>(1.0 / zt), one = broadcast<V>(1);
-    const V shift = broadcast<V>(log_t - log_s);
-    const S* const e_s = buffer[0];
-    const S* const e_t = buffer[1];
+  double small_divergence(const Inputs& in, const Linear<P>& of, const Differences<P>& differences, bool kept, double z_y,
+                          double z_x, double log_ratio) const {
+    const V inverse_zy = broadcast<V>(1.0 / z_y), inverse_zx = broadcast<V>(1.0 / z_x), one = broadcast<V>(1);
+    const V rest = broadcast<V>(log_ratio);
+    const S* const kept_y = buffer[0];
+    const S* const kept_x = buffer[1];
     const auto sum = sweep_sum<V, 1>(params.classes, [&](int64_t i, int lanes, V* total) __attribute__((always_inline)) {
-      const V q = (kept ? load(e_s + i) : exp(in.a(i, lanes))) * inverse_zs;
-      const V p = (kept ? load(e_t + i) : exp(in.b(i, lanes))) * inverse_zt;
-      const V l = in.difference(i, lanes, one, one) + shift;  // log q - log p
-      total[0] += Swap ? kl_term<S>(q, p, -l) : kl_term<S>(p, q, l);
+      const V y = in.at_y(i, lanes), x = in.at_x(i, lanes);
+      const V p_y = (kept ? load(kept_y + i) : exp(of.a(y))) * inverse_zy;
+      const V p_x = (kept ? load(kept_x + i) : exp(of.b(x))) * inverse_zx;
+      total[0] += kl_term<S>(p_x, p_y, -(differences(y, x, one) + rest));
     });
     return sum.value[0];
   }
 
-  // Both sides of a mixture, and where q log(q / m) and p log(p / m) go.
-  struct Mixture {
-    const V beta, one_minus_beta, inverse_zs, inverse_zt, ratio, tiny;
-    const S* const e_s;
-    const S* const e_t;
-    S* const r_q;
-    S* const r_p;
-    Mixture(double of_p, double zs, double zt, const S* es, const S* et, S* to_q, S* to_p)
-        : beta(broadcast<V>(of_p)),
-          one_minus_beta(broadcast<V>(1.0 - of_p)),
-          inverse_zs(broadcast<V>(1.0 / zs)),
-          inverse_zt(broadcast<V>(1.0 / zt)),
-          ratio(broadcast<V>(zs / zt)),
-          tiny(broadcast<V>(kTiny<S>)),
-          e_s(es),
-          e_t(et),
-          r_q(to_q),
-          r_p(to_p) {}
-    struct At {
-      V q, p, m, inverse_m;
-      FASTKD_INLINE V log_ratio_q() const { return weigh(q, log<true>(q * inverse_m)); }
-      FASTKD_INLINE V log_ratio_p() const { return weigh(p, log<true>(p * inverse_m)); }
-    };
-    FASTKD_INLINE At at(int64_t i) const {
-      const V q = load(e_s + i) * inverse_zs, p = load(e_t + i) * inverse_zt;
-      const V m = beta * p + one_minus_beta * q;
-      return {q, p, m, S(1) / maximum(tiny, m)};
-    }
-    // q - p, exactly 0 for equal rows, contracted or not
-    FASTKD_INLINE V difference(int64_t i) const { return (load(e_s + i) - load(e_t + i) * ratio) * inverse_zs; }
-    FASTKD_INLINE void add(int64_t i, MixtureTerm<V> of_q, MixtureTerm<V> of_p, V* sum) const {
-      sum[0] += of_q.divergence;
-      sum[1] += of_p.divergence;
-      if (r_q != nullptr) store(r_q + i, of_q.gradient);
-      if (r_p != nullptr) store(r_p + i, of_p.gradient);
-    }
-  };
-
-  // The sums of rows that are alike, of terms that are not negative. Most registers need no logarithm.
-  Totals<V, 2> small_mixture(const Mixture& mixture) const {
-    return sweep_sum<V, 2>(params.classes, [&](int64_t i, int, V* sum) __attribute__((always_inline)) {
-      const auto at = mixture.at(i);
-      const V q_p = mixture.difference(i), to_q = mixture.beta * q_p, to_p = -mixture.one_minus_beta * q_p;
-      if (all_of(is_near<S>(at.m, to_q) & is_near<S>(at.m, to_p))) {
-        mixture.add(i, near_term<S>(at.inverse_m, to_q), near_term<S>(at.inverse_m, to_p), sum);
-      } else {
-        mixture.add(i, mixture_term<S>(at.m, at.inverse_m, to_q, at.log_ratio_q()),
-                    mixture_term<S>(at.m, at.inverse_m, to_p, at.log_ratio_p()), sum);
-      }
-    });
-  }
-
   double jensen_shannon(Task& task, bool stream) {
-    const Inputs in(*this);
+    const Inputs in(*this, false);
+    JensenShannon<P> js{{inverse_temperature, max_s, max_t}, broadcast<V>(params.beta), broadcast<V>(1.0 - params.beta)};
     const bool own_task = params.task && !shared_task();
     S* const e_s = buffer[0];
     S* const e_t = buffer[1];
     const auto z = sweep_sum<V, 3>(params.classes, [&](int64_t i, int lanes, V* sum) __attribute__((always_inline)) {
       in.fetch_ahead(i);
-      const V below = in.below_max(i, lanes);
-      const V es = exp(below * in.inverse_temperature), et = exp(in.b(i, lanes));
+      const V s_i = in.at_y(i, lanes), es = exp(js.a(s_i)), et = exp(js.b(in.at_x(i, lanes)));
       sum[0] += es;
       sum[1] += et;
-      if (own_task) sum[2] += exp(below);
+      if (own_task) sum[2] += exp(s_i - js.top_y);
       store(e_s + i, es);
       store(e_t + i, et);
     });
     const double zs = z.value[0], zt = z.value[1];
     if (params.task) finish_task(task, own_task ? z.value[2] : zs);
 
-    // log-ratios to the mixture; kept for the gradients in the two other buffers. Probabilities may be subnormal, where
-    // reciprocal and log overflow: both have a floor, which changes terms below 2^-126 * 100 only.
-    const Mixture mixture{
-        params.beta, zs, zt, e_s, e_t, gs != nullptr ? buffer[2] : nullptr, gt != nullptr ? buffer[3] : nullptr};
+    // log-ratios to the mixture; kept for the gradients in the two other buffers
+    S* const r_q = gs != nullptr ? buffer[2] : nullptr;
+    S* const r_p = gt != nullptr ? buffer[3] : nullptr;
+    const V inverse_zs = broadcast<V>(1.0 / zs), inverse_zt = broadcast<V>(1.0 / zt), ratio = broadcast<V>(zs / zt);
+    const auto keep = [&](int64_t i, V q, V p) __attribute__((always_inline)) {
+      if (r_q != nullptr) store(r_q + i, q);
+      if (r_p != nullptr) store(r_p + i, p);
+    };
     auto kl = sweep_sum<V, 2>(params.classes, [&](int64_t i, int, V* sum) __attribute__((always_inline)) {
-      const auto at = mixture.at(i);
-      mixture.add(i, {at.log_ratio_q(), at.log_ratio_q()}, {at.log_ratio_p(), at.log_ratio_p()}, sum);
+      const auto of = js.terms(load(e_s + i) * inverse_zs, load(e_t + i) * inverse_zt);
+      sum[0] += of.q;
+      sum[1] += of.p;
+      keep(i, of.q, of.p);
     });
-    const auto divergence = [&] { return params.beta * kl.value[1] + (1.0 - params.beta) * kl.value[0]; };
-    if (params.kd_scale != 0 && divergence() < kSmallDivergence<S>) kl = small_mixture(mixture);
-    const double kq = kl.value[0], kp = kl.value[1];
-    const S* const r_q = mixture.r_q;
-    const S* const r_p = mixture.r_p;
+    const auto divergence = [&] { return jensen_shannon_value(params.beta, kl.value[0], kl.value[1]); };
+    if (params.kd_scale != 0 && divergence() < kSmallDivergence<S>) {
+      kl = sweep_sum<V, 2>(params.classes, [&](int64_t i, int, V* sum) __attribute__((always_inline)) {
+        const V es = load(e_s + i), et = load(e_t + i);
+        // q - p, exactly 0 for equal rows, contracted or not
+        const auto of = js.exact_terms(es * inverse_zs, et * inverse_zt, (es - et * ratio) * inverse_zs);
+        sum[0] += of.q.divergence;
+        sum[1] += of.p.divergence;
+        keep(i, of.q.gradient, of.p.gradient);
+      });
+    }
 
-    const double scale = weight * params.kd_scale * temperature;
-    const V f_q = broadcast<V>(finite<S>(scale * (1.0 - params.beta))), f_p = broadcast<V>(finite<S>(scale * params.beta));
-    const V shift_q = broadcast<V>(kq / zs), shift_p = broadcast<V>(kp / zt);
+    js.finish(weight * params.kd_scale * temperature, params.beta, kl.value[0] / zs, kl.value[1] / zt);
     const V f_task = broadcast<V>(weight * params.task_scale * task.inverse_z);
     if (gs != nullptr) {
       T* const out = gs;
@@ -322,9 +271,9 @@ struct Row {
       S label_gradient = 0;
       sweep<V>(params.classes, [&](int64_t i, int lanes) __attribute__((always_inline)) {
         const V es = load(e_s + i);
-        V g = f_q * (load(r_q + i) - es * shift_q);
+        V g = js.q_gradient(es, load(r_q + i));
         if (task_too) {
-          g += own_task ? f_task * exp(in.below_max(i, lanes)) : f_task * es;
+          g += own_task ? f_task * exp(in.at_y(i, lanes) - js.top_y) : f_task * es;
           if (uint64_t(label - i) < uint64_t(lanes)) label_gradient = g[label - i];
         }
         write(out + i, g, lanes, stream);
@@ -334,7 +283,7 @@ struct Row {
     if (gt != nullptr) {
       T* const out = gt;
       sweep<V>(params.classes, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-        write(out + i, f_p * (load(r_p + i) - load(e_t + i) * shift_p), lanes, stream);
+        write(out + i, js.p_gradient(load(e_t + i), load(r_p + i)), lanes, stream);
       });
     }
     return divergence();

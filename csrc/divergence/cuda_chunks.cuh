@@ -13,8 +13,6 @@ using namespace device;
 template <typename T, typename Index, class Group, int kPacks>
 struct Chunks {
   static constexpr int kLanes = static_cast<int>(Group::kNeighbours), kSpan = kLanes * kPacks;
-  using Word = std::conditional_t<sizeof(T) == 2, unsigned, T>;
-  using Words = Pack<Word>;
 
   const RowView<T, Index> row;  // the one that says where parts begin
   Index end;                    // of the parts that are whole packs
@@ -40,57 +38,31 @@ struct Chunks {
   }
   // -inf where the lane has no pack
   template <bool kLast>
-  FASTKD_DEVICE void load(const T* data, Index part, int left, Words (&packs)[kPacks]) const {
-    const Word* const at = reinterpret_cast<const Word*>(data + row.first(part));
+  FASTKD_DEVICE void load(const T* data, Index part, int left, Words<T> (&packs)[kPacks]) const {
+    const T* const at = data + row.first(part);
+    const auto load_packs = [&](const auto& inside) {
+#pragma unroll
+      for (int v = 0; v < kPacks; ++v) packs[v] = row.template load_whole<kLast>(at + v * kLanes * kPack<T>, inside(v));
+    };
     if (left + lane >= kSpan) {
-#pragma unroll
-      for (int v = 0; v < kPacks; ++v) {
-        const Word* const from = at + v * kLanes * kPack<Word>;
-        packs[v] = kLast ? load_pack_once(from) : load_pack(from);
-      }
+      load_packs([](int) { return true; });
     } else {
-#pragma unroll
-      for (int v = 0; v < kPacks; ++v) {
-        const Word* const from = at + v * kLanes * kPack<Word>;
-        if (v * kLanes < left) {
-          packs[v] = kLast ? load_pack_once(from) : load_pack(from);
-        } else {
-#pragma unroll
-          for (int w = 0; w < kPack<Word>; ++w) packs[v].value[w] = lowest_word();
-        }
-      }
+      load_packs([&](int v) { return v * kLanes < left; });
     }
-  }
-  FASTKD_DEVICE static Pack<T> elements(const Words& words) {
-    Pack<T> pack;
-    memcpy(&pack, &words, sizeof pack);
-    return pack;
   }
   FASTKD_DEVICE Index loose_element(Index n) const { return n < head ? n : n - head + tail; }
   FASTKD_DEVICE bool is_loose(Index i) const { return i < head || i >= tail; }
-
- private:
-  FASTKD_DEVICE static Word lowest_word() {
-    if constexpr (sizeof(T) == 2) {
-      return lowest(T{}).bits * 0x10001u;
-    } else {
-      return lowest(T{});
-    }
-  }
 };
 
 // The highest element of a pack; a NaN gives way to any.
 template <typename T>
-FASTKD_DEVICE Compute<T> highest(Pack<T> pack) {
+FASTKD_DEVICE Compute<T> highest(Words<T> pack) {
   if constexpr (sizeof(T) == 2) {  // words of two first
 #pragma unroll
     for (int half = 2; half > 0; half /= 2) {
-      unsigned words[4];
-      memcpy(words, &pack, sizeof words);
+      Words<T> other = pack;
 #pragma unroll
-      for (int w = 0; w < half; ++w) words[w] = words[w + half];
-      Pack<T> other;
-      memcpy(&other, words, sizeof other);
+      for (int w = 0; w < half; ++w) other.value[w] = other.value[w + half];
       pack = maximum(pack, other);
     }
   }

@@ -79,8 +79,7 @@ FASTKD_DEVICE void resident_row(const Row<T, int, kPlain>& row, Group& group) {
     group.reduce(top, Max{});
 
     const auto early = row.numbers();
-    const S scale = row.inverse_temperature(early) * kPerUnit<T>;
-    const Linear<T> linear{scale, kSwap ? S(1) : row.c(), top[0], top[1], S(0), S(0), S(0), S(0)};
+    const Linear<Scalars<T>> linear{exponents_of(row, early, top), kSwap ? S(1) : row.c()};
     S sum_y = 0, sum_x = 0, sum_d = 0;
     if constexpr (!kPlain) {
       S sum_task = 0;
@@ -103,7 +102,7 @@ FASTKD_DEVICE void resident_row(const Row<T, int, kPlain>& row, Group& group) {
 #pragma unroll
       for (int k = 0; k < N; ++k) {
         const S a = linear.a(logit_y[k]), b = linear.b(logit_x[k]);
-        const S e_y = exp_units<T>(a), e_x = exp_units<T>(b), term = linear.c * b - a;
+        const S e_y = exp_units<T>(a), e_x = exp_units<T>(b), term = linear_term(linear.c, a, b);
         sum_y += e_y;
         sum_x += e_x;
         if constexpr (!kJensenShannon) {
@@ -167,12 +166,12 @@ FASTKD_DEVICE void resident_row(const Row<T, int, kPlain>& row, Group& group) {
     const double log_ratio = log_ratio_of(linear_sums, kSwap ? S(1) : row.c());
     const double value = exact_divergence_of(row, numbers, top, linear_sums, log_ratio, group);
     if (group.index() == 0) row.write_divergence(value);
-    const Linear<T> linear = linear_of(row, numbers, top[0], top[1], linear_sums, log_ratio, value);
+    const auto linear = linear_of(row, numbers, top, linear_sums, log_ratio, value);
     store_gradient(
         z_task, [&](int v, int k) { return kSwap ? linear.x_gradient(x[v][k], y[v][k]) : linear.y_gradient(y[v][k], x[v][k]); },
         [&](int v, int k) { return kSwap ? x[v][k] : y[v][k]; });
   } else {
-    auto js = jensen_shannon_of(row, numbers, top[0], top[1], sums[0], sums[1]);
+    auto js = mixture_of(row, numbers, top, sums[0], sums[1]);
     S sum_q = 0, sum_p = 0;
 #pragma unroll
     for (int v = 0; v < kPacks; ++v) {
@@ -185,13 +184,13 @@ FASTKD_DEVICE void resident_row(const Row<T, int, kPlain>& row, Group& group) {
         x[v][k] = terms.q;
       }
     }
-    double k_sums[2] = {sum_q * js.kLogUnit, sum_p * js.kLogUnit};
+    double k_sums[2] = {sum_q * Scalars<T>::kLogUnit, sum_p * Scalars<T>::kLogUnit};
     group.reduce(k_sums, Sum{});
     make_exact(row, js, k_sums, group);
-    if (group.index() == 0) row.write_divergence(row.p.beta * k_sums[1] + (1.0 - row.p.beta) * k_sums[0]);
-    finish(js, row.p.beta, row.kd_scale(numbers), k_sums[0], k_sums[1]);
+    if (group.index() == 0) row.write_divergence(jensen_shannon_value(row.p.beta, k_sums[0], k_sums[1]));
+    js.finish(row.kd_scale(numbers), row.p.beta, k_sums[0], k_sums[1]);
     store_gradient(
-        numbers.own_task ? z_task : 1.0, [&](int v, int k) { return js.y_gradient(y[v][k], x[v][k]); },
+        numbers.own_task ? z_task : 1.0, [&](int v, int k) { return js.q_gradient(y[v][k], x[v][k]); },
         [&](int v, int k) { return y[v][k]; });
   }
 }

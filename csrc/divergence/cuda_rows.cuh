@@ -1,11 +1,10 @@
-// What the row kernels of divergence share: a row's numbers, formulas of gradients, the loop over rows, their losses.
+// What the row kernels of divergence share: a row's numbers, what follows from its sums, the loop over rows, their losses.
 #pragma once
 
-#include "common/log.h"
 #include "common/reduce.cuh"
 #include "common/row.cuh"
 #include "divergence/cuda.h"
-#include "divergence/math.h"
+#include "divergence/cuda_math.cuh"
 
 namespace fastkd::FASTKD_ISA::divergence {
 
@@ -18,80 +17,6 @@ using ::fastkd::divergence::RowNumbers;
 FASTKD_DEVICE double number_of(const RowNumbers& numbers, int64_t row) {
   const int64_t i = row * numbers.stride;
   return numbers.wide ? static_cast<const double*>(numbers.data)[i] : static_cast<const float*>(numbers.data)[i];
-}
-
-// e^x
-template <typename T>
-FASTKD_DEVICE Compute<T> exp_of(Compute<T> x) {
-  return exp_units<T>(x * kPerUnit<T>);
-}
-
-// ln x for normal x > 0, within about an ulp; some number where x is NaN. The library's takes care of every float, and so many
-// registers that rows would not fit.
-FASTKD_DEVICE float log_number(float x) {
-  int bits;
-  memcpy(&bits, &x, sizeof bits);
-  const int n = (bits - 0x3f3504f3) >> 23;
-  bits -= n * (1 << 23);
-  float mantissa;
-  memcpy(&mantissa, &bits, sizeof mantissa);
-  return log_of_parts(static_cast<float>(n), mantissa - 1.0f);
-}
-FASTKD_DEVICE double log_number(double x) { return device::log(x); }
-// The same, but NaN stays one.
-template <typename S>
-FASTKD_DEVICE S log_normal(S x) {
-  return log_number(x) + (x - x);
-}
-
-// ln z of a sum of exponentials, absolute error 3e-8 for float: the logarithm of the mantissa in float, the rest exact. The
-// library's double logarithm would take a third of the time of a bf16 row.
-template <typename S>
-FASTKD_DEVICE double log_sum(double z) {
-  if constexpr (sizeof(S) == 8) {
-    return device::log(z);
-  } else {
-    int64_t bits;
-    memcpy(&bits, &z, sizeof bits);
-    const int64_t n = (bits - 0x3fe6a09e00000000) >> 52;  // mantissa in [0.707, 1.414)
-    bits -= n * (INT64_C(1) << 52);
-    double mantissa;
-    memcpy(&mantissa, &bits, sizeof mantissa);
-    const float rounded = static_cast<float>(mantissa);
-    const float rest = static_cast<float>(mantissa - rounded) * reciprocal(rounded);
-    return static_cast<double>(n) * 0.693147180559945309417 + (log_normal(rounded) + rest) + (z - z);  // NaN stays one
-  }
-}
-
-// 1 / x within an ulp, for x in the range of float. The division of doubles is a call, around which all that a thread holds
-// would be spilled.
-FASTKD_DEVICE double inverse(double x) {
-  double result = static_cast<double>(reciprocal(static_cast<float>(x)));
-  result *= 2.0 - x * result;
-  return result * (2.0 - x * result);
-}
-template <typename S>
-FASTKD_DEVICE double inverse_sum(double z) {
-  return sizeof(S) == 8 ? 1.0 / z : inverse(z);
-}
-
-// 1 / T, but no more than what leaves differences of logits finite, however small T is.
-template <typename S>
-FASTKD_DEVICE S inverse_of(double temperature) {
-  if constexpr (sizeof(S) == 8) {
-    const S result = 1.0 / temperature;
-    return result < 0x1p1000 ? result : 0x1p1000;
-  } else {
-    const double bounded = temperature > 0x1p-100 ? temperature : 0x1p-100;
-    return static_cast<S>(inverse(bounded < 0x1p100 ? bounded : 0x1p100));  // beyond, all softmaxes are uniform
-  }
-}
-
-// No smaller than the smallest normal number; a NaN stays one.
-template <typename S>
-FASTKD_DEVICE S floored(S x) {
-  constexpr S kTiny = sizeof(S) == 8 ? S(0x1p-1022) : S(0x1p-126);
-  return x < kTiny ? kTiny : x;
 }
 
 // A running maximum. Sums are relative to it; to 0 while all was -inf.
@@ -199,7 +124,7 @@ struct Row {
     double value = 0;
     if (!kPlain && of.active && p.task) {
       const S logit = of.label >= 0 ? to_compute(student().data[of.label]) : S(0);  // the weight is NaN where not
-      value = of.weight * (task_log_z - (static_cast<double>(logit) - static_cast<double>(student_top)));
+      value = of.weight * cross_entropy(task_log_z, logit, student_top);
     }
     if (p.row_losses != nullptr) p.row_losses[index] = value;
     if (p.each_row) write_loss(p, p.terms, index, value);
@@ -265,55 +190,13 @@ struct TaskGradient {
   }
 };
 
-// Forward and reverse KL, soft cross-entropy. Exponents a and b in units of kUnit<T>.
+// Jensen-Shannon with the probabilities that it is about: q of the student (y), p of the teacher (x).
 template <typename T>
-struct Linear {
+struct Mixture : JensenShannon<Scalars<T>> {
   using S = Compute<T>;
-  S scale, c, top_y, top_x, f_y, f_x, ratio, shift;
-  FASTKD_DEVICE S a(S y) const { return (y - top_y) * scale; }
-  FASTKD_DEVICE S b(S x) const { return (x - top_x) * scale; }
-  FASTKD_DEVICE S y_gradient(S e_y, S e_x) const { return f_y * (e_y - e_x * ratio); }  // exactly 0 for equal rows
-  // term = c b - a
-  FASTKD_DEVICE S x_gradient(S e_x, S term) const { return weigh(e_x * f_x, term * static_cast<S>(kUnit<T>) + shift); }
-};
-
-// Jensen-Shannon: q of the student (y), p of the teacher (x). For logits of 16 bits logarithms are the instruction's, to base 2:
-// its absolute error near 1, 2^-22, is far below what such logits can tell.
-template <typename T>
-struct JensenShannon {
-  using S = Compute<T>;
-  static constexpr bool kRough = sizeof(T) == 2;
-  static constexpr S kTiniest = sizeof(S) == 8 ? S(0x1p-1022) : S(0x1p-126);
-  static constexpr double kLogUnit = kRough ? 0.693147180559945309417 : 1.0;              // of the terms
-  S scale, top_y, top_x, inverse_zy, inverse_zx, beta, one_minus_beta, f_q, f_p, kq, kp;  // scale: to units of kUnit<T>
-  FASTKD_DEVICE S q(S y) const { return product(exp_units<T>((y - top_y) * scale), inverse_zy); }
-  FASTKD_DEVICE S p(S x) const { return product(exp_units<T>((x - top_x) * scale), inverse_zx); }
-  static FASTKD_DEVICE S log(S ratio) {
-    if constexpr (kRough) {
-      return log2_roughly(ratio);
-    } else {
-      return log_number(ratio);
-    }
-  }
-  // Terms of KL(q || m) and KL(p || m). Probabilities may be subnormal or 0, where reciprocal and log overflow: the smallest
-  // normal number, added in the same instruction, keeps them from it and changes nothing else. Where one side is NaN, both
-  // sums are made NaN (finish).
-  struct Terms {
-    S q, p;
-  };
-  FASTKD_DEVICE Terms terms(S q, S p) const {
-    const S inverse_m = reciprocal(beta * p + (one_minus_beta * q + kTiniest));
-    return {q * log(q * inverse_m + kTiniest), p * log(p * inverse_m + kTiniest)};
-  }
-  // The same, as terms that are not negative.
-  FASTKD_DEVICE Terms exact_terms(S q, S p) const {
-    const S mixture = beta * p + one_minus_beta * q, inverse_m = reciprocal(floored(mixture)), difference = q - p;
-    const S q_log = q * log_normal(floored(q * inverse_m)), p_log = p * log_normal(floored(p * inverse_m));
-    return {mixture_term<S>(mixture, inverse_m, beta * difference, q_log).divergence,
-            mixture_term<S>(mixture, inverse_m, -one_minus_beta * difference, p_log).divergence};
-  }
-  FASTKD_DEVICE S y_gradient(S q, S q_term) const { return f_q * (q_term - q * kq); }
-  FASTKD_DEVICE S x_gradient(S p, S p_term) const { return f_p * (p_term - p * kp); }
+  S inverse_zy, inverse_zx;
+  FASTKD_DEVICE S q(S y) const { return product(exp_units<T>(this->a(y)), inverse_zy); }
+  FASTKD_DEVICE S p(S x) const { return product(exp_units<T>(this->b(x)), inverse_zx); }
 };
 
 // Sums of a row, in double, and what follows from them.
@@ -351,76 +234,55 @@ template <typename T, typename Index, bool kPlain, class Group>
 FASTKD_DEVICE double exact_divergence_of(const Row<T, Index, kPlain>& row, const typename Row<T, Index, kPlain>::Numbers& numbers,
                                          const Compute<T> (&top)[2], const LinearSums& sums, double log_ratio, Group& group) {
   using S = Compute<T>;
-  double value[1] = {sums.d * inverse_sum<S>(sums.z_x) + log_ratio};
+  double value[1] = {divergence_value(Scalars<T>::divide(sums.d, sums.z_x), 0.0, log_ratio)};
   const bool small = row.p.kind != Kind::kSoftCrossEntropy && row.p.kd_scale != 0 && value[0] < kSmallDivergence<S>;
   const S inverse_temperature = row.inverse_temperature(numbers);
   const S inverse_zy = static_cast<S>(inverse_sum<S>(sums.z_y)), inverse_zx = static_cast<S>(inverse_sum<S>(sums.z_x));
-  const S shift = static_cast<S>(-log_ratio);
-  // logits near each other are subtracted as they are, which costs no digits; others relative to their maxima
-  const S apart = top[0] - top[1];
-  const bool alike = apart <= 1 && apart >= -1;
-  const S zero_y = alike ? S(0) : top[0], zero_x = alike ? S(0) : top[1], rest = alike ? apart : S(0);
+  const S rest = static_cast<S>(log_ratio);
+  const Differences<Scalars<T>> differences(inverse_temperature, top[0], top[1],
+                                            Differences<Scalars<T>>::are_near(top[0], top[1]));
   sum_again(row, group, small, value, [&](S y, S x, S(&term)[1]) {
     const S p_y = exp_of<T>((y - top[0]) * inverse_temperature) * inverse_zy;
     const S p_x = exp_of<T>((x - top[1]) * inverse_temperature) * inverse_zx;
-    term[0] = kl_term<S>(p_x, p_y, ((y - zero_y) - (x - zero_x) - rest) * inverse_temperature + shift);
+    term[0] = kl_term<S>(p_x, p_y, -(differences(y, x, S(1)) + rest));
   });
   return value[0];
 }
 // k: KL(q || m) and KL(p || m)
 template <typename T, typename Index, bool kPlain, class Group>
-FASTKD_DEVICE void make_exact(const Row<T, Index, kPlain>& row, const JensenShannon<T>& js, double (&k)[2], Group& group) {
+FASTKD_DEVICE void make_exact(const Row<T, Index, kPlain>& row, const Mixture<T>& js, double (&k)[2], Group& group) {
   using S = Compute<T>;
-  const bool small = row.p.kd_scale != 0 && row.p.beta * k[1] + (1.0 - row.p.beta) * k[0] < kSmallDivergence<S>;
+  const bool small = row.p.kd_scale != 0 && jensen_shannon_value(row.p.beta, k[0], k[1]) < kSmallDivergence<S>;
   sum_again(row, group, small, k, [&](S y, S x, S(&term)[2]) {
-    const auto terms = js.exact_terms(js.q(y), js.p(x));
-    term[0] = terms.q;
-    term[1] = terms.p;
+    const S q = js.q(y), p = js.p(x);
+    const auto terms = js.exact_terms(q, p, q - p);
+    term[0] = terms.q.divergence;
+    term[1] = terms.p.divergence;
   });
 }
 
 template <typename T, typename Index, bool kPlain>
-FASTKD_DEVICE Linear<T> linear_of(const Row<T, Index, kPlain>& row, const typename Row<T, Index, kPlain>::Numbers& numbers,
-                                  Compute<T> top_y, Compute<T> top_x, const LinearSums& sums, double log_ratio, double value) {
-  using S = Compute<T>;
-  const double kd_scale = row.kd_scale(numbers);
-  return {row.inverse_temperature(numbers) * kPerUnit<T>,
-          row.c(),
-          top_y,
-          top_x,
-          finite<S>(kd_scale * inverse_sum<S>(sums.z_y)),
-          finite<S>(kd_scale * inverse_sum<S>(sums.z_x)),
-          static_cast<S>(sizeof(S) == 8 ? sums.z_y / sums.z_x : sums.z_y * inverse(sums.z_x)),
-          static_cast<S>(log_ratio - value)};
+FASTKD_DEVICE Exponents<Scalars<T>> exponents_of(const Row<T, Index, kPlain>& row,
+                                                 const typename Row<T, Index, kPlain>::Numbers& numbers,
+                                                 const Compute<T> (&top)[2]) {
+  return {row.inverse_temperature(numbers) * kPerUnit<T>, top[0], top[1]};
+}
+template <typename T, typename Index, bool kPlain>
+FASTKD_DEVICE Linear<Scalars<T>> linear_of(const Row<T, Index, kPlain>& row,
+                                           const typename Row<T, Index, kPlain>::Numbers& numbers, const Compute<T> (&top)[2],
+                                           const LinearSums& sums, double log_ratio, double value) {
+  Linear<Scalars<T>> linear{exponents_of(row, numbers, top), row.c()};
+  linear.finish(row.kd_scale(numbers), sums.z_y, sums.z_x, log_ratio, value);
+  return linear;
 }
 
 template <typename T, typename Index, bool kPlain>
-FASTKD_DEVICE JensenShannon<T> jensen_shannon_of(const Row<T, Index, kPlain>& row,
-                                                 const typename Row<T, Index, kPlain>::Numbers& numbers, Compute<T> top_y,
-                                                 Compute<T> top_x, double z_y, double z_x) {
+FASTKD_DEVICE Mixture<T> mixture_of(const Row<T, Index, kPlain>& row, const typename Row<T, Index, kPlain>::Numbers& numbers,
+                                    const Compute<T> (&top)[2], double z_y, double z_x) {
   using S = Compute<T>;
-  return {row.inverse_temperature(numbers) * kPerUnit<T>,
-          top_y,
-          top_x,
+  return {{exponents_of(row, numbers, top), static_cast<S>(row.p.beta), static_cast<S>(1.0 - row.p.beta)},
           static_cast<S>(inverse_sum<S>(z_y)),
-          static_cast<S>(inverse_sum<S>(z_x)),
-          static_cast<S>(row.p.beta),
-          static_cast<S>(1.0 - row.p.beta),
-          S(0),
-          S(0),
-          S(0),
-          S(0)};
-}
-// Once both divergences from the mixture are summed.
-template <typename T>
-FASTKD_DEVICE void finish(JensenShannon<T>& js, double beta, double kd_scale, double kq, double kp) {
-  using S = Compute<T>;
-  constexpr double kLogUnit = JensenShannon<T>::kLogUnit;
-  js.f_q = finite<S>(kd_scale * (1.0 - beta) * kLogUnit);
-  js.f_p = finite<S>(kd_scale * beta * kLogUnit);
-  const double nothing = (kq - kq) + (kp - kp);  // or NaN
-  js.kq = static_cast<S>(kq * (1.0 / kLogUnit) + nothing);
-  js.kp = static_cast<S>(kp * (1.0 / kLogUnit) + nothing);
+          static_cast<S>(inverse_sum<S>(z_x))};
 }
 
 // gradient(k, i) for element k of the part, i of the row; zeros in rows that take no part.

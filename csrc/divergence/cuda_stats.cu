@@ -69,8 +69,8 @@ struct OnlineStats {
   // The chunk that begins at element i, of which this lane has what is `inside`. False where there is an infinity, or a NaN:
   // it is then to be added with care.
   template <int kLanes, int kPacks>
-  FASTKD_DEVICE bool add(const Pack<T> (&packs)[kPacks], int inside, Index i) {
-    Pack<T> high = packs[0];
+  FASTKD_DEVICE bool add(const Words<T> (&packs)[kPacks], int inside, Index i) {
+    Words<T> high = packs[0];
 #pragma unroll
     for (int v = 1; v < kPacks; ++v) high = maximum(high, packs[v]);
     const S top = highest(high);
@@ -126,16 +126,15 @@ template <typename T, typename Index, class Group>
 FASTKD_DEVICE Index place_of(const Chunks<T, Index, Group, kAhead<T>>& chunks, Index i, Compute<T> top) {
   using Parts = Chunks<T, Index, Group, kAhead<T>>;
   const Index part = (i + chunks.row.shift) / kPack<T>;
-  typename Parts::Words packs[kAhead<T>];
+  Words<T> packs[kAhead<T>];
   chunks.template load<true>(chunks.row.data, part, chunks.left(part), packs);
   int found = 0;
 #pragma unroll
-  for (int v = kAhead<T> - 1; v > 0; --v) found = highest(Parts::elements(packs[v])) == top ? v : found;
-  if (highest(Parts::elements(packs[0])) == top) found = 0;
+  for (int v = kAhead<T> - 1; v > 0; --v) found = highest(packs[v]) == top ? v : found;
+  if (highest(packs[0]) == top) found = 0;
   const Index from = i + found * Parts::kLanes * kPack<T>;
-  typename Parts::Words words = load_pack_once(reinterpret_cast<const typename Parts::Word*>(chunks.row.data + from));
   Compute<T> x[kPack<T>];
-  unpack(Parts::elements(words), x);
+  unpack(chunks.row.template load_whole<true>(chunks.row.data + from, true), x);
   int place = 0;
 #pragma unroll
   for (int k = kPack<T> - 1; k >= 0; --k) place = x[k] == top ? k : place;
@@ -168,11 +167,8 @@ stats_rows(const StatsDeviceParams p) {
     OnlineStats<T, Index> online{static_cast<S>(p.inverse_temperature) * kPerUnit<T>};
     for (Index part = chunks.first; chunks.has(part); part += chunks.step) {
       const int left = chunks.left(part);
-      typename Parts::Words words[kAhead<T>];
-      chunks.template load<true>(row.data, part, left, words);
-      Pack<T> packs[kAhead<T>];
-#pragma unroll
-      for (int v = 0; v < kAhead<T>; ++v) packs[v] = Parts::elements(words[v]);
+      Words<T> packs[kAhead<T>];
+      chunks.template load<true>(row.data, part, left, packs);
       if (online.template add<Parts::kLanes>(packs, left, row.first(part))) continue;
 #pragma unroll 1
       for (int v = 0; v < left; v += Parts::kLanes) {
@@ -235,7 +231,7 @@ stats_backward_rows(const StatsBackwardDeviceParams p) {
     const Index argmax = known ? static_cast<Index>(given) : 0;
     const S scale = static_cast<S>(p.inverse_temperature) * kPerUnit<T>;
 
-    typename Parts::Words words[kAhead<T>] = {};  // without softmaxes all is as if the logits were 0
+    Words<T> words[kAhead<T>] = {};  // without softmaxes all is as if the logits were 0
     const Index first_loose = static_cast<Index>(group.index()), loose_step = static_cast<Index>(group.size());
     Index last = chunks.first - chunks.step;  // this lane's last chunk
     double z[1] = {0};
@@ -251,7 +247,7 @@ stats_backward_rows(const StatsBackwardDeviceParams p) {
 #pragma unroll
         for (int v = 0; v < kAhead<T>; ++v) {
           S x[kPack<T>], pack_sum = 0;
-          unpack(Parts::elements(words[v]), x);
+          unpack(words[v], x);
 #pragma unroll
           for (int k = 0; k < kPack<T>; ++k) {
             const S e = exp_units<T>((x[k] - top) * scale);
@@ -297,7 +293,7 @@ stats_backward_rows(const StatsBackwardDeviceParams p) {
 #pragma unroll
       for (int v = 0; v < kAhead<T>; ++v) {
         S values[kPack<T>];
-        unpack(Parts::elements(words[v]), values);
+        unpack(words[v], values);
 #pragma unroll
         for (int k = 0; k < kPack<T>; ++k) values[k] = gradient_of(values[k]);
         if (v * kLanes < left) store_pack_once(to + v * kLanes * kPack<T>, pack_of<T>(values));

@@ -53,8 +53,8 @@ struct OnlineSums {
   // A chunk, of which this lane has what is `inside`. False where there is an infinity, or a NaN, that the divergence cannot take
   // as it is: the chunk is then to be added one by one.
   template <bool kDivergence, int kLanes, int kPacks>
-  FASTKD_DEVICE bool add(const Pack<T> (&to)[kPacks], const Pack<T> (&from)[kPacks], int inside) {
-    Pack<T> high_y = to[0], high_x = from[0];
+  FASTKD_DEVICE bool add(const Words<T> (&to)[kPacks], const Words<T> (&from)[kPacks], int inside) {
+    Words<T> high_y = to[0], high_x = from[0];
 #pragma unroll
     for (int v = 1; v < kPacks; ++v) {
       high_y = maximum(high_y, to[v]);
@@ -72,7 +72,7 @@ struct OnlineSums {
 #pragma unroll
       for (int k = 0; k < kPack<T>; ++k) {
         const S a = (logit_y[k] - reference_y) * scale, b = (logit_x[k] - reference_x) * scale;
-        const S e_y = exp_units<T>(a), e_x = exp_units<T>(b), term = e_x * (c * b - a);
+        const S e_y = exp_units<T>(a), e_x = exp_units<T>(b), term = e_x * linear_term(c, a, b);
         pack_y = k == 0 ? e_y : pack_y + e_y;
         pack_x = k == 0 ? e_x : pack_x + e_x;
         pack_d = k == 0 ? term : pack_d + term;
@@ -112,7 +112,7 @@ struct OnlineSums {
     const S e_x = exp_units<T>(b);
     z_y += static_cast<double>(exp_units<T>(a));
     z_x += static_cast<double>(e_x);
-    d += static_cast<double>(weigh(e_x, c * b - a));
+    d += static_cast<double>(weigh(e_x, linear_term(c, a, b)));
     if (own_task) z_task += static_cast<double>(exp_of<T>(swap ? below_x : below_y));
   }
 };
@@ -132,12 +132,9 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
     for (int64_t part = chunks.first; wanted && chunks.has(part); part += chunks.step) {
       constexpr bool kLast = decltype(last_sweep)::value;
       const int left = chunks.left(part);
-      typename Parts::Words words_y[kPacks], words_x[kPacks];
-      chunks.template load<kLast>(y.data, part, left, words_y);
-      chunks.template load<kLast>(x.data, part, left, words_x);
-      Pack<T> to[kPacks], from[kPacks];
-#pragma unroll
-      for (int v = 0; v < kPacks; ++v) to[v] = Parts::elements(words_y[v]), from[v] = Parts::elements(words_x[v]);
+      Words<T> to[kPacks], from[kPacks];
+      chunks.template load<kLast>(y.data, part, left, to);
+      chunks.template load<kLast>(x.data, part, left, from);
       body(to, from, part, left);
     }
   };
@@ -229,7 +226,7 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
     const double value = exact_divergence_of(row, numbers, top, linear_sums, log_ratio, group);
     if (group.index() == 0) row.write_divergence(value);
     const TaskGradient<T, int64_t> task(row, numbers, student_top, z_task);
-    const Linear<T> linear = linear_of(row, numbers, top[0], top[1], linear_sums, log_ratio, value);
+    const auto linear = linear_of(row, numbers, top, linear_sums, log_ratio, value);
     const bool swap = row.swap(), kd = row.p.kd_scale != 0;
     store(
         numbers.active && (!swap || kd),
@@ -251,12 +248,12 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
           for (int k = 0; k < n; ++k) {
             const S b = linear.b(logits_x[k]);
             e_x[k] = exp_units<T>(b);
-            values[k] = linear.x_gradient(e_x[k], linear.c * b - linear.a(logits_y[k]));
+            values[k] = linear.x_gradient(e_x[k], linear_term(linear.c, linear.a(logits_y[k]), b));
           }
           if (swap) task.add_to(values, e_x, logits_x, i);
         });
   } else {
-    auto js = jensen_shannon_of(row, numbers, top[0], top[1], sums[0], sums[1]);
+    auto js = mixture_of(row, numbers, top, sums[0], sums[1]);
     double k_sums[2] = {0, 0};
     each_chunk(std::false_type{}, numbers.active, [&](const auto& to, const auto& from, int64_t, int left) {
       S sum_q = 0, sum_p = 0;
@@ -284,11 +281,11 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
       k_sums[0] += static_cast<double>(terms.q);
       k_sums[1] += static_cast<double>(terms.p);
     });
-    k_sums[0] *= js.kLogUnit, k_sums[1] *= js.kLogUnit;
+    k_sums[0] *= Scalars<T>::kLogUnit, k_sums[1] *= Scalars<T>::kLogUnit;
     group.reduce(k_sums, Sum{});
     make_exact(row, js, k_sums, group);
-    if (group.index() == 0) row.write_divergence(row.p.beta * k_sums[1] + (1.0 - row.p.beta) * k_sums[0]);
-    finish(js, row.p.beta, row.kd_scale(numbers), k_sums[0], k_sums[1]);
+    if (group.index() == 0) row.write_divergence(jensen_shannon_value(row.p.beta, k_sums[0], k_sums[1]));
+    js.finish(row.kd_scale(numbers), row.p.beta, k_sums[0], k_sums[1]);
     const TaskGradient<T, int64_t> task(row, numbers, student_top,
                                         numbers.own_task ? z_task : 1.0);  // probabilities, not exponentials
     store(
@@ -299,7 +296,7 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
 #pragma unroll
           for (int k = 0; k < n; ++k) {
             q[k] = js.q(logits_y[k]);
-            values[k] = js.y_gradient(q[k], js.terms(q[k], js.p(logits_x[k])).q);
+            values[k] = js.q_gradient(q[k], js.terms(q[k], js.p(logits_x[k])).q);
           }
           task.add_to(values, q, logits_y, i);
         },
@@ -308,7 +305,7 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
 #pragma unroll
           for (int k = 0; k < static_cast<int>(sizeof(values) / sizeof(S)); ++k) {
             const S p = js.p(logits_x[k]);
-            values[k] = js.x_gradient(p, js.terms(js.q(logits_y[k]), p).p);
+            values[k] = js.p_gradient(p, js.terms(js.q(logits_y[k]), p).p);
           }
         });
   }
