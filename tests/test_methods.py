@@ -265,6 +265,7 @@ OTHERS = {
     "branch_at": "layer2",
     "bounds": (-1.0, 1.0),
     "ramp_share": 0.5,
+    "standardize": True,
 }
 
 

@@ -46,8 +46,15 @@ class Hinton(WeightedMethod):
     Hinton et al., "Distilling the Knowledge in a Neural Network" (2015, arXiv:1503.02531), section 2.
     """
 
-    def __init__(self, temperature: float = 4.0, *, task_weight: float = 0.1, kd_weight: float = 0.9) -> None:
-        super().__init__(task_weight, kd_weight, 0.0, temperature)
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        *,
+        task_weight: float = 0.1,
+        kd_weight: float = 0.9,
+        standardize: bool = False,
+    ) -> None:
+        super().__init__(task_weight, kd_weight, 0.0, temperature, standardize=standardize)
 
 
 class Attacked(NamedTuple):
