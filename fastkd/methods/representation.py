@@ -1,4 +1,4 @@
-"""Distillation of representations: the student's feature maps become like the teacher's, in themselves (FitNet), in how
+"""Distillation of representations: the student's feature maps become like the teacher's, in themselves (FitNet, SRD), in how
 one layer turns into the next (FSP), or in where they are active (AT)."""
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from fastkd import _checks
 from fastkd.methods.channels import ChannelMethod, in_dtype_of
 from fastkd.methods.given import Given, feature_of
 from fastkd.methods.method import WeightedMethod
 from fastkd.methods.registry import register
 from fastkd.models.layers import FeatureLayers
 
-__all__ = ["AT", "FSP", "FitNet"]
+__all__ = ["AT", "FSP", "SRD", "FitNet"]
 
 _CIFAR_PLACES = 32 * 32  # of the first maps that AT's weight was chosen for
 
@@ -70,6 +71,58 @@ class FitNet(ChannelMethod):
         # not mse_loss, which keeps the teacher's map for the backward pass: one made in inference mode it cannot keep
         difference: Tensor = guided.to(teacher_map.dtype) - teacher_map
         return difference.square().mean()
+
+
+@register("srd", family="representation", trains="student, projector", paper="Miles & Mikolajczyk, AAAI 2024")
+class SRD(ChannelMethod):
+    """``b log sum |BN(W f_s) - BN(f_t)|^alpha`` over samples and channels, of pooled features.
+
+    Miles & Mikolajczyk, "Understanding the Role of the Projector in Knowledge Distillation" (AAAI 2024): W is a linear
+    projector, BN a batch norm without weights, alpha 4. Weights and temperature are those of the authors' code for
+    ImageNet, and so is the 1e-4 in the batch norms; the sum of no difference at all is taken as 1e-5.
+
+    Args:
+        layers, teacher_layers: one of each, ``[B, C, ...]``, averaged over places. B >= 2 while it is trained.
+        exponent: alpha >= 1.
+    """
+
+    term: ClassVar[str] = "projection_loss"
+
+    @staticmethod
+    def layers_of(layers: FeatureLayers) -> tuple[str, ...]:
+        return (layers.embedding,)
+
+    def __init__(
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        layers: Sequence[str] = ("avgpool",),
+        teacher_layers: Sequence[str] | None = None,
+        *,
+        task_weight: float = 1.0,
+        kd_weight: float = 1.0,
+        feature_weight: float = 2.0,
+        temperature: float = 1.0,
+        exponent: float = 4.0,
+        standardize: bool = False,
+    ) -> None:
+        weights = task_weight, kd_weight, feature_weight, temperature
+        super().__init__(student_channels, teacher_channels, *weights, layers, teacher_layers, standardize=standardize)
+        self.exponent = _checks.check_between("exponent", exponent, 1.0, 100.0)
+        self.projector = nn.Linear(self.student_channels, self.teacher_channels)
+        self.student_norm, self.teacher_norm = (
+            nn.BatchNorm1d(self.teacher_channels, eps=1e-4, affine=False) for _ in range(2)
+        )
+
+    def distance(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+        ours, theirs = (in_dtype_of(self.projector, f) for f in self.pooled_pair(student, teacher))
+        difference = self.student_norm(self.projector(ours)) - self.teacher_norm(theirs)
+        exact = torch.promote_types(difference.dtype, torch.float32)
+        total: Tensor = difference.to(exact).abs().pow(self.exponent).sum()
+        return (total + 1e-5).log()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, exponent={self.exponent}"
 
 
 @register("fsp", family="representation", paper="Yim et al., CVPR 2017")
