@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,5 +22,8 @@ def standardized(logits: Tensor) -> Tensor:
             f"fastkd: logits have shape {tuple(logits.shape)}, must have 2 classes or more to be standardised"
         )
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    std, mean = torch.std_mean(logits, -1, keepdim=True)
-    return (logits - mean) / (std + 1e-7)  # the mean matters to no softmax, but to the rounding
+    centred = logits - logits.mean(-1, keepdim=True)  # the mean matters to no softmax, but to the rounding
+    # what torch.std is, which takes five times as long on a CPU
+    std = centred.norm(dim=-1, keepdim=True) / math.sqrt(logits.shape[-1] - 1)
+    standard: Tensor = centred / (std + 1e-7)
+    return standard
