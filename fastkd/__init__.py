@@ -1,7 +1,7 @@
 """fastkd: fused losses, patch crops, mixtures and weighted sampling for knowledge distillation."""
 
 from fastkd import functional, scores, statistics
-from fastkd._library import build_info
+from fastkd._build_info import build_info
 from fastkd.alias_table import AliasTable
 from fastkd.collection_samplers import CollectionBatchSampler, CollectionSampler
 from fastkd.draw import draw_batch

@@ -41,6 +41,13 @@ def check_dtype(name: str, value: object, allowed: Sequence[torch.dtype] = FLOAT
     return tensor
 
 
+def readable(numbers: Tensor) -> bool:
+    """Whether there are any and looking at them costs no waiting: neither a program that is traced nor a transform of
+    torch.func lets values be read."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return numbers.device.type == "cpu" and numbers.numel() > 0 and not traced
+
+
 def check_number(name: str, value: object) -> float:
     """A number, NaN and infinities included; a tensor is none: its value may be on a device that would be waited for."""
     if type(value) is float:

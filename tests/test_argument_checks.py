@@ -21,11 +21,16 @@ from fastkd import statistics
 from fastkd.methods import (
     AT,
     BSS,
+    CRD,
+    DIST,
+    DKD,
     DML,
     FSP,
     ONE,
     RKD,
     SP,
+    SRD,
+    SSKD,
     Baseline,
     Cohort,
     FeatureTap,
@@ -46,6 +51,7 @@ B, K = 4, 3
 TARGET = torch.arange(B) % K
 FEATURES: dict[str, Callable[[], Method]] = {
     "fitnet": lambda: FitNet(2, 2, ["a"], kd_weight=1.0),
+    "srd": lambda: SRD(2, 2, ["a"]),
     "fsp": lambda: FSP(["a", "b"]),
     "at": lambda: AT(["a"], kd_weight=1.0),
     "sp": lambda: SP(["a"], kd_weight=1.0),
@@ -55,6 +61,9 @@ METHODS: dict[str, Callable[[], Method]] = {
     "baseline": Baseline,
     "hinton": Hinton,
     "hinton, no labels": lambda: Hinton(task_weight=0.0),
+    "logit-std": lambda: Hinton(standardize=True),
+    "dkd": DKD,
+    "dist": DIST,
     "bss": BSS,
     "one": ONE,
     "dml": DML,
@@ -141,6 +150,11 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "Hinton": Hinton,
     "BSS": BSS,
     "FitNet": lambda **more: FitNet(**{"student_channels": 2, "teacher_channels": 2, "layers": ["a"], **more}),
+    "SRD": lambda **more: SRD(**{"student_channels": 2, "teacher_channels": 2, "layers": ["a"], **more}),
+    "CRD": lambda **more: CRD(**{"items": 9, "student_channels": 2, "teacher_channels": 2, "layers": ["a"], **more}),
+    "SSKD": lambda **more: SSKD(**{"student_channels": 2, "teacher_channels": 2, "layers": ["a"], **more}),
+    "DKD": DKD,
+    "DIST": DIST,
     "FSP": lambda **more: FSP(**{"layers": ["a", "b"], **more}),
     "AT": lambda **more: AT(**{"layers": ["a"], **more}),
     "SP": lambda **more: SP(**{"layers": ["a"], **more}),
@@ -151,17 +165,30 @@ MAKERS: dict[str, Callable[..., Any]] = {
         **{"trunk": nn.Identity(), "branches": [nn.Linear(2, 2), nn.Linear(2, 2)], "channels": 2, **more}
     ),
 }
-WEIGHTED = ("Hinton", "FitNet", "FSP", "AT", "SP", "RKD")
+WEIGHTED = ("Hinton", "FitNet", "SRD", "FSP", "AT", "SP", "RKD", "CRD", "SSKD")
+CHANNELS = ("FitNet", "SRD", "CRD", "SSKD")
 SETTINGS: list[tuple[str, str, list[Any]]] = [
     *[(name, argument, NUMBERS) for name in WEIGHTED for argument in ("task_weight", "kd_weight")],
     *[(name, "feature_weight", NUMBERS) for name in WEIGHTED[1:]],
-    *[(name, "temperature", ABOVE) for name in (*WEIGHTED, "BSS", "ONE", "DML")],
+    *[(name, "temperature", ABOVE) for name in (*WEIGHTED, "DKD", "DIST", "BSS", "ONE", "DML")],
+    *[(name, "standardize", [None, 1, 0, "no", torch.tensor(True)]) for name in (*WEIGHTED, "DKD")],
+    *[("DKD", argument, NUMBERS) for argument in ("task_weight", "target_weight", "others_weight")],
+    ("DKD", "warmup_share", [*NUMBERS, 1.1]),
+    *[("DIST", argument, NUMBERS) for argument in ("task_weight", "inter_weight", "intra_weight")],
+    ("SRD", "exponent", [*NUMBERS, 0.5]),
+    *[("CRD", argument, COUNTS) for argument in ("negatives", "embedding")],
+    ("CRD", "items", [*COUNTS, 1]),
+    ("CRD", "nce_temperature", ABOVE),
+    ("CRD", "momentum", [*NUMBERS, 1.0]),
+    *[("SSKD", argument, NUMBERS) for argument in ("turned_weight", "head_weight")],
+    *[("SSKD", argument, [*NUMBERS, 1.1]) for argument in ("turned_ratio", "alike_ratio")],
+    ("SSKD", "alike_temperature", ABOVE),
     ("BSS", "temperature", [1e-30, 1e30, 1e200, 1e-320]),
     *[("RKD", argument, NUMBERS) for argument in ("distance_weight", "angle_weight")],
     ("BSS", "step_size", ABOVE),
     *[("BSS", argument, COUNTS) for argument in ("attack_size", "attack_steps")],
     ("BSS", "bounds", [None, 1.0, "ab", (1.0,), (1, 2, 3), (2, 1), (1, 1), (NAN, 1), ("a", "b"), (torch.zeros(2))]),
-    *[("FitNet", argument, COUNTS) for argument in ("student_channels", "teacher_channels")],
+    *[(name, argument, COUNTS) for name in CHANNELS for argument in ("student_channels", "teacher_channels")],
     ("ONE", "branches", [*COUNTS, 1]),
     ("ONE", "ramp_share", [*NUMBERS, 1.1]),
     ("ONE", "branch_at", [None, 3, b"layer3", ["layer3"]]),
@@ -172,7 +199,7 @@ SETTINGS: list[tuple[str, str, list[Any]]] = [
     ("MultiBranch", "seed", [1.5, "1", None, True]),
     *[
         (name, argument, [3, "a", b"a", {"a"}, [1], [None], *([] if name in ("FSP", "AT") else [["a", "b", "c"]])])
-        for name in ("FitNet", "FSP", "AT", "SP", "RKD")
+        for name in WEIGHTED[1:]
         for argument in ("layers", "teacher_layers")
     ],
 ]

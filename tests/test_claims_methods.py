@@ -20,6 +20,7 @@ from fastkd.data.labels import symmetric_noise
 from fastkd.methods import (
     AT,
     BSS,
+    DKD,
     DML,
     FSP,
     ONE,
@@ -54,8 +55,9 @@ WEIGHTS = {"r": "task_weight", "a": "kd_weight", "b": "feature_weight", "T": "te
 
 @pytest.mark.parametrize("name", registry.names())
 def test_the_weights_of_the_documents_table_are_the_defaults(name: str) -> None:
-    settings: dict[str, Any] = {"student_channels": 1, "teacher_channels": 1} if name == "fitnet" else {}
-    method = registry.create(name, **settings)
+    sized = "student_channels" in registry.find(name).options()
+    settings: dict[str, Any] = {"student_channels": 1, "teacher_channels": 1} if sized else {}
+    method = registry.create(name, items=50_000, **settings)
     cells = ROWS[name]
     assert cells[2] == f"`{type(method).__name__}`"
     given = re.findall(r"([rabT]) ([0-9.]+)", cells[3])
@@ -66,6 +68,23 @@ def test_the_weights_of_the_documents_table_are_the_defaults(name: str) -> None:
         weights = {"rkd-d": (25, 0), "rkd-a": (0, 50), "rkd-da": (25, 50)}[name]
         assert (method.distance_weight, method.angle_weight) == weights
         assert name == "rkd-da" or f"{max(weights)} \N{MULTIPLICATION SIGN}" in cells[4]
+    times = "\N{MULTIPLICATION SIGN}"
+    if name == "dkd":
+        assert f"{method.target_weight:g} {times} KL" in cells[4]
+        assert f"{method.others_weight:g} {times} KL" in cells[4]
+        assert "19/240" in cells[4]
+        assert method.warmup_share == 19 / 240
+    if name == "dist":
+        assert cells[4].startswith(f"T\N{SUPERSCRIPT TWO} ({method.inter_weight:g} {times} ")
+        assert f"{method.intra_weight:g} {times} (1 - the same of columns)" in cells[4]
+    if name == "crd":
+        for number in (method.negatives, method.embedding, method.nce_temperature):
+            assert f"{number}" in cells[4]
+    if name == "sskd":
+        assert f"{method.turned_weight:g} {times} T\N{SUPERSCRIPT TWO} KL" in cells[4]
+        assert (method.turned_ratio, method.alike_ratio, method.alike_temperature) == (1.0, 0.75, 0.5)
+    if name == "srd":
+        assert method.exponent == 4
     if name == "one":
         assert f"first {80}/{300}" in cells[4]
         assert method.ramp_share == 80 / 300
@@ -86,6 +105,12 @@ def outputs(seed: int, *features: tuple[int, ...]) -> Outputs:
 
 def distance(method: Method, student: Outputs, teacher: Outputs) -> float:
     return method(student, teacher, torch.zeros(4, dtype=torch.int64)).terms[method.term].item()
+
+
+def test_dkd_in_a_loop_that_says_no_progress_begins_with_a_twentieth() -> None:
+    student, teacher, target = outputs(1), outputs(2), torch.zeros(4, dtype=torch.int64)
+    first, whole = DKD()(student, teacher, target).terms, DKD(warmup_share=0.0)(student, teacher, target).terms
+    assert whole["others_loss"].item() == pytest.approx(20 * first["others_loss"].item())
 
 
 def test_fsp_grows_with_the_fourth_power_of_the_activations() -> None:

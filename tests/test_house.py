@@ -19,6 +19,7 @@ FLOORS = (
     ("methods",),
     ("data", "models"),
     (
+        "_build_info",
         "alias_table",
         "collection_samplers",
         "draw",

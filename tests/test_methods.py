@@ -11,7 +11,26 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from fastkd.methods import AT, BSS, DML, FSP, ONE, RKD, SP, Baseline, FeatureTap, FitNet, Hinton, Method, Outputs
+from fastkd.methods import (
+    AT,
+    BSS,
+    CRD,
+    DIST,
+    DKD,
+    DML,
+    FSP,
+    ONE,
+    RKD,
+    SP,
+    SRD,
+    SSKD,
+    Baseline,
+    FeatureTap,
+    FitNet,
+    Hinton,
+    Method,
+    Outputs,
+)
 from fastkd.models.resnet import resnet
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
@@ -44,8 +63,14 @@ def _fitnet(method: Method, s: list[Tensor], t: list[Tensor]) -> Tensor:
     return plain.fitnet(plain.pooled(s[0], t[0]), t[0], convolution.weight[:, :, 0, 0], norm.weight, norm.bias)
 
 
+def _srd(method: Method, s: list[Tensor], t: list[Tensor]) -> Tensor:
+    return plain.projected(s[0], t[0], method.projector.weight, method.projector.bias, method.exponent)
+
+
 METHODS: dict[str, tuple[Callable[[], Method], float, X]] = {
     "fitnet": (lambda: FitNet(4, 6, ["hint"]), 100.0, _fitnet),
+    "srd": (lambda: SRD(12, 20, ["embedding"], temperature=4.0), 2.0, _srd),
+    "srd, maps, another exponent": (lambda: SRD(4, 6, ["hint"], temperature=4.0, exponent=1.5), 2.0, _srd),
     "fsp": (lambda: FSP(["a", "b", "c"]), 50.0, lambda _, s, t: plain.fsp(s, t)),
     "at": (lambda: AT(["a", "b", "c"]), 1000.0, lambda _, s, t: plain.attention(s, t)),
     "sp": (lambda: SP(["c"]), 3000.0, lambda _, s, t: plain.similarity(s[0], t[0])),
@@ -223,7 +248,7 @@ def test_batches_that_differ(method: Method) -> None:
 
 
 @pytest.mark.parametrize("wrong", [10, -1, -100, -(2**63)])
-@pytest.mark.parametrize("method", [Baseline(), Hinton(), BSS()])
+@pytest.mark.parametrize("method", [Baseline(), Hinton(), DKD(), DIST(), BSS()])
 def test_labels_out_of_range(method: nn.Module, wrong: int) -> None:
     target = TARGET.clone()
     target[2] = wrong
@@ -265,10 +290,15 @@ OTHERS = {
     "branch_at": "layer2",
     "bounds": (-1.0, 1.0),
     "ramp_share": 0.5,
+    "warmup_share": 0.5,
+    "turned_ratio": 0.25,
+    "alike_ratio": 0.25,
+    "momentum": 0.25,
+    "standardize": True,
 }
 
 
-@pytest.mark.parametrize("kind", [AT, BSS, DML, FSP, ONE, RKD, SP, Baseline, FitNet, Hinton])
+@pytest.mark.parametrize("kind", [AT, BSS, CRD, DIST, DKD, DML, FSP, ONE, RKD, SP, SRD, SSKD, Baseline, FitNet, Hinton])
 def test_each_setting_shows(kind: type[Method]) -> None:
     """A checkpoint knows its method by this text."""
     arguments = inspect.signature(kind).parameters

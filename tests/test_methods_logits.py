@@ -16,11 +16,14 @@ from torch.utils.checkpoint import checkpoint
 from fastkd.methods import (
     AT,
     BSS,
+    DIST,
+    DKD,
     DML,
     FSP,
     ONE,
     RKD,
     SP,
+    SRD,
     Baseline,
     Cohort,
     FeatureTap,
@@ -44,6 +47,10 @@ SINGLE: dict[str, Callable[[], Method]] = {
     "baseline": Baseline,
     "hinton": Hinton,
     "hinton, no labels": lambda: Hinton(task_weight=0.0),
+    "logit-std": lambda: Hinton(standardize=True),
+    "dkd": DKD,
+    "dist": DIST,
+    "srd": lambda: SRD(4, 4, ["a"]),
     "fitnet": lambda: FitNet(4, 4, ["a"]),
     "fsp": lambda: FSP(["a", "b"]),
     "at": lambda: AT(["a"], kd_weight=1.0),
@@ -310,7 +317,9 @@ def test_hooks_of_a_module_with_joint_logits(register: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "method", [FitNet(3, 3, ["a"]), AT(["a"]), SP(["a"]), RKD(layers=["a"])], ids=lambda m: type(m).__name__
+    "method",
+    [FitNet(3, 3, ["a"]), SRD(3, 3, ["a"]), AT(["a"]), SP(["a"]), RKD(layers=["a"])],
+    ids=lambda m: type(m).__name__,
 )
 def test_features_of_a_teacher_in_inference_mode(method: Method, dtype: torch.dtype) -> None:
     student = torch.randn(4, 3, 2, 2, dtype=dtype, requires_grad=True)

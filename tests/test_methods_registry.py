@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastkd.methods import AT, BSS, DML, FSP, ONE, RKD, SP, Baseline, FitNet, Hinton, Objective
+from fastkd import _checks
+from fastkd.methods import (
+    AT,
+    BSS,
+    CRD,
+    DIST,
+    DKD,
+    DML,
+    FSP,
+    ONE,
+    RKD,
+    SP,
+    SRD,
+    SSKD,
+    Baseline,
+    FitNet,
+    Hinton,
+    Objective,
+)
 from fastkd.methods.registry import create, find, names
 from fastkd.models.resnet import resnet
 from fastkd.models.wide_resnet import wide_resnet
@@ -20,19 +40,26 @@ pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
 KINDS = {
     "baseline": Baseline,
     "hinton": Hinton,
+    "logit-std": Hinton,
     "bss": BSS,
+    "dkd": DKD,
+    "dist": DIST,
     "fitnet": FitNet,
+    "srd": SRD,
     "fsp": FSP,
     "at": AT,
     "sp": SP,
     "rkd-d": RKD,
     "rkd-a": RKD,
     "rkd-da": RKD,
+    "crd": CRD,
+    "sskd": SSKD,
     "one": ONE,
     "dml": DML,
 }
-IMAGES = torch.randn(8, 1, 12, 12)
+IMAGES = torch.randn(8, 1, 12, 12, generator=torch.Generator().manual_seed(0))
 TARGET = torch.arange(8)
+INDEX = torch.arange(20, 12, -1)
 
 
 def networks(family: str) -> tuple[nn.Module, nn.Module]:
@@ -49,7 +76,8 @@ def test_names() -> None:
 @pytest.mark.parametrize("name", names())
 def test_every_method_trains(name: str, family: str) -> None:
     student, teacher = networks(family)
-    method = create(name, student, teacher, IMAGES)
+    torch.manual_seed(0)  # of the methods' own weights
+    method = create(name, student, teacher, IMAGES, items=21)
     assert type(method) is KINDS[name]
     made = method.build_student(lambda seed: student if seed == 0 else networks(family)[0])
     objective = Objective(method, made, teacher)
@@ -57,7 +85,7 @@ def test_every_method_trains(name: str, family: str) -> None:
     losses = []
     for _ in range(8):
         torch.manual_seed(0)
-        loss, logits = objective(IMAGES, TARGET, 0.3)
+        loss, logits = objective(IMAGES, TARGET, 0.3, INDEX)
         assert logits.shape == (8, 10)
         optimizer.zero_grad()
         loss.total.backward()
@@ -69,13 +97,49 @@ def test_every_method_trains(name: str, family: str) -> None:
     assert not any(name.startswith("_teacher") for name in objective.state_dict())
 
 
+class NoWaiting(TorchDispatchMode):
+    """No operator whose result the host must know: a GPU would be waited for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select", "unique"), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", names())
+def test_no_method_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = networks("resnet")
+    method = create(name, student, teacher, IMAGES, items=21)
+    made = method.build_student(lambda seed: student if seed == 0 else networks("resnet")[0])
+    objective = Objective(method, made, teacher)
+    monkeypatch.setattr(_checks, "readable", lambda tensor: False)  # labels on a CPU are looked at
+    for _ in range(2):
+        with NoWaiting():
+            objective(IMAGES, TARGET, 0.3, INDEX)[0].total.backward()
+
+
+@pytest.mark.parametrize("name", ["dkd", "dist", "logit-std", "srd", "crd", "sskd"])
+def test_a_compiled_step(name: str) -> None:
+    student, teacher = networks("resnet")
+    objective = Objective(create(name, student, teacher, IMAGES, items=21), student, teacher)
+    state = {key: value.clone() for key, value in objective.state_dict().items()}
+    torch.manual_seed(0)
+    expected = objective(IMAGES, TARGET, 0.3, INDEX)[0].terms
+    after = {key: value.clone() for key, value in objective.state_dict().items()}
+    objective.load_state_dict(state)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")(IMAGES, TARGET, 0.3, INDEX)[0].terms
+    torch.testing.assert_close(compiled, expected)
+    torch.testing.assert_close(objective.state_dict(), after)
+
+
 def test_the_documents_have_all_methods_and_their_weights() -> None:
     symbols = {"r": "task_weight", "a": "kd_weight", "b": "feature_weight", "T": "temperature"}
     text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in text.splitlines() if line.startswith("| ")][1:]
     assert [name for name, *_ in rows] == list(names())
     for name, kind, weights in rows:
-        method = create(name, *networks("resnet"), torch.zeros(2, 1, 32, 32))
+        method = create(name, *networks("resnet"), torch.zeros(2, 1, 32, 32), items=50)
         assert kind == f"`{type(method).__name__}`"
         given = dict(pair.split() for pair in weights.split(", "))
         assert {symbols[k]: float(v) for k, v in given.items()} == {
@@ -115,11 +179,11 @@ def test_the_weight_of_attention_shrinks_with_the_maps() -> None:
     assert create("at", student, teacher, torch.zeros(2, 1, 32, 32), layers=["layer2"]).feature_weight == 250.0
 
 
-@pytest.mark.parametrize("name", ["fitnet", "at"])
+@pytest.mark.parametrize("name", ["fitnet", "at", "srd", "crd", "sskd"])
 def test_dry_run_leaves_the_networks_alone(name: str) -> None:
     student, teacher = networks("resnet")
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    create(name, student.train(), teacher, IMAGES)
+    create(name, student.train(), teacher, IMAGES, items=9)
     assert student.training
     assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
     assert not any(module._forward_hooks for network in (student, teacher) for module in network.modules())
@@ -156,6 +220,13 @@ def test_a_teacher_that_is_the_student_is_refused() -> None:
             Objective(create("hinton"), student, shared)
     assert student.training
     assert all(p.requires_grad for p in student.parameters())
+
+
+@pytest.mark.parametrize("name", ["baseline", "hinton", "logit-std", "dkd", "dist", "bss"])
+def test_methods_without_features_take_any_network(name: str) -> None:
+    networks = nn.Sequential(nn.Flatten(), nn.Linear(144, 10)), nn.Sequential(nn.Flatten(), nn.Linear(144, 10))
+    loss, _ = Objective(create(name, *networks, IMAGES), *networks)(IMAGES, TARGET)
+    assert loss.total.isfinite()
 
 
 def test_layers_of_fitnet_from_a_generator() -> None:

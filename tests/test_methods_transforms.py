@@ -9,7 +9,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkd.methods import AT, BSS, DML, FSP, ONE, RKD, SP, Baseline, FitNet, Hinton, JointLogits, Method, Outputs
+from fastkd.methods import (
+    AT,
+    BSS,
+    DIST,
+    DKD,
+    DML,
+    FSP,
+    ONE,
+    RKD,
+    SP,
+    SRD,
+    Baseline,
+    FitNet,
+    Hinton,
+    JointLogits,
+    Method,
+    Outputs,
+)
 from fastkd.methods.representation import attention
 from fastkd.models.resnet import resnet
 
@@ -22,6 +39,8 @@ TARGET = torch.arange(B) % K
 PLAIN: dict[str, Callable[[], Method]] = {
     "baseline": Baseline,
     "fitnet": lambda: FitNet(2, 2, ["a"], task_weight=1.0, kd_weight=0.0).eval(),  # no statistics that a call moves
+    "srd": lambda: SRD(2, 2, ["a"], kd_weight=0.0).eval(),
+    "dist": DIST,
     "fsp": lambda: FSP(["a", "b"], task_weight=1.0, kd_weight=0.0),
     "at": lambda: AT(["a", "b"]),
     "sp": lambda: SP(["a"]),
@@ -29,6 +48,8 @@ PLAIN: dict[str, Callable[[], Method]] = {
 FUSED: dict[str, Callable[[], Method]] = {
     "hinton": Hinton,
     "hinton, no labels": lambda: Hinton(task_weight=0.0),
+    "logit-std": lambda: Hinton(standardize=True),
+    "dkd": DKD,
     "at": lambda: AT(["a"], kd_weight=1.0),
     "rkd": lambda: RKD(25, 50, ["a"]),
     "bss": BSS,

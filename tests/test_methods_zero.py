@@ -17,6 +17,7 @@ from fastkd.methods import (
     ONE,
     RKD,
     SP,
+    SRD,
     FeatureTap,
     FitNet,
     Hinton,
@@ -36,6 +37,8 @@ WEIGHTS = ("task_weight", "kd_weight", "feature_weight")
 
 METHODS: dict[str, Callable[..., Method]] = {
     "hinton": Hinton,
+    "logit-std": lambda **weights: Hinton(standardize=True, **weights),
+    "srd": lambda **weights: SRD(4, 4, ["a"], **weights),
     "fitnet": lambda **weights: FitNet(4, 4, ["a"], **weights),
     "fsp": lambda **weights: FSP(["a", "b"], **weights),
     "at": lambda **weights: AT(["a"], **weights),
@@ -45,7 +48,7 @@ METHODS: dict[str, Callable[..., Method]] = {
 CASES = [
     pytest.param(name, on, id=f"{name} {'+'.join(w for w, used in zip(WEIGHTS, on, strict=False) if used) or 'none'}")
     for name in METHODS
-    for on in itertools.product((True, False), repeat=3 if name != "hinton" else 2)
+    for on in itertools.product((True, False), repeat=3 if name not in ("hinton", "logit-std") else 2)
 ]
 
 

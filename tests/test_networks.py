@@ -276,10 +276,10 @@ def test_every_method_takes_a_step(method_name: str, name: str) -> None:
     images, target = torch.randn(4, 1, 16, 16), torch.arange(4)
     student, teacher = create(name, in_channels=1, seed=1), create(FAMILIES[name], in_channels=1, seed=2)
     settings = {"branch_at": "layer2"} if (method_name, name) == ("one", "twoconvnet") else {}
-    method = methods.create(method_name, student, teacher, images, **settings)
-    made = method.student_from(lambda seed: student if seed == 0 else create(name, in_channels=1, seed=10 + seed))
+    method = methods.create(method_name, student, teacher, images, items=9, **settings)
+    made = method.build_student(lambda seed: student if seed == 0 else create(name, in_channels=1, seed=10 + seed))
     objective = Objective(method, made, teacher)
-    loss, logits = objective(images, target, 0.3)
+    loss, logits = objective(images, target, 0.3, torch.arange(4))
     assert logits.shape == (4, 10)
     loss.total.backward()
     assert bool(loss.total.isfinite())

@@ -169,7 +169,7 @@ def test_options_in_a_file_and_their_help(plugin: Path, tmp_path: Path, capsys: 
     [
         (["--plugin", "nowhere.py"], "plugin is nowhere.py, must be a Python file"),
         (["--plugin", "broken.py"], "plugin broken.py cannot be imported: ZeroDivisionError: division by zero"),
-        (["--plugin", "wrong.py"], "int cannot be registered, must be a subclass of Method or Procedure"),
+        (["--plugin", "wrong.py"], "<class 'int'> cannot be registered, must be a subclass of Method or Procedure"),
         (["--plugin", "taken.py"], "name 'hinton' is taken by fastkd.methods.response.Hinton"),
         (["--plugin", "clash.py", "--method", "clash"], "have names of the command's own: epochs"),
         (["--plugin", "far.py", "--method", "far"], "method 'far' needs collection, which no option gives yet"),
@@ -234,7 +234,7 @@ def test_an_entry_point(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_registering() -> None:
     with pytest.raises(ValueError, match="needs 'label' is unknown, did you mean labels"):
         register("x", family="response", needs=("label",))
-    with pytest.raises(ValueError, match="must have a teacher where Baseline.needs_teacher says so, False"):
+    with pytest.raises(ValueError, match=r"must have a teacher where Baseline.needs_teacher says so, False"):
         register("x", family="response")(registry.find("baseline").kind)
     assert register("hinton", family="response", paper="Hinton et al., 2015")(Hinton) is Hinton  # again
     families = [find(name).family for name in names()]

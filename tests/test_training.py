@@ -191,7 +191,7 @@ def test_nothing_is_read_within_an_epoch(monkeypatch: pytest.MonkeyPatch) -> Non
 
         monkeypatch.setattr(Tensor, name, counted)
     # looks at the values of labels on the CPU only
-    monkeypatch.setattr("fastkd.methods.method._check_target", lambda logits, target: target)
+    monkeypatch.setattr("fastkd.methods.method.check_target", lambda logits, target: target)
     settings = make_settings(ema=0.9, warmup_epochs=1.0, gradient_clip=1.0)
     Trainer(make_objective("hinton"), Batches(), settings, show="off").fit()
     assert reads == ["tolist"] * settings.epochs

@@ -45,6 +45,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fitnet": ("fitnet", {"ema": 0.9, "warmup_epochs": 1.0, "gradient_clip": 1.0}),
     "bss": ("bss", {"epochs": 4, "schedule": "step", "warmup_epochs": 0.5}),  # no attacks in the last epoch
     "bss-ema": ("bss", {"ema": 0.5, "optimizer": "adamw", "learning_rate": 0.01}),
+    "dkd": ("dkd", {"epochs": 2}),
+    "srd": ("srd", {"epochs": 2, "ema": 0.9}),
+    "crd": ("crd", {"gradient_clip": 1.0}),
+    "crd-bf16": ("crd", {"epochs": 2, "amp": "bf16"}),
+    "sskd": ("sskd", {"epochs": 2, "ema": 0.5, "optimizer": "adamw", "learning_rate": 0.01}),
     "dml": ("dml", {"ema": 0.9, "schedule": "constant", "nesterov": False, "evaluate_every": 2}),
     "bf16": ("hinton", {"amp": "bf16", "ema": 0.9}),
     "fp16": ("hinton", {"amp": "fp16", "gradient_clip": 1.0}),

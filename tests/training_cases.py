@@ -11,7 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from fastkd._seeding import seeded
-from fastkd.methods import AT, BSS, DML, ONE, RKD, SP, Baseline, FitNet, Hinton, Method, Objective
+from fastkd.methods import (
+    AT,
+    BSS,
+    CRD,
+    DIST,
+    DKD,
+    DML,
+    ONE,
+    RKD,
+    SP,
+    SRD,
+    SSKD,
+    Baseline,
+    FitNet,
+    Hinton,
+    Method,
+    Objective,
+)
 from fastkd.models.convnet import ConvNet
 from fastkd.models.resnet import resnet
 from fastkd.training import Trainer, TrainingSettings, checkpoint
@@ -64,6 +81,12 @@ def small_resnet(seed: int) -> nn.Module:
 METHODS: dict[str, Callable[[], Method]] = {
     "baseline": Baseline,
     "hinton": Hinton,
+    "logit-std": lambda: Hinton(standardize=True),
+    "dkd": DKD,
+    "dist": DIST,
+    "srd": lambda: SRD(4, 8, (LAYER,)),
+    "crd": lambda: CRD(BATCH, 4, 8, (LAYER,), negatives=20, embedding=6),
+    "sskd": lambda: SSKD(4, 8, (LAYER,)),
     "fitnet": lambda: FitNet(4, 8, (LAYER,)),
     "at": lambda: AT((LAYER,)),
     "sp": lambda: SP((LAYER,)),

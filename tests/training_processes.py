@@ -131,6 +131,8 @@ CASES: dict[str, dict[str, Any]] = {
     "at": {"epochs": 2},
     "sp": {"epochs": 2},
     "rkd-da": {"epochs": 2},
+    "crd": {"epochs": 2},
+    "sskd": {"epochs": 2},
     "bss": {"epochs": 4, "ema": 0.5},  # the last epoch has no attack
     "dml": {"gradient_clip": 1.0},
     "one": {"epochs": 2},

@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stderr
 import tyro
 from rich.console import Console
 
-from fastkd._library import build_info
+from fastkd._build_info import build_info
 from fastkd.cli._config import expand
 from fastkd.cli._errors import UsageError
 from fastkd.cli.bench import Bench

@@ -15,7 +15,7 @@ def usage_errors() -> Iterator[None]:
     """What fastkd itself refuses inside the ``with`` block is the user's to put right; other errors keep their traceback."""
     try:
         yield
-    except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
+    except (TypeError, ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
         message = str(error)
         if not message.startswith("fastkd: "):
             raise

@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastkd._library import CUDA_OPERATORS, build_info
+from fastkd._build_info import build_info
+from fastkd._library import CUDA_OPERATORS
 from fastkd.cli._errors import UsageError
 from fastkd.cli._output import check_writable
 from fastkd.studies.demo import experiment

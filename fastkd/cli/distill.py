@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 import tyro
@@ -66,6 +66,13 @@ class Distill(Distillation):
         return Distillation(**{**common, "options": {name: value for name, value in said.items() if value is not None}})
 
 
+def _names(kind: type) -> set[str]:
+    """Of the options of a dataclass, and of those in it."""
+    hints = get_type_hints(kind)
+    found = {f.name for f in fields(kind)}
+    return found.union(*(_names(hints[name]) for name in found if is_dataclass(hints[name])))
+
+
 _OWN = {f.name for f in fields(Distill)}
 
 
@@ -80,7 +87,8 @@ def command_for(arguments: list[str]) -> type[Distill]:
             methods.load_plugin(plugin)
         options = methods.find(_value_of("--method", arguments) or Distillation.method).options()
     own = [(o.name, Annotated[o.kind | None, tyro.conf.arg(help=_help(o))], None) for o in options.values()]
-    clashes = [name for name, *_ in own if name in _OWN]
+    taken = _names(Distill)
+    clashes = [name for name, *_ in own if name in taken]
     if clashes:
         raise UsageError(f"options of the method have names of the command's own: {', '.join(clashes)}")
     return make_dataclass("Distill", own, bases=(Distill,), frozen=True, namespace={"__doc__": Distill.__doc__})

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fastkd._library import build_info
+from fastkd._build_info import build_info
 from fastkd.cli._errors import UsageError, usage_errors
 from fastkd.cli._output import check_writable
 from fastkd.cli.distill import check_device

@@ -1,29 +1,37 @@
 """The distillation methods: one file a family.
 
 The zoo of Sarfraz et al., "Knowledge Distillation Beyond Model Compression" (ICPR 2020): Hinton and BSS (:mod:`.response`),
-FitNet, FSP and AT (:mod:`.representation`), RKD and SP (:mod:`.relational`), ONE and DML (:mod:`.online`).
+FitNet, FSP and AT (:mod:`.representation`), RKD and SP (:mod:`.relational`), ONE and DML (:mod:`.online`). Beside them DKD and
+DIST (:mod:`.logits`), SRD (:mod:`.representation`), CRD and SSKD (:mod:`.contrastive`).
 
 A method with its networks is an
 :class:`Objective`, one of the procedures (:mod:`.procedure`) that a trainer trains.
 """
 
+from fastkd.methods.contrastive import CRD, SSKD
 from fastkd.methods.features import FeatureTap, JointLogits, Outputs
+from fastkd.methods.logits import DIST, DKD
 from fastkd.methods.method import Loss, Method, WeightedMethod
 from fastkd.methods.objective import Objective
 from fastkd.methods.online import DML, ONE, Cohort, MultiBranch
 from fastkd.methods.procedure import Part, Procedure, Step
 from fastkd.methods.relational import RKD, SP
-from fastkd.methods.representation import AT, FSP, FitNet
+from fastkd.methods.representation import AT, FSP, SRD, FitNet
 from fastkd.methods.response import BSS, Attacked, Baseline, Hinton
 
 __all__ = [
     "AT",
     "BSS",
+    "CRD",
+    "DIST",
+    "DKD",
     "DML",
     "FSP",
     "ONE",
     "RKD",
     "SP",
+    "SRD",
+    "SSKD",
     "Attacked",
     "Baseline",
     "Cohort",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastkd import _checks, functional
 from fastkd.methods.features import FeatureTap, JointLogits, Outputs, layer_names, logits_of_one
 from fastkd.methods.given import Given
+from fastkd.methods.standardize import standardized
 from fastkd.models.layers import FeatureLayers, feature_layers
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ __all__ = [
     "WeightedMethod",
     "check_logits",
     "check_progress",
+    "check_target",
+    "check_teacher_logits",
     "cross_entropy",
     "features_of",
     "main_logits",
@@ -144,6 +147,7 @@ class WeightedMethod(Method):
         temperature: T > 0.
         layers: the student's features.
         teacher_layers: the teacher's; the same names if None.
+        standardize: whether the KL is of standardised logits (:func:`fastkd.methods.standardize.standardized`).
 
     Weights and T are numbers, no tensors. Weights may be changed in the course of a training; with a = b = 0 no teacher is
     needed, and with b = 0 no features.
@@ -159,11 +163,17 @@ class WeightedMethod(Method):
     @classmethod
     def build(cls, given: Given, **options: Any) -> Self:
         """Reads, of the networks that are given, those layers that it has for them."""
-        if "layers" not in options and given.student is not None and given.teacher is not None:
-            pair = [cls.layers_of(feature_layers(network)) for network in (given.student, given.teacher)]
-            if any(pair):
-                options = {"layers": pair[0], "teacher_layers": pair[1], **options}
-        return super().build(given, **options)
+        return super().build(given, **cls.with_layers(given, options))
+
+    @classmethod
+    def with_layers(cls, given: Given, options: dict[str, Any]) -> dict[str, Any]:
+        """The options, with those layers where none are named."""
+        if "layers" in options or given.student is None or given.teacher is None:
+            return options
+        if cls.layers_of is WeightedMethod.layers_of:  # it reads none: the network may be any
+            return options
+        pair = [cls.layers_of(feature_layers(network)) for network in (given.student, given.teacher)]
+        return {"layers": pair[0], "teacher_layers": pair[1], **options}
 
     def __init__(
         self,
@@ -173,8 +183,11 @@ class WeightedMethod(Method):
         temperature: float,
         layers: Iterable[str] = (),
         teacher_layers: Iterable[str] | None = None,
+        *,
+        standardize: bool = False,
     ) -> None:
         super().__init__()
+        self.standardize = _checks.check_flag("standardize", standardize)
         self.task_weight = _checks.check_not_negative("task_weight", task_weight)
         self.kd_weight = _checks.check_not_negative("kd_weight", kd_weight)
         self.feature_weight = _checks.check_not_negative("feature_weight", feature_weight)
@@ -196,23 +209,38 @@ class WeightedMethod(Method):
         return self.needs_teacher and (self.kd_weight != 0.0 or self.reads_features)
 
     def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor | None, progress: float = 0.0) -> Loss:
+        return self.loss_of(student, teacher, target, progress, self.distance)
+
+    def loss_of(
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        target: Tensor | None,
+        progress: float,
+        distance_of: Callable[[list[Tensor], list[Tensor]], Tensor],
+    ) -> Loss:
+        """The loss, with X of both networks' features by this function."""
         check_progress(progress)
         if teacher is None and self.reads_teacher:
             raise ValueError(f"fastkd: teacher is None, must be its outputs for {type(self).__name__}")
         kd_weight = self.kd_weight if self.reads_teacher else 0.0
         teacher_logits = None if teacher is None else teacher.logits
-        loss = response(student.logits, teacher_logits, target, self.task_weight, kd_weight, self.temperature)
+        weights = self.task_weight, kd_weight
+        loss = response(student.logits, teacher_logits, target, *weights, self.temperature, self.standardize)
         if not self.reads_features or teacher is None:
-            # DistributedDataParallel wants a gradient for each parameter
-            unused = [nothing_of(p) for p in self.parameters() if p.requires_grad]
-            return loss._replace(total=sum(unused, loss.total)) if unused else loss
+            return self.without_features(loss)
         pair = (features_of("student", student, self.layers), features_of("teacher", teacher, self.teacher_layers))
         with torch.autocast(loss.total.device.type, enabled=False):  # whose products would be rounded to 16 bits
-            distance = self.distance(*pair)
+            distance = distance_of(*pair)
         return loss.with_term(self.term, self.feature_weight * distance)
 
+    def without_features(self, loss: Loss) -> Loss:
+        """With gradients of 0 for the method's parameters, as DistributedDataParallel wants one for each."""
+        unused = [nothing_of(p) for p in self.parameters() if p.requires_grad]
+        return loss._replace(total=sum(unused, loss.total)) if unused else loss
+
     def distance(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-        """X >= 0, a scalar, of the features of ``layers`` and ``teacher_layers``."""
+        """X, a scalar, of the features of ``layers`` and ``teacher_layers``."""
         raise NotImplementedError
 
     def check_layers(self, least: int, most: int | None = None) -> None:
@@ -248,6 +276,8 @@ class WeightedMethod(Method):
 
     def extra_repr(self) -> str:
         weights = f"task_weight={self.task_weight}, kd_weight={self.kd_weight}, temperature={self.temperature}"
+        if self.standardize:  # else the text is that of checkpoints from before there was the option
+            weights += ", standardize=True"
         if not self.layers:
             return weights
         layers = f"layers={self.layers}, teacher_layers={self.teacher_layers}"
@@ -261,8 +291,9 @@ def response(
     task_weight: float,
     kd_weight: float,
     temperature: float,
+    standardize: bool = False,
 ) -> Loss:
-    """``r CE + a T^2 KL``, both in one pass over the logits; what has weight 0 is not looked at."""
+    """``r CE + a T^2 KL``, in one pass over logits that are not standardised; what has weight 0 is not looked at."""
     student_logits = check_logits("student.logits", student_logits)
     if kd_weight == 0.0:
         if task_weight == 0.0:
@@ -270,10 +301,13 @@ def response(
         loss = task_weight * cross_entropy(student_logits, target)
         return Loss(loss, {"task_loss": loss.detach()})
     teacher_logits = check_teacher_logits(student_logits, teacher_logits)
+    if standardize:  # the labels are for the logits as they are: two passes
+        kd = functional.kl_div(standardized(student_logits), standardized(teacher_logits), temperature)
+        return response(student_logits, None, target, task_weight, 0.0, 1.0).with_term("kd_loss", kd_weight * kd)
     if task_weight == 0.0:
         loss = kd_weight * functional.kl_div(student_logits, teacher_logits, temperature)
         return Loss(loss, {"kd_loss": loss.detach()})
-    target = _check_target(student_logits, target)
+    target = check_target(student_logits, target)
     whole = task_weight + kd_weight
     alpha = kd_weight / whole
     loss, terms = functional.kd_loss(
@@ -290,17 +324,17 @@ def cross_entropy(
 ) -> Tensor:
     """``torch.nn.functional.cross_entropy`` of logits ``[B, ..., K]`` and classes ``[B, ...]``, no row left out unless told.
 
-    With a clear error for classes out of range where that costs no waiting.
+    In float32 or better. With a clear error for classes out of range where that costs no waiting.
     """
     if target is not None and ignore_index != _NO_LABEL:
-        _check_target(logits, target.where(target != ignore_index, 0))
+        check_target(logits, target.where(target != ignore_index, 0))
     else:
-        target = _check_target(logits, target)
-    rows, labels = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
-    return F.cross_entropy(rows, labels, ignore_index=ignore_index, reduction=reduction)
+        target = check_target(logits, target)
+    exact = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(exact, target.reshape(-1), ignore_index=ignore_index, reduction=reduction)
 
 
-def _check_target(logits: Tensor, target: Tensor | None) -> Tensor:
+def check_target(logits: Tensor, target: Tensor | None) -> Tensor:
     if target is None:
         raise ValueError(
             f"fastkd: target is None, must be classes, int64 {tuple(logits.shape[:-1])}: a term that reads labels has a "
@@ -312,9 +346,7 @@ def _check_target(logits: Tensor, target: Tensor | None) -> Tensor:
             f"fastkd: target has shape {tuple(target.shape)}, must be {tuple(logits.shape[:-1])}, a class for each row of "
             f"student.logits, {tuple(logits.shape)}" + _class_dim_hint(logits, target)
         )
-    # neither a program that is traced nor a transform of torch.func lets values be read
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if target.device.type == "cpu" and target.numel() and not traced:
+    if _checks.readable(target):
         low, high = (int(t) for t in target.aminmax())
         if low < 0 or high >= logits.shape[-1]:
             raise ValueError(

@@ -52,6 +52,7 @@ FAMILIES = (
     "response",
     "representation",
     "relational",
+    "contrastive",
     "online",
     "collections",
     "data-free",

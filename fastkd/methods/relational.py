@@ -42,8 +42,11 @@ class SP(WeightedMethod):
         kd_weight: float = 0.0,
         feature_weight: float = 3000.0,
         temperature: float = 4.0,
+        standardize: bool = False,
     ) -> None:
-        super().__init__(task_weight, kd_weight, feature_weight, temperature, layers, teacher_layers)
+        super().__init__(
+            task_weight, kd_weight, feature_weight, temperature, layers, teacher_layers, standardize=standardize
+        )
         self.check_layers(1, 1)
 
     def distance(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
@@ -82,8 +85,11 @@ class RKD(WeightedMethod):
         kd_weight: float = 0.0,
         feature_weight: float = 1.0,
         temperature: float = 4.0,
+        standardize: bool = False,
     ) -> None:
-        super().__init__(task_weight, kd_weight, feature_weight, temperature, layers, teacher_layers)
+        super().__init__(
+            task_weight, kd_weight, feature_weight, temperature, layers, teacher_layers, standardize=standardize
+        )
         self.check_layers(1, 1)
         self.distance_weight = _checks.check_not_negative("distance_weight", distance_weight)
         self.angle_weight = _checks.check_not_negative("angle_weight", angle_weight)

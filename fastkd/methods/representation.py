@@ -1,4 +1,4 @@
-"""Distillation of representations: the student's feature maps become like the teacher's, in themselves (FitNet), in how
+"""Distillation of representations: the student's feature maps become like the teacher's, in themselves (FitNet, SRD), in how
 one layer turns into the next (FSP), or in where they are active (AT)."""
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastkd import _checks
+from fastkd.methods.channels import ChannelMethod, in_dtype_of
 from fastkd.methods.given import Given, feature_of
 from fastkd.methods.method import WeightedMethod
 from fastkd.methods.registry import register
 from fastkd.models.layers import FeatureLayers
 
-__all__ = ["AT", "FSP", "FitNet"]
+__all__ = ["AT", "FSP", "SRD", "FitNet"]
 
 _CIFAR_PLACES = 32 * 32  # of the first maps that AT's weight was chosen for
 
 
 @register("fitnet", family="representation", trains="student, regressor", paper="Romero et al., ICLR 2015")
-class FitNet(WeightedMethod):
+class FitNet(ChannelMethod):
     """``b MSE(ReLU(BN(Conv1x1(f_s))), f_t)`` of one layer, beside Hinton's loss.
 
     Romero et al., "FitNets: Hints for Thin Deep Nets" (ICLR 2015), Eq. 3. There the hint is a first stage and Hinton's loss
@@ -32,7 +33,6 @@ class FitNet(WeightedMethod):
     labels alone.
 
     Args:
-        student_channels, teacher_channels: of the two layers.
         layers, teacher_layers: one of each, maps ``[B, C, H, W]``; of two sizes the larger is averaged down.
     """
 
@@ -41,24 +41,6 @@ class FitNet(WeightedMethod):
     @staticmethod
     def layers_of(layers: FeatureLayers) -> tuple[str, ...]:
         return (layers.stages[len(layers.stages) // 2],)
-
-    @classmethod
-    def build(cls, given: Given, **options: Any) -> FitNet:
-        """With the channels that the layers have for the images."""
-        if "student_channels" not in options or "teacher_channels" not in options:
-            student, teacher, images = given.student, given.teacher, given.images
-            if student is None or teacher is None or images is None:
-                raise ValueError(
-                    "fastkd: fitnet needs student, teacher and images, or student_channels and teacher_channels"
-                )
-            hint = super().build(given, **{**options, "student_channels": 1, "teacher_channels": 1})
-            options |= {"layers": hint.layers, "teacher_layers": hint.teacher_layers}
-            for name, network, layers in (
-                ("student_channels", student, hint.layers),
-                ("teacher_channels", teacher, hint.teacher_layers),
-            ):
-                options.setdefault(name, feature_of(network, layers[0], images).shape[1])
-        return super().build(given, **options)
 
     def __init__(
         self,
@@ -71,11 +53,10 @@ class FitNet(WeightedMethod):
         kd_weight: float = 0.9,
         feature_weight: float = 100.0,
         temperature: float = 4.0,
+        standardize: bool = False,
     ) -> None:
-        super().__init__(task_weight, kd_weight, feature_weight, temperature, layers, teacher_layers)
-        self.check_layers(1, 1)
-        self.student_channels = _checks.check_count("student_channels", student_channels, 1)
-        self.teacher_channels = _checks.check_count("teacher_channels", teacher_channels, 1)
+        weights = task_weight, kd_weight, feature_weight, temperature
+        super().__init__(student_channels, teacher_channels, *weights, layers, teacher_layers, standardize=standardize)
         self.regressor = nn.Sequential(
             nn.Conv2d(self.student_channels, self.teacher_channels, 1, bias=False),
             nn.BatchNorm2d(self.teacher_channels),
@@ -84,22 +65,64 @@ class FitNet(WeightedMethod):
 
     def distance(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         maps = self.maps(0, student, teacher)
-        given = tuple(f.shape[1] for f in maps)
-        if given != (self.student_channels, self.teacher_channels):
-            raise ValueError(
-                f"fastkd: {self.described(0, student, teacher)}: channels must be student_channels, "
-                f"{self.student_channels}, and teacher_channels, {self.teacher_channels}"
-            )
+        self.check_channels(student, teacher)
         student_map, teacher_map = _same_size(*maps)
-        # the features come in float32 or better, but the regressor may have been cast with the networks
-        guided = self.regressor(student_map.to(next(self.regressor.parameters()).dtype))
+        guided = self.regressor(in_dtype_of(self.regressor, student_map))
         # not mse_loss, which keeps the teacher's map for the backward pass: one made in inference mode it cannot keep
         difference: Tensor = guided.to(teacher_map.dtype) - teacher_map
         return difference.square().mean()
 
+
+@register("srd", family="representation", trains="student, projector", paper="Miles & Mikolajczyk, AAAI 2024")
+class SRD(ChannelMethod):
+    """``b log sum |BN(W f_s) - BN(f_t)|^alpha`` over samples and channels, of pooled features.
+
+    Miles & Mikolajczyk, "Understanding the Role of the Projector in Knowledge Distillation" (AAAI 2024): W is a linear
+    projector, BN a batch norm without weights, alpha 4. Weights and temperature are those of the authors' code for
+    ImageNet, and so is the 1e-4 in the batch norms; the sum of no difference at all is taken as 1e-5.
+
+    Args:
+        layers, teacher_layers: one of each, ``[B, C, ...]``, averaged over places. B >= 2 while it is trained.
+        exponent: alpha >= 1.
+    """
+
+    term: ClassVar[str] = "projection_loss"
+
+    @staticmethod
+    def layers_of(layers: FeatureLayers) -> tuple[str, ...]:
+        return (layers.embedding,)
+
+    def __init__(
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        layers: Sequence[str] = ("avgpool",),
+        teacher_layers: Sequence[str] | None = None,
+        *,
+        task_weight: float = 1.0,
+        kd_weight: float = 1.0,
+        feature_weight: float = 2.0,
+        temperature: float = 1.0,
+        exponent: float = 4.0,
+        standardize: bool = False,
+    ) -> None:
+        weights = task_weight, kd_weight, feature_weight, temperature
+        super().__init__(student_channels, teacher_channels, *weights, layers, teacher_layers, standardize=standardize)
+        self.exponent = _checks.check_between("exponent", exponent, 1.0, 100.0)
+        self.projector = nn.Linear(self.student_channels, self.teacher_channels)
+        self.student_norm, self.teacher_norm = (
+            nn.BatchNorm1d(self.teacher_channels, eps=1e-4, affine=False) for _ in range(2)
+        )
+
+    def distance(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+        ours, theirs = (in_dtype_of(self.projector, f) for f in self.pooled_pair(student, teacher))
+        difference = self.student_norm(self.projector(ours)) - self.teacher_norm(theirs)
+        exact = torch.promote_types(difference.dtype, torch.float32)
+        total: Tensor = difference.to(exact).abs().pow(self.exponent).sum()
+        return (total + 1e-5).log()
+
     def extra_repr(self) -> str:
-        channels = f"student_channels={self.student_channels}, teacher_channels={self.teacher_channels}"
-        return f"{channels}, {super().extra_repr()}"
+        return f"{super().extra_repr()}, exponent={self.exponent}"
 
 
 @register("fsp", family="representation", paper="Yim et al., CVPR 2017")
@@ -129,8 +152,11 @@ class FSP(WeightedMethod):
         kd_weight: float = 0.9,
         feature_weight: float = 50.0,
         temperature: float = 4.0,
+        standardize: bool = False,
     ) -> None:
-        super().__init__(task_weight, kd_weight, feature_weight, temperature, layers, teacher_layers)
+        super().__init__(
+            task_weight, kd_weight, feature_weight, temperature, layers, teacher_layers, standardize=standardize
+        )
         self.check_layers(2)
 
     def distance(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
@@ -185,8 +211,11 @@ class AT(WeightedMethod):
         kd_weight: float = 0.0,
         feature_weight: float = 1000.0,
         temperature: float = 4.0,
+        standardize: bool = False,
     ) -> None:
-        super().__init__(task_weight, kd_weight, feature_weight, temperature, layers, teacher_layers)
+        super().__init__(
+            task_weight, kd_weight, feature_weight, temperature, layers, teacher_layers, standardize=standardize
+        )
         self.check_layers(1)
 
     def distance(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:

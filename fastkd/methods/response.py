@@ -1,5 +1,5 @@
-"""Distillation of responses: the student's logits become like the teacher's, on the images (Hinton), and where the
-teacher's decision boundary runs (BSS). And the baseline, which has labels alone."""
+"""Distillation of responses: the student's logits become like the teacher's, on the images (Hinton; :mod:`.logits`
+has more of them), and where the teacher's decision boundary runs (BSS). And the baseline, which has labels alone."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from fastkd.methods.method import (
     check_progress,
     check_teacher_logits,
     cross_entropy,
+    response,
 )
 from fastkd.methods.registry import register
 from fastkd.models.modes import evaluating
 
-__all__ = ["BSS", "Attacked", "Baseline", "Hinton"]
+__all__ = ["BSS", "Attacked", "Baseline", "Hinton", "LogitMethod"]
 
 
 @register("baseline", family="response", needs=("labels",))
@@ -39,15 +40,73 @@ class Baseline(WeightedMethod):
         super().__init__(1.0, 0.0, 0.0, 1.0)
 
 
+@register(
+    "logit-std",
+    family="response",
+    paper="Sun et al., CVPR 2024",
+    standardize=True,
+    temperature=2.0,
+    task_weight=0.1,
+    kd_weight=9.0,
+)
 @register("hinton", family="response", paper="Hinton et al., 2015")
 class Hinton(WeightedMethod):
     """``r CE + a T^2 KL(softmax(t / T) || softmax(s / T))``.
 
-    Hinton et al., "Distilling the Knowledge in a Neural Network" (2015, arXiv:1503.02531), section 2.
+    Hinton et al., "Distilling the Knowledge in a Neural Network" (2015, arXiv:1503.02531), section 2. With ``standardize``,
+    a = 9 and T = 2 it is what Sun et al., "Logit Standardization in Knowledge Distillation" (CVPR 2024) train with.
     """
 
-    def __init__(self, temperature: float = 4.0, *, task_weight: float = 0.1, kd_weight: float = 0.9) -> None:
-        super().__init__(task_weight, kd_weight, 0.0, temperature)
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        *,
+        task_weight: float = 0.1,
+        kd_weight: float = 0.9,
+        standardize: bool = False,
+    ) -> None:
+        super().__init__(task_weight, kd_weight, 0.0, temperature, standardize=standardize)
+
+
+class LogitMethod(Method):
+    """``r CE``, and terms that both networks' logits make.
+
+    Args:
+        task_weight: r >= 0, of the cross-entropy with the labels.
+        temperature: T > 0.
+    """
+
+    weights: ClassVar[tuple[str, ...]]
+    """The other terms' weights, by name."""
+
+    def __init__(self, temperature: float, task_weight: float) -> None:
+        super().__init__()
+        self.temperature = _checks.check_positive("temperature", temperature)
+        self.task_weight = _checks.check_not_negative("task_weight", task_weight)
+
+    @property
+    def reads_teacher(self) -> bool:
+        return any(getattr(self, name) != 0.0 for name in self.weights)
+
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor | None, progress: float = 0.0) -> Loss:
+        check_progress(progress)
+        loss = response(student.logits, None, target, self.task_weight, 0.0, 1.0)
+        if not self.reads_teacher:
+            return loss
+        if teacher is None:
+            raise ValueError(f"fastkd: teacher is None, must be its outputs for {type(self).__name__}")
+        logits = check_logits("student.logits", student.logits)
+        for name, term in self.compare(logits, check_teacher_logits(logits, teacher.logits), target, progress).items():
+            loss = loss.with_term(name, term)
+        return loss
+
+    def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None, progress: float) -> dict[str, Tensor]:
+        """The other terms by name, with their weights, of logits ``[B, ..., K]``."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        names = ("temperature", "task_weight", *self.weights)
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
 class Attacked(NamedTuple):

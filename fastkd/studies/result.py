@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from fastkd._build_info import build_info
 from fastkd._files import write_whole
-from fastkd._library import build_info
 from fastkd.studies.settings import Distillation
 
 __all__ = ["RESULT", "Result", "read_result", "write_result"]
