@@ -300,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--wheel", type=Path, help="default: the newest of dist/ for that Python")
     parser.add_argument("--output", type=Path, help="default: results/compat/, with --tests build/compat/results/")
     parser.add_argument(
-        "--tests", nargs="+", metavar="T", help="a selection, as test_alias.py or test_crop.py::test_fuzz"
+        "--tests", nargs="+", metavar="T", help="a selection, as ops/test_alias.py or ops/test_crop.py::test_fuzz"
     )
     parser.add_argument("--again", action="store_true", help="run what has passed, too")
     parser.add_argument("--keep", action="store_true", help="keep the environments")

@@ -356,11 +356,11 @@ def pytest_stage(
 
 def stages_for(python: str, output: Path, environment: Mapping[str, str]) -> list[Stage]:
     """Build, every operator once, tests, sanitizers, benchmarks, a sweep."""
-    own = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_cuda_*.py"))
+    own = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_cuda_*.py"))
     # those that take the device fixture: other test files need packages that have nothing to do with a GPU
     shared = sorted(
         str(path.relative_to(ROOT))
-        for path in (ROOT / "tests").glob("test_*.py")
+        for path in (ROOT / "tests").rglob("test_*.py")
         if "device: torch.device" in path.read_text() and not path.name.startswith("test_cuda_")
     )
     # side by side, as a test mostly waits for the CPU, whose results are the truth; and what hangs is ended, and named: by a

@@ -32,7 +32,7 @@ class Trainer:
         self.first, self.losses, self.device = first.to(memory_format=torch.channels_last), losses, device
         self.model = copy.deepcopy(first)
         # given outputs are no network: what an optimizer takes for them would hide data and loss
-        self.optimizer = None if isinstance(first, Given) else _optimiser(self.model)
+        self.optimizer = None if isinstance(first, Given) else _optimizer(self.model)
 
     def __call__(self) -> Done:
         for loss in self.losses(self.model, None):
@@ -49,7 +49,7 @@ class Trainer:
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def _optimiser(model: nn.Module) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
 
 

@@ -37,7 +37,7 @@ class Worker:
         self._selector.register(self._output, selectors.EVENT_READ)
         self._read = b""
 
-    def teacher_outputs(self, question: Any, seconds: float) -> Any:
+    def ask(self, question: Any, seconds: float) -> Any:
         """The answer, as :meth:`send` and :meth:`answer` have it."""
         self.send(question)
         return self.answer(seconds)

@@ -18,12 +18,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BARRIER = re.compile(r"^\s*((if \(.*\) )?(\w+\.)?((warp_|block_|cluster_)?barrier|start)\(\);)", re.MULTILINE)
 TESTS = {
-    "alias": ["tests/test_alias.py", "tests/test_alias_update.py", "tests/test_batch.py"],
-    "batch": ["tests/test_batch.py"],
-    "crop": ["tests/test_crop.py", "tests/test_batch.py"],
-    "divergence": ["tests/test_divergence_geometry.py", "tests/test_divergence.py", "tests/test_logit_stats.py"],
-    "gmm": ["tests/test_gmm_kernels.py", "tests/test_gmm.py"],
-    "relation": ["tests/test_relation.py"],
+    "alias": ["tests/ops/test_alias.py", "tests/ops/test_alias_update.py", "tests/ops/test_batch.py"],
+    "batch": ["tests/ops/test_batch.py"],
+    "crop": ["tests/ops/test_crop.py", "tests/ops/test_batch.py"],
+    "divergence": [
+        "tests/ops/test_divergence_geometry.py",
+        "tests/ops/test_divergence.py",
+        "tests/ops/test_logit_stats.py",
+    ],
+    "gmm": ["tests/ops/test_gmm_kernels.py", "tests/ops/test_gmm.py"],
+    "relation": ["tests/ops/test_relation.py"],
 }
 
 

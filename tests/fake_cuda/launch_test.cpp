@@ -1,4 +1,4 @@
-// csrc/common/launch.cuh on GPUs that nobody here has. Says what it found, one line each; tests/test_launch.py reads them.
+// csrc/common/launch.cuh on GPUs that nobody here has. Says what it found, one line each; tests/csrc/test_launch.py reads them.
 #include <iostream>
 #include <string>
 #include <thread>

@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.no_kernels
 
 DEFAULT = ["8.0", "8.6", "8.9", "9.0a", "10.0+PTX"]

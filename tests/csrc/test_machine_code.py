@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / ".ci"))  # of the source tree, not of the package
+sys.path.append(str(Path(__file__).parents[2] / ".ci"))  # of the source tree, not of the package
 
 import machine_code
 from hot_paths import HOT_PATHS, HotPath
@@ -141,7 +141,7 @@ def rows_of(text: str, columns: int) -> dict[str, list[str]]:
 
 
 def test_the_documents_say_what_the_table_says() -> None:
-    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
     table = rows_of((benchmarks / "machine_code.md").read_text(), len(machine_code.HEAD))
     assert table.keys() - {"hot path", "---"} == {path.title for path in HOT_PATHS}
     section = (benchmarks / "README.md").read_text().split("## Machine code\n")[1].split("\n## ")[0]

@@ -20,7 +20,7 @@ from fastkd.models.convnet import ConvNet
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "adversarial.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "adversarial.py"
 TINY = ["--data", "digits", "--train-size", "100", "--test-size", "40", "--batch-size", "20", "--teacher", "resnet8"]
 TINY += ["--epochs", "2", "--learning-rate", "0.02", "--device", "cpu"]
 MINE = '''

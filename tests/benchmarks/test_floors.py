@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is of the source tree, not of the package
+sys.path.append(str(Path(__file__).parents[2]))  # benchmarks/ is of the source tree, not of the package
 
 from benchmarks import floors
 

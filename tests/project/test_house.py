@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.no_kernels
 
-PACKAGE = Path(__file__).parents[1] / "fastkd"
+PACKAGE = Path(__file__).parents[2] / "fastkd"
 # From the top down: a module imports from its own floor and those below.
 FLOORS = (
     ("__main__", "cli"),

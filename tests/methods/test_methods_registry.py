@@ -135,7 +135,7 @@ def test_a_compiled_step(name: str) -> None:
 
 def test_the_documents_have_all_methods_and_their_weights() -> None:
     symbols = {"r": "task_weight", "a": "kd_weight", "b": "feature_weight", "T": "temperature"}
-    text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in text.splitlines() if line.startswith("| ")][1:]
     assert [name for name, *_ in rows] == list(names())
     for name, kind, weights in rows:

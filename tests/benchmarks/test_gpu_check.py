@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))  # benchmarks/ is of the source tree, not of the package
 
 from benchmarks import gpu_check  # noqa: E402
@@ -148,7 +148,7 @@ def test_only_the_tests_of_a_gpu_are_picked() -> None:
     """By their backend: a mark that has the word in its name is on those of the emulator, too."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
     found = subprocess.run(
-        [*command, "tests/test_relation.py", "tests/test_cuda_graphs.py"],
+        [*command, "tests/ops/test_relation.py", "tests/csrc/test_cuda_graphs.py"],
         cwd=ROOT,
         env={**os.environ, "FASTKD_ONLY_CUDA": "1"},
         capture_output=True,

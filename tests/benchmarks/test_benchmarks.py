@@ -18,7 +18,7 @@ from rich.console import Console
 
 from fastkd.__main__ import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))  # benchmarks/ is of the source tree, not of the package
 
 pytest.importorskip("pytest_benchmark")

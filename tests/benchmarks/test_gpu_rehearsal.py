@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))  # benchmarks/ is of the source tree, not of the package
 
 from benchmarks import gpu_check, pytest_cache, watchdog  # noqa: E402

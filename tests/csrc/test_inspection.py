@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.no_kernels
 
-sys.path.append(str(Path(__file__).parents[1] / ".ci"))  # of the source tree, not of the package
+sys.path.append(str(Path(__file__).parents[2] / ".ci"))  # of the source tree, not of the package
 
 import inspect_cuda as tool  # noqa: E402
 from hot_paths import HotPath  # noqa: E402

@@ -23,7 +23,7 @@ from fastkd.training import Process, TrainingSettings
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HERE = Process(0, 1, torch.device("cpu"))
 TINY = Networks(
     teacher="resnet8",

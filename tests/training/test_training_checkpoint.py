@@ -180,7 +180,7 @@ def test_numbers_of_numpy_and_torch_are_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "fused"), [("sgd", True), ("adamw", True), ("adamw", False)])
-def test_kernels_of_the_optimiser_are_those_of_the_device(kind: str, fused: bool, tmp_path: Path) -> None:
+def test_kernels_of_the_optimizer_are_those_of_the_device(kind: str, fused: bool, tmp_path: Path) -> None:
     """A checkpoint of another device says what was right there."""
     settings = make_settings(epochs=1, optimizer=kind)
     train("hinton", tmp_path, settings, stop_at=5)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FAKE = ROOT / "tests/fake_cuda"
 
 pytestmark = [
@@ -22,7 +22,7 @@ LARGEST_SHARED, NON_PORTABLE_CLUSTER = 8, 13  # cudaFuncAttribute
 
 
 @pytest.fixture(scope="module")
-def teacher_outputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     """Runs launch_test and returns the lines that it prints."""
     program = tmp_path_factory.mktemp("launch") / "launch_test"
     flags = f"-std=c++20 -Wall -Wextra -Werror -pthread -I{FAKE} -I{ROOT / 'csrc'}".split()

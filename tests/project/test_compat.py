@@ -18,7 +18,7 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.no_kernels
 
 INDEX = """\
@@ -52,7 +52,7 @@ case "$*" in
     suite="<testsuite tests='10' failures='$failing' errors='0' skipped='2'/>"
     [ -n "$SILENT" ] || echo "<testsuites>$suite</testsuites>" > "$report"
     echo ".... [100%]"
-    [ $failing = 0 ] || { echo "FAILED tests/test_alias.py::test_it - AssertionError"; exit 1; };;
+    [ $failing = 0 ] || { echo "FAILED tests/ops/test_alias.py::test_it - AssertionError"; exit 1; };;
 esac
 exit 0
 """

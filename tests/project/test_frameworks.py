@@ -126,7 +126,7 @@ def test_stateful_data_loader(tmp_path: Path, kind: str, workers: int) -> None:
         assert_drawn_once(ranks, epochs=3)
 
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "samplers.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "samplers.md"
 PACKAGES = {
     "torchrun": "torch",
     "Accelerate": "accelerate",

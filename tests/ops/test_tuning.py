@@ -17,7 +17,7 @@ from test_divergence_geometry import plan
 
 from fastkd import _C
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))  # benchmarks/ is of the source tree, not of the package
 
 from benchmarks import tuning  # noqa: E402

@@ -48,7 +48,7 @@ pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
 
 # ---- methods, and docs/methods.md ----------------------------------------------------------------
 
-DOCUMENT = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
 ROWS = {cells[1]: cells for line in DOCUMENT.splitlines() if len(cells := [c.strip() for c in line.split("|")]) == 8}
 WEIGHTS = {"r": "task_weight", "a": "kd_weight", "b": "feature_weight", "T": "temperature"}
 

@@ -165,7 +165,7 @@ def test_average_is_no_second_student() -> None:
     assert all(parameter.requires_grad for parameter in network.parameters())
 
 
-def test_gradient_clip_and_optimisers() -> None:
+def test_gradient_clip_and_optimizers() -> None:
     settings = make_settings(
         epochs=1,
         gradient_clip=0.5,
