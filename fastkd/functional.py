@@ -208,7 +208,7 @@ def kd_loss(
         alpha: weight of the distillation term, in [0, 1]. At 0 neither temperature nor what the teacher's logits hold is looked
             at. At 1 the target still says which rows count, and must be classes or ``ignore_index``, as in :func:`kl_div`.
         reduction: ``batchmean`` = sum / valid rows for both terms; ``sum``; ``none`` -> ``[...]``.
-        return_terms: also return ``{"task_loss": ..., "kd_loss": ...}``, the unweighted terms, detached, for logging
+        return_terms: also return ``{"cross_entropy": ..., "kl_div": ...}``, the unweighted terms, detached, for logging
             (where ``alpha`` is 1 the task loss is not computed, and 0; so is the distillation loss where it is 0).
         Other arguments as in :func:`kl_div`.
     """
@@ -231,7 +231,7 @@ def kd_loss(
         reduction=reduction,
         dim=dim,
     )
-    return (loss, {"task_loss": terms[0], "kd_loss": terms[1]}) if return_terms else loss
+    return (loss, {"cross_entropy": terms[0], "kl_div": terms[1]}) if return_terms else loss
 
 
 @overload

@@ -251,7 +251,7 @@ def select_clean(
         ValueError, TypeError, RuntimeError: as :meth:`TwoGaussianMixture.fit`.
     """
     data = _tensor("losses", losses)
-    posterior, mask = _ops.gmm_select(
+    return _ops.gmm_select(
         data,
         sample_weight=_optional("sample_weight", sample_weight, data),
         lengths=_optional("lengths", lengths, data),
@@ -263,7 +263,6 @@ def select_clean(
         monotone=monotone,
         threshold=threshold,
     )
-    return mask, posterior
 
 
 def _tensor(name: str, values: Values, device: torch.device | str = "cpu") -> Tensor:

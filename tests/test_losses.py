@@ -84,14 +84,14 @@ def test_leading_dimensions(device: torch.device, generator: torch.Generator) ->
     weight = torch.rand(3, generator=generator).to(device)
     options = {"temperature": temperature, "weight": weight, "reduction": "none"}
     rows, terms = F.kd_loss(s, t, target, return_terms=True, **options)
-    assert rows.shape == terms["kd_loss"].shape == terms["task_loss"].shape == (2, 3)
+    assert rows.shape == terms["kl_div"].shape == terms["cross_entropy"].shape == (2, 3)
     for i in range(2):
         for j in range(3):
             one = {"temperature": float(temperature[i]), "weight": weight[j], "reduction": "none"}
             row, row_terms = F.kd_loss(s[i, j], t[i, j], target[i, j], return_terms=True, **one)
             assert row.shape == ()
             torch.testing.assert_close(row, rows[i, j])
-            torch.testing.assert_close(row_terms["task_loss"], terms["task_loss"][i, j])
+            torch.testing.assert_close(row_terms["cross_entropy"], terms["cross_entropy"][i, j])
     assert F.kl_div(s[:0], t[:0], reduction="none").shape == (0, 3)
     assert F.kl_div(s[:, :0], t[:, :0]).item() == 0.0
 
@@ -99,11 +99,11 @@ def test_leading_dimensions(device: torch.device, generator: torch.Generator) ->
 def test_terms_are_detached_and_unweighted(pair: tuple[Tensor, Tensor]) -> None:
     target = TARGET.to(pair[0].device)
     loss, terms = F.kd_loss(*pair, target, 4.0, 0.7, return_terms=True)
-    assert not terms["kd_loss"].requires_grad
-    torch.testing.assert_close(terms["kd_loss"], F.kl_div(*pair, 4.0, target=target).detach())
+    assert not terms["kl_div"].requires_grad
+    torch.testing.assert_close(terms["kl_div"], F.kl_div(*pair, 4.0, target=target).detach())
     task = nn.functional.cross_entropy(pair[0].cpu(), TARGET).detach()
-    torch.testing.assert_close(terms["task_loss"].cpu(), task)
-    torch.testing.assert_close(0.7 * terms["kd_loss"] + 0.3 * terms["task_loss"], loss.detach())
+    torch.testing.assert_close(terms["cross_entropy"].cpu(), task)
+    torch.testing.assert_close(0.7 * terms["kl_div"] + 0.3 * terms["cross_entropy"], loss.detach())
 
 
 def test_modules_copy_and_print() -> None:

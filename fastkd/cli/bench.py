@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +59,8 @@ class Bench:
             raise UsageError(
                 "the suite is in the source tree, not in the package: clone the repository, then `make bench`"
             )
-        sys.path.insert(0, str(ROOT))
         try:
-            from benchmarks import compare, suite
+            suite, compare = (_of_the_suite(name) for name in ("suite", "compare"))
         except ModuleNotFoundError as error:
             raise UsageError(f'the suite needs {error.name}: pip install "fastkd[bench]"') from None
         for name in self.primitives:
@@ -129,6 +129,17 @@ class Bench:
         arguments += ["--seconds", str(self.seconds)] if self.seconds else []
         arguments += ["--case-seconds", str(self.case_seconds)] if self.case_seconds else []
         return arguments
+
+
+def _of_the_suite(name: str) -> ModuleType:
+    """A module of the source tree's ``benchmarks``, which is imported from there, wherever Python looks for others."""
+    if "benchmarks" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py")
+        assert spec is not None
+        assert spec.loader is not None
+        package = sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(package)
+    return importlib.import_module(f"benchmarks.{name}")
 
 
 def _read(suite: ModuleType, path: Path, option: str) -> dict[str, Any]:

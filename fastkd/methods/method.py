@@ -315,7 +315,7 @@ def response(
     )
     return Loss(
         loss if whole == 1.0 else whole * loss,
-        {"task_loss": task_weight * terms["task_loss"], "kd_loss": kd_weight * terms["kd_loss"]},
+        {"task_loss": task_weight * terms["cross_entropy"], "kd_loss": kd_weight * terms["kl_div"]},
     )
 
 

@@ -133,7 +133,11 @@ def gmm_select(
     monotone: bool = False,
     threshold: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`gmm_posterior` of the losses by their own :func:`gmm_fit`; on a GPU rows take one launch."""
+    """:func:`gmm_posterior` of the losses by their own :func:`gmm_fit`; on a GPU rows take one launch.
+
+    Returns:
+        mask, posterior: in this order, as :func:`fastkd.select_clean` has them.
+    """
     max_iter, tol, reg_covar = check_options(max_iter, tol, reg_covar)
     threshold = _checks.check_between("threshold", threshold, 0.0, 1.0)
     normalize, monotone = _checks.check_flag("normalize", normalize), _checks.check_flag("monotone", monotone)
@@ -142,7 +146,7 @@ def gmm_select(
     posterior, mask = call_by_name(
         "gmm_select", losses, offsets, lengths, sample_weight, normalize, max_iter, tol, reg_covar, monotone, threshold
     )
-    return posterior, mask
+    return mask, posterior
 
 
 _INDICES = (*_checks.INTEGERS, torch.uint16, torch.uint32, torch.uint64)

@@ -399,7 +399,7 @@ def test_select_is_posterior_of_fit(
         mixtures = ops.gmm_fit(x, sample_weight=w, **layout, **fit)
         for monotone, threshold in ((False, 0.5), (True, 0.2)):
             rule = {"monotone": monotone, "threshold": threshold}
-            posterior, mask = ops.gmm_select(x, sample_weight=w, **layout, **fit, **rule)
+            mask, posterior = ops.gmm_select(x, sample_weight=w, **layout, **fit, **rule)
             expected, _ = ops.gmm_posterior(x, mixtures, **layout, **rule)
             torch.testing.assert_close(posterior, expected, rtol=0, atol=0 if fixed_order else 1e-6)
             assert torch.equal(mask, posterior > threshold)
