@@ -12,6 +12,7 @@ from matplotlib.image import imread
 
 from fastkd import build_info
 from fastkd.data import registry as data_sets
+from fastkd.methods import registry as methods
 from fastkd.studies import distillation, report
 from fastkd.studies import study as study_frame
 from fastkd.studies.data import DataSettings, prepare
@@ -124,7 +125,7 @@ def test_what_does_not_fit_is_known_before_the_teacher_is_trained(tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("method", ["baseline", "bss", "fitnet", "fsp", "at", "sp", "rkd-da", "one", "dml"])
+@pytest.mark.parametrize("method", [name for name in methods.names() if "labels" in methods.find(name).needs])
 def test_every_method_from_a_shared_teacher(
     method: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
