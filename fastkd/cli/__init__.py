@@ -16,7 +16,7 @@ from fastkd.cli._config import expand
 from fastkd.cli._errors import UsageError
 from fastkd.cli.bench import Bench
 from fastkd.cli.demo import Demo
-from fastkd.cli.distill import command_for
+from fastkd.cli.distill import command_for, load_plugin_of
 from fastkd.cli.info import Info
 from fastkd.cli.methods import Methods
 from fastkd.cli.study import Studies, commands
@@ -35,6 +35,7 @@ def run(arguments: list[str]) -> int:
     name = "".join(arguments[:1])
     try:
         arguments = expand(arguments)
+        load_plugin_of(arguments)  # which may have methods and studies, and with them options
         with _one_line(name):
             command = _parse(name, arguments)
         return command(Console()) or 0

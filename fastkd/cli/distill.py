@@ -80,11 +80,9 @@ def command_for(arguments: list[str]) -> type[Distill]:
     """The command, with the options of the method that the arguments name.
 
     Raises:
-        UsageError: an unknown method, or a plugin that cannot be had.
+        UsageError: an unknown method.
     """
     with usage_errors():
-        if plugin := _value_of("--plugin", arguments):
-            methods.load_plugin(plugin)
         options = methods.find(_value_of("--method", arguments) or Distillation.method).options()
     own = [(o.name, Annotated[o.kind | None, tyro.conf.arg(help=_help(o))], None) for o in options.values()]
     taken = _names(Distill)
@@ -92,6 +90,17 @@ def command_for(arguments: list[str]) -> type[Distill]:
     if clashes:
         raise UsageError(f"options of the method have names of the command's own: {', '.join(clashes)}")
     return make_dataclass("Distill", own, bases=(Distill,), frozen=True, namespace={"__doc__": Distill.__doc__})
+
+
+def load_plugin_of(arguments: list[str]) -> None:
+    """Loads the plugin that the arguments name, if any.
+
+    Raises:
+        UsageError: it cannot be had.
+    """
+    with usage_errors():
+        if plugin := _value_of("--plugin", arguments):
+            methods.load_plugin(plugin)
 
 
 def _help(option: methods.Option) -> str:

@@ -26,8 +26,6 @@ class Methods:
 
     def __call__(self, console: Console) -> None:
         with usage_errors():
-            if self.plugin is not None:
-                registry.load_plugin(self.plugin)
             if self.method:
                 _show_one(registry.find(self.method), console)
             else:

@@ -145,13 +145,14 @@ class StudyCommand(_Base):
 
     def _about(self) -> dict[str, object]:
         """What was run, without the folders of this machine."""
-        settings = asdict(self)
+        said = self if self.plugin is None else replace(self, plugin=Path(self.plugin.name))
+        settings = asdict(said)
         for name in _OF_THE_MACHINE:
             settings.pop(name, None)
             settings["data"].pop(name, None)
         return {
             "what": f"{self.student} from {self.teacher} on {self.data.data}: {self.data.train_size or 'all'} training images",
-            "command": shlex.join(["fastkd", "study", self._name, *options_of(self, type(self)())]),
+            "command": shlex.join(["fastkd", "study", self._name, *options_of(said, type(self)())]),
             "data": self.data.data.lower(),
             "student": self.student,
             "settings": settings,
