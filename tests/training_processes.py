@@ -134,7 +134,7 @@ CASES: dict[str, dict[str, Any]] = {
     "crd": {"epochs": 2},
     "sskd": {"epochs": 2},
     "bss": {"epochs": 4, "ema": 0.5},  # the last epoch has no attack
-    "dml": {"gradient_clip": 1.0},
+    "dml": {"gradient_clip": 1.0, "accumulate": 4},
     "one": {"epochs": 2},
 }
 
@@ -155,18 +155,21 @@ def train_in_two(rank: int, root: Path) -> None:
                 torch.save(trainer.deployed.state_dict(), folder / f"deployed{rank}.pt")
 
 
-def gradients_in_two(rank: int, folder: Path) -> None:
-    """One step on half of a batch each, without momentum: its weights."""
-    halves = Batches(1, 24)
+def gradients_in_two(rank: int, folder: Path, accumulate: int) -> None:
+    """One step on half of a batch each, in so many parts, without momentum: its weights."""
+    ((images, target, _),) = Batches(1, 24).epoch(0)
 
     class Half:
         def __len__(self) -> int:
-            return 1
+            return accumulate
 
         def epoch(self, epoch: int, /, start: int = 0) -> Any:
-            return iter([tuple(part[rank::2] for part in batch) for batch in halves.epoch(epoch, start=start)])
+            every = range(rank, 2 * accumulate, 2)
+            return iter([(images[i :: 2 * accumulate], target[i :: 2 * accumulate]) for i in every])
 
-    settings = make_settings(epochs=1, momentum=0.0, nesterov=False, weight_decay=0.0, learning_rate=1.0)
+    settings = make_settings(
+        accumulate=accumulate, epochs=1, momentum=0.0, nesterov=False, weight_decay=0.0, learning_rate=1.0
+    )
     with process_group("cpu"):
         group = weakref.ref(dist.group.WORLD)
         trainer = train("hinton", folder, settings, batches=Half(), make=Linear)
@@ -288,7 +291,7 @@ def until_killed(folder: Path, settings: Any, seed: int, steps: int) -> None:
 def adversarial_in_two(rank: int, folder: Path, settings: Any, find_unused_parameters: bool) -> None:
     """The example, half of the noise in each process."""
     with process_group("cpu"):
-        procedure = adversarial(ranks=2, make=Linear)
+        procedure = adversarial(7 * rank, ranks=2, make=Linear)  # of other weights, but those of rank 0 count
         options = {"folder": folder / "two", "show": "off", "find_unused_parameters": find_unused_parameters}
         Trainer(procedure, NoBatches(5), settings, **options).fit()
         torch.save(procedure.state_dict(), folder / f"rank{rank}.pt")

@@ -147,6 +147,14 @@ def take_statistics_of_first_rank(module: nn.Module) -> None:
                     dist.broadcast(buffer, 0)
 
 
+@torch.no_grad()
+def take_parameters_of_first_rank(module: nn.Module) -> None:
+    """All processes begin with the weights of rank 0, as DistributedDataParallel has it."""
+    if world_size() > 1:
+        for parameter in module.parameters():
+            dist.broadcast(parameter, 0)
+
+
 def average_gradients(parameters: Sequence[nn.Parameter], *, find_unused_parameters: bool) -> None:
     """Gradients become their means over the processes.
 

@@ -62,7 +62,7 @@ class TrainingSettings:
     """Decay of the moving average of the weights, which is then what is evaluated and kept; 0: no average. After step t
     it is (1 + t) / (10 + t) at most, so that the initial weights are soon forgotten."""
     accumulate: int = 1
-    """Batches whose gradients one step is made of, as if they were one batch; what is left at the end of an epoch makes a
+    """Batches whose gradients one step is made of, as if they were one batch; those left at the end of an epoch make a
     smaller one. Not for procedures that update a part more than once in an iteration."""
     gradient_clip: float = 0.0
     """Largest norm of the gradient; longer ones are shortened to it. 0: none are."""

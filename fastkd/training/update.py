@@ -34,7 +34,8 @@ class TrainedPart:
         self.settings, self._own_settings = replace(settings, **part.settings), tuple(part.settings)
         make = part.make_optimizer or (lambda parameters: optimization.make_optimizer(parameters, self.settings))
         self.optimizer = make(self.parameters)
-        self.schedule = optimization.make_schedule(self.optimizer, self.settings, steps_per_epoch)
+        groups = -(-steps_per_epoch // settings.accumulate)
+        self.schedule = optimization.make_schedule(self.optimizer, self.settings, groups)
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=settings.amp == "fp16")
         self.optimizer.zero_grad()
 
@@ -116,9 +117,12 @@ class Updates:
         self._parts, self._accumulate = parts, settings.accumulate
         self._find_unused = find_unused_parameters
         self._one_forward = procedure.one_forward
+        self._procedure = procedure
         self._called: nn.Module = procedure
         if procedure.one_forward:
             self._called = distributed.wrap(procedure, find_unused_parameters=find_unused_parameters)
+        else:
+            distributed.take_parameters_of_first_rank(procedure)
         # parts with gradients that no step was made of yet, and the scaler of these
         self._pending: dict[str, torch.amp.GradScaler] = {}
         self._updated: set[str] = set()  # in this iteration
@@ -166,9 +170,10 @@ class Updates:
 
     def end_iteration(self) -> None:
         """After all of its updates."""
-        if self._group()[0]:  # parts that were not updated in the last batch of theirs
-            for name, scaler in list(self._pending.items()):
-                self._step([self._parts[name]], scaler)
+        if not self._group()[0]:
+            return
+        for name, scaler in list(self._pending.items()):  # parts that were not updated in the last batch of theirs
+            self._step([self._parts[name]], scaler)
         for part in self._parts.values():
             part.schedule.step()
 
@@ -189,8 +194,10 @@ class Updates:
             scaler.step(part.optimizer)
         scaler.update()
         for part in parts:
-            part.optimizer.zero_grad()
             del self._pending[part.name]
+            part.optimizer.zero_grad()
+        if self._one_forward:  # whose backward pass goes to all, whatever parts were named
+            self._procedure.zero_grad()
 
     def _named(self, name: str) -> TrainedPart:
         if name not in self._parts:

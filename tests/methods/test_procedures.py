@@ -353,7 +353,7 @@ class Halves:
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
-    common = {"epochs": 2, "schedule": "constant", "gradient_clip": 0.5}
+    common = {"epochs": 2, "warmup_epochs": 0.5, "gradient_clip": 0.5}
     whole = train("hinton", None, make_settings(**common), make=Linear, evaluate=None)
     parts = train(
         "hinton", None, make_settings(**common, accumulate=2), make=Linear, batches=Halves(Batches()), evaluate=None
