@@ -19,13 +19,16 @@ class Generator(nn.Module):
         super().__init__()
         self.small = (32, height // 2, width // 2)
         self.first = nn.Linear(latent, 32 * (height // 2) * (width // 2))
-        self.maps = nn.Sequential(nn.GroupNorm(4, 32), nn.Upsample((height, width)), nn.Conv2d(32, 32, 3, padding=1))
-        self.last = nn.Sequential(
-            nn.GroupNorm(4, 32), nn.LeakyReLU(0.2), nn.Conv2d(32, channels, 3, padding=1), nn.Tanh()
-        )
+        layers = [
+            nn.GroupNorm(4, 32),
+            nn.Upsample((height, width)),
+            nn.Conv2d(32, 32, 3, padding=1),
+            nn.GroupNorm(4, 32),
+        ]
+        self.maps = nn.Sequential(*layers, nn.LeakyReLU(0.2), nn.Conv2d(32, channels, 3, padding=1), nn.Tanh())
 
     def forward(self, noise: Tensor) -> Tensor:
-        return 2.5 * self.last(self.maps(self.first(noise).unflatten(1, self.small)))
+        return 2.5 * self.maps(self.first(noise).unflatten(1, self.small))
 
 
 @register("adversarial", family="data-free", needs=("teacher",), trains="generator, student", paper="NeurIPS 2019")

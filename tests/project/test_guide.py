@@ -47,6 +47,8 @@ def files(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 def test_a_procedure_takes_less_than_fifty_lines() -> None:
     assert len(block("class Adversary").splitlines()) < 50
+    example = Path(__file__).parents[2] / "examples" / "adversarial.py"
+    assert len(example.read_text().splitlines()) <= 80
 
 
 @pytest.mark.parametrize("name", ["cosine", "adversary"])

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from refusals import refuses
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from fastkd._threads import one_thread
-from fastkd.data import digits
+from fastkd.data import LoaderBatches, digits
 from fastkd.data.segmentation import BACKGROUND, CLASSES, Scenes, scenes
-from fastkd.methods import AT, Baseline, FeatureTap, Hinton, Method, MultiBranch
+from fastkd.methods import AT, Baseline, Hinton, Method, MultiBranch, Objective
 from fastkd.models.segmenter import Segmenter
-from fastkd.training import class_iou, confusion_matrix, evaluate, evaluator, mean_iou
+from fastkd.training import Trainer, TrainingSettings, class_iou, confusion_matrix, evaluate, evaluator, mean_iou
 from fastkd.training.inference import predict
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
@@ -192,6 +193,7 @@ def test_the_network() -> None:
 # ---- a training ---------------------------------------------------------------------------------
 
 TRAIN, TEST = "train", "test"
+Judge = Callable[[nn.Module], dict[str, float]]
 
 
 @pytest.fixture(scope="module")
@@ -199,37 +201,36 @@ def task() -> dict[str, Scenes]:
     return dict(zip((TRAIN, TEST), scenes(384, 96), strict=True))
 
 
-def trained(network: Segmenter, method: Method, teacher: nn.Module | None, scenes_: Scenes, epochs: int) -> Segmenter:
-    student = FeatureTap(network.train(), method.layers, class_dim=1)
-    given = None if teacher is None else FeatureTap(teacher.eval(), method.teacher_layers, class_dim=1)
-    images = scenes_.normalised()
-    optimizer = torch.optim.Adam([*network.parameters(), *method.parameters()], 0.03)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.03, total_steps=epochs * (len(images) // 4))
-    order = torch.Generator().manual_seed(0)
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(images), generator=order).split(4):
-            loss, _ = method.step(student, given, images[chosen], scenes_.target[chosen])
-            optimizer.zero_grad()
-            loss.total.backward()
-            optimizer.step()
-            schedule.step()
+def trained(network: Segmenter, method: Method, teacher: nn.Module | None, scenes_: Scenes, judge: Judge) -> Segmenter:
+    objective = Objective(method, network, teacher, class_dim=1)
+    batches = LoaderBatches.of(TensorDataset(scenes_.normalised(), scenes_.target), 4, seed=0)
+    settings = TrainingSettings(epochs=4, optimizer="adam", learning_rate=0.03, weight_decay=0.0, warmup_epochs=1.0)
+    last = Trainer(objective, batches, settings, evaluate=judge, show="off").fit()[-1]
+    assert last["test_mean_iou"] == judge(network)["test_mean_iou"]
+    assert 0.5 < last["accuracy"] < 1.0  # of pixels
     return network
 
 
 @pytest.fixture(scope="module")
-def teacher(task: dict[str, Scenes]) -> Segmenter:
+def judge(task: dict[str, Scenes]) -> Judge:
+    return evaluator(task[TEST].normalised(), task[TEST].target, class_dim=1)
+
+
+@pytest.fixture(scope="module")
+def teacher(task: dict[str, Scenes], judge: Judge) -> Segmenter:
     with one_thread():
-        return trained(Segmenter((12, 32, 48, 48)), Baseline(), None, task[TRAIN], 4)
+        return trained(Segmenter((12, 32, 48, 48)), Baseline(), None, task[TRAIN], judge)
 
 
 @pytest.mark.parametrize(
     "make", [lambda: Hinton(2.0), lambda: AT(["layer3", "layer4"], feature_weight=100.0)], ids=["hinton", "at"]
 )
-def test_distillation_on_maps(make: Callable[[], Method], task: dict[str, Scenes], teacher: Segmenter) -> None:
-    judge = evaluator(task[TEST].normalised(), task[TEST].target, class_dim=1)
+def test_distillation_on_maps(
+    make: Callable[[], Method], task: dict[str, Scenes], teacher: Segmenter, judge: Judge
+) -> None:
     student = Segmenter((8, 16, 24, 24), seed=1)
     nothing_but_background = 0.08  # a mean over 11 classes, 0.86 of one of them
     assert judge(teacher)["test_mean_iou"] > 0.4
     assert judge(student)["test_mean_iou"] < nothing_but_background
-    after = judge(trained(student, make(), teacher, task[TRAIN], 4))
+    after = judge(trained(student, make(), teacher, task[TRAIN], judge))
     assert after["test_mean_iou"] > 2 * nothing_but_background
