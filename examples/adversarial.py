@@ -19,12 +19,7 @@ class Generator(nn.Module):
         super().__init__()
         self.small = (32, height // 2, width // 2)
         self.first = nn.Linear(latent, 32 * (height // 2) * (width // 2))
-        layers = [
-            nn.GroupNorm(4, 32),
-            nn.Upsample((height, width)),
-            nn.Conv2d(32, 32, 3, padding=1),
-            nn.GroupNorm(4, 32),
-        ]
+        layers = [nn.GroupNorm(4, 32), nn.Upsample((height, width)), nn.Conv2d(32, 32, 3, padding=1)]
         self.maps = nn.Sequential(*layers, nn.LeakyReLU(0.2), nn.Conv2d(32, channels, 3, padding=1), nn.Tanh())
 
     def forward(self, noise: Tensor) -> Tensor:
