@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,7 +149,8 @@ class Experiment:
         teacher, teacher_accuracy = None, None
         if self.entry.needs_teacher:
             teacher, teacher_accuracy = self._teacher(teachers, data, show)
-        result = Result(self._train(folder, data, teacher, show, self.settings.training.seed), teacher_accuracy)
+        result = self._train(folder, data, teacher, show, self.settings.training.seed)
+        result = replace(result, teacher_accuracy=teacher_accuracy)
         on_first_rank(lambda: write_result(self.settings, folder, result))
         return result
 
@@ -247,16 +249,14 @@ class Experiment:
         folder = folder / f"teacher-{own.student}-{own.digest()}"
         done = on_first_rank(lambda: read_result(own, folder))
         if done is None:
-            accuracy = Experiment(own, self.process)._train(
-                folder, data, None, show, TEACHER_SEED + self.settings.training.seed
-            )
-            done = result = Result(accuracy, None)
+            seed = TEACHER_SEED + self.settings.training.seed
+            done = result = Experiment(own, self.process)._train(folder, data, None, show, seed)
             on_first_rank(lambda: write_result(own, folder, result))
         take_weights(network, read_state(folder / MODEL), folder / MODEL)
         return network, done.accuracy
 
-    def _train(self, folder: Path, data: _Data, teacher: nn.Module | None, show: Show, seed: int) -> float:
-        """Test accuracy after the last epoch; the weights are in the folder then."""
+    def _train(self, folder: Path, data: _Data, teacher: nn.Module | None, show: Show, seed: int) -> Result:
+        """What the last epoch came to; the weights are in the folder then."""
         settings = self.settings
         trainer = Trainer(
             self._procedure(data, teacher, seed),
@@ -267,7 +267,9 @@ class Experiment:
             show=show,
             description={name: str(value) for name, value in settings.description().items() if name != "training"},
         )
-        return float(trainer.fit(resume="auto")[-1]["test_accuracy"])
+        last = trainer.fit(resume="auto")[-1]
+        figures = {name: value for name, value in last.items() if name not in ("epoch", "step", "seconds")}
+        return Result(last["test_accuracy"], None, figures)
 
 
 class _Unlabeled:

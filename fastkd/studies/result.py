@@ -25,7 +25,7 @@ class Result:
     teacher_accuracy: float | None
     """None where the method has no teacher."""
     figures: dict[str, float] = field(default_factory=dict)
-    """What else a study keeps of a run, by name."""
+    """All numbers of the last epoch, by name, as the trainer and the procedure have them."""
 
 
 def read_result(settings: Distillation, folder: Path) -> Result | None:

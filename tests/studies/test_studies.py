@@ -49,7 +49,8 @@ def test_a_distillation_and_what_it_leaves(tmp_path: Path) -> None:
     assert 0.0 <= result.accuracy <= 1.0
     assert result.teacher_accuracy is not None
     document = json.loads((tmp_path / "result.json").read_text())
-    assert document["test_accuracy"] == result.accuracy
+    assert document["test_accuracy"] == result.accuracy == document["figures"]["test_accuracy"]
+    assert document["figures"]["kd_loss"] == result.figures["kd_loss"] > 0
     assert document["settings"]["method"] == "hinton"
     assert (document["fastkd"], document["torch"]) == (build_info()["version"], torch.__version__)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
