@@ -74,8 +74,14 @@ def test_broken_kernels_are_noticed(flaw: str, cluster: int, message: str, seed:
 
 @pytest.mark.skipif(not emulated.SANITIZED, reason="needs AddressSanitizer: runs in `make sanitize`")
 def test_global_memory_is_watched() -> None:
-    code = "import test_emulator; test_emulator.reverse('global_bounds')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    here = Path(__file__).parent
+    code = f"""
+import sys
+sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]
+import test_emulator
+test_emulator.reverse('global_bounds')
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
     assert "reverse_kernel" in done.stderr
