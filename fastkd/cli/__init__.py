@@ -104,7 +104,10 @@ def _message(box: str) -> str:
         r"Argument helptext: (--?\S+ .*?)(?: [A-Z][a-z]|$)", " ".join(line for part in more for line in part)
     )
     if wrong := re.fullmatch(r"Error parsing (.*?): (.*)", message):
-        return f"{wrong[1]}: {wrong[2]}" + (f"; must be {kind[1]}" if kind else "")
+        # of an option that may be left out: of each type that it is not
+        why = re.sub(r"no type matching .* could be instantiated from \['(.*?)'\]\..*", r"'\1'", wrong[2])
+        must = kind[1].replace("{None}|", "") if kind else ""
+        return f"{wrong[1]}: {why}" + (f"; must be {must}" if must else "")
     hints = [part for part in more if part[0].startswith(("Perhaps", "Available"))]
     # of an option like it only the name and the kind of its value: the line after is its help
     hint = "; ".join(" ".join(part[:2]) for part in hints)

@@ -84,7 +84,7 @@ def command_for(arguments: list[str]) -> type[Distill]:
     """
     with usage_errors():
         options = methods.find(_value_of("--method", arguments) or Distillation.method).options()
-    own = [(o.name, Annotated[o.kind | None, tyro.conf.arg(help=_help(o))], None) for o in options.values()]
+    own = [(o.name, Annotated[o.kind | None, _as_argument(o)], None) for o in options.values()]
     taken = _names(Distill)
     clashes = [name for name, *_ in own if name in taken]
     if clashes:
@@ -103,10 +103,11 @@ def load_plugin_of(arguments: list[str]) -> None:
             methods.load_plugin(plugin)
 
 
-def _help(option: methods.Option) -> str:
-    said = option.help.replace("``", "")
-    default = "" if option.default is None else f" By default {_as_said(option.default)}."
-    return f"{said}{default}".strip() or "Of the method."
+def _as_argument(option: methods.Option) -> Any:
+    """With its published default, though None is what stands for it: what is not said may follow from the networks."""
+    default = "" if option.default is None else f"(default: {_as_said(option.default)})"
+    said = option.help.replace("``", "") or "of the method."
+    return tyro.conf.arg(help=said[:1].upper() + said[1:], help_behavior_hint=default)
 
 
 def _as_said(value: Any) -> str:

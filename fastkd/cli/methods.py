@@ -33,7 +33,9 @@ class Methods:
 
 
 def _all() -> Table:
-    table = Table("method", "family", "needs", "trains", "after", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in ("method", "family", "needs", "trains", "after"):
+        table.add_column(head, overflow="fold")
     for name in registry.names():
         entry = registry.find(name)
         table.add_row(name, entry.family, ", ".join(entry.needs) or "nothing", entry.trains, entry.paper)

@@ -220,9 +220,10 @@ def create(
         ValueError: an unknown name, or option of the method, answered with the nearest right ones; one of a whole procedure.
     """
     entry = find(name)
-    made = entry.make(Given(student, teacher, images, batch_size=batch_size, items=items), settings)
-    if not isinstance(made, Method):
+    if not issubclass(entry.kind, Method):
         raise ValueError(f"fastkd: {name} is a procedure, not a Method: create_procedure makes it")
+    made = entry.make(Given(student, teacher, images, batch_size=batch_size, items=items), settings)
+    assert isinstance(made, Method)
     return made
 
 

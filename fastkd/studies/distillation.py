@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastkd._names import unknown_name
 from fastkd._seeding import mixed_seed, seeded
 from fastkd.data import Batch, BatchSource, ImageBatches, ImageSet, NoBatches
 from fastkd.methods import Procedure
@@ -23,8 +24,10 @@ from fastkd.studies.settings import Distillation
 from fastkd.training import Process, Trainer, evaluator
 from fastkd.training.distributed import on_first_rank
 from fastkd.training.folder import MODEL
+from fastkd.training.metrics import Running, check_terms
 from fastkd.training.progress import Show
 from fastkd.training.randomness import everything_seeded
+from fastkd.training.update import TrainedPart, trained_parts
 
 __all__ = ["Experiment", "run"]
 
@@ -230,7 +233,18 @@ class Experiment:
         try:
             with everything_seeded(0, 0):
                 procedure = self._procedure(data, teacher, 0)
-                procedure.iteration(batch, _NoUpdates(procedure))
+        except Exception as error:
+            if str(error).startswith("fastkd: "):
+                raise
+            raise ValueError(
+                f"fastkd: method {settings.method!r} cannot be made: {first_line(error)}; what is given goes by the names "
+                + ", ".join(f.name for f in fields(Given))
+            ) from error
+        try:
+            with everything_seeded(0, 0):
+                updates = _NoUpdates(procedure, trained_parts(procedure, settings.training, 1))
+                terms = check_terms(procedure, procedure.iteration(batch, updates))
+                Running(data.test_images.device).add(terms, 1)
         except Exception as error:
             if str(error).startswith("fastkd: "):
                 raise
@@ -290,8 +304,11 @@ class _NoUpdates:
 
     epoch, epochs, iteration, iterations, rank, world_size, progress = 0, 1, 0, 1, 0, 1, 0.0
 
-    def __init__(self, procedure: Procedure) -> None:
+    def __init__(self, procedure: Procedure, parts: Mapping[str, TrainedPart]) -> None:
         self.run: Callable[..., Any] = procedure
+        self._parts = parts
 
     def update(self, loss: Tensor, *parts: str) -> None:
-        pass
+        for name in parts:
+            if name not in self._parts:
+                raise unknown_name("part", name, self._parts)

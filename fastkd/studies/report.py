@@ -53,21 +53,29 @@ def markdown(study: Study, accuracies: Accuracies, teachers: Accuracies, about: 
     lines = [f"{about['what']}", "", f"`{about['command']}`", "", as_markdown(overview(study, accuracies, teachers))]
     for column, rows in accuracies.items():
         where, published = study.published(column)
-        head = f"| {study.row_option.removesuffix('s')} | test accuracy, % | to the baseline | seeds | published: {where} |"
-        lines += [f"## {column}", "", head, "|---|---|---|---|---|"]
+        head = ["", "test accuracy, %", "to the baseline", "seeds", f"published: {where}"]
+        head[0] = study.row_name or study.row_option.removesuffix("s")
+        shown = [True, True, bool(study.baseline), True, bool(where)]  # no column that nothing is in
+        lines += [f"## {column}", "", _line(head, shown), "|---" * sum(shown) + "|"]
         for row in in_order(study, rows):
-            seeds = rows[row]
-            theirs = published.get(row)
-            lines.append(
-                f"| {row} | {summary(seeds)} | {_gain(seeds, rows.get(study.baseline, {}))} | {len(seeds)} | "
-                + (f"{theirs.mean:.2f} ± {theirs.std:.2f} |" if theirs else "|")
-            )
+            seeds, theirs = rows[row], published.get(row)
+            gain = _gain(seeds, rows.get(study.baseline, {}))
+            figure = f"{theirs.mean:.2f} ± {theirs.std:.2f}" if theirs else None
+            lines.append(_line([row, summary(seeds), gain, str(len(seeds)), figure], shown))
         lines += [
-            f"| the teacher, {name} | {summary(seeds)} | | {len(seeds)} | |"
+            _line([f"the teacher, {name}", summary(seeds), None, str(len(seeds)), None], shown)
             for name, seeds in teachers.get(column, {}).items()
         ]
         lines.append("")
     return "\n".join(lines)
+
+
+def _line(cells: Iterable[str | None], shown: Iterable[bool]) -> str:
+    """A line of a table, of those cells that are shown; None is a cell that is always empty."""
+    return (
+        "".join("| " if cell is None else f"| {cell} " for cell, is_shown in zip(cells, shown, strict=True) if is_shown)
+        + "|"
+    )
 
 
 def overview(study: Study, accuracies: Accuracies, teachers: Accuracies) -> list[list[str]]:

@@ -44,7 +44,8 @@ def read_result(settings: Distillation, folder: Path) -> Result | None:
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"fastkd: {path} is no result of a distillation; delete it to run it again") from None
     if digest != settings.digest():
-        raise ValueError(f"fastkd: {path} is of other settings; choose another folder, or delete it")
+        plugin = "" if settings.plugin is None else f", or {settings.plugin.name} has changed"
+        raise ValueError(f"fastkd: {path} is of other settings{plugin}; choose another folder, or delete it")
     return result
 
 

@@ -65,6 +65,8 @@ class Study(Networks):
     """The field that says which rows are asked for."""
     column_option: ClassVar[str] = "columns"
     """And which columns."""
+    row_name: ClassVar[str] = ""
+    """What a row is, for the head of the table; the option without its s by default."""
     of_the_grid: ClassVar[Mapping[str, str]] = {}
     """Options that the grid sets, and what says so instead: they must not be given."""
 

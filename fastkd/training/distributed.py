@@ -6,6 +6,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -88,7 +89,10 @@ def wrap(module: nn.Module, *, find_unused_parameters: bool) -> nn.Module:
     """The module, whose gradients are then means over the processes."""
     if world_size() == 1:
         return module
-    return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=find_unused_parameters)
+    # torch 2.13 has a new name for it: buffers are not those of rank 0 again at each forward
+    new = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    options: Any = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    return DistributedDataParallel(module, find_unused_parameters=find_unused_parameters, **options)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -148,11 +152,11 @@ def take_statistics_of_first_rank(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def take_parameters_of_first_rank(module: nn.Module) -> None:
-    """All processes begin with the weights of rank 0, as DistributedDataParallel has it."""
+def take_state_of_first_rank(module: nn.Module) -> None:
+    """All processes begin with the weights and buffers of rank 0, as DistributedDataParallel has it."""
     if world_size() > 1:
-        for parameter in module.parameters():
-            dist.broadcast(parameter, 0)
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor, 0)
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], *, find_unused_parameters: bool) -> None:

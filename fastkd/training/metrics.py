@@ -63,6 +63,15 @@ class Running:
         self._sums = state["sums"].to(self._sums.device, copy=True)
 
 
+def check_terms(procedure: object, terms: object) -> Mapping[str, Tensor | float]:
+    """What an iteration returned: a mapping of names to scalars."""
+    if not isinstance(terms, Mapping):
+        raise TypeError(
+            f"fastkd: {type(procedure).__name__}.iteration returned {type(terms).__name__}, must be a dict of terms by name"
+        )
+    return terms
+
+
 def is_loss(name: str) -> bool:
     """Whether a metric of this name is a loss, or a term of one."""
     return name.endswith("loss")

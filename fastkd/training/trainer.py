@@ -21,7 +21,7 @@ from fastkd.data.batch import as_batches, images_of, on_device
 from fastkd.data.source import BatchSource, check_source
 from fastkd.methods import Procedure
 from fastkd.training import checkpoint, distributed, folder, progress, randomness
-from fastkd.training.metrics import EpochMetrics, MetricsFile, Recorder, TensorBoard, check_finite
+from fastkd.training.metrics import EpochMetrics, MetricsFile, Recorder, TensorBoard, check_finite, check_terms
 from fastkd.training.settings import TrainingSettings, plain_value
 from fastkd.training.state import TrainingState
 
@@ -239,7 +239,7 @@ class Trainer:
     def _iteration(self, state: TrainingState, given: Any) -> None:
         batch = on_device(as_batches(given), state.device)
         with state.updates.begin_iteration(state.epoch, state.batch), self._autocast(state):
-            terms = state.procedure.iteration(batch, state.updates)
+            terms = check_terms(state.procedure, state.procedure.iteration(batch, state.updates))
         state.updates.end_iteration()
         state.batch += 1
         if state.average is not None:

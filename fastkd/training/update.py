@@ -96,6 +96,12 @@ def trained_parts(procedure: Procedure, settings: TrainingSettings, steps_per_ep
             other = owner.setdefault(id(parameter), name)
             if other != name:
                 raise ValueError(f"fastkd: parts {other!r} and {name!r} share parameters, must be trained once each")
+    idle = [name for name, p in procedure.named_parameters() if p.requires_grad and id(p) not in owner]
+    if idle:
+        raise ValueError(
+            f"fastkd: {len(idle)} parameters of {type(procedure).__name__} are in no part ({idle[0]}, ...): networks that are "
+            "not trained are for freeze(name, network), other parameters for requires_grad_(False)"
+        )
     return {name: TrainedPart(name, part, settings, steps_per_epoch) for name, part in parts.items()}
 
 
@@ -119,10 +125,9 @@ class Updates:
         self._one_forward = procedure.one_forward
         self._procedure = procedure
         self._called: nn.Module = procedure
+        distributed.take_state_of_first_rank(procedure)
         if procedure.one_forward:
             self._called = distributed.wrap(procedure, find_unused_parameters=find_unused_parameters)
-        else:
-            distributed.take_parameters_of_first_rank(procedure)
         # parts with gradients that no step was made of yet, and the scaler of these
         self._pending: dict[str, torch.amp.GradScaler] = {}
         self._updated: set[str] = set()  # in this iteration

@@ -161,7 +161,7 @@ def test_options_in_a_file_and_their_help(plugin: Path, tmp_path: Path, capsys: 
         main(["distill", "--plugin", str(plugin), "--method", "confident", "--help"])
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "--threshold" in said
-    assert "the least share of the teacher's first class. By default 0.5." in said
+    assert "The least share of the teacher's first class. (default: 0.5)" in said
 
 
 @pytest.mark.parametrize(

@@ -210,9 +210,10 @@ class Broken(Two):
             "no mapping": [Part(self)],
             "no part": {"first": self.first},
             "shared": {"first": Part(self.first), "all": Part(self)},
-            "frozen": {"first": Part(self.first)},
-            "setting": {"first": Part(self.first, learning_rte=0.1)},
-            "value": {"first": Part(self.first, learning_rate=-1.0)},
+            "frozen": {"first": Part(self.first), "second": Part(self.second)},
+            "setting": {"first": Part(self, learning_rte=0.1)},
+            "idle": {"first": Part(self.first)},
+            "value": {"first": Part(self, learning_rate=-1.0)},
         }.get(self.mistake, super().parts())
 
     def iteration(self, batch: Given, step: Step) -> dict[str, Tensor]:
@@ -222,6 +223,8 @@ class Broken(Two):
         step.update(
             {"rows": self.first(batch.images), "detached": loss.detach(), "number": 3.0}.get(self.mistake, loss)
         )  # type: ignore[arg-type,union-attr]
+        if self.mistake == "nothing":
+            return None  # type: ignore[return-value]
         return {"loss": "low"} if self.mistake == "term" else {"loss": loss}  # type: ignore[dict-item]
 
     def after_epoch(self, step: Step) -> dict[str, Any]:
@@ -237,6 +240,11 @@ class Broken(Two):
         ("shared", "parts 'first' and 'all' share parameters"),
         ("frozen", "part 'first' has no parameter that requires a gradient"),
         ("setting", "part 'first''s setting 'learning_rte' is unknown, did you mean learning_rate"),
+        (
+            "idle",
+            r"4 parameters of Broken are in no part \(second.layers.1.weight, ...\): networks that are not trained",
+        ),
+        ("nothing", "Broken.iteration returned NoneType, must be a dict of terms by name"),
         ("value", "learning_rate is -1.0, must be above 0"),
         ("unknown", "part 'frist' is unknown, did you mean first"),
         ("rows", r"the loss of an update of first, second is of shape \(12, 4\), must be a scalar with a gradient"),

@@ -25,6 +25,31 @@ TINY = ["--data", "digits", "--train-size", "100", "--test-size", "40", "--batch
 TINY += ["--epochs", "2", "--learning-rate", "0.02", "--device", "cpu"]
 
 
+FILES = {
+    "cosine": "class Cosine",
+    "adversary": "class Adversary",
+    "temperatures": "(Study)",
+    "confident": "class Confident",
+    "reweighted": "class Reweighted",
+}
+# imports that the text has said before
+HEAD = {
+    "confident": """
+import torch.nn.functional as F
+from fastkd.functional import kl_div
+from fastkd.methods import Loss, Method
+from fastkd.methods.registry import register
+@register("confident", family="response")
+""",
+    "reweighted": """
+import torch
+import torch.nn.functional as F
+from fastkd.methods import Part, Procedure
+from fastkd.methods.registry import register
+""",
+}
+
+
 def block(words: str) -> str:
     (found,) = (text for text in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL) if words in text)
     return str(found)
@@ -34,9 +59,9 @@ def block(words: str) -> str:
 def files(tmp_path: Path) -> Iterator[dict[str, str]]:
     """The guide's files by the names of what they register."""
     paths = {}
-    for name, words in (("cosine", "class Cosine"), ("adversary", "class Adversary"), ("temperatures", "(Study)")):
+    for name, words in FILES.items():
         path = tmp_path / f"{name}.py"
-        path.write_text(block(words))
+        path.write_text(HEAD.get(name, "") + block(words))
         paths[name] = str(path)
     yield paths
     for name in paths:
@@ -51,7 +76,7 @@ def test_a_procedure_takes_less_than_fifty_lines() -> None:
     assert len(example.read_text().splitlines()) <= 80
 
 
-@pytest.mark.parametrize("name", ["cosine", "adversary"])
+@pytest.mark.parametrize("name", [name for name in FILES if name != "temperatures"])
 def test_method_and_procedure(
     name: str, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,7 +86,8 @@ def test_method_and_procedure(
     assert main(["distill", *TINY, "--plugin", files[name], "--method", name, "--output", str(made)]) == 0
     first, last = read_metrics(made / "metrics.jsonl")
     assert last["loss"] < first["loss"]
-    assert {"cosine": "cosine_loss", "adversary": "generator_learning_rate"}[name] in last
+    of_the_method = {"cosine": "cosine_loss", "adversary": "generator_learning_rate", "confident": "sure_loss"}
+    assert of_the_method.get(name, "spread") in last
 
 
 def test_study(files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
