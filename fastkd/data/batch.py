@@ -50,6 +50,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """All of it on a device; of pinned memory without waiting."""
+        every = (self.images, self.target, self.index, *self.views)
+        if all(value is None or value.device == device for value in every):
+            return self
 
         def moved(value: Tensor) -> Tensor:
             return value.to(device, non_blocking=True)

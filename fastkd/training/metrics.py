@@ -88,7 +88,8 @@ def _scalar(name: str, value: object, like: Tensor) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1:
         given = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"fastkd: the term {name} of an iteration is {given}, must be a number or a tensor of one")
-    return value.detach().reshape(()).to(like)
+    scalar = value.detach() if value.dim() == 0 else value.detach().reshape(())
+    return scalar.to(like)
 
 
 def check_finite(line: EpochMetrics, step: int) -> None:

@@ -203,7 +203,8 @@ class Trainer:
                 raise ValueError(
                     f"fastkd: batches.epoch({state.epoch}) gives more than len(batches), {state.batch}, batches"
                 )
-            rates = state.learning_rates()
+            if state.batch + 1 == len(self.batches):
+                rates = state.learning_rates()  # of the last step
             self._iteration(state, batch)
             if display.due():
                 display.show(state.epoch, state.batch, self._read(state))

@@ -120,7 +120,7 @@ class Updates:
         self.epoch, self.epochs = 0, settings.epochs
         self.iteration, self.iterations = 0, steps_per_epoch
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
-        self._parts, self._accumulate = parts, settings.accumulate
+        self._parts, self._accumulate, self._amp = parts, settings.accumulate, settings.amp != "off"
         self._find_unused = find_unused_parameters
         self._one_forward = procedure.one_forward
         self._procedure = procedure
@@ -154,7 +154,7 @@ class Updates:
         parameters = [p for part in chosen for p in part.parameters]
         scaler = chosen[0].scaler  # one scale for one gradient
         last, batches = self._group()
-        with torch.autocast(loss.device.type, enabled=False):
+        with torch.autocast(loss.device.type, enabled=False) if self._amp else nullcontext():
             scaled = scaler.scale(loss if batches == 1 else loss / batches)
             if self._one_forward:  # whose hooks torch.autograd.backward would not call for some of the parameters
                 scaled.backward()
@@ -163,8 +163,8 @@ class Updates:
         self._pending |= {part.name: scaler for part in chosen}
         if last:
             self._step(chosen, scaler)
-        # autocast keeps 16-bit copies of weights, which are others now
-        torch.clear_autocast_cache()
+        if self._amp:  # which keeps 16-bit copies of weights, which are others now
+            torch.clear_autocast_cache()
 
     def begin_iteration(self, epoch: int, iteration: int) -> AbstractContextManager[None]:
         """Everything of an iteration is done inside of what it returns."""
