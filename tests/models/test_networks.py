@@ -263,9 +263,7 @@ FAMILIES = {  # student and teacher, of equal channels, as fsp needs
     "cifar-resnet18": "cifar-resnet18",
     "cifar-vgg8": "cifar-vgg11",
     "densenet-bc-10-12": "densenet-bc-10-12",
-    "cifar-mobilenetv2-0.5": "cifar-mobilenetv2-0.5",
     "cifar-shufflenetv2-0.5": "cifar-shufflenetv2-0.5",
-    "lenet5": "lenet5",
     "twoconvnet": "twoconvnet",
 }
 
