@@ -16,6 +16,7 @@ from fastkd.methods.representation import attention
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.cuda_kernels,
+    pytest.mark.no_kernels,  # of torch's transforms: the sanitizers have each backward pass under test elsewhere
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
 ]
 
