@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from fastkd._checks import check_count
+from fastkd.data.batch import as_batches
 
 __all__ = ["BatchSource", "NoBatches", "ParallelBatches", "check_source", "check_start"]
 
@@ -70,7 +71,7 @@ class ParallelBatches:
         """A mapping of the names to batches."""
         epoch, start = check_start(self, epoch, start)
         streams = {name: _endless(source, epoch * len(self) + start) for name, source in self.sources.items()}
-        return ({name: next(stream) for name, stream in streams.items()} for _ in range(start, len(self)))
+        return ({name: as_batches(next(stream)) for name, stream in streams.items()} for _ in range(start, len(self)))
 
     def state_dict(self) -> dict[str, Any]:
         """Of those sources that have one."""

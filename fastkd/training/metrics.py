@@ -84,7 +84,7 @@ def is_share(name: str) -> bool:
 
 def _scalar(name: str, value: object, like: Tensor) -> Tensor:
     if isinstance(value, (int, float)):
-        return like.new_tensor(value)
+        return like.new_full((), value)  # no copy from the host
     if not isinstance(value, Tensor) or value.numel() != 1:
         given = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"fastkd: the term {name} of an iteration is {given}, must be a number or a tensor of one")

@@ -110,6 +110,9 @@ SOURCES = {
     "labelled": lambda: labelled(views=2),
     "none": lambda: NoBatches(4),
     "parallel": lambda: ParallelBatches(task=labelled(), other=drawn()),
+    "loaded": lambda: ParallelBatches(
+        task=labelled(), other=LoaderBatches.of(TensorDataset(PIXELS.float()), 9, seed=1)
+    ),
     "longer": lambda: ParallelBatches(task=drawn(), other=NoBatches(3)),
     "data set": lambda: LoaderBatches.of(TensorDataset(IMAGES, TARGET), 2, seed=3),
 }
@@ -146,7 +149,7 @@ def test_the_other_source_goes_on_through_its_own_epochs() -> None:
     got = [batch["other"] for epoch in range(3) for batch in pairs.epoch(epoch)]
     expected = [batch for epoch in range(4) for batch in other.epoch(epoch)][:15]
     for ours, theirs in zip(got, expected, strict=True):
-        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours.images, theirs[0])
 
 
 def test_draws_are_the_tables() -> None:
@@ -222,7 +225,7 @@ class Agreeing(Procedure):
         return {"loss": loss}
 
 
-@pytest.mark.parametrize("name", ["drawn", "labelled", "parallel"])
+@pytest.mark.parametrize("name", ["drawn", "labelled", "parallel", "loaded"])
 def test_a_training_goes_on(name: str, tmp_path: Path) -> None:
     settings = make_settings(epochs=2, checkpoint_every=1)
 
