@@ -179,7 +179,7 @@ SETTINGS: list[tuple[str, str, list[Any]]] = [
     *[("CRD", argument, COUNTS) for argument in ("negatives", "embedding")],
     ("CRD", "items", [*COUNTS, 1]),
     ("CRD", "nce_temperature", ABOVE),
-    ("CRD", "momentum", [*NUMBERS, 1.0]),
+    ("CRD", "memory_momentum", [*NUMBERS, 1.0]),
     *[("SSKD", argument, NUMBERS) for argument in ("turned_weight", "head_weight")],
     *[("SSKD", argument, [*NUMBERS, 1.1]) for argument in ("turned_ratio", "alike_ratio")],
     ("SSKD", "alike_temperature", ABOVE),

@@ -52,7 +52,7 @@ constexpr std::array<KnobInfo, kKnobs> kKnobTable{{
     // blocks of a multiprocessor among which resident rows share it: one loads while another computes
     {Knob::kDivergenceResidentBlocks, "divergence.resident_blocks", 2, {1, 2, 3, 4}},
     // rows that want no gradient are resident up to so many classes: benchmarks/results/nvidia-h200-divergence-variants.json
-    {Knob::kDivergenceForwardClasses, "divergence.forward_classes", 32768, {1, 8192, 32768, 65536, 131072}},
+    {Knob::kDivergenceForwardClasses, "divergence.forward_classes", 8192, {1, 8192, 32768, 65536, 131072}},
     // blocks that share a streamed row at most, and how many a multiprocessor should have before rows are no longer shared
     {Knob::kDivergenceStreamingCluster, "divergence.streaming_cluster", 8, {1, 2, 4, 8, 16}},
     {Knob::kDivergenceStreamingBlocks, "divergence.streaming_blocks", 2, {1, 2, 4, 8}},

@@ -52,7 +52,7 @@ class CRD(ChannelMethod):
         negatives: k. By name, at most N - 1.
         embedding: length of v.
         nce_temperature: tau > 0.
-        momentum: m in [0, 1).
+        memory_momentum: m in [0, 1).
         layers, teacher_layers: one of each, ``[B, C, ...]``, averaged over places.
     """
 
@@ -84,7 +84,7 @@ class CRD(ChannelMethod):
         negatives: int = 16384,
         embedding: int = 128,
         nce_temperature: float = 0.07,
-        momentum: float = 0.5,
+        memory_momentum: float = 0.5,
         standardize: bool = False,
     ) -> None:
         weights = task_weight, kd_weight, feature_weight, temperature
@@ -93,7 +93,7 @@ class CRD(ChannelMethod):
         self.negatives = _checks.check_count("negatives", negatives, 1)
         self.embedding = _checks.check_count("embedding", embedding, 1)
         self.nce_temperature = _checks.check_positive("nce_temperature", nce_temperature)
-        self.momentum = _checks.check_between("momentum", momentum, 0.0, math.nextafter(1.0, 0.0))
+        self.memory_momentum = _checks.check_between("memory_momentum", memory_momentum, 0.0, math.nextafter(1.0, 0.0))
         self.student_embedding = nn.Linear(self.student_channels, self.embedding)
         self.teacher_embedding = nn.Linear(self.teacher_channels, self.embedding)
         bound = math.sqrt(3.0 / self.embedding)  # rows of norm 1, about
@@ -171,7 +171,7 @@ class CRD(ChannelMethod):
     @torch.no_grad()
     def _remember(self, index: Tensor, ours: Tensor, theirs: Tensor) -> None:
         for memory, v in ((self.student_memory, ours), (self.teacher_memory, theirs)):
-            mixed = torch.lerp(v, memory[index].to(v.dtype), self.momentum)
+            mixed = torch.lerp(v, memory[index].to(v.dtype), self.memory_momentum)
             memory.index_copy_(0, index, F.normalize(mixed).to(memory.dtype))
 
     def _check_index(self, index: Tensor | None, images: int) -> Tensor:
@@ -194,7 +194,8 @@ class CRD(ChannelMethod):
 
     def extra_repr(self) -> str:
         size = f"items={self.items}, negatives={self.negatives}, embedding={self.embedding}"
-        return f"{super().extra_repr()}, {size}, nce_temperature={self.nce_temperature}, momentum={self.momentum}"
+        size += f", nce_temperature={self.nce_temperature}, memory_momentum={self.memory_momentum}"
+        return f"{super().extra_repr()}, {size}"
 
 
 @register("sskd", family="contrastive", trains="student, head of each network", paper="Xu et al., ECCV 2020")

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from fastkd.__main__ import main
+from fastkd.cli.distill import command_for
+from fastkd.methods import registry as methods
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
 
@@ -142,6 +144,12 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert said.err.count("\n") == 1
     assert sorted(Path().rglob("*")) == before
     return said.err
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_every_method_has_a_command(method: str) -> None:
+    """With options of its own, none of which is called as one of the command's."""
+    command_for(["--method", method])
 
 
 @pytest.mark.parametrize("where", ELSEWHERE)

@@ -293,7 +293,7 @@ OTHERS = {
     "warmup_share": 0.5,
     "turned_ratio": 0.25,
     "alike_ratio": 0.25,
-    "momentum": 0.25,
+    "memory_momentum": 0.25,
     "standardize": True,
 }
 
