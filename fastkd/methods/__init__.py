@@ -2,12 +2,14 @@
 
 The zoo of Sarfraz et al., "Knowledge Distillation Beyond Model Compression" (ICPR 2020): Hinton and BSS (:mod:`.response`),
 FitNet, FSP and AT (:mod:`.representation`), RKD and SP (:mod:`.relational`), ONE and DML (:mod:`.online`). Beside them DKD and
-DIST (:mod:`.logits`), SRD (:mod:`.representation`), CRD and SSKD (:mod:`.contrastive`).
+DIST (:mod:`.logits`), SRD (:mod:`.representation`), CRD and SSKD (:mod:`.contrastive`), and fixed-linear distillation on
+unlabeled collections (:mod:`.collections`).
 
 A method with its networks is an
 :class:`Objective`, one of the procedures (:mod:`.procedure`) that a trainer trains.
 """
 
+from fastkd.methods.collections import FixedLinear
 from fastkd.methods.contrastive import CRD, SSKD
 from fastkd.methods.features import FeatureTap, JointLogits, Outputs
 from fastkd.methods.logits import DIST, DKD
@@ -37,6 +39,7 @@ __all__ = [
     "Cohort",
     "FeatureTap",
     "FitNet",
+    "FixedLinear",
     "Hinton",
     "JointLogits",
     "Loss",

@@ -90,12 +90,23 @@ class Objective(Procedure):
 
     def iteration(self, batch: Batches, step: Step) -> dict[str, Tensor]:
         """One update. The terms are the loss, its own, and, where there are labels, the accuracy on the images."""
+        batch = self._one(batch)
+        loss, logits = step.run(batch.images, batch.target, step.progress, batch.index)
+        step.update(loss.total)
+        return self._terms(batch, loss, logits)
+
+    def validation(self, batch: Batches, step: Step) -> dict[str, Tensor]:
+        batch = self._one(batch)
+        return self._terms(batch, *self(batch.images, batch.target, step.progress, batch.index))
+
+    def _one(self, batch: Batches) -> Batch:
         if not isinstance(batch, Batch):
             raise TypeError(
                 f"fastkd: batch is {type(batch).__name__}, must be a Batch for {type(self.method).__name__}"
             )
-        loss, logits = step.run(batch.images, batch.target, step.progress, batch.index)
-        step.update(loss.total)
+        return batch
+
+    def _terms(self, batch: Batch, loss: Loss, logits: Tensor) -> dict[str, Tensor]:
         terms: dict[str, Any] = {"loss": loss.total, **loss.terms}
         if batch.target is not None:
             terms["accuracy"] = (logits.detach().argmax(-1) == batch.target).float().mean()

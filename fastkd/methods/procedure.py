@@ -119,6 +119,11 @@ class Procedure(nn.Module):
         """
         raise NotImplementedError
 
+    def validation(self, batch: Batches, step: Step) -> Mapping[str, Tensor]:
+        """Terms by name of a batch that is not trained on, to log, in evaluation mode and without gradients; ``loss`` is what
+        the schedule "plateau" follows. Needed where a training validates."""
+        raise NotImplementedError(f"fastkd: {type(self).__name__} has no validation(), must have one to be validated")
+
     def before_epoch(self, step: Step) -> None:
         """Called before the first iteration of each epoch; not again where a training goes on within one."""
 

@@ -49,6 +49,15 @@ class Baseline(WeightedMethod):
     task_weight=0.1,
     kd_weight=9.0,
 )
+@register(  # in Eq. 2.14 there is no T^2, nor are there labels
+    "vanilla",
+    family="collections",
+    needs=("images", "teacher"),
+    paper="Begon & Geurts, 2021",
+    temperature=2.0,
+    task_weight=0.0,
+    kd_weight=0.25,
+)
 @register("hinton", family="response", paper="Hinton et al., 2015")
 class Hinton(WeightedMethod):
     """``r CE + a T^2 KL(softmax(t / T) || softmax(s / T))``.

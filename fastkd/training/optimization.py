@@ -14,13 +14,14 @@ from torch.optim.lr_scheduler import (
     LinearLR,
     LRScheduler,
     MultiStepLR,
+    ReduceLROnPlateau,
     SequentialLR,
 )
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastkd.training.settings import TrainingSettings
 
-__all__ = ["Average", "make_optimizer", "make_schedule"]
+__all__ = ["Average", "make_optimizer", "make_plateau", "make_schedule"]
 
 
 def make_optimizer(parameters: list[nn.Parameter], settings: TrainingSettings) -> Optimizer:
@@ -47,7 +48,7 @@ def make_schedule(optimizer: Optimizer, settings: TrainingSettings, steps_per_ep
     """The learning rate of each step t, from 0 on, of all N, W of them warm-up, up to ``learning_rate``, l:
 
     ``l (t + 1) / W`` in the warm-up; then ``l (1 + cos(pi (t - W) / (N - W))) / 2``, ``l decay^(milestones <= t)`` with
-    milestones rounded to whole steps, or ``l``.
+    milestones rounded to whole steps, or ``l``, which :func:`make_plateau` lowers.
     """
     steps = settings.epochs * steps_per_epoch
     warmup = min(round(settings.warmup_epochs * steps_per_epoch), steps - 1)
@@ -63,6 +64,14 @@ def make_schedule(optimizer: Optimizer, settings: TrainingSettings, steps_per_ep
         return schedule
     grow = LinearLR(optimizer, 1 / warmup, total_iters=warmup - 1)
     return SequentialLR(optimizer, [grow, schedule], [warmup])
+
+
+def make_plateau(optimizer: Optimizer, settings: TrainingSettings) -> ReduceLROnPlateau | None:
+    """What lowers the learning rate where the schedule is "plateau", stepped with the validation loss of each epoch."""
+    if settings.schedule != "plateau":
+        return None
+    # torch counts the epochs that are waited out, not the one that is one too many
+    return ReduceLROnPlateau(optimizer, factor=settings.decay, patience=settings.patience - 1, threshold=0.0)
 
 
 class Average(nn.Module):

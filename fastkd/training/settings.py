@@ -15,12 +15,12 @@ from fastkd._checks import check_choice
 __all__ = ["OF_A_PART", "TrainingSettings", "plain_value"]
 
 Optimizer = Literal["sgd", "adam", "adamw"]
-Schedule = Literal["cosine", "step", "constant"]
+Schedule = Literal["cosine", "step", "constant", "plateau"]
 Amp = Literal["off", "bf16", "fp16"]
 MOST_EPOCHS = 10**9
 OF_A_PART = (
     *("optimizer", "learning_rate", "momentum", "nesterov", "betas", "weight_decay", "schedule", "milestones", "decay"),
-    *("warmup_epochs", "gradient_clip"),
+    *("patience", "warmup_epochs", "gradient_clip"),
 )
 """Settings that each part of a procedure may have for itself."""
 
@@ -49,11 +49,14 @@ class TrainingSettings:
     weight_decay: float = 5e-4
     """Of all parameters, normalisation and biases included."""
     schedule: Schedule = "cosine"
-    """Of the learning rate: half a cosine down to 0, steps down at the milestones, or constant."""
+    """Of the learning rate: half a cosine down to 0, steps down at the milestones, constant, or down a step each time that
+    the validation loss has not fallen for a while."""
     milestones: tuple[float, ...] = (0.5, 0.75)
     """Shares of the training after which the schedule "step" lowers the learning rate."""
     decay: float = 0.1
-    """By which factor it lowers it."""
+    """By which factor it, or the schedule "plateau", lowers it."""
+    patience: int = 20
+    """Epochs without a new lowest validation loss after which the schedule "plateau" lowers the learning rate."""
     warmup_epochs: float = 0.0
     """Epochs, or a part of one, over which the learning rate grows to its highest, in equal steps."""
     amp: Amp = "off"
@@ -87,6 +90,7 @@ class TrainingSettings:
             ("milestones", self._milestones_rise(), "shares of the training in (0, 1), each above the one before"),
             ("betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
             ("decay", 0 < self.decay <= 1, "in (0, 1]"),
+            ("patience", self.patience >= 1, "1 or more"),
             ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, f"from 0 to less than epochs, {self.epochs}"),
             ("accumulate", self.accumulate >= 1, "1 or more"),
             ("ema", 0 <= self.ema < 1, "in [0, 1)"),

@@ -20,8 +20,9 @@ from fastkd._files import write_whole
 from fastkd.data.batch import as_batches, images_of, on_device
 from fastkd.data.source import BatchSource, check_source
 from fastkd.methods import Procedure
+from fastkd.models.modes import evaluating
 from fastkd.training import checkpoint, distributed, folder, progress, randomness
-from fastkd.training.metrics import EpochMetrics, MetricsFile, Recorder, TensorBoard, check_finite, check_terms
+from fastkd.training.metrics import EpochMetrics, MetricsFile, Recorder, Running, TensorBoard, check_finite, check_terms
 from fastkd.training.settings import TrainingSettings, plain_value
 from fastkd.training.state import TrainingState
 
@@ -52,6 +53,8 @@ class Trainer:
             with its networks is an :class:`fastkd.methods.Objective`.
         batches: of this rank; see :class:`fastkd.data.BatchSource`.
         settings: how.
+        validate: batches that are not trained on, the same on all ranks: after each epoch the procedure's ``validation`` runs
+            on them, and the means of its terms are logged. The schedule "plateau" follows its ``loss``.
         evaluate: results by name of a network, images to logits, as of :func:`fastkd.training.evaluator`. Called on all
             ranks, those of rank 0 count.
         folder: for ``checkpoint.pt``, ``metrics.jsonl``, ``model.pt`` (the weights of :attr:`deployed`, at the end) and
@@ -77,6 +80,7 @@ class Trainer:
         batches: BatchSource,
         settings: TrainingSettings,
         *,
+        validate: BatchSource | None = None,
         evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
         folder: str | Path | None = None,
         description: Mapping[str, str | int | float] | None = None,
@@ -92,6 +96,8 @@ class Trainer:
         _check_type("folder", folder, (str, PathLike, NoneType), "a path or None")
         _check_type("description", description, (Mapping, NoneType), "a dict or None")
         check_source("batches", batches)
+        if validate is not None:
+            check_source("validate", validate)
         for name, function in (("evaluate", evaluate), ("on_step", on_step), ("on_epoch", on_epoch)):
             check_callable(name, function)
         check_choice("show", show, get_args(progress.Show))
@@ -108,7 +114,7 @@ class Trainer:
             str(name): plain_value(f"description[{name!r}]", value) for name, value in (description or {}).items()
         }
         self.folder = None if folder is None else Path(folder)
-        self._evaluate = evaluate
+        self._validate, self._evaluate = validate, evaluate
         self._on_step, self._on_epoch = on_step, on_epoch
         self._show, self._console = show, console
         self._tensorboard = TensorBoard(self.folder) if tensorboard and self.folder is not None else None
@@ -159,6 +165,8 @@ class Trainer:
             about=self.description,
             find_unused_parameters=self._find_unused_parameters,
         )
+        if self._validate is None and any(part.plateau is not None for part in state.parts.values()):
+            raise ValueError("fastkd: validate is None, must be batches to validate on for the schedule 'plateau'")
         with closing(state), ExitStack() as lock:
             found = distributed.on_first_rank(lambda: self._find(state, lock, resume, overwrite))
             self._state = state
@@ -221,6 +229,7 @@ class Trainer:
         line = {"epoch": state.epoch + 1, "step": state.step, **rates, **self._read(state, all_ranks=True)}
         line |= self._results("after_epoch", state.procedure.after_epoch(state.updates), line)
         state.share_statistics()
+        line |= self._validated(state, line)
         line |= self._evaluated(state, line)
         state.seconds = time.monotonic() - began
         line["seconds"] = state.seconds
@@ -255,6 +264,25 @@ class Trainer:
         means = state.running.read(all_ranks=all_ranks)
         check_finite(means, state.step)
         return means
+
+    @torch.no_grad()
+    def _validated(self, state: TrainingState, line: EpochMetrics) -> EpochMetrics:
+        """Means over the batches that are not trained on; and the learning rates that follow from their loss."""
+        if self._validate is None:
+            return {}
+        running = Running(state.device)
+        with evaluating(self.procedure), self._autocast(state):
+            for given in self._validate.epoch(0):
+                batch = on_device(as_batches(given), state.device)
+                running.add(
+                    check_terms(state.procedure, state.procedure.validation(batch, state.updates)), images_of(batch)
+                )
+        results = {f"validation_{name}": mean for name, mean in running.read().items()}
+        found = self._results("validation", results, line)
+        for part in state.parts.values():
+            if part.plateau is not None:
+                part.plateau.step(found["validation_loss"])
+        return found
 
     def _evaluated(self, state: TrainingState, line: EpochMetrics) -> EpochMetrics:
         """What ``evaluate`` returns, where it is due."""

@@ -36,6 +36,7 @@ class TrainedPart:
         self.optimizer = make(self.parameters)
         groups = -(-steps_per_epoch // settings.accumulate)
         self.schedule = optimization.make_schedule(self.optimizer, self.settings, groups)
+        self.plateau = optimization.make_plateau(self.optimizer, self.settings)
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=settings.amp == "fp16")
         self.optimizer.zero_grad()
 
@@ -50,10 +51,11 @@ class TrainedPart:
         return {**own, "optimizer": type(self.optimizer).__name__, "parameters": len(self.parameters)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Of optimizer, schedule and scaler."""
+        """Of optimizer, schedules and scaler."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "plateau": None if self.plateau is None else self.plateau.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
 
@@ -62,6 +64,8 @@ class TrainedPart:
         check_state(state, ("optimizer", "schedule", "scaler"), "a part of a procedure")
         self.optimizer.load_state_dict(self._on_this_device(state["optimizer"]))
         self.schedule.load_state_dict(state["schedule"])
+        if self.plateau is not None:
+            self.plateau.load_state_dict(state["plateau"])
         self.scaler.load_state_dict(state["scaler"])
 
     def _on_this_device(self, optimizer: dict[str, Any]) -> dict[str, Any]:
