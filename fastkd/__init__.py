@@ -5,7 +5,7 @@ from fastkd._build_info import build_info
 from fastkd.alias_table import AliasTable
 from fastkd.collection_samplers import CollectionBatchSampler, CollectionSampler
 from fastkd.draw import draw_batch
-from fastkd.functional import logit_stats
+from fastkd.functional import channel_moments, logit_stats
 from fastkd.losses import JSDivLoss, KDLoss, KLDivLoss, RelationLoss
 from fastkd.patches import crop_patches, random_crop_flip, random_patches
 from fastkd.selection import FitStatus, TwoGaussianMixture, select_clean
@@ -21,6 +21,7 @@ __all__ = [
     "RelationLoss",
     "TwoGaussianMixture",
     "build_info",
+    "channel_moments",
     "crop_patches",
     "draw_batch",
     "functional",
