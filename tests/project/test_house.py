@@ -15,8 +15,10 @@ PACKAGE = Path(__file__).parents[2] / "fastkd"
 FLOORS = (
     ("__main__", "cli"),
     ("studies",),
+    ("scoring",),
     ("training",),
     ("methods",),
+    ("scores",),
     ("data", "models"),
     (
         "_build_info",
@@ -26,7 +28,6 @@ FLOORS = (
         "functional",
         "losses",
         "patches",
-        "scores",
         "selection",
         "statistics",
     ),

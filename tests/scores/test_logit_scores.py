@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastkd.scores import t1000
+from fastkd.scores import max_softmax, negative_energy, negative_entropy, t1000
 
 
 def exact(logits: torch.Tensor) -> torch.Tensor:
@@ -63,3 +63,17 @@ def test_dtypes_and_leading_shape(dtype: torch.dtype, device: torch.device, gene
 def test_a_shift_of_the_logits_changes_nothing(device: torch.device, generator: torch.Generator) -> None:
     logits = torch.randn(50, 10, generator=generator, dtype=torch.float64).to(device)
     torch.testing.assert_close(t1000(logits + 100.0), t1000(logits), rtol=0, atol=1e-14)
+
+
+def test_the_other_scores_are_those_of_the_softmax(device: torch.device, generator: torch.Generator) -> None:
+    logits = (5 * torch.randn(300, 7, generator=generator)).to(device)
+    p = logits.double().softmax(1)
+    torch.testing.assert_close(max_softmax(logits), p.amax(1), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(negative_entropy(logits), torch.special.xlogy(p, p).sum(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(negative_energy(logits), logits.double().logsumexp(1), rtol=1e-5, atol=1e-6)
+    for score in (max_softmax, negative_entropy, negative_energy):
+        assert score(logits).dtype == torch.float64
+        sure, unsure = score(torch.tensor([[9.0, 0.0, 0.0], [1.0, 0.9, 1.0]]))
+        assert sure > unsure  # higher = more alike
+        with pytest.raises(TypeError, match=r"logits has dtype torch.int64"):
+            score(torch.zeros(3, 4, dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""Characterizing scores: how much an unlabeled image looks like the teacher's own task. Higher = more alike."""
+"""Scores of images by the teacher's logits. Higher = more alike the teacher's own task."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from fastkd._checks import check_dtype
 from fastkd.functional import logit_stats
 
-__all__ = ["t1000"]
+__all__ = ["max_softmax", "negative_energy", "negative_entropy", "t1000"]
 
 
 def t1000(logits: Tensor) -> Tensor:
@@ -32,3 +32,26 @@ def t1000(logits: Tensor) -> Tensor:
     """
     stats = logit_stats(check_dtype("logits", logits))
     return (1.0 + (stats.max.double() - stats.mean.double()) / 1000.0) / logits.shape[-1]
+
+
+def max_softmax(logits: Tensor) -> Tensor:
+    """The largest softmax probability. Arguments, result and errors as of :func:`t1000`.
+
+    Source: Hendrycks & Gimpel, "A baseline for detecting misclassified and out-of-distribution examples in neural networks"
+    (ICLR 2017).
+    """
+    stats = logit_stats(check_dtype("logits", logits))
+    return (stats.max.double() - stats.logsumexp.double()).exp()
+
+
+def negative_entropy(logits: Tensor) -> Tensor:
+    """The entropy of the softmax in nats, negated. Arguments, result and errors as of :func:`t1000`."""
+    return -logit_stats(check_dtype("logits", logits)).entropy.double()
+
+
+def negative_energy(logits: Tensor) -> Tensor:
+    """``logsumexp z``, the negative of the energy. Arguments, result and errors as of :func:`t1000`.
+
+    Source: Liu et al., "Energy-based out-of-distribution detection" (NeurIPS 2020), at temperature 1.
+    """
+    return logit_stats(check_dtype("logits", logits)).logsumexp.double()
