@@ -24,6 +24,7 @@ FLOORS = (
         "collection_samplers",
         "draw",
         "functional",
+        "iqpr_schedule",
         "losses",
         "patches",
         "scores",
