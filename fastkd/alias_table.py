@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastkd import statistics
-from fastkd._checks import check_count, check_dtype, check_number, check_size, check_state, check_tensor
+from fastkd._checks import check_count, check_dtype, check_flag, check_number, check_size, check_state, check_tensor
 from fastkd._locks import Lock
 from fastkd._seeding import check_generator, draw_seed, mixed_seed, seed_of
 from fastkd.ops import alias as _ops
@@ -56,10 +56,12 @@ class AliasTable:
             1 is uniform. Where the quartiles coincide no lambda can give it: the table is then uniform (lambda = 0).
         seed: of the table's own stream of draws, any int, modulo 2^64; by default drawn from torch's default generator
             of the CPU. With several ranks, give them all the same.
+        keep_scores: keeps a copy of the scores, which :meth:`update` keeps up to date, so that lambda can be changed later:
+            :meth:`set_inverse_temperature`, :meth:`set_iqpr`, schedules of samplers.
 
     Raises:
         TypeError: scores of another dtype, an inverse_temperature that is neither a number nor a float tensor, an iqpr
-        that is no number, a seed that is no int.
+        that is no number, a seed that is no int, a keep_scores that is neither True nor False.
         ValueError, RuntimeError: no item, scores that are NaN or +inf or all -inf, lambda < 0, iqpr < 1.
     """
 
@@ -72,8 +74,10 @@ class AliasTable:
         *,
         iqpr: float | None = None,
         seed: int | None = None,
+        keep_scores: bool = False,
     ) -> None:
         check_dtype("scores", scores)
+        keep_scores = check_flag("keep_scores", keep_scores)
         if inverse_temperature is not None and iqpr is not None:
             raise ValueError(
                 f"fastkd: inverse_temperature is {inverse_temperature} and iqpr is {iqpr}, must be given one at a time"
@@ -86,6 +90,10 @@ class AliasTable:
                 1.0 if inverse_temperature is None else inverse_temperature, scores.device
             )
         self._table = _ops.build(scores, self.inverse_temperature)
+        self._content = _Content()
+        if keep_scores:
+            self._content.scores = scores.detach().clone()
+            self.inverse_temperature = self.inverse_temperature.clone()  # to be written to
         self._stream = new_stream(seed, scores.device)
         self._numbering = _Numbering()
 
@@ -110,8 +118,11 @@ class AliasTable:
         self._check_known("copied or pickled")
         with self._alone():
             state = {**vars(self), "_stream": self._stream.tolist(), "_numbering": self._numbering.copy()}
+            state["_content"] = self._content.copy()
             if get_spawning_popen() is None:
                 state["_table"] = _ops.Table(*(t.clone() for t in self._table))
+                state["inverse_temperature"] = self.inverse_temperature.clone()
+                state["_content"].move(torch.clone)
         state.pop("_lock", None)
         return state
 
@@ -129,15 +140,25 @@ class AliasTable:
         return self._table.bins.device
 
     @property
+    def keeps_scores(self) -> bool:
+        """Whether lambda can be changed."""
+        return self._content.scores is not None
+
+    @property
+    def version(self) -> int:
+        """How often the weights were changed: updates and other lambdas, but for those in programs of torch.compile."""
+        return self._content.version
+
+    @property
     def nbytes(self) -> int:
-        """Bytes that the table holds."""
+        """Bytes that the table holds, without scores that it keeps."""
         return sum(t.numel() * t.element_size() for t in self._table)
 
     def to(self, device: torch.device | str) -> AliasTable:
         """The same table, at the same place of its stream, on another device; draws there are the same numbers.
 
         The stream is a copy and goes on by itself. The weights are copied to another device; on the same one they are
-        shared, so that an update of either table is one of both; copies by ``copy.deepcopy`` share nothing.
+        shared, so that an update of either table, or another lambda, is one of both; copies by ``copy.deepcopy`` share nothing.
         """
         if torch.device(device).type != "meta":
             self._check_known("moved to another device")
@@ -150,6 +171,10 @@ class AliasTable:
             moved._numbering = self._numbering.copy()
             if moved.device == self.device:
                 moved._lock = self._lock  # which guards the weights, too
+                moved._content = self._content
+            else:
+                moved._content = self._content.copy()
+                moved._content.move(lambda t: t.to(device))
         return moved
 
     def __repr__(self) -> str:
@@ -233,7 +258,13 @@ class AliasTable:
         check_dtype("scores", scores)
         total = math.inf
         with self._alone():
+            kept = self._content.scores
+            if kept is not None:
+                scores = scores.detach().to(kept.dtype)
             _ops.update(self._table, indices, scores)
+            if kept is not None:
+                _keep_last(kept, indices, scores)
+            self._content.changed(updated=True)
             if self.device.type == "cpu" and not torch.compiler.is_compiling():
                 total = self._table.scale[3].item()
         if len(self) > 1e-6 * total:
@@ -242,6 +273,39 @@ class AliasTable:
                 "exact probabilities; build a new AliasTable from the scores",
                 stacklevel=2,
             )
+
+    def set_inverse_temperature(self, inverse_temperature: float | Tensor) -> None:
+        """Another lambda for the scores as they are now: a fresh build in the same place, O(N); the stream stays where it is.
+
+        All that share the weights see it: samplers, and tables of ``to`` on the same device. Not for programs of torch.compile.
+
+        Raises:
+            ValueError: the table was built without ``keep_scores=True``; as of construction, and the table is then unchanged.
+        """
+        number = _lambda(inverse_temperature, self.device)
+        self._rebuild(lambda scores: number)
+
+    def set_iqpr(self, iqpr: float) -> None:
+        """As :meth:`set_inverse_temperature`, with the lambda of this ratio for the scores as they are now."""
+        iqpr = check_number("iqpr", iqpr)
+        self._rebuild(lambda scores: _ops.inverse_temperature(scores, iqpr))
+
+    def _rebuild(self, number_of: Callable[[Tensor], Tensor]) -> None:
+        with self._alone():
+            scores = self._content.scores
+            if scores is None:
+                raise ValueError(
+                    "fastkd: keep_scores is False, must be True for another lambda: AliasTable(scores, keep_scores=True)"
+                )
+            number = number_of(scores)
+            self._put(_ops.build(scores, number), number)
+            self._content.changed(updated=False)
+
+    def _put(self, table: _ops.Table, number: Tensor) -> None:
+        """Other weights in the place of these, for all that share them."""
+        with torch.inference_mode():  # in which tables may have been made
+            for own, its in zip((*self._table, self.inverse_temperature), (*table, number), strict=True):
+                own.copy_(its)
 
     def weights(self) -> Tensor:
         """The exact integer weights that the draws follow: int64 ``[N]``; probability = weight / sum."""
@@ -264,24 +328,38 @@ class AliasTable:
         """
         return statistics.underflowed(scores, self.weights())
 
-    def state_dict(self) -> dict[str, Any]:
-        """Seed and position of the own stream, lambda, and a fingerprint of the table; not the table, which the scores give."""
+    def state_dict(self, *, weights: bool = False) -> dict[str, Any]:
+        """Seed and position of the own stream, lambda, and a fingerprint of the table; not the table, which the scores give.
+
+        Args:
+            weights: adds what the first scores do not give: 8 bytes an item after updates, and the scores, if they are kept.
+        """
         self._check_known("saved or loaded")
         with self._alone():
             seed, position = self._stream.tolist()
-            total = int(self._table.block_weight.sum())
-        return {
-            "seed": seed,
-            "next_index": position,
-            "inverse_temperature": float(self.inverse_temperature),
-            "items": len(self),
-            "total_weight": total,
-        }
+            state = {
+                "seed": seed,
+                "next_index": position,
+                "inverse_temperature": float(self.inverse_temperature),
+                "items": len(self),
+                "total_weight": int(self._table.block_weight.sum()),
+            }
+            if check_flag("weights", weights):
+                content = self._content
+                if content.updated:
+                    state["table"] = {name: t.cpu().clone() for name, t in self._table._asdict().items()}
+                if content.rescored and content.scores is not None:
+                    state["scores"] = content.scores.cpu().clone()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues the stream of ``state``.
 
-        The table must be the one it was saved from: built from the same scores and lambda, and updated alike.
+        The table must be the one it was saved from: built from the same scores, and either of the same lambda or with
+        ``keep_scores=True``; and updated alike, where the state is without weights.
+
+        Raises:
+            TypeError, ValueError: what is no such state, or that of another table; this one is then unchanged.
         """
         check_state(state, ("seed", "next_index", "items", "total_weight", "inverse_temperature"), "an AliasTable")
         seed, position = (
@@ -290,14 +368,88 @@ class AliasTable:
         )
         stream = torch.tensor([seed, position], dtype=torch.int64, device="cpu")
         with self._alone():
-            own = self.state_dict()
+            own, scores, content = self.state_dict(), state.get("scores"), self._content
+            if scores is not None:
+                scores = self._restored("scores", scores, content.scores)
+            table = self._loaded(state, scores)
+            if table is not None:
+                own["total_weight"] = int(table.block_weight.sum())
+                own["inverse_temperature"] = state["inverse_temperature"]
             for key in ("items", "total_weight", "inverse_temperature"):
                 if state[key] != own[key]:
                     raise ValueError(
                         f"fastkd: state['{key}'] is {state[key]}, but this table has {own[key]}; rebuild the table from "
                         "the scores it was saved with, and repeat its updates"
                     )
+            if scores is not None and content.scores is not None:
+                content.scores.copy_(scores)
+                content.rescored = True
+            if table is not None:
+                self._put(table, number_tensor(float(state["inverse_temperature"]), self.device))
+                content.changed(updated="table" in state)
             self._stream.copy_(stream)
+
+    def _loaded(self, state: dict[str, Any], scores: Tensor | None) -> _ops.Table | None:
+        """The weights of a state; None if they are to be those that are there."""
+        if state["items"] != len(self):
+            return None
+        if "table" in state:
+            its = check_state(state["table"], _ops.Table._fields, "an AliasTable")
+            return _ops.Table(*(self._restored(name, its[name], own) for name, own in self._table._asdict().items()))
+        scores = self._content.scores if scores is None else scores
+        number = state["inverse_temperature"]
+        if scores is None or (number == float(self.inverse_temperature) and "scores" not in state):
+            return None
+        return _ops.build(scores, number_tensor(check_number("state['inverse_temperature']", number), self.device))
+
+    def _restored(self, name: str, value: object, own: Tensor | None) -> Tensor:
+        if own is None:
+            raise ValueError(f"fastkd: state has {name}, but this table was built without keep_scores=True")
+        its = check_dtype(f"state's {name}", value, (own.dtype,))
+        if its.shape != own.shape:
+            raise ValueError(f"fastkd: state's {name} has shape {tuple(its.shape)}, must be {tuple(own.shape)}")
+        return its.to(self.device)
+
+
+class _Content:
+    """What tables that share their weights share besides: the scores that are kept, and what was changed since the build."""
+
+    def __init__(self) -> None:
+        self.scores: Tensor | None = None
+        self.version = 0  # goes up with each change
+        self.updated = False  # by items: the weights are not those of a build
+        self.rescored = False  # the scores are not those of construction
+
+    def changed(self, *, updated: bool) -> None:
+        if torch.compiler.is_compiling():  # whose programs would be made anew for each number
+            return
+        self.version += 1
+        self.updated = updated
+        self.rescored |= updated
+
+    def copy(self) -> _Content:
+        made = _Content()
+        vars(made).update(vars(self))
+        return made
+
+    def move(self, moved: Callable[[Tensor], Tensor]) -> None:
+        if self.scores is not None:
+            self.scores = moved(self.scores)
+
+
+def _keep_last(kept: Tensor, indices: Tensor, scores: Tensor) -> None:
+    """``kept[indices] = scores``, where of equal indices the last one counts; waits for no device."""
+    order = torch.sort(indices, stable=True)
+    count = indices.shape[0]
+    if not count:
+        return
+    place = torch.arange(count, device=indices.device)
+    is_last = torch.ones_like(place, dtype=torch.bool)
+    is_last[:-1] = order.values[1:] != order.values[:-1]
+    last = torch.where(is_last, place, count).flip(0).cummin(0).values.flip(0)  # of equal ones
+    with torch.inference_mode():
+        # an index out of range, which only a GPU lets through, has spoiled the table already
+        kept[order.values.clamp(0, kept.shape[0] - 1)] = scores[order.indices[last]]
 
 
 def check_table(name: str, table: object) -> AliasTable:

@@ -26,6 +26,7 @@ FLOORS = (
         "collection_samplers",
         "draw",
         "functional",
+        "iqpr_schedule",
         "losses",
         "patches",
         "selection",
