@@ -19,6 +19,7 @@ from fastkd.cli.demo import Demo
 from fastkd.cli.distill import command_for, load_plugin_of
 from fastkd.cli.info import Info
 from fastkd.cli.methods import Methods
+from fastkd.cli.score import Score
 from fastkd.cli.study import Studies, commands
 
 FLAT = (tyro.conf.OmitArgPrefixes,)  # --epochs, not --training.epochs
@@ -54,7 +55,15 @@ def _parse(name: str, arguments: list[str]) -> Callable[[Console], int | None]:
     else:
         distill = command_for(arguments)
         command = tyro.extras.subcommand_cli_from_dict(
-            {"demo": Demo, "distill": distill, "methods": Methods, "study": Studies, "bench": Bench, "info": Info},
+            {
+                "demo": Demo,
+                "distill": distill,
+                "score": Score,
+                "methods": Methods,
+                "study": Studies,
+                "bench": Bench,
+                "info": Info,
+            },
             prog="fastkd",
             description=DESCRIPTION,
             args=arguments or ["--help"],

@@ -35,6 +35,7 @@ def score_collection(
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
     batch_size: int = 256,
+    chunk: int | None = None,
     on_progress: Callable[[int, int], object] | None = None,
 ) -> ScoreFile:
     """Scores each image once, and writes the scores as it goes: killed, it goes on where it was.
@@ -50,6 +51,7 @@ def score_collection(
         name: of the score, for the description.
         mean, std: of each channel, in units of x / 255: the normalisation of the teacher's images.
         batch_size: images at once.
+        chunk: images after which scores are written, rounded up to whole batches; about 8192 by default.
         on_progress: on rank 0, called with the number of images that are done, and of all; now and then.
 
     Returns:
@@ -66,7 +68,8 @@ def score_collection(
     path = Path(output)
     if path.suffix != ".npy":
         raise ValueError(f"fastkd: output is {output}, must be the name of an .npy")
-    chunk = batch_size * max(1, CHUNK // batch_size)
+    chunk = CHUNK if chunk is None else _checks.check_count("chunk", chunk, 1)
+    chunk = -(-chunk // batch_size) * batch_size
     partial = PartialScores(path, len(collection), chunk)
     about: dict[str, Any] = {
         "score": name,
