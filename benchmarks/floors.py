@@ -122,6 +122,11 @@ def relation(points: int, features: int, element_bytes: int, teacher_features: i
     return points * (2 * features + teacher_features) * element_bytes
 
 
+def channel_moments(samples: int, elements: int, element_bytes: int, *, gradient: bool = False) -> int:
+    """Maps of so many elements a sample read; for their gradient read again, and the gradient written."""
+    return samples * elements * element_bytes * (3 if gradient else 1)
+
+
 def alias_build(items: int, element_bytes: int, *, sweeps: int = 1) -> int:
     """Scores read ``sweeps`` times (3 by the kernels: largest score, partition function, weights), a bin of each written."""
     return items * (sweeps * element_bytes + BIN_BYTES)

@@ -235,6 +235,39 @@ _RELATIONS = (
 )
 
 
+def _maps(
+    shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool
+) -> Callable[[torch.device, int], tuple[Tensor, ...]]:
+    """Far from 0, each channel elsewhere."""
+
+    def make(device: torch.device, seed: int) -> tuple[Tensor, ...]:
+        maps = _normal(seed, *shape) + torch.arange(shape[1]).view(-1, *(1,) * (len(shape) - 2))
+        maps = maps.to(dtype)
+        return ((maps.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else maps).to(device),)
+
+    return make
+
+
+def _moments(x: Tensor) -> tuple[Tensor, ...]:
+    x = x.detach().requires_grad_()
+    results = [value for per_sample in (False, True) for value in F.channel_moments(x, per_sample=per_sample)]
+    gradient = torch.autograd.grad(results, x, [torch.ones_like(value) for value in results])
+    return (*(value.detach() for value in results), *gradient)
+
+
+# rows of a lane, of four, of a warp, of a block, cut into parts; columns of packs, of single channels, of few pixels and many
+_MAPS = (
+    ((9, 5, 2, 2), torch.float32),
+    ((5, 70, 7, 7), torch.bfloat16),
+    ((3, 24, 900), torch.bfloat16),
+    ((3, 5, 5000), torch.float32),
+    ((1, 2, 1 << 20), torch.float16),
+    ((130, 48), torch.float32),
+    ((4100, 41), torch.bfloat16),
+    ((2, 6, 3, 5, 7), torch.float64),
+)
+
+
 # from problems that lanes share to one that a cluster of blocks shares
 _MIXTURES = (
     (4300, 40, torch.float32),
@@ -282,6 +315,15 @@ DETERMINED = [
     *(Case(_name("gmm_fit weighted", shape), _losses(*shape), _mixture, {"weighted": True}) for shape in _MIXTURES),
     *(Case(_name("select_clean", shape), _losses(*shape), _select) for shape in _MIXTURES),
     *(Case(_name("relation_loss", shape), _features(*shape), _relation) for shape in _RELATIONS),
+    *(
+        Case(
+            f"channel_moments {'channels_last ' * last}{'x'.join(map(str, shape))}x{str(dtype)[6:]}",
+            _maps(shape, dtype, last),
+            _moments,
+        )
+        for last in (False, True)
+        for shape, dtype in _MAPS
+    ),
     Case("crop_offsets", _key, _crop_offsets),
     Case("crop_patches", _images(7, 16, torch.float32), _crop, {"size": 5}),
     Case("crop_patches bfloat16", _images(7, 33, torch.bfloat16), _crop, {"size": 8}),

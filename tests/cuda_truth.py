@@ -21,6 +21,7 @@ from torch import Tensor
 from fastkd.reference import crop as crop_reference
 from fastkd.reference import divergence as divergence_reference
 from fastkd.reference import gmm as gmm_reference
+from fastkd.reference import moments as moments_reference
 from fastkd.reference import relation as relation_reference
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is of the source tree
@@ -124,6 +125,20 @@ def check_relation(_case: Case, inputs: Tensors, results: Tensors) -> None:
         assert_near(name, value, right, other)
 
 
+def check_moments(_case: Case, inputs: Tensors, results: Tensors) -> None:
+    """Both kinds of moments, and the gradient of their sum."""
+
+    def moments(dtype: torch.dtype) -> list[Tensor]:
+        x = inputs[0].to(dtype).requires_grad_()
+        values = [value for per_sample in (False, True) for value in moments_reference.channel_moments(x, per_sample)]
+        gradient = torch.autograd.grad(values, x, [torch.ones_like(value) for value in values])[0]
+        return [*(value.detach() for value in values), gradient]
+
+    names = ("mean", "var", "mean of samples", "var of samples", "gradient")
+    for name, value, truth, plain in zip(names, results, moments(torch.float64), moments(torch.float32), strict=True):
+        assert_near(name, value, truth, plain)
+
+
 def check_mixture(case: Case, inputs: Tensors, results: Tensors) -> None:
     """All problems with the CPU kernels, some with the reference."""
     values, weight = inputs
@@ -188,6 +203,7 @@ CHECKS: dict[Callable[..., Tensors], Callable[[Case, Tensors, Tensors], None]] =
     cuda_cases._scaled_loss: check_loss,
     cuda_cases._stats: check_stats,
     cuda_cases._relation: check_relation,
+    cuda_cases._moments: check_moments,
     cuda_cases._mixture: check_mixture,
     cuda_cases._select: check_select,
     cuda_cases._crop: check_crop,

@@ -34,6 +34,7 @@ enum class Knob {
   kGmmClusterValues,
   kGmmLargestCluster,
   kRelationSplits,
+  kMomentsBlocks,
   kCount,
 };
 
@@ -74,6 +75,8 @@ constexpr std::array<KnobInfo, kKnobs> kKnobTable{{
     {Knob::kGmmLargestCluster, "gmm.largest_cluster", 16, {1, 2, 4, 8, 16}},
     // parts of the features that are summed by different blocks, at most
     {Knob::kRelationSplits, "relation.splits", 16, {1, 4, 8, 16, 32}},
+    // blocks of threads for each multiprocessor up to which few channels are cut into parts, which a second launch merges
+    {Knob::kMomentsBlocks, "moments.blocks", 8, {2, 4, 8, 16, 32}},
 }};
 
 constexpr bool knobs_are_in_order() {

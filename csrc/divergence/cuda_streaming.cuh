@@ -1,7 +1,7 @@
 // Divergence rows of any length, read again in each phase: what does not fit the registers, and what needs one phase only.
 //
 // Mapping: a row belongs to 8 lanes (doubles: 32), a block or a cluster of blocks. The lanes of a warp take chunks of whole packs
-// (cuda_chunks.cuh); sums are in float within a chunk, in double across chunks. First sweep, online: each thread keeps its own
+// (common/chunks.cuh); sums are in float within a chunk, in double across chunks. First sweep, online: each thread keeps its own
 // maxima and the sums relative to them, rescaled where a maximum rises; then all are rescaled to the row's maxima and added up.
 // A chunk whose sum is not finite is summed again one by one, where a product of 0 and infinity is 0. For Jensen-Shannon a second
 // sweep sums the log-ratios. The last sweep writes the gradients.

@@ -30,6 +30,8 @@ def test_floors_of_divergence() -> None:
     assert floors.gmm_select(10, 5, 2) == 50 * 7
     assert floors.relation(10, 5, 2) == 300
     assert floors.relation(10, 5, 2, 7) == 340
+    assert floors.channel_moments(10, 5, 2) == 100
+    assert floors.channel_moments(10, 5, 2, gradient=True) == 300
     assert floors.logit_stats_backward(10, 5, 2) == 200 + 10 * 32
 
 

@@ -28,6 +28,7 @@ TESTS = {
     ],
     "gmm": ["tests/ops/test_gmm_kernels.py", "tests/ops/test_gmm.py"],
     "relation": ["tests/ops/test_relation.py"],
+    "moments": ["tests/ops/test_moments.py"],
 }
 
 

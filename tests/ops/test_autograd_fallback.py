@@ -44,10 +44,11 @@ def run(owner, name):
         losses = {
             "kl": F.kl_div(s, t, 2.0), "js": F.js_div(s, t), "kd": F.kd_loss(s, t, torch.tensor([1, 2, 3])),
             "relation": F.relation_loss(s, t), "stats": fastkd.logit_stats(s).entropy.sum(),
+            "moments": fastkd.channel_moments(s).var.sum(),
             "crop": fastkd.crop_patches(s.view(1, 3, 1, 11), torch.zeros(1, 2, 2, dtype=torch.int64), (1, 4)).sum(),
         }
         for loss_name, loss in losses.items():
-            inputs = (s,) if loss_name in ("stats", "crop") else (s, t)
+            inputs = (s,) if loss_name in ("stats", "moments", "crop") else (s, t)
             kept = torch.autograd.grad(3 * loss, inputs, retain_graph=True)
             for a, b in zip(kept, torch.autograd.grad(3 * loss, inputs), strict=True):
                 assert torch.equal(a, b), loss_name

@@ -32,6 +32,10 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "kl_div of maps, rows": lambda s, t: F.kl_div(s.view(2, 5, 4), t.view(2, 5, 4), dim=1, reduction="none"),
     "logit_stats of maps": lambda s, t: torch.stack(fastkd.logit_stats((s * t).view(2, 5, 4), dim=1)[2:]),
     "relation_loss": F.relation_loss,
+    "channel_moments": lambda s, t: torch.cat([*fastkd.channel_moments(s), *fastkd.channel_moments(t.view(2, 10, 2))]),
+    "channel_moments of samples": lambda s, t: torch.stack(
+        fastkd.channel_moments((s * t).view(2, 5, 4), per_sample=True)
+    ),
     "crop_patches": lambda s, t: fastkd.crop_patches((s * t).view(4, 1, 2, 5), OFFSETS.to(s.device), 2),
     "attention": lambda s, t: attention((s * t).view(4, 2, 1, 5)),
 }
@@ -91,7 +95,14 @@ def test_vmap_of_a_backward_pass(name: str, pair: tuple[Tensor, Tensor], generat
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradients_of_each_sample(name: str, pair: tuple[Tensor, Tensor]) -> None:
-    if "rows" in name or name in ("logit_stats", "crop_patches", "attention", "kl_div", "soft_cross_entropy"):
+    if "rows" in name or name in (
+        "logit_stats",
+        "channel_moments",
+        "crop_patches",
+        "attention",
+        "kl_div",
+        "soft_cross_entropy",
+    ):
         students = torch.stack([pair[0].detach(), 2 * pair[0].detach()])
         total = lambda s, t: FUNCTIONS[name](s, t).float().square().sum()  # noqa: E731
         ours = torch.func.vmap(torch.func.grad(total), (0, None))(students, pair[1].detach())
@@ -111,7 +122,9 @@ def test_second_derivatives_are_right_or_refused(name: str, pair: tuple[Tensor, 
     else:
         with pytest.raises(RuntimeError, match="differentiated again"):
             hvp(total, student, direction)
-    if name.startswith(("logit_stats", "relation_loss")) or (student.dtype == torch.float16 and name not in TWICE):
+    if name.startswith(("logit_stats", "relation_loss", "channel_moments")) or (
+        student.dtype == torch.float16 and name not in TWICE
+    ):
         with pytest.raises(RuntimeError, match="differentiated again"):
             jvp(function, student, direction)
         return

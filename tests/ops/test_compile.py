@@ -46,6 +46,8 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "relation_loss": (lambda s, t: F.relation_loss(s, t, return_terms=True), (STUDENT, TEACHER)),
     "RelationLoss": (fastkd.RelationLoss(), (STUDENT, TEACHER[:, :7])),
     "logit_stats": (lambda z: tuple(fastkd.logit_stats(z)), (TEACHER,)),
+    "channel_moments": (lambda x: tuple(fastkd.channel_moments(x)), (IMAGES,)),
+    "channel_moments of samples": (lambda x: tuple(fastkd.channel_moments(x, per_sample=True)), (IMAGES,)),
     "t1000": (fastkd.scores.t1000, (TEACHER,)),
     "crop_patches": (lambda x, at: fastkd.crop_patches(x, at, 8), (IMAGES, OFFSETS)),
     "select_clean": (fastkd.select_clean, (LOSSES,)),
@@ -88,16 +90,18 @@ def test_random_places_compile() -> None:
         torch.testing.assert_close(batch, BYTES[indices].float() / 255)
 
 
-@pytest.mark.parametrize("name", ["kl_div", "crop", "logit_stats", "relation_loss"])
+@pytest.mark.parametrize("name", ["kl_div", "crop", "logit_stats", "relation_loss", "channel_moments"])
 def test_compiled_autograd(name: str) -> None:
     """The backward graph of an eager forward, compiled when it runs."""
 
     def gradient() -> Tensor:
-        x = (IMAGES if name == "crop" else STUDENT).clone().requires_grad_()
+        x = (IMAGES if name in ("crop", "channel_moments") else STUDENT).clone().requires_grad_()
         if name == "kl_div":
             y: Tensor = F.kl_div(x, TEACHER)
         elif name == "relation_loss":
             y = F.relation_loss(x, TEACHER)
+        elif name == "channel_moments":
+            y = fastkd.channel_moments(x).var
         else:
             y = fastkd.crop_patches(x, OFFSETS, 8) if name == "crop" else fastkd.logit_stats(x).entropy
         y.square().sum().backward()

@@ -40,6 +40,10 @@ CALLS: dict[str, Callable[[], object]] = {
     "subnormal logits": lambda: F.kl_div(TINY[0], TINY[1], 1e-41, reduction="none"),
     "logit_stats": lambda: fastkd.logit_stats(TINY[0], 1e-42),
     "relation_loss": lambda: _gradients(lambda s, t: F.relation_loss(s[:64], t[:64]), 1e-37),
+    "channel_moments": lambda: (
+        fastkd.channel_moments(TINY[0, :, :40].reshape(-1, 10, 4), per_sample=True),
+        _gradients(lambda s, t: fastkd.channel_moments(s).mean + fastkd.channel_moments(t).var, 1e-37),
+    ),
     "crop_patches": lambda: fastkd.crop_patches(
         TINY.view(512, 1, 16, 40), torch.zeros(512, 1, 2, dtype=torch.int64), 16
     ),

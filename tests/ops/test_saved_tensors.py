@@ -30,6 +30,7 @@ FUNCTIONS: dict[str, Function] = {
     "kd_loss": lambda s, t: F.kd_loss(s, t, TARGET.to(s.device)),
     "logit_stats": lambda s, t: fastkd.logit_stats(s).entropy + fastkd.logit_stats(t).logsumexp,
     "relation_loss": F.relation_loss,
+    "channel_moments": lambda s, t: fastkd.channel_moments(s).var + fastkd.channel_moments(t.view(3, 10, 2)).mean,
     "crop_patches": lambda s, t: fastkd.crop_patches((s * t).view(6, 1, 2, 5), OFFSETS.to(s.device), 3),
     "random_crop_flip": lambda s, t: fastkd.random_crop_flip(
         (s + t).view(6, 1, 2, 5), 0, flip_probability=0.0, std=2.0

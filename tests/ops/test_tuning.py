@@ -40,6 +40,7 @@ CASES = {
     "alias": ["alias 20000 float16", "alias 4097 float64"],
     "gmm": ["gmm_fit 3x1271xfloat64"],
     "relation": ["relation_loss 41x17x20xbfloat16"],
+    "moments": ["channel_moments 3x5x5000xfloat32", "channel_moments channels_last 3x24x900xbfloat16"],
 }
 
 
