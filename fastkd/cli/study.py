@@ -60,7 +60,7 @@ class StudyCommand(_Base):
                     Experiment(run.distillation).check(step=run is runs[0])
         check_device(self.device)
         device = torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
-        output = self.output or Path(f"fastkd-{self._name}")
+        output = self.output or Path(f"fastkd-{self.name}")
         folder = self.runs or output / "runs"
         check_writable("--output", output, output / "table.md")
         check_writable("--runs", folder, folder / "tried")
@@ -75,10 +75,6 @@ class StudyCommand(_Base):
         for run, error in failures:
             console.print(f"failed: {run.column} {run.row} {run.seed}: {error}", soft_wrap=True, highlight=False)
         return 1 if failures else 0
-
-    @property
-    def _name(self) -> str:
-        return type(self).__name__.lower()
 
     @property
     def _rows(self) -> tuple[str, ...]:
@@ -103,7 +99,10 @@ class StudyCommand(_Base):
 
         accuracies: dict[str, dict[str, dict[int, float]]] = {}
         teachers: dict[str, dict[str, dict[int, float]]] = {}
+        figures: dict[str, dict[str, dict[str, dict[int, float]]]] = {}
         for run, result in results:
+            for name, value in result.figures.items():
+                figures.setdefault(name, {}).setdefault(run.column, {}).setdefault(run.row, {})[run.seed] = value
             accuracies.setdefault(run.column, {}).setdefault(run.row, {})[run.seed] = result.accuracy
             if result.teacher_accuracy is not None:
                 of_column = teachers.setdefault(run.column, {})
@@ -111,7 +110,7 @@ class StudyCommand(_Base):
         rows = report.in_order(self, {row for of_rows in accuracies.values() for row in of_rows})
         changes: dict[str, Any] = {self.row_option: tuple(rows), self.column_option: tuple(accuracies)}
         asked = replace(self, seeds=1 + max(run.seed for run, _ in results), **changes)
-        files = report.save(output, self, accuracies, teachers, asked._about())
+        files = report.save(output, self, accuracies, teachers, asked._about(), figures)
         head, *lines = report.overview(self, accuracies, teachers)
         table = Table(*head, box=None, pad_edge=False)
         for line in lines:
@@ -152,7 +151,7 @@ class StudyCommand(_Base):
             settings["data"].pop(name, None)
         return {
             "what": f"{self.student} from {self.teacher} on {self.data.data}: {self.data.train_size or 'all'} training images",
-            "command": shlex.join(["fastkd", "study", self._name, *options_of(said, type(self)())]),
+            "command": shlex.join(["fastkd", "study", self.name, *options_of(said, type(self)())]),
             "data": self.data.data.lower(),
             "student": self.student,
             "settings": settings,

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
 
 from fastkd._seeding import mixed_generator
 from fastkd.data import labels
@@ -16,7 +17,7 @@ from fastkd.data import registry as data_sets
 from fastkd.data.images import ImageSet
 from fastkd.data.registry import Outline
 
-__all__ = ["DataSettings", "check", "prepare"]
+__all__ = ["DataSettings", "check", "prepare", "rest"]
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,31 @@ def prepare(settings: DataSettings, seed: int) -> tuple[ImageSet, ImageSet]:
     return _shrunk(train, settings.shrink), _shrunk(test, settings.shrink)
 
 
+def rest(settings: DataSettings, seed: int) -> Tensor:
+    """The training images of the data set that are not in the training set: uint8 ``[N, C, H, W]``, on the CPU.
+
+    Raises:
+        ValueError: all of them are.
+    """
+    train, _ = data_sets.load(settings.data, settings.data_root)
+    if not settings.train_size or settings.train_size == len(train):
+        raise ValueError(
+            f"fastkd: train_size is {settings.train_size}, must be less than the {len(train)} training images, for a rest"
+        )
+    left = torch.ones(len(train), dtype=torch.bool, device="cpu")
+    left[_equal_indices(train, settings.train_size, seed)] = False
+    return _shrunk(train.subset(left), settings.shrink).images
+
+
 def _equal_part(images: ImageSet, size: int, seed: int) -> ImageSet:
+    return images.subset(_equal_indices(images, size, seed))
+
+
+def _equal_indices(images: ImageSet, size: int, seed: int) -> Tensor:
     classes = images.num_classes
     smallest = int(torch.bincount(images.target, minlength=classes).min())
     _check_train_size(size, classes, smallest * classes)
-    return images.subset(labels.imbalanced(images.target, [size // classes] * classes, seed))
+    return labels.imbalanced(images.target, [size // classes] * classes, seed)
 
 
 def _imbalanced(images: ImageSet, settings: DataSettings, seed: int) -> ImageSet:

@@ -17,14 +17,15 @@ from fastkd.methods import Procedure
 from fastkd.methods import registry as methods
 from fastkd.methods.registry import Given
 from fastkd.studies import data as images
+from fastkd.studies.collected import Collected, make_collection, scores_of
 from fastkd.studies.data import prepare
 from fastkd.studies.networks import check_network, first_line, make_network, read_state, take_weights
 from fastkd.studies.result import Result, read_result, write_result
 from fastkd.studies.settings import Distillation
 from fastkd.training import Process, Trainer, evaluator
-from fastkd.training.distributed import on_first_rank
+from fastkd.training.distributed import on_first_rank, sum_of_ranks
 from fastkd.training.folder import MODEL
-from fastkd.training.metrics import Running, check_terms
+from fastkd.training.metrics import EpochMetrics, Running, check_terms
 from fastkd.training.progress import Show
 from fastkd.training.randomness import everything_seeded
 from fastkd.training.update import TrainedPart, trained_parts
@@ -111,6 +112,8 @@ class Experiment:
             )
         if self.entry.needs_teacher:
             settings.of_teacher()  # the schedule must fit its epochs, too
+        if settings.collection.collection:
+            self._check_collection()
         made_up = self._made_up()
         next(self._images(made_up.train, 2, ALONE).epoch(0))  # whether crops can be that large
         for role in self.roles:
@@ -152,10 +155,19 @@ class Experiment:
         teacher, teacher_accuracy = None, None
         if self.entry.needs_teacher:
             teacher, teacher_accuracy = self._teacher(teachers, data, show)
-        result = self._train(folder, data, teacher, show, self.settings.training.seed)
+        collected = None
+        if self.settings.collection.collection:
+            collected = self._collected(data, teacher, teachers)
+        result = self._train(folder, data, teacher, show, self.settings.training.seed, collected)
         result = replace(result, teacher_accuracy=teacher_accuracy)
         on_first_rank(lambda: write_result(self.settings, folder, result))
         return result
+
+    def score(self, teachers: Path) -> None:
+        """Scores the collection, where that is needed and not done."""
+        data = self._load()
+        teacher, _ = self._teacher(teachers, data, "off")
+        self._collected(data, teacher, teachers)
 
     def train_teacher(self, teachers: Path, show: Show) -> Result:
         """Trains the teacher alone, or goes on, or reads its result."""
@@ -169,6 +181,36 @@ class Experiment:
                 f"fastkd: method {self.entry.name!r} needs {' and '.join(missing)}, which no option gives yet: train it in "
                 "Python, fastkd.training.Trainer(procedure, batches, settings)"
             )
+
+    def _check_collection(self) -> None:
+        settings = self.settings
+        if "labels" in self.entry.needs or not self.entry.needs_images:
+            what = "learns from labels" if "labels" in self.entry.needs else "makes its own images"
+            raise ValueError(
+                f"fastkd: method {settings.method!r} {what}, must be another with a collection, as fixed-linear"
+            )
+        if settings.collection.iqpr != 1.0 and not self.entry.needs_teacher:
+            raise ValueError(f"fastkd: iqpr is {settings.collection.iqpr}, must be 1 without a teacher to score by")
+
+    def _collected(self, data: _Data, teacher: nn.Module | None, folder: Path) -> Collected:
+        settings, seed = self.settings, self.settings.training.seed
+        collection = make_collection(settings.collection, settings.data, data.train, seed)
+        scores = None
+        if settings.collection.iqpr != 1.0 or settings.collection.scores is not None:
+            assert teacher is not None
+            scores = scores_of(settings.collection, collection, data.train, teacher, folder / "scores").tensor()
+        return Collected(
+            settings.collection,
+            collection,
+            scores,
+            data.train,
+            batch_size=settings.batch_size,
+            padding=settings.padding,
+            flip=None if settings.flip else False,
+            seed=seed,
+            rank=self.process.rank,
+            world_size=self.process.world_size,
+        )
 
     def _network(self, role: str, data: _Data, seed: int) -> nn.Module:
         name = getattr(self.settings, role)
@@ -269,21 +311,46 @@ class Experiment:
         take_weights(network, read_state(folder / MODEL), folder / MODEL)
         return network, done.accuracy
 
-    def _train(self, folder: Path, data: _Data, teacher: nn.Module | None, show: Show, seed: int) -> Result:
+    def _train(
+        self,
+        folder: Path,
+        data: _Data,
+        teacher: nn.Module | None,
+        show: Show,
+        seed: int,
+        collected: Collected | None = None,
+    ) -> Result:
         """What the last epoch came to; the weights are in the folder then."""
         settings = self.settings
+        plateau = settings.training.schedule == "plateau"
+        if plateau and (collected is None or collected.held_out is None):
+            raise ValueError("fastkd: schedule is plateau, must be another without images held out of a collection")
         trainer = Trainer(
             self._procedure(data, teacher, seed),
-            self._source(data),
+            self._source(data) if collected is None else collected.batches,
             settings.training,
+            validate=collected.held_out if collected is not None and plateau else None,
             evaluate=evaluator(data.test_images, data.test_target),
             folder=folder,
             show=show,
             description={name: str(value) for name, value in settings.description().items() if name != "training"},
         )
-        last = trainer.fit(resume="auto")[-1]
+        history = trainer.fit(resume="auto")
+        last = history[-1]
         figures = {name: value for name, value in last.items() if name not in ("epoch", "step", "seconds")}
+        if collected is not None:
+            figures |= {**collected.figures(sum_of_ranks(collected.batches.counts)), **_course(history)}
         return Result(last["test_accuracy"], None, figures)
+
+
+def _course(history: list[EpochMetrics]) -> dict[str, float]:
+    """Test accuracies on the way, by the share of the training in %."""
+    found = {}
+    for line in history:
+        done = 100 * line["epoch"] / len(history)
+        if "test_accuracy" in line and done == int(done):
+            found[f"test_accuracy_at_{int(done)}"] = line["test_accuracy"]
+    return found
 
 
 class _Unlabeled:

@@ -9,33 +9,52 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Figure_
 
-from fastkd._figures import BLUE, DASHED, GREY, INK, canvas, frame
+from fastkd._figures import BLUE, DASHED, GREEN, GREY, INK, ORANGE, canvas, frame
 from fastkd._files import write_whole
-from fastkd.studies.study import Accuracies, Study
+from fastkd.studies.study import Accuracies, Figure, Study
 
 __all__ = ["as_markdown", "markdown", "overview", "save"]
 
+COURSE = "test_accuracy_at_"
+COURSE_COLOURS = (BLUE, ORANGE, GREEN)  # three to a kind of line
+STYLES = ("-", "--", ":", "-.")
+
 
 def save(
-    folder: Path, study: Study, accuracies: Accuracies, teachers: Accuracies, about: Mapping[str, Any]
+    folder: Path,
+    study: Study,
+    accuracies: Accuracies,
+    teachers: Accuracies,
+    about: Mapping[str, Any],
+    figures: Mapping[str, Accuracies] | None = None,
 ) -> list[Path]:
-    """Writes ``results.json`` (each run), ``table.md`` and ``accuracy.png``.
+    """Writes ``results.json`` (each run), ``table.md`` and ``accuracy.png``; ``course.png`` where accuracies on the way are
+    known.
 
     Args:
         teachers: of the runs' teachers.
         about: what was run, for the JSON; ``what`` and ``command`` are needed.
+        figures: by name, what else the runs came to: those that the study shows, and ``test_accuracy_at_<percent>``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    document = {**about, "accuracies": accuracies, "teachers": teachers}
+    wanted = {figure.name for figure in study.figures}
+    shown = {name: of for name, of in (figures or {}).items() if name in wanted or name.startswith(COURSE)}
+    document = {**about, "accuracies": accuracies, "teachers": teachers, **({"figures": shown} if shown else {})}
     figure = _figure(study, accuracies, teachers)
-    table, numbers = markdown(study, accuracies, teachers, about), json.dumps(document, indent=1, default=str) + "\n"
+    table = markdown(study, accuracies, teachers, about) + "".join(
+        _figure_table(study, one, shown[one.name]) for one in study.figures if one.name in shown
+    )
+    numbers = json.dumps(document, indent=1, default=str) + "\n"
     parts: dict[str, Callable[[BinaryIO], object]] = {
         "table.md": lambda file: file.write(table.encode()),
         "accuracy.png": lambda file: figure.savefig(file, format="png"),
         "results.json": lambda file: file.write(numbers.encode()),
     }
+    if any(name.startswith(COURSE) for name in shown):
+        course = course_figure(study, shown)
+        parts["course.png"] = lambda file: course.savefig(file, format="png")
     for name, write in parts.items():
         write_whole(folder / name, write)
     return [folder / name for name in parts]
@@ -68,6 +87,54 @@ def markdown(study: Study, accuracies: Accuracies, teachers: Accuracies, about: 
         ]
         lines.append("")
     return "\n".join(lines)
+
+
+def _figure_table(study: Study, figure: Figure, values: Accuracies) -> str:
+    """Ours and the paper's, of all columns."""
+    columns = [column for column in study.all_columns if column in values]
+    head = ["", *(text for column in columns for text in (column, "published"))]
+    shown = [True, *(good for column in columns for good in (True, column in figure.published))]
+    lines = [f"\n## {figure.heading}\n", _line(head, shown), "|---" * sum(shown) + "|"]
+    for row in in_order(study, {row for column in columns for row in values[column]}):
+        cells: list[str | None] = [row]
+        for column in columns:
+            theirs = figure.published.get(column, {}).get(row)
+            ours = values[column].get(row)
+            cells += [
+                "" if ours is None else summary(ours),
+                ""
+                if theirs is None
+                else f"{theirs.mean:.2f} ± {theirs.std:.2f}"
+                if theirs.std
+                else f"{theirs.mean:.2f}",
+            ]
+        lines.append(_line(cells, shown))
+    return "\n".join(lines) + "\n"
+
+
+def course_figure(study: Study, figures: Mapping[str, Accuracies]) -> Figure_:
+    """The accuracy on the way: a panel for each column, the mean of the seeds of each row."""
+    places = sorted(int(name.removeprefix(COURSE)) for name in figures if name.startswith(COURSE))
+    columns = [c for c in study.all_columns if any(c in figures[f"{COURSE}{place}"] for place in places)]
+    figure = canvas(1.0 + 4.2 * len(columns), 3.8)
+    axes = None
+    for i, column in enumerate(columns):
+        axes = figure.add_subplot(1, len(columns), i + 1, sharey=axes)
+        at = {place: figures[f"{COURSE}{place}"].get(column, {}) for place in places}
+        rows = in_order(study, {row for of_rows in at.values() for row in of_rows})
+        for number, row in enumerate(rows):
+            there = [place for place in places if row in at[place]]
+            means = [100 * statistics.fmean(at[place][row].values()) for place in there]
+            colour = COURSE_COLOURS[number % len(COURSE_COLOURS)]
+            axes.plot(there, means, color=colour, linestyle=STYLES[number // 3 % len(STYLES)], linewidth=1.2, label=row)
+        frame(axes)
+        axes.set_title(column, fontsize=10, loc="left", color=INK)
+        axes.set_xlabel("share of the training, %", fontsize=8, color=INK)
+        axes.tick_params(labelsize=8)
+        if i == 0:
+            axes.set_ylabel("test accuracy, %", fontsize=8, color=INK)
+            axes.legend(fontsize=6, frameon=False)
+    return figure
 
 
 def _line(cells: Iterable[str | None], shown: Iterable[bool]) -> str:
@@ -117,7 +184,7 @@ def _gain(seeds: Mapping[int, float], baseline: Mapping[int, float]) -> str:
     return f"{mean} ± {statistics.stdev(gains) / len(gains) ** 0.5:.2f}" if len(gains) > 1 else mean
 
 
-def _figure(study: Study, accuracies: Accuracies, teachers: Accuracies) -> Figure:
+def _figure(study: Study, accuracies: Accuracies, teachers: Accuracies) -> Figure_:
     """A panel for each column: a bar from the baseline's mean to the row's, a dot for each seed."""
     columns = min(4, len(accuracies))
     rows = -(-len(accuracies) // columns)

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastkd.methods import registry as methods
 from fastkd.patches import padding_of
+from fastkd.studies.collected import CollectionSettings, described
 from fastkd.studies.data import DataSettings
 from fastkd.training import TrainingSettings
 from fastkd.training.settings import MOST_EPOCHS
@@ -27,7 +28,8 @@ class Networks:
     student: str = "resnet8"
     """As teacher."""
     teacher_epochs: int = 0
-    """Of the teacher's training; 0: as many as the student's."""
+    """Of the teacher's training; 0: as many as the student's. Where the student's schedule is "plateau", the teacher's is the
+    usual one."""
     batch_size: int = 128
     """Images of a batch, in each process."""
     padding: int | None = None
@@ -40,6 +42,8 @@ class Networks:
     """A Python file that registers methods of your own."""
     data: DataSettings = field(default_factory=DataSettings)
     """The images."""
+    collection: CollectionSettings = field(default_factory=CollectionSettings)
+    """Others to learn on."""
     training: TrainingSettings = field(default_factory=TrainingSettings)
     """The training of the student, and, but for teacher_epochs, of the teacher. The seed is also that of the networks'
     weights, of the order of the images, and of their choice and their wrong labels."""
@@ -73,6 +77,9 @@ class Distillation(Networks):
         """The training of the teacher, as a distillation without one."""
         epochs = self.teacher_epochs or self.training.epochs
         training = replace(self.training, epochs=epochs, warmup_epochs=min(self.training.warmup_epochs, epochs / 2))
+        if training.schedule == "plateau":  # nothing is held out of its images
+            usual = {name: getattr(TrainingSettings, name) for name in ("schedule", "learning_rate", "nesterov")}
+            training = replace(training, evaluate_every=epochs, **usual)
         return Distillation(
             method="baseline",
             teacher="",
@@ -94,6 +101,9 @@ class Distillation(Networks):
             everything["teacher_weights"] = _digest_of(self.teacher_weights)
         if entry.needs_images:
             del everything["iterations"]
+        del everything["collection"]
+        if self.collection.collection and entry.needs_images:
+            everything["collection"] = described(self.collection)
         if self.plugin is not None and self.plugin.is_file():
             everything["plugin"] = _digest_of(self.plugin)
         del everything["data"]["data_root"]  # the images are the same wherever they lie

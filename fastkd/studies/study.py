@@ -23,7 +23,7 @@ from fastkd.studies.result import Result, read_result
 from fastkd.studies.settings import Distillation, Networks
 from fastkd.training import Process
 
-__all__ = ["Accuracies", "Published", "Run", "Study", "find", "known", "names", "register", "run_all"]
+__all__ = ["Accuracies", "Figure", "Published", "Run", "Study", "find", "known", "names", "register", "run_all"]
 
 Accuracies = Mapping[str, Mapping[str, Mapping[int, float]]]
 """Column -> row, or teacher -> seed -> test accuracy."""
@@ -36,6 +36,16 @@ class Published(NamedTuple):
 
     mean: float
     std: float
+
+
+class Figure(NamedTuple):
+    """What a study shows of its runs beside the accuracy."""
+
+    name: str
+    """Of :attr:`fastkd.studies.result.Result.figures`, a share."""
+    heading: str
+    published: Mapping[str, Mapping[str, Published]]
+    """By column and row, in %."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,10 @@ class Study(Networks):
     all_rows: ClassVar[tuple[str, ...]] = ()
     """In the order of the table; the published ones first."""
     all_columns: ClassVar[tuple[str, ...]] = ()
+    name: ClassVar[str] = ""
+    """Under which it is registered."""
+    figures: ClassVar[tuple[Figure, ...]] = ()
+    """A table each, beside that of the accuracy."""
     baseline: ClassVar[str] = ""
     """The row that others are compared with, if any."""
     row_option: ClassVar[str] = "rows"
@@ -121,6 +135,7 @@ def register(name: str) -> Callable[[Kind], Kind]:
     """Gives a study a name, under which ``fastkd study`` has it."""
 
     def decorate(kind: Kind) -> Kind:
+        kind.name = name
         _studies[name] = kind
         return kind
 
@@ -171,15 +186,30 @@ def run_all(runs: list[Run], folder: Path, device: torch.device, jobs: int) -> I
         for one in missing
         if methods.find(one.distillation.method).needs_teacher
     }
+    # and of these the scores of each collection
+    scored = {
+        (
+            one.distillation.of_teacher().digest(),
+            one.distillation.collection.collection,
+            one.distillation.collection.score,
+        ): one
+        for one in missing
+        if one.distillation.collection.iqpr != 1.0
+    }
     with Pool(min(jobs, len(missing)), device).open() as pool:
-        for _ in pool.outcomes(partial(_train_teacher, folder=folder, device=device), list(teachers.values())):
-            pass
+        for work, of in ((_train_teacher, teachers), (_score, scored)):
+            for _ in pool.outcomes(partial(work, folder=folder, device=device), list(of.values())):
+                pass
         yield from pool.outcomes(partial(_run, folder=folder, device=device), missing)
 
 
 def _run(one: Run, folder: Path, device: torch.device) -> Result:
     process = Process(0, 1, device)
     return run(one.distillation, one.folder(folder), process, teachers=folder / TEACHERS, show="off")
+
+
+def _score(one: Run, folder: Path, device: torch.device) -> None:
+    Experiment(one.distillation, Process(0, 1, device)).score(folder / TEACHERS)
 
 
 def _train_teacher(one: Run, folder: Path, device: torch.device) -> Result:

@@ -1,0 +1,223 @@
+"""Experiments on unlabeled collections: what they are put together from, their scores, and what is drawn from them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import statistics
+from fastkd._seeding import mixed_generator
+from fastkd.alias_table import AliasTable
+from fastkd.data import ArrayCollection, Batch, Collection, ConcatCollection, DrawnBatches, ImageSet, conformed
+from fastkd.data.collection import evenly_spaced
+from fastkd.data.opening import open_collection
+from fastkd.data.source import check_start
+from fastkd.models.digests import weights_digest
+from fastkd.patches import random_crop_flip
+from fastkd.scores import make_scorer
+from fastkd.scoring import ScoreFile, open_scores, score_collection
+from fastkd.studies import data as images
+from fastkd.studies.data import DataSettings
+
+__all__ = ["Collected", "CollectionSettings", "ScoreName", "make_collection", "scores_of"]
+
+ScoreName = Literal["1c-sum", "t1000", "max-softmax", "entropy", "energy"]
+TASK, REST = "task", "rest"
+_PART = re.compile(r"(?:([\w.-]+)=)?(.+?)(?::(\d+))?")
+
+
+@dataclass(frozen=True)
+class CollectionSettings:
+    """On which images a student learns, where they are not those of its teacher, and how they are drawn."""
+
+    collection: str = ""
+    """An unlabeled collection to learn on, in the place of the training images, without their labels: a folder, an .npy, the
+    name of a data set; "task", the teacher's training images, or "rest", those of its data set that it has not seen. Several
+    with commas between; name=place calls one by a name, place:N takes N images of it."""
+    score: ScoreName = "1c-sum"
+    """How much an image looks like the teacher's task, as of `fastkd score`."""
+    scores: Path | None = None
+    """The .npy of `fastkd score`, if the collection was scored before."""
+    iqpr: float = 1.0
+    """Inter-quartile sampling probability ratio: how many times as often an image at the third quartile of the scores is drawn
+    as one at the first. 1: all are drawn equally often, and nothing is scored."""
+    draws: int = 5000
+    """Images of an epoch, drawn with replacement."""
+    held_out: float = 0.1
+    """Share of the collection that is not drawn from: the loss on it is what the schedule "plateau" follows."""
+
+    def __post_init__(self) -> None:
+        for name, good, allowed in (
+            ("iqpr", 1.0 <= self.iqpr < float("inf"), "1 (all alike) or more, and finite"),
+            ("draws", self.draws >= 1, "1 or more"),
+            ("held_out", 0.0 <= self.held_out < 1.0, "from 0 to below 1"),
+        ):
+            if not good:
+                raise ValueError(f"fastkd: {name} is {getattr(self, name)}, must be {allowed}")
+        if self.collection:
+            _parts(self.collection)
+        elif self.scores is not None or self.iqpr != 1.0:
+            raise ValueError("fastkd: collection is empty, must be given where there are scores or an iqpr")
+
+    @property
+    def parts(self) -> dict[str, tuple[str, int]]:
+        """Places and numbers of images, 0 for all, by name."""
+        return _parts(self.collection)
+
+    @property
+    def relevant(self) -> tuple[str, ...]:
+        """Names of the parts whose images are of the task."""
+        return tuple(name for name, (place, _) in self.parts.items() if place in (TASK, REST))
+
+
+def _parts(text: str) -> dict[str, tuple[str, int]]:
+    found: dict[str, tuple[str, int]] = {}
+    for word in text.split(","):
+        match = _PART.fullmatch(word.strip())
+        if match is None:
+            raise ValueError(f"fastkd: collection is {text!r}, must be places with commas between, as task,mnist:1000")
+        name, place, count = match[1], match[2], int(match[3] or 0)
+        name = name or Path(place).stem
+        if name in found:
+            raise ValueError(f"fastkd: collection is {text!r}, which has {name} twice, must have a name for each")
+        found[name] = place, count
+    return found
+
+
+def make_collection(settings: CollectionSettings, data: DataSettings, task: ImageSet, seed: int) -> Collection:
+    """The collection, of images of the task's shape; on the CPU.
+
+    Args:
+        task: the teacher's training images.
+        seed: of their choice.
+
+    Raises:
+        ValueError, FileNotFoundError: places where there is nothing, more images than there are.
+    """
+    shape = tuple(task.images.shape[1:])
+    made: dict[str, Collection] = {}
+    for name, (place, count) in settings.parts.items():
+        if place == TASK:
+            part: Collection = ArrayCollection(task.images.cpu(), name=name)
+        elif place == REST:
+            part = ArrayCollection(images.rest(data, seed), name=name)
+        else:
+            part = open_collection(place, shape, root=data.data_root)
+        if count > len(part):
+            raise ValueError(f"fastkd: collection is {settings.collection!r}, but {place} has {len(part)} images")
+        if count:
+            part = ArrayCollection(conformed(part.read(evenly_spaced(len(part), count)), shape), name=name)
+        made[name] = part
+    return next(iter(made.values())) if len(made) == 1 else ConcatCollection(made)
+
+
+def scores_of(
+    settings: CollectionSettings, collection: Collection, task: ImageSet, teacher: nn.Module, folder: Path
+) -> ScoreFile:
+    """Those that are given, or those of the folder, made where they are not there yet.
+
+    Raises:
+        ValueError, FileNotFoundError: scores of another collection or teacher, or none.
+    """
+    if settings.scores is not None:
+        return open_scores(settings.scores, collection=collection, teacher=teacher)
+    name = f"{settings.score}-{collection.fingerprint()[:10]}-{weights_digest(teacher)[:10]}.npy"
+    scorer = make_scorer(settings.score, teacher)
+    return score_collection(scorer, collection, folder / name, name=settings.score, mean=task.mean, std=task.std)
+
+
+class Collected:
+    """A collection on its device, with what is drawn and what is held out.
+
+    Args:
+        scores: float64 ``[N]``; None: all images are drawn equally often.
+    """
+
+    def __init__(
+        self,
+        settings: CollectionSettings,
+        collection: Collection,
+        scores: Tensor | None,
+        task: ImageSet,
+        *,
+        batch_size: int,
+        padding: int | None,
+        flip: bool | None,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.settings = settings
+        device = task.device
+        if collection.resident is not None or device.type == "cpu":
+            collection = collection.to(device)  # type: ignore[attr-defined]
+        self.collection = collection
+        order = torch.randperm(len(collection), generator=mixed_generator("held out", seed), device="cpu")
+        held_out, kept = order.split([n := int(settings.held_out * len(collection)), len(order) - n])
+        self.drawn_from = torch.zeros(len(collection), dtype=torch.bool, device=device)
+        self.drawn_from[kept.to(device)] = True
+        found = torch.zeros(len(collection), dtype=torch.float64) if scores is None else scores
+        found = found.to(device)
+        # lambda follows from the quartiles of what is drawn from alone
+        some = found[self.drawn_from & found.isfinite()]
+        slope = AliasTable(some, iqpr=settings.iqpr, seed=seed).inverse_temperature
+        table = AliasTable(found.masked_fill(~self.drawn_from, -torch.inf), slope, seed=seed)
+        self.batches = DrawnBatches(
+            collection,
+            table,
+            batch_size,
+            max(1, settings.draws // (batch_size * world_size)),
+            seed=seed,
+            padding=task.padding if padding is None else padding,
+            flip=task.flip if flip is None else flip,
+            mean=task.mean,
+            std=task.std,
+            rank=rank,
+        )
+        self.held_out = _HeldOut(collection, held_out.sort().values, batch_size, task) if n else None
+
+    def figures(self, counts: Tensor) -> Mapping[str, float]:
+        """What the draws came to: skip ratio and uniformity of what is drawn from, and, where parts are of the task and others
+        are not, the irrelevant proportion."""
+        drawn = counts[self.drawn_from]
+        found = {"skip_ratio": statistics.skip_ratio(drawn), "uniformity": statistics.uniformity(drawn)}
+        relevant = torch.zeros(len(counts), dtype=torch.bool, device=counts.device)
+        for source in self.collection.sources:
+            if source.name in self.settings.relevant:
+                relevant[source.start : source.stop] = True
+        if relevant.any() and not relevant.all():
+            found["irrelevant_proportion"] = statistics.irrelevant_proportion(drawn, relevant[self.drawn_from])
+            found["relevant_draws"] = statistics.relevant_draws(drawn, relevant[self.drawn_from])
+        return {name: float(value) for name, value in found.items()}
+
+
+class _HeldOut:
+    """Images of a collection, as they are, in their order."""
+
+    def __init__(self, collection: Collection, index: Tensor, batch_size: int, task: ImageSet) -> None:
+        self._collection, self._parts = collection, index.split(batch_size)
+        self._task = task
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def epoch(self, epoch: int, /, start: int = 0) -> Iterator[Batch]:
+        _, start = check_start(self, epoch, start)
+        task = self._task
+        for index in self._parts[start:]:
+            pixels = self._collection.read(index).to(task.device)
+            yield Batch(random_crop_flip(pixels, 0, None, 0.0, task.mean, task.std), index=index.to(task.device))
+
+
+def described(settings: CollectionSettings) -> dict[str, Any]:
+    """What a result depends on."""
+    found = {name: getattr(settings, name) for name in ("collection", "score", "iqpr", "draws", "held_out")}
+    if settings.iqpr == 1.0:
+        del found["score"]
+    return found
