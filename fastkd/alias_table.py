@@ -94,7 +94,6 @@ class AliasTable:
         self._content = Content()
         if keep_scores:
             self._content.scores = scores.detach().clone()
-            self.inverse_temperature = self.inverse_temperature.clone()  # to be written to
         self._stream = new_stream(seed, scores.device)
         self._numbering = Numbering()
 
@@ -444,7 +443,7 @@ def check_one_for_each_item(name: str, value: object, table: AliasTable, what: s
 def _lambda(value: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         check_dtype("inverse_temperature", value)
-        return value.detach().to(device, torch.float64)
+        return value.detach().to(device, torch.float64, copy=True)  # which another lambda is written to
     return number_tensor(check_number("inverse_temperature", value), device)
 
 
