@@ -109,7 +109,7 @@ def _build(settings: Settings, items: int) -> Case:
             peers["softmax and cumsum, fp64"] = lambda: scores.double().softmax(0).cumsum(0)
         if _on_cpu(settings):  # scipy is given ready probabilities; fastkd pays for the exponentials too
             probabilities = scores.double().softmax(0).numpy()
-            drawn_error = _error_of_draws(scores, torch.from_numpy(probabilities), DRAWS // 10)
+            drawn_error = error_of_draws(scores, torch.from_numpy(probabilities), DRAWS // 10)
             peers["scipy DiscreteAliasUrn"] = lambda: _urn(probabilities)
         return Work(
             lambda: fastkd.AliasTable(scores, 1.0, seed=0),
@@ -132,7 +132,7 @@ def _draw(settings: Settings, items: int) -> Case:
         scores = _scores(settings, items)
         table = fastkd.AliasTable(scores, 1.0, seed=0)
         p = table.probabilities()
-        error = _error_of_draws(scores, p, draws)
+        error = error_of_draws(scores, p, draws)
         peers: dict[str, Run] = {}
         if items <= CDF_ITEMS:
             cdf = scores.double().softmax(0).cumsum(0)
@@ -190,7 +190,7 @@ def _sampler(settings: Settings, items: int) -> Case:
                 "CollectionSampler in a BatchSampler": lambda: list(one_by_one),
                 "WeightedRandomSampler in a BatchSampler": lambda: list(peer),
             },
-            _error_of_draws(scores, table.probabilities(), draws),
+            error_of_draws(scores, table.probabilities(), draws),
             0.0,
             OF_SINGLE_SUMS,
             own=("its tensors", "CollectionSampler in a BatchSampler"),
@@ -244,7 +244,7 @@ def _urn(probabilities: np.ndarray) -> Any:
         return DiscreteAliasUrn(probabilities, random_state=np.random.default_rng(0))
 
 
-def _error_of_draws(scores: Tensor, probabilities: Tensor, draws: int) -> Callable[[Any], float]:
+def error_of_draws(scores: Tensor, probabilities: Tensor, draws: int) -> Callable[[Any], float]:
     """0 where the mean score of the draws lies within 6 deviations of what the probabilities say."""
     mean = (probabilities * scores).sum()
     deviation = (probabilities * (scores - mean).square()).sum().sqrt()

@@ -9,6 +9,7 @@ from fastkd.functional import channel_moments, logit_stats
 from fastkd.losses import JSDivLoss, KDLoss, KLDivLoss, RelationLoss
 from fastkd.patches import crop_patches, random_crop_flip, random_patches
 from fastkd.selection import FitStatus, TwoGaussianMixture, select_clean
+from fastkd.weighted_random_sampler import WeightedRandomSampler
 
 __all__ = [
     "AliasTable",
@@ -20,6 +21,7 @@ __all__ = [
     "KLDivLoss",
     "RelationLoss",
     "TwoGaussianMixture",
+    "WeightedRandomSampler",
     "build_info",
     "channel_moments",
     "crop_patches",

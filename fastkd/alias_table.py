@@ -21,6 +21,7 @@ from fastkd import statistics
 from fastkd._checks import check_count, check_dtype, check_flag, check_number, check_size, check_state, check_tensor
 from fastkd._locks import Lock
 from fastkd._seeding import check_generator, draw_seed, mixed_seed, seed_of
+from fastkd._table_content import Content, Numbering, keep_last
 from fastkd.ops import alias as _ops
 from fastkd.ops._numbers import number_tensor
 
@@ -90,12 +91,11 @@ class AliasTable:
                 1.0 if inverse_temperature is None else inverse_temperature, scores.device
             )
         self._table = _ops.build(scores, self.inverse_temperature)
-        self._content = _Content()
+        self._content = Content()
         if keep_scores:
             self._content.scores = scores.detach().clone()
-            self.inverse_temperature = self.inverse_temperature.clone()  # to be written to
         self._stream = new_stream(seed, scores.device)
-        self._numbering = _Numbering()
+        self._numbering = Numbering()
 
     @classmethod
     def from_weights(cls, weights: Tensor, *, seed: int | None = None) -> AliasTable:
@@ -143,6 +143,11 @@ class AliasTable:
     def keeps_scores(self) -> bool:
         """Whether lambda can be changed."""
         return self._content.scores is not None
+
+    @property
+    def changed(self) -> bool:
+        """Whether items were updated, so that a state needs their weights or scores."""
+        return self._content.updated or self._content.rescored
 
     @property
     def version(self) -> int:
@@ -263,7 +268,7 @@ class AliasTable:
                 scores = scores.detach().to(kept.dtype)
             _ops.update(self._table, indices, scores)
             if kept is not None:
-                _keep_last(kept, indices, scores)
+                keep_last(kept, indices, scores)
             self._content.changed(updated=True)
             if self.device.type == "cpu" and not torch.compiler.is_compiling():
                 total = self._table.scale[3].item()
@@ -300,6 +305,7 @@ class AliasTable:
             number = number_of(scores)
             self._put(_ops.build(scores, number), number)
             self._content.changed(updated=False)
+            self._content.epoch = None
 
     def _put(self, table: _ops.Table, number: Tensor) -> None:
         """Other weights in the place of these, for all that share them."""
@@ -344,19 +350,24 @@ class AliasTable:
                 "items": len(self),
                 "total_weight": int(self._table.block_weight.sum()),
             }
+            content = self._content
+            if content.epoch is not None:
+                state["epoch"] = content.epoch
             if check_flag("weights", weights):
-                content = self._content
                 if content.updated:
                     state["table"] = {name: t.cpu().clone() for name, t in self._table._asdict().items()}
                 if content.rescored and content.scores is not None:
                     state["scores"] = content.scores.cpu().clone()
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, stream: bool = True) -> None:
         """Continues the stream of ``state``.
 
         The table must be the one it was saved from: built from the same scores, and either of the same lambda or with
         ``keep_scores=True``; and updated alike, where the state is without weights.
+
+        Args:
+            stream: False leaves the own stream where it is: the weights alone.
 
         Raises:
             TypeError, ValueError: what is no such state, or that of another table; this one is then unchanged.
@@ -366,7 +377,8 @@ class AliasTable:
             seed_of(state["seed"], "state['seed']"),
             check_count("state['next_index']", state["next_index"], 0, 2**63),
         )
-        stream = torch.tensor([seed, position], dtype=torch.int64, device="cpu")
+        epoch = None if state.get("epoch") is None else check_count("state['epoch']", state["epoch"], 0)
+        saved = torch.tensor([seed, position], dtype=torch.int64, device="cpu")
         with self._alone():
             own, scores, content = self.state_dict(), state.get("scores"), self._content
             if scores is not None:
@@ -387,7 +399,9 @@ class AliasTable:
             if table is not None:
                 self._put(table, number_tensor(float(state["inverse_temperature"]), self.device))
                 content.changed(updated="table" in state)
-            self._stream.copy_(stream)
+            content.epoch = epoch
+            if check_flag("stream", stream):
+                self._stream.copy_(saved)
 
     def _loaded(self, state: dict[str, Any], scores: Tensor | None) -> _ops.Table | None:
         """The weights of a state; None if they are to be those that are there."""
@@ -411,47 +425,6 @@ class AliasTable:
         return its.to(self.device)
 
 
-class _Content:
-    """What tables that share their weights share besides: the scores that are kept, and what was changed since the build."""
-
-    def __init__(self) -> None:
-        self.scores: Tensor | None = None
-        self.version = 0  # goes up with each change
-        self.updated = False  # by items: the weights are not those of a build
-        self.rescored = False  # the scores are not those of construction
-
-    def changed(self, *, updated: bool) -> None:
-        if torch.compiler.is_compiling():  # whose programs would be made anew for each number
-            return
-        self.version += 1
-        self.updated = updated
-        self.rescored |= updated
-
-    def copy(self) -> _Content:
-        made = _Content()
-        vars(made).update(vars(self))
-        return made
-
-    def move(self, moved: Callable[[Tensor], Tensor]) -> None:
-        if self.scores is not None:
-            self.scores = moved(self.scores)
-
-
-def _keep_last(kept: Tensor, indices: Tensor, scores: Tensor) -> None:
-    """``kept[indices] = scores``, where of equal indices the last one counts; waits for no device."""
-    order = torch.sort(indices, stable=True)
-    count = indices.shape[0]
-    if not count:
-        return
-    place = torch.arange(count, device=indices.device)
-    is_last = torch.ones_like(place, dtype=torch.bool)
-    is_last[:-1] = order.values[1:] != order.values[:-1]
-    last = torch.where(is_last, place, count).flip(0).cummin(0).values.flip(0)  # of equal ones
-    with torch.inference_mode():
-        # an index out of range, which only a GPU lets through, has spoiled the table already
-        kept[order.values.clamp(0, kept.shape[0] - 1)] = scores[order.indices[last]]
-
-
 def check_table(name: str, table: object) -> AliasTable:
     if not isinstance(table, AliasTable):
         raise TypeError(f"fastkd: {name} is {type(table).__name__}, must be an AliasTable")
@@ -467,36 +440,10 @@ def check_one_for_each_item(name: str, value: object, table: AliasTable, what: s
     return tensor
 
 
-class _Numbering:
-    """Numbers the samplers of a table, so that each has a stream of its own, which is the same on every rank.
-
-    Every process makes its samplers in the same order, so they count alike. Samplers of given ranks are counted by rank:
-    those that one process makes for several ranks are parts of one.
-    """
-
-    def __init__(self) -> None:
-        self._least = 0
-        self._of_rank: dict[int, int] = {}
-
-    def next(self, rank: int | None) -> int:
-        if rank is None:
-            number = max(self._of_rank.values(), default=self._least)
-            self._least, self._of_rank = number + 1, {}
-            return number
-        number = self._of_rank.get(rank, self._least)
-        self._of_rank[rank] = number + 1
-        return number
-
-    def copy(self) -> _Numbering:
-        made = _Numbering()
-        made._least, made._of_rank = self._least, dict(self._of_rank)
-        return made
-
-
 def _lambda(value: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         check_dtype("inverse_temperature", value)
-        return value.detach().to(device, torch.float64)
+        return value.detach().to(device, torch.float64, copy=True)  # which another lambda is written to
     return number_tensor(check_number("inverse_temperature", value), device)
 
 

@@ -14,6 +14,7 @@ from fastkd._checks import check_count, check_size, check_state
 from fastkd._ranks import Part, Ranks
 from fastkd._seeding import seed_of
 from fastkd.alias_table import AliasTable, check_table, new_stream
+from fastkd.iqpr_schedule import IqprSchedule
 
 __all__ = ["CollectionBatchSampler", "CollectionSampler"]
 
@@ -55,8 +56,15 @@ class _Sampler(DistributedSampler[T_co]):
         """Lets the next iteration be this epoch; where a state of this epoch was just loaded, it goes on from there."""
         self._draws.set_epoch(self._draws.check_epoch("epoch", epoch))
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Lets the next iteration go on where ``state`` was taken, on as many ranks or another number of them."""
+    def update(self, indices: Tensor, scores: Tensor) -> None:
+        """Gives items of the table new scores, :meth:`fastkd.AliasTable.update`."""
+        self.table.update(indices, scores)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Lets the next iteration go on where ``state`` was taken, on as many ranks or another number of them.
+
+        A state that was taken after updates brings the weights of the table; that of an iterator never does.
+        """
         self._draws.load_state_dict(state)
 
 
@@ -81,11 +89,13 @@ class CollectionSampler(_Sampler[int]):
             in the same order draw from the same streams. Copies of a table, ``table.to(device)`` among them, count their own
             samplers: they draw the same epochs as the table's.
         rank, world_size: by default those of ``torch.distributed`` when an iteration begins, or 0 and 1.
+        iqpr_schedule: of the table, which must keep its scores: the IQPR of each epoch, from 0 on, set as the epoch begins. A
+            function of the epoch alone, for all samplers of the table.
 
     Raises:
-        TypeError: a table that is none, numbers that are no ints.
+        TypeError: a table that is none, numbers that are no ints, a schedule that is no function.
         ValueError: num_samples below 1, an epoch whose draws would have numbers of 2^63 or more, a rank outside
-            [0, world_size), or none without a process group.
+            [0, world_size), or none without a process group; a schedule for a table that does not keep its scores.
         RuntimeError: when iterated or asked for its length, a rank of several was given, and the reader divides again.
     """
 
@@ -97,10 +107,10 @@ class CollectionSampler(_Sampler[int]):
         seed: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
+        iqpr_schedule: Callable[[int], float] | None = None,
     ) -> None:
-        self._draws = _Draws(
-            table, check_count("num_samples", num_samples, 1, 2**63), None, seed, Ranks(rank, world_size)
-        )
+        num_samples = check_count("num_samples", num_samples, 1, 2**63)
+        self._draws = _Draws(table, num_samples, None, seed, Ranks(rank, world_size), iqpr_schedule)
 
     @classmethod
     def _of(cls, draws: _Draws) -> CollectionSampler:
@@ -117,8 +127,8 @@ class CollectionSampler(_Sampler[int]):
     def __repr__(self) -> str:
         return f"CollectionSampler({self.table}, num_samples={self.num_samples}, {self._draws})"
 
-    def state_dict(self, done: int | None = None) -> dict[str, int]:
-        """Where the epoch under way stands.
+    def state_dict(self, done: int | None = None) -> dict[str, Any]:
+        """Where the epoch under way stands; after updates also the table's weights, 8 bytes an item.
 
         Args:
             done: how many items of it the loop has finished, on this rank. By default all that were handed out, which is
@@ -138,7 +148,7 @@ class CollectionBatchSampler(_Sampler[list[int]]):
         table: the table to draw from; updates of it take effect at the next batch.
         batch_size: items of a batch, on each rank.
         num_batches: batches of an epoch, on each rank.
-        seed, rank, world_size: as in :class:`CollectionSampler`.
+        seed, rank, world_size, iqpr_schedule: as in :class:`CollectionSampler`.
 
     Attributes:
         sampler: the same draws one by one, a :class:`CollectionSampler`: where trainers look for ``set_epoch``.
@@ -156,10 +166,12 @@ class CollectionBatchSampler(_Sampler[list[int]]):
         seed: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
+        iqpr_schedule: Callable[[int], float] | None = None,
     ) -> None:
         self.batch_size = check_size("batch_size", batch_size, 1)
         self.num_batches = check_count("num_batches", num_batches, 1, 2**63)
-        self._draws = _Draws(table, None, self.batch_size * self.num_batches, seed, Ranks(rank, world_size))
+        draws = self.batch_size * self.num_batches
+        self._draws = _Draws(table, None, draws, seed, Ranks(rank, world_size), iqpr_schedule)
         self.sampler = CollectionSampler._of(self._draws)
 
     def __len__(self) -> int:
@@ -178,7 +190,7 @@ class CollectionBatchSampler(_Sampler[list[int]]):
             f"{self._draws})"
         )
 
-    def state_dict(self, done: int | None = None) -> dict[str, int]:
+    def state_dict(self, done: int | None = None) -> dict[str, Any]:
         """As :meth:`CollectionSampler.state_dict`, with ``done`` in batches."""
         return self._draws.state_dict(done, self.batch_size, "batches_at_once")
 
@@ -190,9 +202,16 @@ class _Draws:
     """
 
     def __init__(
-        self, table: AliasTable, num_samples: int | None, per_rank: int | None, seed: int | None, ranks: Ranks
+        self,
+        table: AliasTable,
+        num_samples: int | None,
+        per_rank: int | None,
+        seed: int | None,
+        ranks: Ranks,
+        iqpr_schedule: Callable[[int], float] | None,
     ) -> None:
         self.table = check_table("table", table)
+        self._schedule = IqprSchedule(table, iqpr_schedule)
         table._check_known("drawn from by a sampler")
         self.ranks = ranks
         self._num_samples = num_samples
@@ -250,6 +269,7 @@ class _Draws:
             )
         if self._per_rank is not None and position > total:
             raise ValueError(f"fastkd: state['draws_done'] is {position}, but this sampler draws {total} an epoch")
+        self._schedule.begin(epoch, anew=position == 0)
         self.epoch, self._under_way, self._part, self._current = epoch, True, part, iteration
         return part
 
@@ -265,7 +285,7 @@ class _Draws:
     def _go_to(self, epoch: int, position: int) -> None:
         self.epoch, self._position, self._under_way, self._current = epoch, position, False, None
 
-    def state_dict(self, done: int | None, unit: int, at_once: str) -> dict[str, int]:
+    def state_dict(self, done: int | None, unit: int, at_once: str) -> dict[str, Any]:
         with self.table._alone():
             part = self._part if self._part is not None and self._under_way else self.ranks.part()
             if done is None:
@@ -275,7 +295,10 @@ class _Draws:
                 position = draws * factor
                 if not 0 <= position <= total:
                     raise ValueError(f"fastkd: done is {draws} draws, must be from 0 to the epoch's {total // factor}")
-            return self.state_at(self.epoch, position, part)
+            state: dict[str, Any] = self.state_at(self.epoch, position, part)
+            if self.table.changed:
+                state["table"] = self.table.state_dict(weights=True)
+            return state
 
     def state_at(self, epoch: int, position: int, part: Part) -> dict[str, int]:
         return {
@@ -285,14 +308,16 @@ class _Draws:
             "num_samples": self.num_samples(part.world_size),
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         seed, epoch, position, num_samples = self.checked(state)
         with self.table._alone():
+            if "table" in state:
+                self.table.load_state_dict(state["table"], stream=False)
             self.seed = seed
             # the last draw of an epoch is followed by the first of the next one
             self._go_to(*((epoch + 1, 0) if position >= num_samples else (epoch, position)))
 
-    def checked(self, state: dict[str, int]) -> tuple[int, int, int, int]:
+    def checked(self, state: dict[str, Any]) -> tuple[int, int, int, int]:
         check_state(state, _STATE, "a collection sampler")
         seed = seed_of(state["seed"], "state['seed']")
         epoch = self.check_epoch("state['epoch']", state["epoch"])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from fastkd._checks import check_callable, check_count, check_state
+from fastkd._checks import check_callable
 from fastkd.alias_table import AliasTable, check_table
 
 __all__ = ["IqprSchedule"]
@@ -14,7 +13,8 @@ __all__ = ["IqprSchedule"]
 class IqprSchedule:
     """Sets a table, which must keep its scores, to the IQPR of an epoch as that begins; or never, without a function.
 
-    A table that was set for an epoch, and updated in it, is not set again where the epoch goes on after a resumption.
+    The table knows which epoch it was set for, also in its state: where that goes on after a resumption, it stays as updates
+    have left it.
 
     Args:
         table: the table.
@@ -31,21 +31,11 @@ class IqprSchedule:
                 "fastkd: table was built with keep_scores=False, must be AliasTable(scores, keep_scores=True) for an "
                 "iqpr_schedule"
             )
-        self._epoch: int | None = None  # that the table was set for
 
     def begin(self, epoch: int, *, anew: bool) -> None:
         """Before the first draw of an epoch, or of the rest of one that is not ``anew``."""
-        if self.iqpr is not None and (anew or self._epoch != epoch):
-            self.table.set_iqpr(self.iqpr(epoch))
-            self._epoch = epoch
-
-    def state_dict(self) -> dict[str, Any]:
-        """That of the table, with what updates changed in it, and the epoch that it was set for."""
-        return {"table": self.table.state_dict(weights=True), "set_for": self._epoch}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As :meth:`state_dict` returned it."""
-        state = check_state(state, ("table",), "a table with its schedule")
-        epoch = state.get("set_for")
-        self.table.load_state_dict(state["table"])
-        self._epoch = None if epoch is None else check_count("state['set_for']", epoch, 0)
+        if self.iqpr is not None:
+            with self.table._alone():
+                if anew or self.table._content.epoch != epoch:
+                    self.table.set_iqpr(self.iqpr(epoch))
+                    self.table._content.epoch = epoch

@@ -23,6 +23,7 @@ from fastkd.data.collection import (
     selected,
 )
 from fastkd.data.conforming import LAYOUTS, check_sizes, conformed, in_nchw, viewed
+from fastkd.data.mapped_rows import MappedRows
 
 __all__ = ["ArrayCollection", "open_array"]
 
@@ -41,8 +42,8 @@ class ArrayCollection(Collection):
 
     Args:
         images: uint8 ``[N, C, H, W]``, or as ``layout`` says, or ``[N, H, W]`` of one channel: a tensor on any device, a numpy
-            array, ``np.memmap`` among them, or the path of an ``.npy``, which is memory-mapped. Tensors and arrays are not
-            copied (but for those that torch cannot view: read-only ones, negative strides).
+            array, ``np.memmap`` among them, or the path of an ``.npy``, which is memory-mapped. They are not copied (but for
+            arrays of negative strides). Arrays that are read-only are read as if they were memory-mapped.
         shape: (C, H, W) to read the images with, as :func:`fastkd.data.conformed` makes them, each time; their own if None.
         layout: "NCHW" or "NHWC".
         name: of the source; that of the file, or "images", if None.
@@ -65,13 +66,13 @@ class ArrayCollection(Collection):
             name = Path(images).stem if name is None else name
             images = open_array(images)
         self._layout = layout
-        self._map: Array | None = None
+        self._rows: MappedRows | None = None
         self._tensor: Tensor | None = None
-        if isinstance(images, np.memmap):
+        if isinstance(images, np.ndarray) and (isinstance(images, np.memmap) or not images.flags.writeable):
             if images.dtype != np.uint8:
                 raise TypeError(f"fastkd: images has dtype {images.dtype}, must be uint8")
             check_sizes("images", images.shape, layout)
-            self._map, own = images, _shape_in(images.shape, layout)
+            self._rows, own = MappedRows(images), _shape_in(images.shape, layout)
         else:
             self._tensor = in_nchw("images", images, layout)
             own = tuple(self._tensor.shape[1:])  # type: ignore[assignment]
@@ -151,8 +152,8 @@ class ArrayCollection(Collection):
         """Copies of the images as they are stored, NCHW."""
         if self._tensor is not None:
             return selected(self._tensor, index)
-        assert self._map is not None
-        return viewed(torch.from_numpy(_rows(self._map, index.numpy())), self._layout)
+        assert self._rows is not None
+        return viewed(torch.from_numpy(self._rows[index.numpy()]), self._layout)
 
 
 def open_array(path: str | os.PathLike[str]) -> np.memmap[Any, Any]:
@@ -174,13 +175,6 @@ def open_array(path: str | os.PathLike[str]) -> np.memmap[Any, Any]:
             f"fastkd: {path} is in Fortran's order, must be in C's: np.save(path, np.ascontiguousarray(x))"
         )
     return array
-
-
-def _rows(array: Array, index: Array) -> Array:
-    """Rows of an ascending index without repetitions, as one slice where they are one."""
-    if len(index) and index[-1] - index[0] + 1 == len(index):
-        return np.array(array[index[0] : index[-1] + 1])
-    return np.asarray(array[index])
 
 
 def _shape_in(sizes: Sequence[int], layout: str) -> tuple[int, int, int]:

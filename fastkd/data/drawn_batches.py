@@ -171,7 +171,7 @@ class DrawnBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """The counts, and what says which table this is, or after updates all of it."""
-        return {**self._schedule.state_dict(), "counts": self.counts.cpu()}
+        return {"table": self.table.state_dict(weights=True), "counts": self.counts.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As :meth:`state_dict` returned it.
@@ -180,7 +180,7 @@ class DrawnBatches:
             ValueError: the table is another: it must be built from the same scores.
         """
         state = check_state(state, ("table", "counts"), "DrawnBatches")
-        self._schedule.load_state_dict(state)
+        self.table.load_state_dict(state["table"])
         self.counts.copy_(state["counts"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import threading
 import warnings
@@ -199,12 +200,47 @@ def test_maps_are_read_in_order_and_once(tmp_path: Path) -> None:
 
     saved_array(tmp_path / "x.npy")
     collection = ArrayCollection(tmp_path / "x.npy")
-    collection._map = collection._map.view(Spy)  # type: ignore[union-attr]
+    collection._rows.array = collection._rows.array.view(Spy)  # type: ignore[union-attr]
     assert torch.equal(collection.read(INDEX), PIXELS[INDEX])
     (key,) = read
     assert key.tolist() == [0, 3, 24, 25, 41, 58, 59]
     list(collection.blocks(30))
     assert read[1:] == [slice(0, 30), slice(30, 60)]
+
+
+@pytest.mark.parametrize("skipped", [0, 7])
+def test_the_system_is_told_of_rows_that_will_be_read(
+    skipped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of large maps, and views of them, whose rows are no pages."""
+    monkeypatch.setattr("fastkd.data.mapped_rows._ADVISED", 0)
+    mapped = np.load(saved_array(tmp_path / "x.npy"), mmap_mode="r")[skipped:]
+    collection = ArrayCollection(mapped)
+    expected, advised = torch.from_numpy(np.array(mapped)), []
+
+    class Spy:
+        def madvise(self, option: int, start: int, length: int) -> None:
+            assert start % mmap.PAGESIZE == 0
+            assert start + length <= mapped._mmap.size()
+            mapped._mmap.madvise(option, start, length)
+            advised.append((start, start + length))
+
+    assert collection._rows is not None
+    collection._rows._map = Spy()  # type: ignore[assignment]
+    index = INDEX.clamp(max=len(mapped) - 1)
+    assert torch.equal(collection.read(index), expected[index])
+    rows = [mapped.offset + (i + skipped) * 192 for i in sorted(set(index.tolist()))]
+    assert [stop - 192 for _, stop in advised] == rows
+    assert all(start <= row for (start, _), row in zip(advised, rows, strict=True))
+
+
+def test_read_only_arrays_are_read() -> None:
+    array = PIXELS.numpy().copy()
+    array.setflags(write=False)
+    collection = ArrayCollection(array)
+    assert collection.resident is None
+    assert torch.equal(collection.read(INDEX), PIXELS[INDEX])
+    assert collection.fingerprint() == ArrayCollection(PIXELS).fingerprint()
 
 
 def test_arrays_of_another_size(tmp_path: Path) -> None:

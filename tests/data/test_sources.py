@@ -14,7 +14,16 @@ from training_cases import CLASSES, Batches, InterruptionError, assert_same_end,
 
 import fastkd
 from fastkd import AliasTable
-from fastkd.data import Batch, DrawnBatches, ImageBatches, ImageSet, LoaderBatches, NoBatches, ParallelBatches
+from fastkd.data import (
+    Batch,
+    DatasetCollection,
+    DrawnBatches,
+    ImageBatches,
+    ImageSet,
+    LoaderBatches,
+    NoBatches,
+    ParallelBatches,
+)
 from fastkd.data.batch import as_batches, images_of, on_device
 from fastkd.methods import Hinton, Objective, Part, Procedure, Step
 from fastkd.training import Trainer, checkpoint
@@ -90,6 +99,13 @@ def drawn(rank: int = 0) -> DrawnBatches:
     return DrawnBatches(PIXELS, table, 8, 5, seed=4, padding=1, mean=0.5, std=0.25, rank=rank)
 
 
+def gathered(rank: int = 0) -> DrawnBatches:
+    """As :func:`drawn`, from images that are read, by another lambda each epoch."""
+    table = AliasTable(torch.linspace(0, 3, 60), 1.0, seed=0, keep_scores=True)
+    collection = DatasetCollection(TensorDataset(PIXELS))
+    return DrawnBatches(collection, table, 8, 5, seed=4, padding=1, rank=rank, iqpr_schedule=lambda epoch: 1.0 + epoch)
+
+
 class Noisy(Dataset[tuple[Tensor, int]]):
     """Drawn from the global generator, as transforms do."""
 
@@ -107,6 +123,7 @@ def labelled(seed: int = 0, **options: Any) -> ImageBatches:
 
 SOURCES = {
     "drawn": drawn,
+    "gathered": gathered,
     "labelled": lambda: labelled(views=2),
     "none": lambda: NoBatches(4),
     "parallel": lambda: ParallelBatches(task=labelled(), other=drawn()),
@@ -225,7 +242,7 @@ class Agreeing(Procedure):
         return {"loss": loss}
 
 
-@pytest.mark.parametrize("name", ["drawn", "labelled", "parallel", "loaded"])
+@pytest.mark.parametrize("name", ["drawn", "gathered", "labelled", "parallel", "loaded"])
 def test_a_training_goes_on(name: str, tmp_path: Path) -> None:
     settings = make_settings(epochs=2, checkpoint_every=1)
 

@@ -31,10 +31,23 @@ FLOORS = (
         "patches",
         "selection",
         "statistics",
+        "weighted_random_sampler",
     ),
     ("ops",),
     ("reference",),
-    ("_checks", "_figures", "_files", "_library", "_locks", "_names", "_ranks", "_seeding", "_threads", "_C"),
+    (
+        "_checks",
+        "_figures",
+        "_files",
+        "_library",
+        "_locks",
+        "_names",
+        "_ranks",
+        "_seeding",
+        "_table_content",
+        "_threads",
+        "_C",
+    ),
 )
 # which a module of a floor may not, as the rooms of one floor are apart
 APART = {"data": ("models",), "models": ("data",)}
