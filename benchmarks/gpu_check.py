@@ -366,8 +366,8 @@ def stages_for(python: str, output: Path, environment: Mapping[str, str]) -> lis
     # side by side, as a test mostly waits for the CPU, whose results are the truth; and what hangs is ended, and named: by a
     # thread, as a call that waits for a GPU hears no signal
     side_by_side = ["--continue-on-collection-errors", "--durations=3", "-n", "12", "--dist", "worksteal"]
-    side_by_side += ["--timeout", "40", "--timeout-method", "thread"]
-    only_cuda = ["FASTKD_ONLY_CUDA=1"]
+    side_by_side += ["--timeout", "60", "--timeout-method", "thread"]
+    only_cuda = ["FASTKD_ONLY_CUDA=1", "OMP_NUM_THREADS=1"]  # twelve processes have as many threads of the CPU
     tool = find_tool("compute-sanitizer", environment)
     absent = None if tool else "compute-sanitizer is not installed"
     # torch's kernels are not looked at; with its cache of memory off, an access past a tensor is one past an allocation

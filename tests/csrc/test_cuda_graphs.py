@@ -29,6 +29,8 @@ def capture(
         graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         results = run()
+    # as a capture begins, torch writes the generators' seeds on its own stream: late, it would undo those of the first replay
+    torch.cuda.synchronize()
     return graph, results
 
 
