@@ -37,7 +37,8 @@ Drawn = tuple[Tensor, Tensor]  # augmented images, their indices in the collecti
 def cases(settings: Settings) -> Iterator[Case]:
     """Epochs of batches, and iterations of the sampler that stands in the place of torch's."""
     for items in settings.pick(QUICK, FULL, GPU):
-        yield _epoch(settings, min(items, settings.rows(3 * SIDE * SIDE, torch.uint8)))
+        few = settings.rows(3 * SIDE * SIDE, torch.uint8) if settings.sizes == "gpu" else items
+        yield _epoch(settings, min(items, few))
     for items, draws in settings.pick(ITERATIONS_QUICK, ITERATIONS_FULL):
         for change in (False, True):
             yield _iteration(items, draws, change=change)

@@ -381,7 +381,7 @@ def stages_for(python: str, output: Path, environment: Mapping[str, str]) -> lis
     # ends by itself: begins no case that it cannot finish in the time it has; the headlines first
     suites = [
         f"benchmarks/bench_{name}.py"
-        for name in ("divergence", "alias", "gmm", "batch", "relation", "moments", "crop", "training")
+        for name in ("divergence", "alias", "gmm", "batch", "relation", "moments", "crop", "training", "collections")
     ]
     measured = [
         "-q",

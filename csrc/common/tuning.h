@@ -50,9 +50,9 @@ struct KnobInfo {
 
 // The usual value of a knob beside which no results file is named was chosen by thought: nobody has measured the others.
 constexpr std::array<KnobInfo, kKnobs> kKnobTable{{
-    // blocks of a multiprocessor among which resident rows share it: one loads while another computes
+    // blocks of a multiprocessor among which resident rows share it, one loads while another computes: the same file
     {Knob::kDivergenceResidentBlocks, "divergence.resident_blocks", 2, {1, 2, 3, 4}},
-    // rows that want no gradient are resident up to so many classes: benchmarks/results/nvidia-h200-divergence-variants.json
+    // rows that want no gradient are resident up to so many classes: benchmarks/results/nvidia-h100-80gb-hbm3.json
     {Knob::kDivergenceForwardClasses, "divergence.forward_classes", 8192, {1, 8192, 32768, 65536, 131072}},
     // blocks that share a streamed row at most, and how many a multiprocessor should have before rows are no longer shared
     {Knob::kDivergenceStreamingCluster, "divergence.streaming_cluster", 8, {1, 2, 4, 8, 16}},

@@ -77,8 +77,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
 
   const bool jensen_shannon = static_cast<Kind>(kind) == Kind::kJensenShannon, gradients = student_gradient || teacher_gradient;
   const Dtype dtype = kernel_dtype(student);
-  // Without gradients there is nothing to keep: one sweep will do, and is faster than a cluster of many blocks (on an H200, from
-  // 50,000 classes on). Shorter rows are faster on chip all the same, in a third to three quarters of the time.
+  // Without gradients there is nothing to keep: one sweep will do, and is faster than a cluster of many blocks. Short rows are
+  // faster on chip all the same, in a third to three quarters of the time.
   const bool resident =
       !teacher_gradient && (student_gradient || jensen_shannon || classes <= tuned(Knob::kDivergenceForwardClasses));
   const Plan plan = plan_rows(rows, classes, static_cast<int>(student.element_size()), jensen_shannon, resident, gradients, !none,

@@ -27,6 +27,7 @@ __all__ = [
     "digest",
     "evenly_spaced",
     "put_back",
+    "put_rows",
     "selected",
     "sorted_once",
     "unreadable_error",
@@ -211,11 +212,25 @@ def put_back(gathered: Gathered, place: Tensor | None) -> Gathered:
 
 
 def selected(images: Tensor, index: Tensor) -> Tensor:
-    """Copies of these images, in their memory format; index_select keeps no strides, and indexing takes 14 times as long."""
+    """Copies of these images, in their memory format."""
     index = index.to(images.device)
     if not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last):
-        return images.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
-    return images.index_select(0, index)
+        return _rows(images.permute(0, 2, 3, 1), index).permute(0, 3, 1, 2)
+    return _rows(images, index)
+
+
+def _rows(images: Tensor, index: Tensor) -> Tensor:
+    if images.device.type != "cpu":
+        return images.index_select(0, index)  # indexing would take 14 times as long
+    return torch.from_numpy(images.numpy()[index.numpy()])  # on one thread: index_select's wait for one another
+
+
+def put_rows(images: Tensor, chosen: Tensor, rows: Tensor) -> None:
+    """``images[chosen] = rows``, which on the CPU torch does byte by byte."""
+    if images.device.type != "cpu":
+        images[chosen.to(images.device)] = rows
+    else:
+        images.numpy()[chosen.numpy()] = rows.numpy()
 
 
 def check_collection(name: str, value: object) -> Collection:

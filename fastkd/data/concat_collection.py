@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastkd.data.array_collection import ArrayCollection
-from fastkd.data.collection import Collection, Gathered, Source, Unreadable, check_collection, digest
+from fastkd.data.collection import Collection, Gathered, Source, Unreadable, check_collection, digest, put_rows
 from fastkd.data.read_ahead import on_host
 
 __all__ = ["ConcatCollection"]
@@ -133,7 +133,7 @@ class ConcatCollection(Collection):
         unreadable: list[Unreadable] = []
         for chosen, part, (_, start, _) in zip(split, gathered, self._ranges(), strict=True):
             if part is not None:
-                images[chosen.to(self.device)] = part.images
+                put_rows(images, chosen, part.images)
                 unreadable += (replace(item, index=item.index + start) for item in part.unreadable)
         return Gathered(images, tuple(unreadable))
 

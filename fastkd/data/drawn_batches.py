@@ -15,7 +15,7 @@ from fastkd._checks import check_count, check_flag, check_state, check_tensor
 from fastkd._seeding import mixed_seed
 from fastkd.alias_table import AliasTable, check_table
 from fastkd.data.batch import Batch
-from fastkd.data.collection import PREFETCH, Collection, Gathered, Source, unreadable_error
+from fastkd.data.collection import PREFETCH, Collection, Gathered, Source, put_rows, unreadable_error
 from fastkd.data.source import check_start
 from fastkd.data.source_statistics import SourceStatistics, by_source, statistics_by_source
 from fastkd.draw import draw_batch
@@ -188,6 +188,6 @@ def _exchanged(gathered: Gathered, before: Tensor, index: Tensor, collection: Co
     """Images of one index, with those read that another has in its place."""
     others = (before != index).nonzero().flatten()
     images = gathered.images.clone()
-    images[others.to(images.device)] = collection.read(index[others])
+    put_rows(images, others, collection.read(index[others]))
     wanted = set(index.tolist())
     return Gathered(images, tuple(item for item in gathered.unreadable if item.index in wanted))

@@ -367,7 +367,8 @@ def test_a_file_is_shown_and_compared_without_measuring(
     [
         (
             ["mosaic"],
-            "nothing is measured for 'mosaic'; choose from alias, batch, crop, divergence, gmm, moments, relation, training",
+            "nothing is measured for 'mosaic'; choose from alias, batch, collections, crop, divergence, gmm, moments, relation, "
+            "training",
         ),
         (["--device", "tpu"], "--device is 'tpu', must be cpu, cuda or cuda:<n>"),
         (["--output", "here.txt"], "--output is here.txt, must be a name that ends in .json"),
