@@ -9,6 +9,7 @@ from fastkd.functional import logit_stats
 from fastkd.losses import JSDivLoss, KDLoss, KLDivLoss, RelationLoss
 from fastkd.patches import crop_patches, random_crop_flip, random_patches
 from fastkd.selection import FitStatus, TwoGaussianMixture, select_clean
+from fastkd.sharded_alias_table import ShardedAliasTable
 
 __all__ = [
     "AliasTable",
@@ -19,6 +20,7 @@ __all__ = [
     "KDLoss",
     "KLDivLoss",
     "RelationLoss",
+    "ShardedAliasTable",
     "TwoGaussianMixture",
     "build_info",
     "crop_patches",

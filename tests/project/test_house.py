@@ -28,11 +28,12 @@ FLOORS = (
         "patches",
         "scores",
         "selection",
+        "sharded_alias_table",
         "statistics",
     ),
     ("ops",),
     ("reference",),
-    ("_checks", "_figures", "_files", "_library", "_locks", "_names", "_ranks", "_seeding", "_threads", "_C"),
+    ("_checks", "_figures", "_files", "_group", "_library", "_locks", "_names", "_ranks", "_seeding", "_threads", "_C"),
 )
 # which a module of a floor may not, as the rooms of one floor are apart
 APART = {"data": ("models",), "models": ("data",)}
