@@ -46,7 +46,7 @@ class ShardedAliasTable:
         inverse_temperature: lambda >= 0, a number or a float tensor ``[]``, the same on all ranks. Give this or ``iqpr``;
             with neither it is 1.
         iqpr: the ratio of the probabilities of the items at the third and at the first quartile of all scores, >= 1. The
-            quartiles are exact; what is exchanged is counts, 6.3 MB at most, no scores.
+            quartiles are exact; what is exchanged is counts, 6.8 MB at most, no scores.
         seed: of the table's own stream of draws, the same on all ranks; by default rank 0 draws one for all.
         group: the ranks, by default all.
 

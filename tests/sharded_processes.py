@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import fastkd
 from fastkd import AliasTable, ShardedAliasTable
 from fastkd.training import process_group
 
 ITEMS, DRAWS = 5 * 4096 + 123, 400
 SEED = 11
+DOCUMENT = Path(__file__).parents[1] / "docs" / "scale.md"
 WARNED = ".*too few for exact probabilities"
 
 
@@ -107,6 +111,7 @@ def tables_in_ranks(rank: int, folder: Path) -> None:
         _resumed(rank, folder)
         _refused(rank, process.world_size, folder)
         _in_a_group(rank, process.world_size)
+        _recipe(rank, process.world_size, folder)
 
 
 def _owners(rank: int, folder: Path) -> None:
@@ -205,3 +210,13 @@ def _in_a_group(rank: int, ranks: int) -> None:
     else:
         with pytest.raises((TypeError, ValueError), match="group"):
             ShardedAliasTable(scores[:4096], group=group)
+
+
+def _recipe(rank: int, ranks: int, folder: Path) -> None:
+    """That of docs/scale.md, of images that are their own numbers."""
+    (text,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    names: dict[str, Any] = {"fastkd": fastkd, "numpy": np, "torch": torch, "steps": 3}
+    images = torch.arange(ITEMS)[:, None]
+    names |= {"items": ITEMS, "rank": rank, "world_size": ranks, "path": folder / "scores.npy", "images": images}
+    exec(text, names)
+    torch.save(names["batch"], folder / f"recipe{rank}.pt")

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sharded_processes as work
 import torch
@@ -31,6 +32,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     table = AliasTable(CASES["plain"][0], seed=SEED)
     table.sample(37)
     torch.save(table.state_dict(), folder / "state.pt")
+    np.save(folder / "scores.npy", CASES["iqpr"][0].numpy())
     start_ranks(work.tables_in_ranks, folder, ranks=request.param)
     return request.param, folder
 
@@ -83,6 +85,11 @@ def test_owners_know_their_draws_and_send_them(ranks: tuple[int, Path]) -> None:
 def test_it_goes_on_where_another_number_of_ranks_stopped(ranks: tuple[int, Path]) -> None:
     expected = AliasTable(CASES["plain"][0], seed=SEED).sample_at(SEED, 37, DRAWS)
     assert torch.equal(merged(load(ranks, "resumed")), expected)
+
+
+def test_the_recipe_of_the_guide(ranks: tuple[int, Path]) -> None:
+    expected = AliasTable(CASES["iqpr"][0], iqpr=5.0, seed=0).sample(3 * 256 * ranks[0])
+    assert torch.equal(merged(load(ranks, "recipe")).flatten(), expected[-256 * ranks[0] :])
 
 
 SAYS = {
