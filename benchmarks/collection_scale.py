@@ -111,6 +111,7 @@ def memory_row(path: Path, items: int, tell: Tell) -> fastkd.AliasTable:
     def build() -> None:
         kept.append(fastkd.AliasTable(read_scores(path), 1.0, seed=0))
 
+    peak_memory(lambda: None, torch.device("cpu"))  # which gives back what others have freed
     before = _anonymous_bytes()
     peak = peak_memory(build, torch.device("cpu"))
     grown = _anonymous_bytes() - before
@@ -219,13 +220,13 @@ def plan_rows(items: int, ranks: int, batch: int, seconds: float, tell: Tell) ->
     blocks = -(-items // BLOCK)
     weights = torch.randint(1 << 20, 1 << 22, (blocks,), generator=torch.Generator().manual_seed(0))
     top = alias_shard.top_of(weights)
-    own = blocks // ranks
+    own, total = blocks // ranks, int(weights.sum())
     bins = torch.randint(1 << 32, (own * BLOCK,), generator=torch.Generator().manual_seed(1))
     draws = batch * ranks
     contenders: dict[str, Run] = {
         f"the table over {blocks} blocks": lambda: alias_shard.top_of(weights),
         f"owners of {draws} draws": lambda: alias_shard.draw(
-            bins, (0, own), weights, top, items, 0, 0, draws, (0, ranks)
+            bins, (0, own), weights, top, total, items, 0, 0, draws, (0, ranks)
         ),
     }
     numbers = {

@@ -87,13 +87,18 @@ class ShardedAliasTable:
         kappa = float(self.inverse_temperature) * _parts.LOG2_E
         if kappa == math.inf:
             raise ValueError(f"fastkd: inverse_temperature is {float(self.inverse_temperature)}, too large")
-        reference = maximum + 0.0  # no -0
+        self._build(scores, maximum + 0.0, kappa)  # no -0
+        self._seed, self._next = told[0].seed if told[0].seed is not None else told[0].fresh_seed, 0
+
+    def _build(self, scores: Tensor, reference: float, kappa: float) -> None:
+        if self._group.size == 1:
+            self._bins, self._block_weight, self._top, scale = _ops.build(scores, self.inverse_temperature)
+            self._scale, self._total = _parts.Scale(reference, kappa, int(scale[2])), int(scale[3])
+            return
         terms = sum(self._group.gather(_parts.partition(scores, reference, kappa)))
         self._scale = _parts.Scale(reference, kappa, _parts.exponent_of(terms))
         self._bins, block_weight = _parts.build(scores, self._scale)
-        self._block_weight = self._weights_of_all(block_weight)
-        self._top = _parts.top_of(self._block_weight)
-        self._seed, self._next = told[0].seed if told[0].seed is not None else told[0].fresh_seed, 0
+        self._take(self._weights_of_all(block_weight))
 
     @staticmethod
     def shard(items: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -126,7 +131,7 @@ class ShardedAliasTable:
     @property
     def total_weight(self) -> int:
         """The sum of the integer weights of all ranks."""
-        return int(self._block_weight.sum())
+        return self._total
 
     def weights(self) -> Tensor:
         """The exact integer weights of this rank's items: int64 ``[n]``; probability = weight / ``total_weight``."""
@@ -162,7 +167,7 @@ class ShardedAliasTable:
             table = _ops.Table(self._bins, self._block_weight, self._top, scale)
             items = _ops.sample(table, torch.tensor([seed, 0]), count, start)
             return OwnedDraws(torch.arange(count), items, self, (seed, start, count), None)
-        part = (self._bins, self._own_blocks(), self._block_weight, self._top, self._items)
+        part = (self._bins, self._own_blocks(), self._block_weight, self._top, self.total_weight, self._items)
         positions, items, told = _parts.draw(*part, seed, start, count, (group.rank, group.size))
         owners = torch.searchsorted(self._first_block[1:].contiguous(), told, right=True)
         return OwnedDraws(positions, items, self, (seed, start, count), owners)
@@ -248,7 +253,8 @@ class ShardedAliasTable:
         for blocks, bins, _ in kept if kept is not None else changed():
             for block, new in zip(blocks, bins.split(BLOCK_SIZE), strict=True):
                 self._bins[block * BLOCK_SIZE :][: len(new)] = new
-        self._scale, self._block_weight, self._top = scale, of_all, _parts.top_of(of_all)
+        self._scale = scale
+        self._take(of_all)
         if len(self) > 1e-6 * self.total_weight:
             warnings.warn(
                 f"fastkd: after this update the table's weights sum to {self.total_weight} for {len(self)} items, too few "
@@ -322,6 +328,11 @@ class ShardedAliasTable:
     def _own_blocks(self) -> tuple[int, int]:
         begin, end = self._first_block[self._group.rank :][:2].tolist()
         return begin, end
+
+    def _take(self, block_weight: Tensor) -> None:
+        """The weights of all blocks, and what follows from them."""
+        self._block_weight, self._top = block_weight, _parts.top_of(block_weight)
+        self._total = int(block_weight.sum())
 
     def _weights_of_all(self, own: Tensor) -> Tensor:
         """The weights of all blocks, of which each rank has its own."""

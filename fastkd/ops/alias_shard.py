@@ -217,6 +217,7 @@ def draw(
     blocks: tuple[int, int],
     block_weight: Tensor,
     top: Tensor,
+    total: int,
     items: int,
     seed: int,
     start: int,
@@ -228,8 +229,7 @@ def draw(
     Args:
         bins: of the items of this part.
         blocks: the first block of this part, and the first of the next one.
-        block_weight, top: of all parts.
-        items: of all parts.
+        block_weight, top, total, items: of all parts; the total is that of the weights.
         shares: ``rank, world``: of every ``world`` draws, number ``rank`` is told the block.
 
     Returns:
@@ -238,12 +238,11 @@ def draw(
     """
     rank, world = shares
     begin, end = blocks
-    total, threshold, alias = int(block_weight.sum()), top[:, 0].contiguous(), top[:, 1].contiguous()
     positions, drawn, told = [], [], []
     for first in range(0, count, _DRAWN):
         index = torch.arange(first, min(first + _DRAWN, count))
         words = _philox(seed, index + start)
-        block = _choose(words[1], words[0], len(block_weight), total, threshold, alias)
+        block = _choose(words[1], words[0], top, total)
         told.append(block[(rank - first) % world :: world])
         own = ((block >= begin) & (block < end)).nonzero().squeeze(1)
         positions.append(own + first)
@@ -287,9 +286,10 @@ def _multiply_high(high: Tensor, low: Tensor, value: int | Tensor) -> Tensor:
     return carried.add_(high * value_high)
 
 
-def _choose(high: Tensor, low: Tensor, bound: int, total: int, threshold: Tensor, alias: Tensor) -> Tensor:
-    at, high, low = _bin(high, low, bound)
-    return torch.where(_multiply_high(high, low, total) < threshold[at], at, alias[at])
+def _choose(high: Tensor, low: Tensor, top: Tensor, total: int) -> Tensor:
+    at, high, low = _bin(high, low, len(top))
+    entry = top[at]
+    return torch.where(_multiply_high(high, low, total) < entry[:, 0], at, entry[:, 1])
 
 
 def _choose_inner(high: Tensor, low: Tensor, sizes: Tensor, weight: Tensor, bins: Tensor, before: Tensor) -> Tensor:
