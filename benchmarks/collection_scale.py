@@ -286,7 +286,14 @@ def _row(what: str, items: int, name: str, median: float | str, of: dict[str, in
     row: Row = {"row": what, "items": items, "contender": name}
     if isinstance(median, str):
         return row | {"reason": median}
-    return row | {"ms": round(median * 1e3, 4)} | {key: round(count / median) for key, count in of.items()}
+    return (
+        row
+        | {"ms": round(median * 1e3, 4)}
+        | {
+            key: round(count / median) if count >= 100 * median else round(count / median, 2)
+            for key, count in of.items()
+        }
+    )
 
 
 def _anonymous_bytes() -> int:
