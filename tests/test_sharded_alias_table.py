@@ -22,6 +22,8 @@ from fastkd.ops import alias as ops
 from fastkd.ops import alias_shard as parts
 from fastkd.reference import alias as reference
 
+pytestmark = pytest.mark.forks
+
 RANKS = (1, 2, 4)
 
 
