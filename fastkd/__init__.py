@@ -9,6 +9,7 @@ from fastkd.functional import channel_moments, logit_stats
 from fastkd.losses import JSDivLoss, KDLoss, KLDivLoss, RelationLoss
 from fastkd.patches import crop_patches, random_crop_flip, random_patches
 from fastkd.selection import FitStatus, TwoGaussianMixture, select_clean
+from fastkd.sharded_alias_table import ShardedAliasTable
 from fastkd.weighted_random_sampler import WeightedRandomSampler
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "KDLoss",
     "KLDivLoss",
     "RelationLoss",
+    "ShardedAliasTable",
     "TwoGaussianMixture",
     "WeightedRandomSampler",
     "build_info",
