@@ -65,7 +65,8 @@ class StudyCommand(_Base):
         check_writable("--output", output, output / "table.md")
         check_writable("--runs", folder, folder / "tried")
         with usage_errors():
-            Experiment(runs[0].distillation).check_data()
+            for column in dict.fromkeys(run.column for run in runs):  # each may have images of its own
+                Experiment(next(run for run in runs if run.column == column).distillation).check_data()
             failures = self._run(runs, folder, device, console)
             # what earlier calls have run is part of the study, too
             every = self.grid(self.row_names(), self.all_columns, max(self.seeds, SEEDS_LOOKED_FOR))

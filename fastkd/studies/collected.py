@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ __all__ = ["Collected", "CollectionSettings", "ScoreName", "make_collection", "s
 
 ScoreName = Literal["1c-sum", "t1000", "max-softmax", "entropy", "energy"]
 TASK, REST = "task", "rest"
+MOST_IN_MEMORY = 8e9  # bytes of images, of the CPU
 _PART = re.compile(r"(?:([\w.-]+)=)?(.+?)(?::(\d+))?")
 
 
@@ -155,8 +157,9 @@ class Collected:
     ) -> None:
         self.settings = settings
         device = task.device
-        if collection.resident is not None or device.type == "cpu":
-            collection = collection.to(device)  # type: ignore[attr-defined]
+        # where a batch is one launch; a larger one is read ahead
+        if len(collection) * math.prod(collection.shape) <= _room(device):
+            collection = ArrayCollection.loaded(collection, device)
         self.collection = collection
         order = torch.randperm(len(collection), generator=mixed_generator("held out", seed), device="cpu")
         held_out, kept = order.split([n := int(settings.held_out * len(collection)), len(order) - n])
@@ -195,6 +198,11 @@ class Collected:
             found["irrelevant_proportion"] = statistics.irrelevant_proportion(drawn, relevant[self.drawn_from])
             found["relevant_draws"] = statistics.relevant_draws(drawn, relevant[self.drawn_from])
         return {name: float(value) for name, value in found.items()}
+
+
+def _room(device: torch.device) -> float:
+    """Bytes that a collection may take there: a half of what is free on a GPU."""
+    return torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else MOST_IN_MEMORY
 
 
 class _HeldOut:

@@ -59,6 +59,8 @@ def run(
     if done is not None:
         return done
     experiment.check_files(folder)
+    if settings.collection.collection:
+        experiment.check_data()  # before the teacher is trained
     return experiment.run(folder, teachers or folder, show)
 
 
@@ -140,12 +142,21 @@ class Experiment:
             take_weights(self._network("teacher", self._made_up(), 0), state, path)
 
     def check_data(self) -> None:
-        """The images: whether they are there, and enough.
+        """The images: whether they are there, and enough, those of a collection, too.
 
         Raises:
             ValueError, FileNotFoundError: they are not.
         """
-        prepare(self.settings.data, self.settings.training.seed)
+        seed = self.settings.training.seed
+        train, _ = prepare(self.settings.data, seed)
+        if self.settings.collection.collection:
+            collection = make_collection(self.settings.collection, self.settings.data, train, seed)
+            held_out = int(self.settings.collection.held_out * len(collection))
+            if self.settings.training.schedule == "plateau" and not held_out:
+                raise ValueError(
+                    f"fastkd: held_out is {self.settings.collection.held_out}, must leave an image of {len(collection)} out, "
+                    "for the schedule 'plateau'"
+                )
 
     def run(self, folder: Path, teachers: Path, show: Show) -> Result:
         """Trains the teacher, where there is to be one, and the student; the result is in the folder then."""
