@@ -116,6 +116,8 @@ class Experiment:
             settings.of_teacher()  # the schedule must fit its epochs, too
         if settings.collection.collection:
             self._check_collection()
+        elif settings.training.schedule == "plateau":
+            raise ValueError("fastkd: schedule is 'plateau', must be another without images held out of a collection")
         made_up = self._made_up()
         next(self._images(made_up.train, 2, ALONE).epoch(0))  # whether crops can be that large
         for role in self.roles:
@@ -334,8 +336,6 @@ class Experiment:
         """What the last epoch came to; the weights are in the folder then."""
         settings = self.settings
         plateau = settings.training.schedule == "plateau"
-        if plateau and (collected is None or collected.held_out is None):
-            raise ValueError("fastkd: schedule is plateau, must be another without images held out of a collection")
         trainer = Trainer(
             self._procedure(data, teacher, seed),
             self._source(data) if collected is None else collected.batches,

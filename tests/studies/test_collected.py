@@ -1,0 +1,294 @@
+"""Distillation on a collection: what it is put together from, what is drawn, its study, and the command for scores."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from image_files import cifar10_binary, idx_set, quickdraw
+from torch import Tensor
+
+from fastkd import AliasTable, statistics
+from fastkd.__main__ import main
+from fastkd.data import ArrayCollection, ImageSet
+from fastkd.models.resnet import resnet
+from fastkd.scoring import open_scores
+from fastkd.studies.collected import Collected, CollectionSettings, make_collection
+from fastkd.studies.collection.study import ROWS, CollectionStudy
+from fastkd.studies.data import DataSettings, prepare
+
+pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
+
+ITEMS = 200
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """CIFAR-10 of 100 + 20 images, and digits, clothes and sketches."""
+    root = tmp_path / "data"
+    cifar10_binary(root, 20)
+    idx_set(root / "mnist" / "raw")
+    idx_set(root / "fashion-mnist" / "raw")
+    quickdraw(root)
+    return root
+
+
+def task() -> ImageSet:
+    pixels = torch.randint(256, (30, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return ImageSet(pixels, torch.arange(30) % 10, tuple("abcdefghij"), (0.5,) * 3, (0.25,) * 3, flip=True, padding=1)
+
+
+def collected(iqpr: float, scores: Tensor | None, **changes: Any) -> Collected:
+    pixels = torch.randint(256, (ITEMS, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    settings = CollectionSettings(collection="here", iqpr=iqpr, draws=600)
+    arguments = {"batch_size": 20, "padding": None, "flip": None, "seed": 3, **changes}
+    return Collected(settings, ArrayCollection(pixels), scores, task(), **arguments)
+
+
+def test_lambda_is_of_what_is_drawn_from() -> None:
+    scores = torch.randn(ITEMS, generator=torch.Generator().manual_seed(4)).double()
+    scores[:3] = -math.inf  # could not be read
+    made = collected(5.0, scores)
+    kept = made.drawn_from & scores.isfinite()
+    assert int(made.drawn_from.sum()) == 180
+    p = made.batches.table.probabilities()
+    assert p[~kept].tolist() == [0.0] * int((~kept).sum())
+    # the first and third quartile of those scores, and nothing else, are 5 apart
+    low, high = torch.quantile(scores[kept], torch.tensor([0.25, 0.75], dtype=torch.float64))
+    slope = made.batches.table.inverse_temperature
+    assert (slope * (high - low)).exp().item() == pytest.approx(5.0, rel=1e-12)
+    torch.testing.assert_close(p[kept], torch.softmax(slope * scores[kept], 0), rtol=1e-6, atol=1e-12)
+
+
+def test_what_is_held_out_is_not_drawn_and_comes_as_it_is() -> None:
+    made = collected(1.0, None)
+    for batch in made.batches.epoch(0):
+        assert bool(made.drawn_from[batch.index].all())
+    held_out = torch.cat([batch.index for batch in made.held_out.epoch(0)])
+    assert held_out.tolist() == (~made.drawn_from).nonzero().flatten().tolist()
+    first = next(iter(made.held_out.epoch(0)))
+    pixels = made.collection.read(first.index).float()
+    torch.testing.assert_close(first.images, (pixels / 255 - 0.5) / 0.25)
+    assert len(made.held_out) == 1
+    counts = made.batches.counts
+    figures = made.figures(counts)
+    drawn = counts[made.drawn_from]
+    assert figures["skip_ratio"] == pytest.approx((drawn == 0).double().mean().item())
+    assert set(figures) == {"skip_ratio", "uniformity"}  # nobody knows what is of the task
+
+
+def test_another_seed_holds_others_out() -> None:
+    first, same, other = (collected(1.0, None, seed=seed).drawn_from for seed in (3, 3, 4))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_collections_of_a_text(root: Path) -> None:
+    data = DataSettings(data_root=root, train_size=60, shrink=2)
+    train, _ = prepare(data, 5)
+    settings = CollectionSettings(collection="ori=task,rel=rest:20,mnist:10,far=fashion-mnist")
+    found = make_collection(settings, data, train, 5)
+    assert [tuple(source) for source in found.sources] == [
+        ("ori", 0, 60),
+        ("rel", 60, 80),
+        ("mnist", 80, 90),
+        ("far", 90, 120),
+    ]
+    assert found.shape == (3, 16, 16)
+    assert torch.equal(found.read(torch.arange(60)), train.images)
+    whole, _ = prepare(DataSettings(data_root=root, shrink=2), 0)
+    both = torch.cat(
+        [train.images, make_collection(CollectionSettings(collection="rest"), data, train, 5).read(torch.arange(40))]
+    )
+    # together they are the training images, each once
+    assert sorted(both.flatten(1).sum(1).tolist()) == sorted(whole.images.flatten(1).sum(1).tolist())
+    assert settings.relevant == ("ori", "rel")
+    assert settings.parts["mnist"] == ("mnist", 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("mnist:31", "but mnist has 30 images"),
+        ("mnist,mnist", "has mnist twice"),
+        ("minst", "collection 'minst' is unknown, did you mean mnist"),
+        ("task,", "must be places with commas between"),
+        ("no/where", "no/where"),
+    ],
+)
+def test_collections_that_are_none(text: str, said: str, root: Path) -> None:
+    data = DataSettings(data_root=root, train_size=60)
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        make_collection(CollectionSettings(collection=text), data, prepare(data, 0)[0], 0)
+
+
+def test_settings_that_cannot_be() -> None:
+    for changes, said in (
+        ({"collection": "a", "iqpr": 0.5}, "iqpr is 0.5, must be 1"),
+        ({"collection": "a", "iqpr": math.nan}, "iqpr is nan"),
+        ({"collection": "a", "draws": 0}, "draws is 0"),
+        ({"collection": "a", "held_out": 1.0}, "held_out is 1.0"),
+        ({"iqpr": 5.0}, "collection is empty, must be given where there are scores or an iqpr"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            CollectionSettings(**changes)
+    data = DataSettings(train_size=0)
+    with pytest.raises(ValueError, match="collection is 'task', must not be given: collections says which"):
+        CollectionStudy(data=data, collection=CollectionSettings(collection="task"))
+
+
+# ---- the draws of a million, against what is to be expected --------------------------------------------
+
+
+@pytest.mark.parametrize("iqpr", [1.0, 5.0, 25.0])
+def test_skip_ratio_and_uniformity_are_those_to_be_expected(iqpr: float) -> None:
+    items, draws = 1_000_000, 2_000_000
+    scores = torch.randn(items, generator=torch.Generator().manual_seed(0))
+    table = AliasTable(scores, iqpr=iqpr, seed=1)
+    counts = statistics.draw_counts(table.sample(draws), items)
+    q = table.probabilities().numpy()
+    # the numbers of draws of an item are nearly Poisson's, and independent
+    rates = draws * q
+    skipped = np.exp(draws * np.log1p(-q))
+    deviation = math.sqrt((skipped * (1 - skipped)).sum()) / items
+    found = statistics.skip_ratio(counts).item()
+    assert found == pytest.approx(
+        statistics.expected_skip_ratio(table.probabilities(), draws).item(), abs=5 * deviation
+    )
+    assert found == pytest.approx(skipped.mean(), abs=5 * deviation)
+    # E[-c/n ln(c/n)] of each item, summed over c
+    top = int(rates.max() + 12 * math.sqrt(rates.max()) + 20)
+    terms, probability = np.zeros(items), np.exp(-rates)
+    for c in range(1, top):
+        probability = probability * rates / c
+        terms += probability * (-(c / draws) * math.log(c / draws))
+        if c > 60:
+            break
+    rest = rates > 25  # beyond the sum: their counts are nearly their rates
+    terms[rest] = -(q[rest]) * np.log(q[rest])
+    expected = terms.sum() / math.log(items * (1 - skipped.mean()))
+    assert statistics.uniformity(counts).item() == pytest.approx(expected, abs=5e-4)
+
+
+# ---- commands ----------------------------------------------------------------------------------------
+
+TINY = ["--train-size", "40", "--test-size", "10", "--batch-size", "10", "--teacher", "resnet8", "--student", "resnet8"]
+TINY += ["--shrink", "4", "--teacher-epochs", "1", "--device", "cpu"]
+
+
+def test_the_study_and_its_tables(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    command = ["study", "collection", *TINY, "--data-root", str(root), "--irrelevant", "10", "--relevant", "20"]
+    command += ["--epochs", "10", "--evaluate-every", "1", "--draws", "20", "--seeds", "1", "--output", str(output)]
+    command += ["--ways", "fixed-linear-1", "t1000-5", "vanilla-5", "--collections", "rel+irrel", "ori"]
+    assert main(command) == 0
+    capsys.readouterr()
+    assert {path.name for path in output.iterdir()} == {
+        "table.md",
+        "results.json",
+        "accuracy.png",
+        "course.png",
+        "runs",
+    }
+    table = (output / "table.md").read_text()
+    for heading in ("## rel+irrel", "## ori", "## skip ratio, %", "## uniformity, %", "## irrelevant proportion, %"):
+        assert heading in table
+    assert "| t1000-5 |" in table
+    assert "91.46 ± 0.27" in table  # the paper's
+    assert str(tmp_path) not in table
+    document = json.loads((output / "results.json").read_text())
+    assert set(document["figures"]["test_accuracy_at_10"]) != set()
+    assert document["figures"]["irrelevant_proportion"].keys() == {"rel+irrel"}
+    assert 0 <= document["figures"]["skip_ratio"]["ori"]["fixed-linear-1"]["0"] <= 1
+    runs = sorted(path.name for path in (output / "runs").rglob("*.npy"))
+    assert len(runs) == 4  # of each score for each collection, by one teacher
+    before = (output / "results.json").read_bytes()
+    assert main(command) == 0
+    assert (output / "results.json").read_bytes() == before
+
+
+def test_rows_are_the_papers_ways() -> None:
+    assert len(ROWS) == 11
+    assert ROWS["fixed-linear-5"].options == {"project": True}
+    assert ROWS["t1000-25"].score == "t1000"
+    assert "t1000-1" not in ROWS
+
+
+def test_distill_on_a_collection_that_was_scored(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "teacher.pt"
+    torch.save(resnet(8, seed=1).state_dict(), weights)
+    common = ["--data-root", str(root), "--teacher", "resnet8", "--device", "cpu"]
+    scores = tmp_path / "scores.npy"
+    command = [
+        "score",
+        *common,
+        "--collection",
+        "near=cifar10,mnist",
+        "--weights",
+        str(weights),
+        "--output",
+        str(scores),
+    ]
+    assert main([*command, "--score", "t1000"]) == 0
+    shown = capsys.readouterr().out
+    assert "near" in shown
+    assert "third quartile" in shown
+    found = open_scores(scores)
+    assert len(found.array()) == 130
+    assert [tuple(source) for source in found.sources] == [("near", 0, 100), ("mnist", 100, 130)]
+    assert main([*command, "--score", "entropy"]) == 2
+    assert "is of another score: its score is t1000, must be entropy" in capsys.readouterr().err
+
+    distill = ["distill", *TINY, "--data-root", str(root), "--method", "fixed-linear", "--epochs", "2", "--draws", "20"]
+    distill += ["--collection", "mnist", "--iqpr", "5", "--score", "t1000", "--output", str(tmp_path / "student")]
+    assert main([*distill, "--schedule", "plateau"]) == 0
+    figures = json.loads((tmp_path / "student" / "result.json").read_text())["figures"]
+    assert {"validation_loss", "skip_ratio", "uniformity", "test_accuracy_at_50"} <= set(figures)
+    wrong = [*distill, "--scores", str(scores), "--output", str(tmp_path / "other")]
+    assert main(wrong) == 2
+    assert "scores.npy is of another collection" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--method hinton --collection mnist", "method 'hinton' learns from labels, must be another with a collection"),
+        ("--method fixed-linear --collection mnist:5000", "mnist has 30 images"),
+        ("--method fixed-linear --schedule plateau", "schedule is 'plateau', must be another without images held out"),
+        ("--method fixed-linear --iqpr 5", "collection is empty"),
+        ("--method vanilla --collection nothing/here", "nothing/here"),
+    ],
+)
+def test_what_distill_refuses(
+    options: str, said: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    command = ["distill", *TINY, "--data-root", str(root), "--epochs", "1", "--output", str(output), *options.split()]
+    assert main(command) == 2
+    assert said in capsys.readouterr().err
+    assert not output.exists()  # before a teacher was trained
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("", "--weights is missing"),
+        ("--weights here.pt --output scores.txt", "must end with .npy"),
+        ("--weights here.pt --batch-size 0", "--batch-size is 0"),
+        ("--weights here.pt --mean 0.5", "--mean and --std must be given together"),
+        ("--weights here.pt --workers -1", "--workers is -1"),
+        ("--weights here.pt --teacher resnet9", "teacher 'resnet9'"),
+        ("--weights here.pt", "there are no weights here.pt"),
+        ("--weights here.pt --score t100", "--score"),
+    ],
+)
+def test_what_score_refuses(options: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", "--collection", "mnist", *options.split()]) == 2
+    assert said in capsys.readouterr().err
