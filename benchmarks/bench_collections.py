@@ -1,4 +1,4 @@
-"""The data path of a collection: draws, reads and augmented batches, against torch's DataLoader and WeightedRandomSampler."""
+"""Collections: their scores, and their data path against torch's DataLoader and WeightedRandomSampler."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 import fastkd
@@ -18,6 +18,8 @@ from benchmarks.bench_alias import OF_SINGLE_SUMS, error_of_draws
 from benchmarks.bench_crop import MEAN, STD, augmentation_error
 from benchmarks.case import Case, Contest, Run, Settings, Work, short_count
 from fastkd.data import ArrayCollection, DrawnBatches
+from fastkd.models.resnet import resnet
+from fastkd.scores import OneClassSum
 
 SIDE, PADDING, BATCH, BATCHES, WORKERS = 32, 4, 256, 20, 2
 IQPR = 5.0
@@ -25,6 +27,8 @@ IQPR = 5.0
 QUICK = (10**5,)
 FULL = (10**6,)
 GPU = (10**6,)
+# images that are scored at once, and the depth of their teacher
+SCORED, SCORED_GPU = ((256, 20),), ((4096, 56),)
 # items and draws of a sampler
 ITERATIONS_QUICK = ((10**6, 10**6),)
 ITERATIONS_FULL = ((2**24, 10**5), (2**24, 2**24))
@@ -35,9 +39,11 @@ Drawn = tuple[Tensor, Tensor]  # augmented images, their indices in the collecti
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    """Epochs of batches, and iterations of the sampler that stands in the place of torch's."""
+    """Scores, epochs of batches, and iterations of the sampler that stands in the place of torch's."""
+    few = settings.rows(3 * SIDE * SIDE, torch.uint8) if settings.sizes == "gpu" else max(FULL)
+    for images, depth in settings.pick(SCORED, (), SCORED_GPU):
+        yield _scored(settings, min(images, few), depth)
     for items in settings.pick(QUICK, FULL, GPU):
-        few = settings.rows(3 * SIDE * SIDE, torch.uint8) if settings.sizes == "gpu" else items
         yield _epoch(settings, min(items, few))
     for items, draws in settings.pick(ITERATIONS_QUICK, ITERATIONS_FULL):
         for change in (False, True):
@@ -111,6 +117,53 @@ def _epoch(settings: Settings, items: int) -> Case:
 
     name = f"collection, {BATCHES} batches of {batch}x3x{SIDE}x{SIDE} of a memory map of {short_count(items)}"
     return Case(name, build, 3 * items * 3 * SIDE * SIDE + 40 * BATCH * 3 * SIDE * SIDE)
+
+
+def _scored(settings: Settings, count: int, depth: int) -> Case:
+    """What 1C-Sum asks of a batch, most of it of the maps that go into the batch norms."""
+
+    def build() -> Work:
+        teacher = resnet(depth, seed=0).to(settings.device).eval()
+        images = torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).to(settings.device)
+        score = OneClassSum(teacher)
+
+        def error(found: Tensor) -> float:
+            return float((found.cpu() - exact).abs().max() / exact.abs().max())
+
+        exact = _on_the_host(teacher, images)
+        return Work(
+            lambda: score.components(images)[:, -4:-1],
+            {"maps copied to the host": partial(_on_the_host, teacher, images)},
+            error,
+            1e-4,
+            1e-4,
+        )
+
+    return Case(f"1C-Sum of {count}x3x{SIDE}x{SIDE}, ResNet-{depth}", build, 400 * count * SIDE * SIDE * depth)
+
+
+@torch.no_grad()
+def _on_the_host(teacher: nn.Module, images: Tensor) -> Tensor:
+    """The moments of the batch norms' maps by numpy, as the authors of 1C-Sum take them."""
+    sums, channels = np.zeros((len(images), 3)), 0
+    hooks = []
+
+    def see(layer: nn.BatchNorm2d, _: object, maps: Tensor) -> None:
+        nonlocal channels
+        t = (maps.permute(0, 2, 3, 1) - layer.bias) / layer.weight
+        t = t.flatten(1, 2).cpu().numpy()
+        mean, std = t.mean(1), t.std(1)
+        for i, value in enumerate((mean**2, (t**2).mean(1), (std - 1) ** 2)):
+            sums[:, i] += value.sum(1)
+        channels += t.shape[2]
+
+    for layer in teacher.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            hooks.append(layer.register_forward_hook(see))
+    teacher(images)
+    for hook in hooks:
+        hook.remove()
+    return torch.from_numpy(sums / channels)
 
 
 def _mapped(items: int) -> np.ndarray:

@@ -37,7 +37,7 @@ def test_the_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(random.integers(0, 256, (40, 40, 3), np.uint8)).save(path)
     path.write_bytes(b"no image")
-    networks = [nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)) for _ in range(2)]
+    networks = [nn.Sequential(nn.Flatten(), nn.Linear(3072, n), nn.ReLU(), nn.Linear(n, 10)) for n in (9, 6)]
     names = {
         "torch": torch,
         "DataLoader": DataLoader,
@@ -52,11 +52,13 @@ def test_the_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         "weights": torch.rand(10),
     }
     blocks = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 7
     for block in blocks:
         exec(compile(block, "docs/collections.md", "exec"), names)
     printed = capsys.readouterr().out
-    assert printed.startswith("41 11.png ")
+    assert printed.startswith("(Unreadable(index=41, ")
+    assert "\n41 11.png " in printed
+    assert isinstance(names["network"][3], nn.Linear)  # type: ignore[index]
     assert "SourceStatistics(items=12, draws=" in printed
     assert names["images"].shape == (3, 3, 32, 32)  # type: ignore[attr-defined]
     assert names["scores"][41] == -torch.inf  # type: ignore[index]
