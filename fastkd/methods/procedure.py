@@ -32,7 +32,7 @@ class Part:
         make_optimizer: parameters to an optimizer, where it is to be none of those that the settings name. Schedule and
             clipping follow the settings all the same.
         settings: in the place of those of :class:`fastkd.training.TrainingSettings`: optimizer, learning_rate, momentum,
-            nesterov, betas, weight_decay, schedule, milestones, decay, warmup_epochs, gradient_clip.
+            nesterov, betas, weight_decay, schedule, milestones, decay, patience, warmup_epochs, gradient_clip.
     """
 
     def __init__(
