@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastkd._checks import check_count, check_dtype, check_number, check_size, check_state, check_tensor
+from fastkd._checks import check_count, check_dtype, check_number, check_size, check_state
 from fastkd._group import Group
-from fastkd._seeding import draw_seed, mixed_seed, seed_of
+from fastkd._seeding import draw_seed, seed_of
 from fastkd.ops import alias as _ops
 from fastkd.ops import alias_shard as _parts
 from fastkd.ops.alias import BLOCK_SIZE
+from fastkd.owned_draws import OwnedDraws, check_on_cpu, check_same, gathered
 
 __all__ = ["OwnedDraws", "ShardedAliasTable"]
 
@@ -72,7 +72,7 @@ class ShardedAliasTable:
         told = self._group.together(lambda: _facts(scores, inverse_temperature, iqpr, seed))
         scores = scores.detach()
         for name in ("inverse_temperature", "iqpr", "seed"):
-            _check_same(name, [getattr(facts, name) for facts in told])
+            check_same(name, [getattr(facts, name) for facts in told])
         starts = _starts([facts.items for facts in told])
         maximum = max(facts.maximum for facts in told)
         if maximum == -math.inf:
@@ -166,11 +166,11 @@ class ShardedAliasTable:
             scale = torch.tensor([*self._scale, self.total_weight], dtype=torch.float64)
             table = _ops.Table(self._bins, self._block_weight, self._top, scale)
             items = _ops.sample(table, torch.tensor([seed, 0]), count, start)
-            return OwnedDraws(torch.arange(count), items, self, (seed, start, count), None)
+            return OwnedDraws(torch.arange(count), items, group, (seed, start, count), None)
         part = (self._bins, self._own_blocks(), self._block_weight, self._top, self.total_weight, self._items)
         positions, items, told = _parts.draw(*part, seed, start, count, (group.rank, group.size))
         owners = torch.searchsorted(self._first_block[1:].contiguous(), told, right=True)
-        return OwnedDraws(positions, items, self, (seed, start, count), owners)
+        return OwnedDraws(positions, items, group, (seed, start, count), owners)
 
     def next_owned(self, n: int) -> OwnedDraws:
         """:meth:`owned` of the next draws of the table's own stream, ``n`` for each rank: the same ``n`` on all of them."""
@@ -196,7 +196,7 @@ class ShardedAliasTable:
         except Exception as error:
             wrong = error
         try:
-            return _gathered(self, draws, None if draws is None else draws.items + self.offset, wrong)
+            return gathered(self._group, draws, None if draws is None else draws.items + self.offset, wrong)
         except Exception:
             self._next = before
             raise
@@ -270,8 +270,8 @@ class ShardedAliasTable:
             raise ValueError(
                 f"fastkd: scores has shape {tuple(scores.shape)} and indices {tuple(indices.shape)}, must both be [n]"
             )
-        _check_on_cpu("indices", indices)
-        _check_on_cpu("scores", scores)
+        check_on_cpu("indices", indices)
+        check_on_cpu("scores", scores)
         outside = ((indices < self.offset) | (indices >= self.offset + len(self._bins))).nonzero()
         if len(outside):
             at = int(outside[0])
@@ -306,7 +306,7 @@ class ShardedAliasTable:
             TypeError, ValueError: no such state, or that of another table, or not the same on all ranks; on all of them.
         """
         told = self._group.together(lambda: self._checked(state))
-        _check_same("state", told)
+        check_same("state", told)
         self._seed, self._next = told[0]
 
     def _checked(self, state: dict[str, Any]) -> tuple[int, int]:
@@ -341,89 +341,6 @@ class ShardedAliasTable:
         return self._group.sum(every)
 
 
-@dataclass(frozen=True)
-class OwnedDraws:
-    """The draws, of some that all ranks make together, that fall into the items of this rank.
-
-    Attributes:
-        positions: int64 ``[m]``, ascending: which of the draws, counted from 0.
-        items: int64 ``[m]``: what they drew, counted within this rank; of all ranks it is ``items + table.offset``.
-    """
-
-    positions: Tensor
-    items: Tensor
-    _table: ShardedAliasTable = field(repr=False)
-    _draws: tuple[int, int, int] = field(repr=False)  # seed, start, count
-    _owners: Tensor | None = field(repr=False)  # of the draws that this rank gets; None: all are its own
-
-    def gather(self, loaded: Tensor) -> Tensor:
-        """Brings what the owners have loaded to the ranks that drew it. Called by all ranks, of the same draws.
-
-        One ``all_to_all``, before it 16 bytes from each rank, to see that they agree. No indices travel: how many rows come
-        from whom, and for which draw, each rank knows.
-
-        Args:
-            loaded: ``[m, ...]``, row i for draw ``positions[i]``, on the CPU; but for ``m`` of one shape and dtype on all
-                ranks.
-
-        Returns:
-            ``[k, ...]``: rows of the draws number r, r + w, ... on rank r of w. For ``next_owned(n)`` k = n.
-
-        Raises:
-            TypeError, ValueError: rows that are not as many as the draws here, not on the CPU, or of another shape or dtype
-            than on other ranks, or of other draws than theirs; on all of them.
-        """
-        wrong: Exception | None = None
-        try:
-            loaded = check_tensor("loaded", loaded)
-            _check_on_cpu("loaded", loaded)
-            if loaded.dim() == 0 or len(loaded) != len(self.positions):
-                raise ValueError(
-                    f"fastkd: loaded has shape {tuple(loaded.shape)}, must have {len(self.positions)} rows, one for each "
-                    "draw that is owned here"
-                )
-        except Exception as error:
-            wrong = error
-        return _gathered(self._table, self, loaded, wrong)
-
-    @property
-    def rows_sent(self) -> int:
-        """How many rows :meth:`gather` sends to other ranks."""
-        group = self._table._group
-        return int((self.positions % group.size != group.rank).sum())
-
-
-def _gathered(
-    table: ShardedAliasTable, draws: OwnedDraws | None, loaded: Tensor | None, wrong: Exception | None
-) -> Tensor:
-    """Each row to the rank that drew it; an error of one rank is one of all."""
-    group = table._group
-    agreed, doing = -1, ""
-    if draws is not None and loaded is not None and wrong is None:
-        seed, start, count = draws._draws
-        doing = f"rows {tuple(loaded.shape[1:])} of {loaded.dtype} for {count} draws of seed {seed} from {start} on"
-        agreed = mixed_seed(doing)
-    if not group.check_same(agreed) or wrong is not None:
-
-        def tell() -> str:
-            if wrong is not None:
-                raise wrong
-            return doing
-
-        _check_same("what is gathered", group.together(tell))
-    assert draws is not None
-    assert loaded is not None
-    if draws._owners is None:
-        return loaded
-    drawer = draws.positions % group.size
-    sent = torch.bincount(drawer, minlength=group.size).tolist()
-    received = torch.bincount(draws._owners, minlength=group.size).tolist()
-    arrived = group.exchange(loaded[drawer.argsort(stable=True)], sent, received)
-    rows = torch.empty_like(arrived)
-    rows[draws._owners.argsort(stable=True)] = arrived
-    return rows
-
-
 class _Facts(NamedTuple):
     """What a rank says of its arguments."""
 
@@ -448,7 +365,7 @@ def _facts(scores: Tensor, inverse_temperature: float | Tensor | None, iqpr: flo
         )
     if scores.dim() != 1:
         raise ValueError(f"fastkd: scores has shape {tuple(scores.shape)}, must be [n], the scores of this rank")
-    _check_on_cpu("scores", scores)
+    check_on_cpu("scores", scores)
     if isinstance(inverse_temperature, Tensor):
         check_dtype("inverse_temperature", inverse_temperature)
         if inverse_temperature.numel() != 1:
@@ -472,17 +389,6 @@ def _maximum_of(scores: Tensor) -> float:
     if not maximum < math.inf:
         raise ValueError("fastkd: scores holds NaN or +inf, must be finite, or -inf for items that are never drawn")
     return maximum
-
-
-def _check_on_cpu(name: str, tensor: Tensor) -> None:
-    if tensor.device.type != "cpu":
-        raise ValueError(f"fastkd: {name} is on {tensor.device}, must be on the CPU, where a sharded table is")
-
-
-def _check_same(name: str, values: list[Any]) -> None:
-    for rank, value in enumerate(values):
-        if value != values[0]:
-            raise ValueError(f"fastkd: {name} is {value} on rank {rank}, must be {values[0]} as on rank 0")
 
 
 def _starts(counts: list[int]) -> list[int]:

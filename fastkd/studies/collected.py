@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from fastkd.models.digests import weights_digest
 from fastkd.patches import random_crop_flip
 from fastkd.scores import make_scorer
 from fastkd.scoring import ScoreFile, open_scores, score_collection
+from fastkd.scoring.score_file import about_path
 from fastkd.studies import data as images
 from fastkd.studies.data import DataSettings
 
@@ -226,6 +228,9 @@ class _HeldOut:
 def described(settings: CollectionSettings) -> dict[str, Any]:
     """What a result depends on."""
     found = {name: getattr(settings, name) for name in ("collection", "score", "iqpr", "draws", "held_out")}
-    if settings.iqpr == 1.0:
+    if settings.scores is not None:
+        about = about_path(settings.scores)
+        found["score"] = hashlib.sha256(about.read_bytes()).hexdigest() if about.is_file() else str(settings.scores)
+    elif settings.iqpr == 1.0:
         del found["score"]
     return found

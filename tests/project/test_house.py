@@ -28,6 +28,7 @@ FLOORS = (
         "functional",
         "iqpr_schedule",
         "losses",
+        "owned_draws",
         "patches",
         "selection",
         "sharded_alias_table",
