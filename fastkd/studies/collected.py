@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastkd import statistics
 from fastkd._seeding import mixed_generator
 from fastkd.alias_table import AliasTable
-from fastkd.data import ArrayCollection, Batch, Collection, ConcatCollection, DrawnBatches, ImageSet, conformed
+from fastkd.data import ArrayCollection, Batch, Collection, ConcatCollection, DrawnBatches, ImageSet
 from fastkd.data.collection import evenly_spaced
 from fastkd.data.opening import open_collection
 from fastkd.data.source import check_start
@@ -53,6 +53,8 @@ class CollectionSettings:
     as one at the first. 1: all are drawn equally often, and nothing is scored."""
     draws: int = 5000
     """Images of an epoch, drawn with replacement."""
+    unreadable: Literal["error", "skip"] = "error"
+    """Files that cannot be read: an error that names the first, or left out."""
     held_out: float = 0.1
     """Share of the collection that is not drawn from: the loss on it is what the schedule "plateau" follows."""
 
@@ -112,11 +114,11 @@ def make_collection(settings: CollectionSettings, data: DataSettings, task: Imag
         elif place == REST:
             part = ArrayCollection(images.rest(data, seed), name=name)
         else:
-            part = open_collection(place, shape, root=data.data_root)
+            part = open_collection(place, shape, root=data.data_root, unreadable=settings.unreadable)
         if count > len(part):
             raise ValueError(f"fastkd: collection is {settings.collection!r}, but {place} has {len(part)} images")
         if count:
-            part = ArrayCollection(conformed(part.read(evenly_spaced(len(part), count)), shape), name=name)
+            part = ArrayCollection(part.read(evenly_spaced(len(part), count)), name=name)
         made[name] = part
     return next(iter(made.values())) if len(made) == 1 else ConcatCollection(made)
 
@@ -163,15 +165,18 @@ class Collected:
         if len(collection) * math.prod(collection.shape) <= _room(device):
             collection = ArrayCollection.loaded(collection, device)
         self.collection = collection
+        found = torch.zeros(len(collection), dtype=torch.float64) if scores is None else scores
+        found = found.to(device, copy=True)
+        for item in collection.missing:
+            found[item.index] = -torch.inf
         order = torch.randperm(len(collection), generator=mixed_generator("held out", seed), device="cpu")
         held_out, kept = order.split([n := int(settings.held_out * len(collection)), len(order) - n])
+        held_out = held_out[found[held_out.to(device)].isfinite().cpu()]  # what can be read
         self.drawn_from = torch.zeros(len(collection), dtype=torch.bool, device=device)
         self.drawn_from[kept.to(device)] = True
-        found = torch.zeros(len(collection), dtype=torch.float64) if scores is None else scores
-        found = found.to(device)
+        self.drawn_from &= found.isfinite()
         # lambda follows from the quartiles of what is drawn from alone
-        some = found[self.drawn_from & found.isfinite()]
-        slope = AliasTable(some, iqpr=settings.iqpr, seed=seed).inverse_temperature
+        slope = AliasTable(found[self.drawn_from], iqpr=settings.iqpr, seed=seed).inverse_temperature
         table = AliasTable(found.masked_fill(~self.drawn_from, -torch.inf), slope, seed=seed)
         self.batches = DrawnBatches(
             collection,
@@ -185,7 +190,7 @@ class Collected:
             std=task.std,
             rank=rank,
         )
-        self.held_out = _HeldOut(collection, held_out.sort().values, batch_size, task) if n else None
+        self.held_out = _HeldOut(collection, held_out.sort().values, batch_size, task) if len(held_out) else None
 
     def figures(self, counts: Tensor) -> Mapping[str, float]:
         """What the draws came to: skip ratio and uniformity of what is drawn from, and, where parts are of the task and others
