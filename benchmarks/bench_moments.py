@@ -89,6 +89,7 @@ def _case(settings: Settings, shape: Shape, dtype: torch.dtype, channels_last: b
         truth = tuple(value.to(torch.float32) for value in step(var_mean, x.double()))
         peers = {"torch eager": var_mean}
         if settings.compile:
+            torch._dynamo.reset()  # each shape by itself: a recompilation would be for any shape, and slower
             peers[COMPILED] = torch.compile(var_mean, dynamic=False)
         return Work(
             lambda: step(ours, x),

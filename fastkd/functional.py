@@ -348,9 +348,10 @@ def channel_moments(x: Tensor, *, per_sample: bool = False) -> ChannelMoments:
     (DeepInversion; Yin et al., CVPR 2020, arXiv:1912.08795, eq. 4), and, ``per_sample``, the score by which 1C-Sum tells a
     teacher's own data from others (Begon & Geurts, 2021). Differentiable; the gradient is one read and one write.
 
-    Two passes over what is in the cache, merged in float64: no digit of the variance is lost to a mean that is far from 0. The
-    bits do not depend on the number of threads. A channel (with ``per_sample``, of a sample) that holds NaN or an infinity
-    has moments and gradients that are not finite; others do not notice.
+    No digit of the variance is lost to a mean that is far from 0, or to an outlier: sums are of differences, in float64 (on a
+    GPU of a few numbers in float32, merged in float64). The bits do not depend on the number of threads. A channel (with
+    ``per_sample``, of a sample) that holds NaN or an infinity has moments and gradients that are not finite; others do not
+    notice.
 
     Args:
         x: ``[N, C, ...]`` of 2 to 5 dimensions, none of them 0; float32, float64, bfloat16 or float16. Contiguous and

@@ -1,13 +1,15 @@
 // Moments of channels on the CPU, compiled once for each instruction set. The maths: math.h.
 //
-// Mapping: a task is a part of the maps and a block of channels (Plan); it sums chunk by chunk, each in two passes, of which the
-// second finds the chunk in the cache: the mean, then differences from it and their squares. Sums of a chunk are in float, of
-// few numbers each, and chunks are merged in double.
-//   rows     pixels side by side: chunks of kChunk pixels of a channel, lanes are pixels
-//   columns  channels side by side: kChunkPixels pixels, lanes are channels; a few pixels of few channels are taken for
-//            one of more channels, so that they fill registers
+// Mapping: a task is a part of the maps and a block of channels (Plan). It has one pass, in double: sums of x - shift and of its
+// square for each channel, where the shift is the channel's first number. Double has 29 bits more than float, and the shift, be
+// it an outlier, is beside the mean by less than the deviation times the root of the count: no bit of a result is lost. Doubles
+// have a second pass, beside the mean that the first one found. Parts are merged by their means.
+//   rows     pixels side by side: lanes are pixels
+//   columns  channels side by side: lanes are channels, kChunkPixels pixels at a time, which stay in the cache; a few pixels of
+//   few
+//            channels are taken for one of more channels, so that they fill registers
 //   turned   short rows: several samples' rows of a block of channels, copied so that channels lie side by side
-// Bytes: maps read once; backward, read once and written once.
+// Bytes: maps read once; backward, read once and written once. Forward, for 64 bytes of floats: 2 conversions, 6 operations.
 #include "moments/kernel.h"
 
 #include "common/simd.h"
@@ -31,8 +33,7 @@ using moments_math::from_sums;
 using moments_math::gradient_of;
 using moments_math::merge;
 
-constexpr int64_t kChunk = 1024;  // pixels of a row that are summed at a time
-constexpr int64_t kPad = 16;      // a register of any set and type
+constexpr int64_t kPad = 16;  // a register of any set and type
 constexpr int64_t kTurned = kChunkPixels * kShortPanel;
 constexpr int D = kLanes<F64>;
 
@@ -42,193 +43,117 @@ FASTKD_INLINE void widen_to(F32 v, F64 (&out)[2]) {
   for (int h = 0; h < 2; ++h) out[h] = __builtin_convertvector(half[h], F64);
 }
 FASTKD_INLINE void widen_to(F64 v, F64 (&out)[1]) { out[0] = v; }
-
-FASTKD_INLINE double number_at(const float* p) { return *p; }
-FASTKD_INLINE double number_at(const double* p) { return *p; }
-template <typename T>
-FASTKD_INLINE double number_at(const T* p) {
-  return load_first(p, 1, 0.0f)[0];
+FASTKD_INLINE F32 narrow(const F64 (&wide)[2]) {
+  const F32Half half[2] = {__builtin_convertvector(wide[0], F32Half), __builtin_convertvector(wide[1], F32Half)};
+  F32 v;
+  std::memcpy(&v, half, sizeof v);
+  return v;
 }
+FASTKD_INLINE F64 narrow(const F64 (&wide)[1]) { return wide[0]; }
 
-// The lanes from `first` on.
+// Lane numbers.
 template <typename V>
-FASTKD_INLINE auto lanes_from(int64_t first) {
+FASTKD_INLINE auto lanes() {
   decltype(V{} < V{}) lane;
   for (int i = 0; i < kLanes<V>; ++i) lane[i] = i;
-  return lane >= static_cast<std::remove_cvref_t<decltype(lane[0])>>(first);
+  return lane;
 }
 
-struct Moments {
-  double mean, m2;
-};
-
-// Of `count` numbers, `stride` apart: some are infinite or NaN, or their squares are beyond float.
-template <typename T>
-__attribute__((noinline)) Moments with_care(const T* x, int64_t count, int64_t stride) {
-  const double inverse = 1.0 / static_cast<double>(count);
-  double mean = 0, sum = 0, square = 0;
-  for (int64_t i = 0; i < count; ++i) mean += number_at(x + i * stride) * inverse;
-  for (int64_t i = 0; i < count; ++i) {
-    const double difference = number_at(x + i * stride) - mean;
-    sum += difference;
-    square += difference * difference;
-  }
-  Moments result;
-  from_sums(mean, sum, square, inverse, result.mean, result.m2);
-  return result;
-}
-
-// Sums of a chunk. each(fill, body, done) calls body(k, v) for its registers, k = 0 to 3 in turn, and done() after every 16 of
-// them at most; lanes without a number hold `fill`. fold: from sums of x - first over the count to where the mean is beside
-// `first`, which any number is.
+// Sums of the numbers in registers of V, each relative to the shift of its lane.
 template <typename V>
 struct Sums {
-  static constexpr int kWide = kLanes<V> / D;  // registers of doubles
-  V shift;
-  F64 sum[kWide], square[kWide];
+  static constexpr int kWide = kLanes<V> / D;  // registers of doubles for each of V
+  F64 shift[kWide], sum[2][kWide] = {}, square[2][kWide] = {};
+
+  FASTKD_INLINE void add(int k, V v) {  // k: 0 or 1, in turn
+    F64 wide[kWide];
+    widen_to(v, wide);
+    for (int h = 0; h < kWide; ++h) {
+      const F64 difference = wide[h] - shift[h];
+      sum[k][h] += difference;
+      square[k][h] += difference * difference;
+    }
+  }
+  // load_at(i) for all i < count
+  template <typename LoadAt>
+  FASTKD_INLINE void add_all(int64_t count, const LoadAt& load_at) {
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+      for (int k = 0; k < 4; ++k) add(k % 2, load_at(i + k));
+    }
+    for (; i < count; ++i) add(0, load_at(i));
+  }
 };
-template <typename V, typename Each, typename Fold>
-FASTKD_INLINE Sums<V> sums_of(V first, double inverse, const Each& each, const Fold& fold) {
-  const V scale = broadcast<V>(inverse);  // of each number, so that no sum is beyond float
-  V part[4] = {};
-  each(first, [&](int k, V v) __attribute__((always_inline)) { part[k] += (v - first) * scale; }, [] {});
-  Sums<V> result = {first + fold((part[0] + part[1]) + (part[2] + part[3])), {}, {}};
-  V sum[4] = {}, square[4] = {};
-  const auto add = [&](int k, V v) __attribute__((always_inline)) {
-    const V difference = v - result.shift;
-    sum[k] += difference;
-    square[k] += difference * difference;
-  };
-  // many small squares beside a large one would all be rounded alike
-  const auto done = [&]() __attribute__((always_inline)) {
-    F64 wide[Sums<V>::kWide];
-    const auto add_to = [&](F64* total, V(&of)[4]) __attribute__((always_inline)) {
-      widen_to((of[0] + of[1]) + (of[2] + of[3]), wide);
-      for (int h = 0; h < Sums<V>::kWide; ++h) total[h] += wide[h];
-      for (V& one : of) one = V{};
-    };
-    add_to(result.sum, sum);
-    add_to(result.square, square);
-  };
-  each(result.shift, add, done);
-  return result;
-}
-constexpr int64_t kTogether = 16;
+
+// What is known of channels, one after the other: sums relative to a shift, and the moments that follow.
+struct Columns {
+  double *shift, *sum, *square, *mean, *m2;
+};
 
 // ---- rows: pixels side by side ------------------------------------------------------------------
 
-// Of `count` pixels of a row of a register or more, from x on. first: a pixel of the row, in all lanes.
+// Adds a row of a register or more.
 template <typename T>
-FASTKD_INLINE Moments moments_of_chunk(const T* x, int64_t count, Vector<T> first) {
+FASTKD_INLINE void add_row(const T* x, int64_t pixels, double shift, double& sum, double& square) {
   using V = Vector<T>;
-  constexpr int L = kLanes<V>;
-  const double inverse = 1.0 / static_cast<double>(count);
-  const auto each = [&](V fill, const auto& body, const auto& done) __attribute__((always_inline)) {
-    int64_t i = 0;
-    for (; i + kTogether * L <= count; i += kTogether * L) {
-      for (int k = 0; k < kTogether; ++k) body(k % 4, load(x + i + k * L));
-      done();
-    }
-    for (int k = 0; i + L <= count; i += L) body(k++ % 4, load(x + i));
-    if (i < count) body(3, lanes_from<V>(L - (count - i)) ? load(x + count - L) : fill);
-    done();
+  constexpr int L = kLanes<V>, kWide = Sums<V>::kWide;
+  Sums<V> sums;
+  for (F64& s : sums.shift) s = broadcast<F64>(shift);
+  const int64_t whole = pixels / L, left = pixels % L;
+  sums.add_all(whole, [&](int64_t i) __attribute__((always_inline)) { return load(x + i * L); });
+  // the last register, without the pixels that were there before: those are where the shift is
+  if (left > 0) sums.add(1, lanes<V>() >= L - static_cast<int>(left) ? load(x + pixels - L) : narrow(sums.shift));
+  const auto total = [](const F64(&of)[2][kWide]) __attribute__((always_inline)) {
+    const F64 all = of[0][0] + of[1][0];
+    return reduce_sum(kWide == 1 ? all : all + (of[0][kWide - 1] + of[1][kWide - 1]));
   };
-  const auto fold = [](V v) __attribute__((always_inline)) { return broadcast<V>(reduce_sum(widen(v))); };
-  const Sums<V> sums = sums_of(first, inverse, each, fold);
-  const auto total = [](const F64(&of)[Sums<V>::kWide]) __attribute__((always_inline)) {
-    return reduce_sum(Sums<V>::kWide == 1 ? of[0] : of[0] + of[Sums<V>::kWide - 1]);
-  };
-  const double square = total(sums.square);
-  if (!(square < __builtin_inf())) return with_care(x, count, 1);
-  Moments result;
-  from_sums(static_cast<double>(sums.shift[0]), total(sums.sum), square, inverse, result.mean, result.m2);
-  return result;
-}
-
-template <typename T>
-FASTKD_INLINE Moments moments_of_row(const T* x, int64_t pixels) {
-  const Vector<T> first = broadcast<Vector<T>>(load(x)[0]);
-  Moments row = moments_of_chunk(x, pixels < kChunk ? pixels : kChunk, first);
-  for (int64_t i = kChunk; i < pixels; i += kChunk) {
-    const int64_t count = pixels - i < kChunk ? pixels - i : kChunk;
-    const Moments chunk = moments_of_chunk(x + i, count, first);
-    const double share = static_cast<double>(count) / static_cast<double>(i + count);
-    merge(row.mean, row.m2, chunk.mean, chunk.m2, share, share * static_cast<double>(i));
-  }
-  return row;
+  sum += total(sums.sum);
+  square += total(sums.square);
 }
 
 // ---- columns: channels side by side -------------------------------------------------------------
 
-// Of channels, one after the other.
-struct Columns {
-  double *mean, *m2;
-  FASTKD_INLINE Columns from(int64_t channel) const { return {mean + channel, m2 + channel}; }
-};
-
-// Adds sets of `count` numbers to sets of `before`, which may be 0.
-FASTKD_INLINE void merge_columns(Columns own, Columns other, int64_t channels, int64_t before, int64_t count) {
-  const double share = static_cast<double>(count) / static_cast<double>(before + count);
-  const double between = share * static_cast<double>(before);
-  int64_t c = 0;
-  for (; before > 0 && c + D <= channels; c += D) {
-    F64 mean = load(own.mean + c), m2 = load(own.m2 + c);
-    merge(mean, m2, load(other.mean + c), load(other.m2 + c), share, between);
-    store(own.mean + c, mean);
-    store(own.m2 + c, m2);
-  }
-  for (; c < channels; ++c) {
-    if (before == 0) {
-      own.mean[c] = other.mean[c], own.m2[c] = other.m2[c];
-    } else {
-      merge(own.mean[c], own.m2[c], other.mean[c], other.m2[c], share, between);
+// Adds pixels, `stride` numbers apart, of some channels.
+template <typename T>
+FASTKD_INLINE void add_columns(const T* x, int64_t stride, int64_t pixels, int64_t channels, const Columns& columns) {
+  using V = Vector<T>;
+  constexpr int L = kLanes<V>, kWide = Sums<V>::kWide;
+  // load_pixel(p, fill): lanes that are not to be added hold the fill
+  const auto one_register = [&](int64_t c, const auto& load_pixel) __attribute__((always_inline)) {
+    Sums<V> sums;
+    for (int h = 0; h < kWide; ++h) {
+      sums.shift[h] = load(columns.shift + c + h * D);
+      sums.sum[0][h] = load(columns.sum + c + h * D);
+      sums.square[0][h] = load(columns.square + c + h * D);
     }
+    const V fill = narrow(sums.shift);
+    sums.add_all(pixels, [&](int64_t i) __attribute__((always_inline)) { return load_pixel(x + c + i * stride, fill); });
+    for (int h = 0; h < kWide; ++h) {
+      store(columns.sum + c + h * D, sums.sum[0][h] + sums.sum[1][h]);
+      store(columns.square + c + h * D, sums.square[0][h] + sums.square[1][h]);
+    }
+  };
+  int64_t c = 0;
+  for (; c + L <= channels; c += L) one_register(c, [](const T* p, V) __attribute__((always_inline)) { return load(p); });
+  const int left = static_cast<int>(channels - c);
+  if (left == 0) return;
+  if (c > 0) {
+    one_register(channels - L,
+                 [&](const T* p, V fill) __attribute__((always_inline)) { return lanes<V>() >= L - left ? load(p) : fill; });
+  } else {
+    one_register(0, [&](const T* p, V fill)
+                        __attribute__((always_inline)) { return lanes<V>() < left ? load_first(p, left, Scalar<T>(0)) : fill; });
   }
 }
 
-// Of up to kChunkPixels pixels, `stride` numbers apart, of some channels.
+// The numbers at x as doubles, up to a register more.
 template <typename T>
-FASTKD_INLINE void moments_of_columns(const T* x, int64_t stride, int64_t pixels, int64_t channels, Columns out) {
-  using V = Vector<T>;
-  constexpr int L = kLanes<V>;
-  const double inverse = 1.0 / static_cast<double>(pixels);
-  const auto one_register = [&](const T* from, Columns to, const auto& load_pixel) __attribute__((always_inline)) {
-    const auto each = [&](V, const auto& body, const auto& done) __attribute__((always_inline)) {
-      int64_t i = 0;
-      for (; i + kTogether <= pixels; i += kTogether) {
-        for (int k = 0; k < kTogether; ++k) body(k % 4, load_pixel(from + (i + k) * stride));
-        done();
-      }
-      for (int k = 0; i < pixels; ++i) body(k++ % 4, load_pixel(from + i * stride));
-      done();
-    };
-    const Sums<V> sums = sums_of(load_pixel(from), inverse, each, [](V v) __attribute__((always_inline)) { return v; });
-    F64 shift[Sums<V>::kWide];
-    widen_to(sums.shift, shift);
-    for (int h = 0; h < Sums<V>::kWide; ++h) {
-      F64 mean, m2;
-      from_sums(shift[h], sums.sum[h], sums.square[h], inverse, mean, m2);
-      store(to.mean + h * D, mean);
-      store(to.m2 + h * D, m2);
-      if (all_of(sums.square[h] < __builtin_inf())) continue;
-      for (int lane = h * D; lane < (h + 1) * D && from + lane < x + channels; ++lane) {
-        if (sums.square[h][lane - h * D] < __builtin_inf()) continue;
-        const Moments channel = with_care(from + lane, pixels, stride);
-        to.mean[lane] = channel.mean;
-        to.m2[lane] = channel.m2;
-      }
-    }
-  };
-  const auto whole = [](const T* p) __attribute__((always_inline)) { return load(p); };
-  int64_t c = 0;
-  for (; c + L <= channels; c += L) one_register(x + c, out.from(c), whole);
-  if (c == channels) return;
-  if (channels >= L) {  // some channels again
-    one_register(x + channels - L, out.from(channels - L), whole);
-  } else {
-    one_register(x, out, [&](const T* p) __attribute__((always_inline)) {
-      return load_first(p, static_cast<int>(channels), Scalar<T>(0));
-    });
+FASTKD_INLINE void widen_row(const T* x, int64_t count, double* out) {
+  constexpr int L = kLanes<Vector<T>>;
+  for (int64_t i = 0; i < count; i += L) {
+    F64 wide[L / D];
+    widen_to(load_up_to(x + i, count - i, Scalar<T>(0)), wide);
+    for (int h = 0; h < L / D; ++h) store(out + i + h * D, wide[h]);
   }
 }
 
@@ -242,20 +167,6 @@ FASTKD_INLINE int64_t folded(int64_t channels, int64_t pixels) {
   return fold * channels <= kPanel && fold * 8 <= pixels ? fold : 1;
 }
 
-// Memory of a task.
-struct Scratch {
-  Columns columns, chunk;
-  char* rest;
-  explicit Scratch(char* memory) {
-    double* const numbers = reinterpret_cast<double*>(memory);
-    constexpr int64_t kRoom = kPanel + kPad;
-    columns = {numbers, numbers + kRoom};
-    chunk = {numbers + 2 * kRoom, numbers + 3 * kRoom};
-    rest = memory + 4 * kRoom * sizeof(double);
-  }
-};
-constexpr int64_t kRestBytes = kScratchBytes - 4 * (kPanel + kPad) * static_cast<int64_t>(sizeof(double));
-
 // ---- a part of the maps -------------------------------------------------------------------------
 
 // A task's channels.
@@ -267,7 +178,7 @@ struct Block {
         index(task / plan.blocks),
         first(task % plan.blocks * plan.block),
         count(maps.channels - first < plan.block ? maps.channels - first : plan.block) {}
-  // The number of a sample of the part, at a pixel of the part.
+  // Where a sample of the part begins, at a pixel of the part.
   FASTKD_INLINE int64_t at(const Maps& maps, int64_t sample, int64_t pixel) const {
     const int64_t outer = part.first + sample, inner = part.begin + pixel;
     return maps.channels_last ? (outer * maps.pixels + inner) * maps.channels + first
@@ -275,27 +186,37 @@ struct Block {
   }
 };
 
+// Memory of a task.
+struct Scratch {
+  static constexpr int64_t kRoom = kPanel + kPad;
+  Columns columns;
+  char* rest;
+  explicit Scratch(char* memory) {
+    double* const numbers = reinterpret_cast<double*>(memory);
+    columns = {numbers, numbers + kRoom, numbers + 2 * kRoom, numbers + 3 * kRoom, numbers + 4 * kRoom};
+    rest = memory + 5 * kRoom * sizeof(double);
+  }
+};
+constexpr int64_t kRestBytes = kScratchBytes - 5 * Scratch::kRoom * static_cast<int64_t>(sizeof(double));
+
+// Each of the following adds the numbers of a block; where `begin`, it first finds the shifts.
+
 template <typename T>
-FASTKD_INLINE void sum_rows(const Maps& maps, const Block& block, const Scratch& scratch) {
-  const int64_t pixels = block.part.pixels;
+FASTKD_INLINE void add_rows(const Maps& maps, const Block& block, const Scratch& scratch, bool begin) {
+  const Columns& columns = scratch.columns;
   for (int64_t s = 0; s < block.part.samples; ++s) {
     const T* const x = static_cast<const T*>(maps.data) + block.at(maps, s, 0);
-    const double share = 1.0 / static_cast<double>(s + 1), between = share * static_cast<double>(s * pixels);
     for (int64_t c = 0; c < block.count; ++c) {
-      const Moments row = moments_of_row(x + c * maps.pixels, pixels);
-      double &mean = scratch.columns.mean[c], &m2 = scratch.columns.m2[c];
-      if (s == 0) {
-        mean = row.mean, m2 = row.m2;
-      } else {
-        merge(mean, m2, row.mean, row.m2, share, between);
-      }
+      const T* const row = x + c * maps.pixels;
+      if (begin && s == 0) columns.shift[c] = load(row)[0];
+      add_row(row, block.part.pixels, columns.shift[c], columns.sum[c], columns.square[c]);
     }
   }
 }
 
-// The rows of a sample, channels brought side by side: [pixels, channels padded to kPad].
+// The rows of a sample, channels brought side by side: [pixels, stride].
 template <typename T, typename S>
-FASTKD_INLINE void turn(const T* x, int64_t channels, int64_t pixels, S* out, S* buffer) {
+FASTKD_INLINE void turn(const T* x, int64_t channels, int64_t pixels, int64_t stride, S* out, S* buffer) {
   const S* from;
   if constexpr (std::is_same_v<T, S>) {
     from = x;
@@ -304,62 +225,60 @@ FASTKD_INLINE void turn(const T* x, int64_t channels, int64_t pixels, S* out, S*
     for (int64_t i = 0; i < count; i += kLanes<F32>) store(buffer + i, load_up_to(x + i, count - i, S(0)));
     from = buffer;
   }
-  const int64_t stride = (channels + kPad - 1) / kPad * kPad;
   for (int64_t p = 0; p < pixels; ++p) {
     for (int64_t c = 0; c < channels; ++c) out[p * stride + c] = from[c * pixels + p];
   }
 }
 
 template <typename T>
-FASTKD_INLINE void sum_turned(const Maps& maps, const Block& block, const Scratch& scratch) {
+FASTKD_INLINE void add_turned(const Maps& maps, const Block& block, const Scratch& scratch, bool begin) {
   using S = Scalar<T>;
   static_assert((kTurned + kShortPanel * kShortRow + kPad) * sizeof(S) <= kRestBytes);
   S *const turned = reinterpret_cast<S*>(scratch.rest), *const buffer = turned + kTurned;
-  const int64_t pixels = maps.pixels, channels = (block.count + kPad - 1) / kPad * kPad, together = kChunkPixels / pixels;
-  std::memset(turned, 0, kTurned * sizeof(S));  // channels that there are not
+  const int64_t pixels = maps.pixels, stride = (block.count + kPad - 1) / kPad * kPad, together = kChunkPixels / pixels;
+  if (block.count < stride) std::memset(turned, 0, kTurned * sizeof(S));
   for (int64_t s = 0; s < block.part.samples; s += together) {
     const int64_t samples = block.part.samples - s < together ? block.part.samples - s : together;
     for (int64_t i = 0; i < samples; ++i) {
-      turn(static_cast<const T*>(maps.data) + block.at(maps, s + i, 0), block.count, pixels, turned + i * pixels * channels,
-           buffer);
+      const T* const x = static_cast<const T*>(maps.data) + block.at(maps, s + i, 0);
+      turn(x, block.count, pixels, stride, turned + i * pixels * stride, buffer);
     }
-    moments_of_columns(turned, channels, samples * pixels, channels, scratch.chunk);
-    merge_columns(scratch.columns, scratch.chunk, channels, s * pixels, samples * pixels);
+    if (begin && s == 0) widen_row(turned, stride, scratch.columns.shift);
+    add_columns(turned, stride, samples * pixels, stride, scratch.columns);
   }
 }
 
 template <typename T>
-FASTKD_INLINE void sum_columns(const Maps& maps, const Block& block, const Scratch& scratch) {
+FASTKD_INLINE void add_pixels(const Maps& maps, const Block& block, const Scratch& scratch, bool begin) {
+  const Columns& columns = scratch.columns;
   const T* const x = static_cast<const T*>(maps.data) + block.at(maps, 0, 0);
   const int64_t pixels = block.part.pixels, fold = block.count == maps.channels ? folded<T>(block.count, pixels) : 1;
-  const int64_t stride = maps.channels * fold, rows = pixels / fold, done = rows * fold;
+  const int64_t stride = maps.channels * fold, rows = pixels / fold, done = rows * fold, count = block.count;
+  if (begin) widen_row(x, count, columns.shift);
+  for (int64_t f = 1; f < fold; ++f) std::memcpy(columns.shift + f * count, columns.shift, count * sizeof(double));
   for (int64_t row = 0; row < rows; row += kChunkPixels) {
-    const int64_t count = rows - row < kChunkPixels ? rows - row : kChunkPixels;
-    moments_of_columns(x + row * stride, stride, count, block.count * fold, scratch.chunk);
-    merge_columns(scratch.columns, scratch.chunk, block.count * fold, row, count);
+    add_columns(x + row * stride, stride, rows - row < kChunkPixels ? rows - row : kChunkPixels, count * fold, columns);
   }
-  for (int64_t i = 1; i < fold; ++i) {
-    merge_columns(scratch.columns, scratch.columns.from(i * block.count), block.count, i * rows, rows);
+  for (int64_t i = count; i < count * fold; ++i) {
+    columns.sum[i % count] += columns.sum[i];
+    columns.square[i % count] += columns.square[i];
   }
-  if (done == pixels) return;
-  moments_of_columns(x + done * maps.channels, maps.channels, pixels - done, block.count, scratch.chunk);
-  merge_columns(scratch.columns, scratch.chunk, block.count, done, pixels - done);
+  if (done < pixels) add_columns(x + done * maps.channels, maps.channels, pixels - done, count, columns);
 }
 
 // Results from what the columns have become.
 template <typename S>
-FASTKD_INLINE void write(const Params& params, int64_t at, int64_t channels, Columns columns) {
-  const double count = static_cast<double>(params.maps.count());
-  for (int64_t c = 0; c < channels; ++c) {
-    static_cast<S*>(params.mean)[at + c] = static_cast<S>(columns.mean[c]);
-    static_cast<S*>(params.var)[at + c] = static_cast<S>(columns.m2[c] / count);
-  }
+FASTKD_INLINE void write_as(const Params& params, int64_t at, int64_t channels, const Columns& columns) {
+  const double inverse = 1.0 / static_cast<double>(params.maps.count());
+  S *const mean = static_cast<S*>(params.mean) + at, *const var = static_cast<S*>(params.var) + at;
+  for (int64_t c = 0; c < channels; ++c) mean[c] = static_cast<S>(columns.mean[c]);
+  for (int64_t c = 0; c < channels; ++c) var[c] = static_cast<S>(columns.m2[c] * inverse);
 }
-void write(const Params& params, int64_t at, int64_t channels, Columns columns) {
+void write(const Params& params, int64_t at, int64_t channels, const Columns& columns) {
   if (params.maps.dtype == Dtype::kFloat64) {
-    write<double>(params, at, channels, columns);
+    write_as<double>(params, at, channels, columns);
   } else {
-    write<float>(params, at, channels, columns);
+    write_as<float>(params, at, channels, columns);
   }
 }
 
@@ -368,35 +287,49 @@ void part_of(const Params& params, int64_t task, char* memory) {
   const Maps& maps = params.maps;
   const Block block(maps, params.plan, task);
   const Scratch scratch(memory);
-  if (maps.channels_last) {
-    sum_columns<T>(maps, block, scratch);
-  } else if (maps.pixels < kShortRow) {
-    sum_turned<T>(maps, block, scratch);
-  } else {
-    sum_rows<T>(maps, block, scratch);
+  const Columns& columns = scratch.columns;
+  const double inverse = 1.0 / static_cast<double>(block.part.samples * block.part.pixels);
+  constexpr int kPasses = sizeof(T) == 8 ? 2 : 1;
+  for (int pass = 0; pass < kPasses; ++pass) {
+    std::memset(columns.sum, 0, 2 * Scratch::kRoom * sizeof(double));  // and square
+    if (maps.channels_last) {
+      add_pixels<T>(maps, block, scratch, pass == 0);
+    } else if (maps.pixels < kShortRow) {
+      add_turned<T>(maps, block, scratch, pass == 0);
+    } else {
+      add_rows<T>(maps, block, scratch, pass == 0);
+    }
+    for (int64_t c = 0; c < block.count; c += D) {
+      F64 mean, m2;
+      from_sums(load(columns.shift + c), load(columns.sum + c), load(columns.square + c), inverse, mean, m2);
+      store(columns.mean + c, mean);
+      store(columns.m2 + c, m2);
+      if (pass + 1 < kPasses) store(columns.shift + c, mean);
+    }
   }
   const int64_t at = block.index * maps.channels + block.first;
-  if (params.plan.merged == 1) return write(params, at, block.count, scratch.columns);
-  std::memcpy(params.part_mean + at, scratch.columns.mean, block.count * sizeof(double));
-  std::memcpy(params.part_m2 + at, scratch.columns.m2, block.count * sizeof(double));
+  if (params.plan.merged == 1) return write(params, at, block.count, columns);
+  std::memcpy(params.part_mean + at, columns.mean, block.count * sizeof(double));
+  std::memcpy(params.part_m2 + at, columns.m2, block.count * sizeof(double));
 }
 
 void merge_parts(const Params& params, int64_t task, char* memory) {
   const Maps& maps = params.maps;
   const Plan& plan = params.plan;
-  const int64_t outer = task / plan.blocks;
-  const Scratch scratch(memory);
-  const Columns parts = {params.part_mean, params.part_m2};
-  int64_t before = 0;
   const Block block(maps, plan, task);
-  for (int64_t i = 0; i < plan.merged; ++i) {
-    const int64_t index = outer * plan.merged + i;
-    const Part part(maps, plan, index);
-    merge_columns(scratch.columns, parts.from(index * maps.channels + block.first), block.count, before,
-                  part.samples * part.pixels);
-    before += part.samples * part.pixels;
+  const Columns columns = Scratch(memory).columns;
+  const int64_t outer = block.index;
+  double before = 0;
+  std::memset(columns.mean, 0, 2 * Scratch::kRoom * sizeof(double));  // and m2
+  for (int64_t i = outer * plan.merged; i < (outer + 1) * plan.merged; ++i) {
+    const Part part(maps, plan, i);
+    const double count = static_cast<double>(part.samples * part.pixels), share = count / (before + count);
+    const double *const mean = params.part_mean + i * maps.channels + block.first, *const m2 = params.part_m2 +
+                                                                                               i * maps.channels + block.first;
+    for (int64_t c = 0; c < block.count; ++c) merge(columns.mean[c], columns.m2[c], mean[c], m2[c], share, share * before);
+    before += count;
   }
-  write(params, outer * maps.channels + block.first, block.count, scratch.columns);
+  write(params, outer * maps.channels + block.first, block.count, columns);
 }
 
 // ---- backward -----------------------------------------------------------------------------------

@@ -22,12 +22,12 @@ struct Maps {
   int64_t count() const { return pixels * (channels_last ? 1 : outer); }  // of a result
 };
 
-constexpr int64_t kChunkPixels = 64;          // that are summed at a time, in two passes, where channels lie side by side
+constexpr int64_t kChunkPixels = 64;          // that are summed at a time where channels lie side by side
 constexpr int64_t kPanel = 512;               // channels of a task at most
 constexpr int64_t kTaskElements = 1 << 16;    // of a task, or a few times as many
 constexpr int64_t kRunElements = 1 << 14;     // of one sample: neighbours in memory, where a channel has its pixels together
 constexpr int64_t kSegment = 1 << 16;         // pixels of a task at most
-constexpr int64_t kShortRow = 32;             // of fewer pixels channels are brought side by side
+constexpr int64_t kShortRow = 16;             // of fewer pixels channels are brought side by side
 constexpr int64_t kShortPanel = 128;          // channels of a task then
 constexpr int64_t kScratchBytes = 128 << 10;  // of a task
 

@@ -16,8 +16,8 @@ FASTKD_HOST_DEVICE void merge(F& mean, F& m2, F other_mean, F other_m2, double s
   m2 += other_m2 + difference * between * difference;
 }
 
-// Mean and m2 from sums of x - shift and of its square. The shift is the mean but for its rounding: what is subtracted has no
-// digits that count, and must not make the rest negative.
+// Mean and m2 from sums of x - shift and of its square. What is subtracted is the smaller part, as long as the shift is no
+// further from the mean than the numbers are; where nothing is left, rounding must not leave less.
 template <typename F>
 FASTKD_HOST_DEVICE void from_sums(F shift, F sum, F square, double inverse_count, F& mean, F& m2) {
   const F beside = sum * inverse_count;
