@@ -95,6 +95,36 @@ def _sweeps() -> list[HotPath]:
     return paths
 
 
+def _moments() -> list[HotPath]:
+    """A chunk of a row, or of the pixels of a pack of channels."""
+    paths = []
+    for dtype in _DTYPES:
+        size, pack, name = _SIZE[dtype], _PACK[dtype], _NAME[dtype]
+        for place, kernel, packs, more in (
+            ("rows", f"of_rows<{name},*ClusterGroup>", 4, f" DMUL=2 FMUL={2 * pack}"),
+            ("columns", f"of_columns<{name},{pack}>", 5, ""),
+        ):
+            paths += [
+                HotPath(
+                    f"moments of {place}, {dtype}",
+                    f"moments_{kernel}",
+                    256,
+                    packs * pack,
+                    size,
+                    (f"loop LDG.128={packs}{more}",),
+                ),
+                HotPath(
+                    f"moments of {place}, backward, {dtype}",
+                    f"gradient_{kernel}",
+                    256,
+                    packs * pack,
+                    2 * size,
+                    (f"loop LDG.128={packs} STG.128={packs}",),
+                ),
+            ]
+    return paths
+
+
 _OTHERS = [
     HotPath(
         "crop, 3 channels, bf16", "crop_kernel<unsignedshort,unsignedshort>", 256, 24, 4, ("loop LDG.128=6 STG.128=3",)
@@ -143,4 +173,4 @@ _OTHERS = [
     HotPath("relation, a pair and third point", "triangles_of_pairs<true,true>", 256, 1, 0, ("loop LDS.128=8",)),
 ]
 
-HOT_PATHS = (*_divergences(), *_sweeps(), *_OTHERS)
+HOT_PATHS = (*_divergences(), *_sweeps(), *_moments(), *_OTHERS)

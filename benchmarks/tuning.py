@@ -74,8 +74,8 @@ SWEEPS = {
     "gmm.cluster_values": Sweep([r"GMM fit 1x1024 fp32", r"GMM fit 1x50000 fp32"]),
     "gmm.largest_cluster": Sweep([r"GMM fit 1x50000 fp32"]),
     # maps of few samples: large ones have blocks for all multiprocessors
-    "moments.blocks": Sweep([r"moments \d+x64x56x56 fp32", r"moments \d+x64x56x56 channels-last bf16"], 1 << 24),
     "relation.splits": Sweep([r"RKD 64x128 fp32", r"RKD 256x256 fp32"]),
+    "moments.blocks": Sweep([r"moments \d+x64x56x56 fp32", r"moments \d+x64x56x56 channels-last bf16"], 1 << 24),
 }
 
 

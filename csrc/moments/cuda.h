@@ -14,7 +14,7 @@ constexpr unsigned kFewLanes = 4;
 constexpr int kRowPacks = 4;                         // of 16 bytes, that a thread has on their way
 constexpr int64_t kWarpPacks = 32 * kRowPacks;       // of a warp
 constexpr unsigned kMergeWidth = 32;                 // channels of a block that merges parts
-constexpr int kPixelsAhead = 6, kNumbersAhead = 16;  // pixels that a thread has on their way: of a pack of channels, of one
+constexpr int kPixelsAhead = 5, kNumbersAhead = 16;  // pixels that a thread has on their way: of a pack of channels, of one
 
 struct DevicePlan {
   int64_t piece, pieces;   // pixels of a part, parts of a sample

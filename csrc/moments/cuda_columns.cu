@@ -57,27 +57,23 @@ struct Place {
   }
 };
 
-// body(i, n, chunk) for the thread's pixels: the first is i, n of them `height` apart.
+// body(i, n, chunk) for the thread's pixels: the first is i, n of them `height` apart; n is a constant where the chunk is full.
 template <typename T, int K, class Params, class Body>
 FASTKD_DEVICE void each_chunk(const Params& p, const Place<Params, K>& place, const Body& body) {
   const T* const x = static_cast<const T*>(p.maps.data) + place.begin;
   const int64_t step = static_cast<int64_t>(p.height) * p.maps.channels;
-  for (int64_t i = place.y; i < place.pixels; i += static_cast<int64_t>(p.height) * kAhead<K>) {
-    const T* const from = x + i * p.maps.channels;
-    const int64_t rest = (place.pixels - i + p.height - 1) / p.height;
-    const int count = rest < kAhead<K> ? static_cast<int>(rest) : kAhead<K>;
+  const auto run = [&](int64_t i, auto count) {
     Pixel<T, K> chunk[kAhead<K>];
-    if (count == kAhead<K>) {
 #pragma unroll
-      for (int v = 0; v < kAhead<K>; ++v) chunk[v].load(from + v * step);
-    } else {
-#pragma unroll
-      for (int v = 0; v < kAhead<K>; ++v) {
-        if (v < count) chunk[v].load(from + v * step);
-      }
+    for (int v = 0; v < kAhead<K>; ++v) {
+      if (v < count) chunk[v].load(x + i * p.maps.channels + v * step);
     }
     body(i, count, chunk);
-  }
+  };
+  int64_t i = place.y;
+  const int64_t height = p.height;
+  for (; i + (kAhead<K> - 1) * height < place.pixels; i += kAhead<K> * height) run(i, Whole<kAhead<K>>());
+  if (i < place.pixels) run(i, static_cast<int>((place.pixels - i + height - 1) / height));
 }
 
 // inspect: streaming moments_of_columns<*,[248]> loads=128
@@ -87,8 +83,8 @@ moments_of_columns(const DeviceParams p) {
   using S = Compute<T>;
   const Place<DeviceParams, K> place(p);
   double all = 0, mean[K] = {}, m2[K] = {};
-  each_chunk<T, K>(p, place, [&](int64_t i, int count, const Pixel<T, K>(&chunk)[kAhead<K>]) {
-    const S inverse = 1 / static_cast<S>(count);
+  each_chunk<T, K>(p, place, [&](int64_t i, auto count, const Pixel<T, K>(&chunk)[kAhead<K>]) {
+    const S inverse = reciprocal(static_cast<S>(count));
     S shift[K], sum[K] = {}, square[K] = {};
     const auto each = [&](const auto& body) {
 #pragma unroll
@@ -154,7 +150,7 @@ gradient_of_columns(const DeviceBackwardParams p) {
 #pragma unroll
   for (int k = 0; k < K; ++k) slope[k] = Slope<S>(p, place.outer * p.maps.channels + place.channel + k);
   T* const gradient = static_cast<T*>(p.gradient) + place.begin;
-  each_chunk<T, K>(p, place, [&](int64_t i, int count, const Pixel<T, K>(&chunk)[kAhead<K>]) {
+  each_chunk<T, K>(p, place, [&](int64_t i, auto count, const Pixel<T, K>(&chunk)[kAhead<K>]) {
 #pragma unroll
     for (int v = 0; v < kAhead<K>; ++v) {
       S values[K];

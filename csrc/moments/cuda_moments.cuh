@@ -14,6 +14,12 @@ using moments_math::from_sums;
 using moments_math::gradient_of;
 using moments_math::merge;
 
+// A count that the compiler knows.
+template <int kCount>
+struct Whole {
+  FASTKD_DEVICE operator int() const { return kCount; }
+};
+
 // A set of numbers.
 struct Moments {
   double count = 0, mean = 0, m2 = 0;
@@ -41,7 +47,7 @@ template <typename S>
 struct Slope {
   S mean, slope, flat;
 
-  FASTKD_DEVICE Slope() = default;
+  Slope() = default;
   FASTKD_DEVICE Slope(const DeviceBackwardParams& p, int64_t i) {
     const auto at = [&](const void* data) { return data == nullptr ? 0.0 : static_cast<double>(static_cast<const S*>(data)[i]); };
     mean = static_cast<const S*>(p.mean)[i];

@@ -44,33 +44,35 @@ FASTKD_DEVICE S sum_of(S (&values)[N]) {
   return values[0];
 }
 
-// Adds a lane's packs of a chunk, those v with v * kLanes < left. False where an element is infinite or NaN, or squares are
-// beyond float: nothing is added then.
-template <typename T, int kLanes>
-FASTKD_DEVICE bool add_chunk(const Words<T> (&packs)[kRowPacks], int left, Gathered& to) {
+// Adds a lane's packs of a chunk, `inside` of them. False where an element is infinite or NaN, or squares are beyond float:
+// nothing is added then.
+template <typename T, typename Count>
+FASTKD_DEVICE bool add_packs(const Words<T> (&packs)[kRowPacks], Count inside, Gathered& to) {
   using S = Compute<T>;
-  if (left <= 0) return true;
-  const S count = static_cast<S>((left + kLanes - 1) / kLanes * kPack<T>), inverse = 1 / count;
-  S values[kPack<T>], sums[kRowPacks], squares[kRowPacks];
+  const S count = static_cast<S>(inside * kPack<T>), inverse = reciprocal(count);
+  S values[kPack<T>], sums[kRowPacks] = {}, squares[kRowPacks] = {};
   const auto each = [&](S from, const auto& body) {
 #pragma unroll
     for (int v = 0; v < kRowPacks; ++v) {
+      if (v >= inside) continue;
       unpack(packs[v], values);
 #pragma unroll
       for (int k = 0; k < kPack<T>; ++k) values[k] -= from;
-      body(v, v * kLanes < left);
+      body(v);
     }
   };
   unpack(packs[0], values);
   const S first = values[0];
-  each(first, [&](int v, bool inside) { sums[v] = inside ? sum_of(values) : S(0); });
+  each(first, [&](int v) { sums[v] = sum_of(values); });
   const S shift = first + sum_of(sums) * inverse;
-  each(shift, [&](int v, bool inside) {
+#pragma unroll
+  for (int v = 0; v < kRowPacks; ++v) sums[v] = 0;
+  each(shift, [&](int v) {
     S own[kPack<T>];
 #pragma unroll
     for (int k = 0; k < kPack<T>; ++k) own[k] = values[k] * values[k];
-    squares[v] = inside ? sum_of(own) : S(0);
-    sums[v] = inside ? sum_of(values) : S(0);
+    squares[v] = sum_of(own);
+    sums[v] = sum_of(values);
   });
   const S square = sum_of(squares);
   if (!(square < kInfinity<S>)) return false;
@@ -79,6 +81,12 @@ FASTKD_DEVICE bool add_chunk(const Words<T> (&packs)[kRowPacks], int left, Gathe
             static_cast<double>(inverse), mean, m2);
   to.add(static_cast<double>(count), mean, m2);
   return true;
+}
+// Those v with v * kLanes < left.
+template <typename T, int kLanes>
+FASTKD_DEVICE bool add_chunk(const Words<T> (&packs)[kRowPacks], int left, Gathered& to) {
+  if (left > (kRowPacks - 1) * kLanes) return add_packs<T>(packs, Whole<kRowPacks>(), to);
+  return left <= 0 || add_packs<T>(packs, (left + kLanes - 1) / kLanes, to);
 }
 
 // Those of the lanes of a group, merged into the first one's.

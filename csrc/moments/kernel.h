@@ -47,7 +47,7 @@ struct Plan {
       pixels = std::min(maps.pixels, pieces(kTaskElements, block * kChunkPixels) * kChunkPixels);
     } else {
       pixels = std::min(maps.pixels, kSegment);
-      block = std::min(maps.channels, pixels < kShortRow ? kShortPanel : std::max<int64_t>(1, kRunElements / pixels));
+      block = std::min(maps.channels, pixels < kShortRow ? kShortPanel : std::clamp<int64_t>(kRunElements / pixels, 1, kPanel));
       if (pixels == maps.pixels) samples = std::clamp<int64_t>(kTaskElements / (block * pixels), 1, maps.outer);
     }
     blocks = pieces(maps.channels, block);
