@@ -19,7 +19,7 @@ from fastkd.cli.distill import check_device
 from fastkd.data import registry as data_sets
 from fastkd.data.collection import Collection
 from fastkd.data.opening import open_collection
-from fastkd.scores import make_scorer
+from fastkd.scores import ScoreName, make_scorer
 from fastkd.scoring import ScoreFile, score_collection
 from fastkd.studies.networks import check_network, make_network, read_state, take_weights
 from fastkd.training import process_group
@@ -43,7 +43,7 @@ class Score:
     """The teacher's state dict: needed, as only its weights know the task."""
     output: Path = Path("scores.npy")
     """Where the scores go, float64, one an image. Beside it a .json says what they are of."""
-    score: Literal["1c-sum", "t1000", "max-softmax", "entropy", "energy"] = "1c-sum"
+    score: ScoreName = "1c-sum"
     """1C-Sum, of fifteen indicators, or one of the logits alone; higher is always more alike."""
     data: str = "cifar10"
     """The task's data set: shape, classes and normalisation of its images are the teacher's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from fastkd.patches import random_crop_flip
 from fastkd.scores import indicators
 from fastkd.scores.logits import max_softmax, negative_energy, negative_entropy, t1000
 
-__all__ = ["LOGIT_SCORES", "NAMES", "LogitScore", "OneClassSum", "Scorer", "make_scorer"]
+__all__ = ["LOGIT_SCORES", "NAMES", "LogitScore", "OneClassSum", "ScoreName", "Scorer", "make_scorer"]
 
 LOGIT_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "t1000": t1000,
@@ -27,7 +27,8 @@ LOGIT_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """By name, functions of the logits; "entropy" and "energy" are negated, so that more alike is higher."""
 ONE_CLASS_SUM = "1c-sum"
-NAMES = (ONE_CLASS_SUM, *LOGIT_SCORES)
+ScoreName = Literal["1c-sum", "t1000", "max-softmax", "entropy", "energy"]
+NAMES: tuple[str, ...] = get_args(ScoreName)
 NOISE_IMAGES = 10_000  # of the paper
 
 

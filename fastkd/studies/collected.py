@@ -22,15 +22,14 @@ from fastkd.data.opening import open_collection
 from fastkd.data.source import check_start
 from fastkd.models.digests import weights_digest
 from fastkd.patches import random_crop_flip
-from fastkd.scores import make_scorer
+from fastkd.scores import ScoreName, make_scorer
 from fastkd.scoring import ScoreFile, open_scores, score_collection
 from fastkd.scoring.score_file import about_path
 from fastkd.studies import data as images
 from fastkd.studies.data import DataSettings
 
-__all__ = ["Collected", "CollectionSettings", "ScoreName", "make_collection", "scores_of"]
+__all__ = ["Collected", "CollectionSettings", "make_collection", "scores_of"]
 
-ScoreName = Literal["1c-sum", "t1000", "max-softmax", "entropy", "energy"]
 TASK, REST = "task", "rest"
 MOST_IN_MEMORY = 8e9  # bytes of images, of the CPU
 _PART = re.compile(r"(?:([\w.-]+)=)?(.+?)(?::(\d+))?")

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
-from fastkd.studies.collected import CollectionSettings, ScoreName
+from fastkd.scores import ScoreName
+from fastkd.studies.collected import CollectionSettings
 from fastkd.studies.collection import published
 from fastkd.studies.settings import Distillation
 from fastkd.studies.study import Figure, Published, Study, register
