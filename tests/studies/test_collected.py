@@ -18,7 +18,7 @@ from fastkd.__main__ import main
 from fastkd.data import ArrayCollection, ImageSet
 from fastkd.models.resnet import resnet
 from fastkd.scoring import open_scores
-from fastkd.studies.collected import Collected, CollectionSettings, make_collection
+from fastkd.studies.collected import LONG_RUN, Collected, CollectionSettings, make_collection
 from fastkd.studies.collection.study import ROWS, CollectionStudy
 from fastkd.studies.data import DataSettings, prepare
 
@@ -80,7 +80,27 @@ def test_what_is_held_out_is_not_drawn_and_comes_as_it_is() -> None:
     figures = made.figures(counts)
     drawn = counts[made.drawn_from]
     assert figures["skip_ratio"] == pytest.approx((drawn == 0).double().mean().item())
-    assert set(figures) == {"skip_ratio", "uniformity"}  # nobody knows what is of the task
+    # nobody knows what is of the task
+    assert set(figures) == {"skip_ratio", "uniformity", "long_run_skip_ratio", "long_run_uniformity"}
+
+
+@pytest.mark.parametrize("iqpr", [1.0, 25.0])
+def test_the_long_run_is_of_so_many_draws_for_each_image(iqpr: float) -> None:
+    scores = torch.randn(20000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    images = torch.zeros(20000, 1, 1, 1, dtype=torch.uint8)
+    small = ImageSet(images[:4], torch.arange(4), tuple("abcd"), (0.5,), (0.25,))
+    settings = CollectionSettings(collection="some", iqpr=iqpr, draws=100, held_out=0.1)
+    made = Collected(
+        settings, ArrayCollection(images, name="some"), scores, small, batch_size=20, padding=0, flip=False, seed=0
+    )
+    nothing = torch.zeros(20000, dtype=torch.int64)
+    figures = made.figures(nothing)
+    assert figures["skip_ratio"] == 1.0  # of the training
+    drawn = made.batches.table.probabilities()[made.drawn_from]
+    expected = statistics.expected_skip_ratio(drawn, LONG_RUN * 18000).item()
+    assert figures["long_run_skip_ratio"] == pytest.approx(expected, abs=5 * (expected / 18000) ** 0.5 + 1e-4)
+    assert made.figures(nothing)["long_run_uniformity"] == figures["long_run_uniformity"]  # the same draws again
+    assert made.batches.counts.sum() == 0  # and none of the training's
 
 
 def test_what_cannot_be_read_is_neither_drawn_nor_held_out(tmp_path: Path) -> None:
@@ -213,14 +233,14 @@ def test_the_study_and_its_tables(root: Path, tmp_path: Path, capsys: pytest.Cap
         "runs",
     }
     table = (output / "table.md").read_text()
-    for heading in ("## rel+irrel", "## ori", "## skip ratio, %", "## uniformity, %", "## irrelevant proportion, %"):
+    for heading in ("## rel+irrel", "## ori", "## skip ratio, %", "## uniformity, %", "## skip ratio of the training"):
         assert heading in table
     assert "| t1000-5 |" in table
     assert "91.46 ± 0.27" in table  # the paper's
     assert str(tmp_path) not in table
     document = json.loads((output / "results.json").read_text())
     assert set(document["figures"]["test_accuracy_at_10"]) != set()
-    assert document["figures"]["irrelevant_proportion"].keys() == {"rel+irrel"}
+    assert document["figures"]["long_run_irrelevant_proportion"].keys() == {"rel+irrel"}
     assert 0 <= document["figures"]["skip_ratio"]["ori"]["fixed-linear-1"]["0"] <= 1
     runs = sorted(path.name for path in (output / "runs").rglob("*.npy"))
     assert len(runs) == 4  # of each score for each collection, by one teacher

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 from fastkd.scores import ScoreName
-from fastkd.studies.collected import CollectionSettings
+from fastkd.studies.collected import LONG_RUN, CollectionSettings
 from fastkd.studies.collection import published
+from fastkd.studies.data import DataSettings
 from fastkd.studies.settings import Distillation
 from fastkd.studies.study import Figure, Published, Study, register
 from fastkd.training import TrainingSettings
@@ -42,6 +43,7 @@ def _rows() -> dict[str, Row]:
 
 ROWS = _rows()
 COLLECTIONS = ("rel+irrel", "ori+irrel", "ori")
+_LONG_RUN = f"of {LONG_RUN} draws for each image"
 
 
 @register("collection")
@@ -63,10 +65,13 @@ class CollectionStudy(Study):
     of_the_grid: ClassVar[Mapping[str, str]] = {"label_noise": "{} has no labels to be wrong"}
     figures: ClassVar[tuple[Figure, ...]] = (
         Figure("test_accuracy_at_10", "test accuracy at 10 % of the training, %", published.EARLY),
-        Figure("skip_ratio", "skip ratio, %", published.SKIP_RATIO),
-        Figure("uniformity", "uniformity, %", published.UNIFORMITY),
-        Figure("irrelevant_proportion", "irrelevant proportion, %", published.IRRELEVANT_PROPORTION),
-        Figure("relevant_draws", "share of relevant images among the draws, %", {}),
+        Figure("long_run_skip_ratio", f"skip ratio, %, {_LONG_RUN}", published.SKIP_RATIO),
+        Figure("long_run_uniformity", f"uniformity, %, {_LONG_RUN}", published.UNIFORMITY),
+        Figure(
+            "long_run_irrelevant_proportion", f"irrelevant proportion, %, {_LONG_RUN}", published.IRRELEVANT_PROPORTION
+        ),
+        Figure("skip_ratio", "skip ratio of the training, %", {}),
+        Figure("relevant_draws", "share of relevant images among the draws of the training, %", {}),
     )
 
     ways: tuple[str, ...] = tuple(ROWS)
@@ -77,6 +82,8 @@ class CollectionStudy(Study):
     """Images of each of MNIST, Fashion-MNIST and Quick, Draw!; 0: all."""
     relevant: int = 20000
     """Images of rel; 0: all."""
+    data: DataSettings = field(default_factory=lambda: DataSettings(train_size=25000))
+    """The images; those that the teacher does not learn on are rel."""
     collection: CollectionSettings = field(default_factory=lambda: CollectionSettings(held_out=0.1))
     """How many are drawn, and held out."""
     training: TrainingSettings = field(
