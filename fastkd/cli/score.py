@@ -36,7 +36,8 @@ class Score:
     """
 
     collection: str
-    """A folder of images, an .npy of uint8, the name of a data set, or several, as name=place,name=place."""
+    """A folder of images, an .npy of uint8, the name of a data set, or several, as name=place,name=place; place:N
+    takes N images of it."""
     teacher: str = "resnet26"
     """resnet<6n+2>, wrn-<6n+4>-<width>, or another name of fastkd.models.names(), or of torchvision."""
     weights: Path | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,30 @@ class ArrayCollection(Collection):
         made.sources, made._missing = collection.sources, missing
         made.unreadable = "skip" if missing else collection.unreadable
         made._fingerprint = collection.fingerprint()
+        return made
+
+    @classmethod
+    def taken(cls, collection: Collection, index: Tensor, name: str) -> ArrayCollection:
+        """Some items of a collection in memory, as one source.
+
+        Args:
+            index: int64 ``[n]``, in [0, N).
+
+        Raises:
+            ValueError: an item that cannot be read, where that is an error there.
+        """
+        images: list[Tensor] = []
+        missing: dict[int, Unreadable] = {}
+        indices = index.split(_LOADED_AT_ONCE)
+        for chosen, gathered in zip(indices, collection.stream(indices), strict=True):
+            for item in collection._skipped(gathered.unreadable):
+                for place in (chosen == item.index).nonzero().flatten().tolist():
+                    now = len(images) * _LOADED_AT_ONCE + place
+                    missing[now] = replace(item, index=now)
+            images.append(gathered.images)
+        made = cls(torch.cat(images), name=name)
+        made._missing = missing
+        made.unreadable = "skip" if missing else collection.unreadable
         return made
 
     def __len__(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,8 @@ from torch import Tensor, nn
 from fastkd import statistics
 from fastkd._seeding import mixed_generator
 from fastkd.alias_table import AliasTable
-from fastkd.data import ArrayCollection, Batch, Collection, ConcatCollection, DrawnBatches, ImageSet
-from fastkd.data.collection import evenly_spaced
-from fastkd.data.opening import open_collection
+from fastkd.data import ArrayCollection, Batch, Collection, DrawnBatches, ImageSet
+from fastkd.data.opening import open_collection, places_of
 from fastkd.data.source import check_start
 from fastkd.models.digests import weights_digest
 from fastkd.patches import random_crop_flip
@@ -33,7 +31,6 @@ __all__ = ["Collected", "CollectionSettings", "make_collection", "scores_of"]
 TASK, REST = "task", "rest"
 MOST_IN_MEMORY = 8e9  # bytes of images, of the CPU
 LONG_RUN = 15  # draws for each image, about as many as of rel + irrel in Begon & Geurts: 6.75 million of 486,000
-_PART = re.compile(r"(?:([\w.-]+)=)?(.+?)(?::(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -67,33 +64,14 @@ class CollectionSettings:
             if not good:
                 raise ValueError(f"fastkd: {name} is {getattr(self, name)}, must be {allowed}")
         if self.collection:
-            _parts(self.collection)
+            places_of(self.collection)
         elif self.scores is not None or self.iqpr != 1.0:
             raise ValueError("fastkd: collection is empty, must be given where there are scores or an iqpr")
 
     @property
-    def parts(self) -> dict[str, tuple[str, int]]:
-        """Places and numbers of images, 0 for all, by name."""
-        return _parts(self.collection)
-
-    @property
     def relevant(self) -> tuple[str, ...]:
         """Names of the parts whose images are of the task."""
-        return tuple(name for name, (place, _) in self.parts.items() if place in (TASK, REST))
-
-
-def _parts(text: str) -> dict[str, tuple[str, int]]:
-    found: dict[str, tuple[str, int]] = {}
-    for word in text.split(","):
-        match = _PART.fullmatch(word.strip())
-        if match is None:
-            raise ValueError(f"fastkd: collection is {text!r}, must be places with commas between, as task,mnist:1000")
-        name, place, count = match[1], match[2], int(match[3] or 0)
-        name = name or Path(place).stem
-        if name in found:
-            raise ValueError(f"fastkd: collection is {text!r}, which has {name} twice, must have a name for each")
-        found[name] = place, count
-    return found
+        return tuple(part.name for part in places_of(self.collection) if part.place in (TASK, REST))
 
 
 def make_collection(settings: CollectionSettings, data: DataSettings, task: ImageSet, seed: int) -> Collection:
@@ -106,21 +84,16 @@ def make_collection(settings: CollectionSettings, data: DataSettings, task: Imag
     Raises:
         ValueError, FileNotFoundError: places where there is nothing, more images than there are.
     """
-    shape = tuple(task.images.shape[1:])
-    made: dict[str, Collection] = {}
-    for name, (place, count) in settings.parts.items():
-        if place == TASK:
-            part: Collection = ArrayCollection(task.images.cpu(), name=name)
-        elif place == REST:
-            part = ArrayCollection(images.rest(data, seed), name=name)
-        else:
-            part = open_collection(place, shape, root=data.data_root, unreadable=settings.unreadable)
-        if count > len(part):
-            raise ValueError(f"fastkd: collection is {settings.collection!r}, but {place} has {len(part)} images")
-        if count:
-            part = ArrayCollection(part.read(evenly_spaced(len(part), count)), name=name)
-        made[name] = part
-    return next(iter(made.values())) if len(made) == 1 else ConcatCollection(made)
+    return open_collection(
+        settings.collection,
+        task.images.shape[1:],
+        root=data.data_root,
+        unreadable=settings.unreadable,
+        known={
+            TASK: lambda name: ArrayCollection(task.images.cpu(), name=name),
+            REST: lambda name: ArrayCollection(images.rest(data, seed), name=name),
+        },
+    )
 
 
 def scores_of(

@@ -145,7 +145,8 @@ def test_collections_of_a_text(root: Path) -> None:
     # together they are the training images, each once
     assert sorted(both.flatten(1).sum(1).tolist()) == sorted(whole.images.flatten(1).sum(1).tolist())
     assert settings.relevant == ("ori", "rel")
-    assert settings.parts["mnist"] == ("mnist", 10)
+    alone = CollectionSettings(collection="rel=rest")
+    assert make_collection(alone, data, train, 5).sources[0].name == alone.relevant[0] == "rel"
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,8 @@ def test_collections_of_a_text(root: Path) -> None:
         ("mnist:31", "but mnist has 30 images"),
         ("mnist,mnist", "has mnist twice"),
         ("minst", "collection 'minst' is unknown, did you mean mnist"),
-        ("task,", "must be places with commas between"),
+        ("task,", "must be a folder, an .npy or the name of a set"),
+        ("tusk", "collection 'tusk' is unknown, did you mean task"),
         ("no/where", "no/where"),
     ],
 )
