@@ -58,12 +58,7 @@ FASTKD_INLINE void for_each(const T* data, int64_t begin, int64_t end, const Bod
 
 template <typename Function>
 FASTKD_INLINE auto dispatch(Dtype dtype, const void* data, const Function& function) {
-  switch (dtype) {
-    case Dtype::kFloat64: return function(static_cast<const double*>(data));
-    case Dtype::kBFloat16: return function(static_cast<const BFloat16*>(data));
-    case Dtype::kFloat16: return function(static_cast<const Float16*>(data));
-    default: return function(static_cast<const float*>(data));
-  }
+  return for_dtype(dtype, [&]<typename T>() { return function(static_cast<const T*>(data)); });
 }
 
 Extent extent(Dtype dtype, const void* data, int64_t begin, int64_t end) {

@@ -107,13 +107,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> build(Tensor scores, Tensor inverse_t
                            t.scale,
                            t.bins,
                            t.block_weight};
-  context.launch("alias partition", for_dtype(dtype, [](auto type) { return &partition_kernel<decltype(type)>; }), geometry,
-                 params);
+  context.launch("alias partition", for_dtype(dtype, []<typename T>() { return &partition_kernel<T>; }), geometry, params);
   context.launch("alias exponent", exponent_kernel, {1, kThreads, 1, geometry.shared_bytes}, params);
   const unsigned most = static_cast<unsigned>(tuned(Knob::kAliasBuildBlocks)) * context.limits().multiprocessors;
   const Geometry pack_geometry{grid_size(blocks, 1, most, 1), kPackThreads, 1, kPackBytes};
-  context.launch("alias blocks", for_dtype(dtype, [](auto type) { return &blocks_kernel<decltype(type)>; }), pack_geometry,
-                 params);
+  context.launch("alias blocks", for_dtype(dtype, []<typename T>() { return &blocks_kernel<T>; }), pack_geometry, params);
   pack_top(context, t.block_weight, blocks, t.top, t.scale);
   return {table, weights, top, scale};
 }

@@ -175,8 +175,8 @@ Tensor inverse_temperature(Tensor scores, double iqpr, std::optional<Tensor> num
   context.launch("alias quartiles clear", clear_counts_kernel, {grid_size(words, 4), kThreads}, params);
   const unsigned most = static_cast<unsigned>(tuned(Knob::kAliasQuartileBlocks)) * context.limits().multiprocessors;
   const unsigned blocks = grid_size(params.items, kAhead * 16 / element_size, most);
-  const auto count = for_dtype(dtype, [](auto type) { return &count_digits_kernel<decltype(type)>; });
-  const auto find = for_dtype(dtype, [](auto type) { return &find_digits_kernel<decltype(type)>; });
+  const auto count = for_dtype(dtype, []<typename T>() { return &count_digits_kernel<T>; });
+  const auto find = for_dtype(dtype, []<typename T>() { return &find_digits_kernel<T>; });
   for (; params.pass < passes; ++params.pass) {
     const unsigned histograms = params.pass == 0 ? 1 : kRanks;
     context.launch("alias quartiles count", count, {blocks, kThreads, 1, std::size_t{histograms} * kDigits * 4}, params);

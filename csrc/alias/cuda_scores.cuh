@@ -43,17 +43,6 @@ FASTKD_DEVICE void each_score(const T* data, int64_t count, const Body& body) {
   each_element(data, count, [&](T element) { body(static_cast<double>(to_compute(element))); });
 }
 
-// Chooses function<T>() by dtype.
-template <typename Function>
-auto for_dtype(Dtype dtype, const Function& function) {
-  switch (dtype) {
-    case Dtype::kFloat64: return function(double{});
-    case Dtype::kBFloat16: return function(BFloat16{});
-    case Dtype::kFloat16: return function(Float16{});
-    default: return function(float{});
-  }
-}
-
 // The partial extents of the blocks of a sweep: of each the largest score, and 1 where a NaN or +inf is among them.
 struct Extents {
   const double* partial;  // [count, 2]
@@ -123,7 +112,7 @@ struct ExtentSweep {
     const Geometry geometry = sweep_geometry(scores.size(0), static_cast<int>(scores.element_size()), 2);
     double* const data = static_cast<double*>(partial.mutable_data_ptr());
     extents = {data, geometry.blocks};
-    const auto kernel = for_dtype(kernel_dtype(scores), [](auto type) { return &extent_kernel<decltype(type)>; });
+    const auto kernel = for_dtype(kernel_dtype(scores), []<typename T>() { return &extent_kernel<T>; });
     context.launch("alias extent", kernel, geometry, ExtentParams{scores.const_data_ptr(), scores.size(0), data});
   }
 };

@@ -211,12 +211,11 @@ void update_(Tensor table, Tensor block_weight, Tensor top, Tensor scale, Tensor
                             t.block_weight,
                             static_cast<unsigned>(share < kPackThreads ? share : kPackThreads)};
   context.launch("alias update clear", clear_kernel, {grid_size(t.blocks, 4), kThreads}, params);
-  context.launch("alias update count", for_dtype(dtype, [](auto type) { return &count_kernel<decltype(type)>; }), each_change,
-                 params);
+  context.launch("alias update count", for_dtype(dtype, []<typename T>() { return &count_kernel<T>; }), each_change, params);
   const unsigned plan_bytes = kPlanBytes + 2 * scan_bytes(kPlanThreads, 1);
   context.launch("alias update plan", plan_kernel, {1, kPlanThreads, 1, plan_bytes}, params);
   context.launch("alias update list", list_kernel, each_change, params);
-  context.launch("alias update blocks", for_dtype(dtype, [](auto type) { return &rebuild_kernel<decltype(type)>; }),
+  context.launch("alias update blocks", for_dtype(dtype, []<typename T>() { return &rebuild_kernel<T>; }),
                  {rebuilders, kPackThreads, 1, kUpdateBytes}, params);
   pack_top(context, t.block_weight, t.blocks, t.top, t.scale);
 }

@@ -112,12 +112,7 @@ struct DrawBatchPlan {
 
 // The kernel, and elements of its vectors.
 inline std::pair<DrawBatchKernel, int> draw_batch_of(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kFloat64: return {draw_batch_kernel<double>, kPack<double>};
-    case Dtype::kBFloat16: return {draw_batch_kernel<BFloat16>, kPack<BFloat16>};
-    case Dtype::kFloat16: return {draw_batch_kernel<Float16>, kPack<Float16>};
-    default: return {draw_batch_kernel<float>, kPack<float>};
-  }
+  return for_dtype(dtype, []<typename T>() { return std::pair<DrawBatchKernel, int>(draw_batch_kernel<T>, kPack<T>); });
 }
 
 // Of `count` images, at least one, drawn from `images`: what the geometry of the crops asks for. Pointers are left to the caller.

@@ -269,12 +269,7 @@ BackwardKernel backward_of(int box) {
   return steps > 2 ? crop_backward_kernel<T, 4> : crop_backward_kernel<T, 2>;
 }
 inline BackwardKernel backward_of(Dtype dtype, int box) {
-  switch (dtype) {
-    case Dtype::kFloat64: return backward_of<double>(box);
-    case Dtype::kBFloat16: return backward_of<BFloat16>(box);
-    case Dtype::kFloat16: return backward_of<Float16>(box);
-    default: return backward_of<float>(box);
-  }
+  return for_dtype(dtype, [&]<typename T>() { return backward_of<T>(box); });
 }
 
 struct BackwardPlan {

@@ -125,12 +125,7 @@ Convert convert_of(Mode mode) {
 }
 template <typename In>
 Convert convert_to(Dtype out, Mode mode) {
-  switch (out) {
-    case Dtype::kFloat64: return convert_of<In, double>(mode);
-    case Dtype::kBFloat16: return convert_of<In, BFloat16>(mode);
-    case Dtype::kFloat16: return convert_of<In, Float16>(mode);
-    default: return convert_of<In, float>(mode);
-  }
+  return for_dtype(out, [&]<typename Out>() { return convert_of<In, Out>(mode); });
 }
 // Any conversion from uint8 and float32; from 16-bit floats to themselves and to float32.
 Convert convert_of(Dtype in, Dtype out, Mode mode) {

@@ -64,12 +64,7 @@ inline std::pair<ForwardKernel, int> forward_of(const CropParams& call) {
     }
   }
   const bool byte = call.in_dtype == Dtype::kUInt8;
-  switch (call.out_dtype) {
-    case Dtype::kFloat64: return byte ? forward<uint8_t, double>() : forward<double, double>();
-    case Dtype::kBFloat16: return byte ? forward<uint8_t, BFloat16>() : forward<BFloat16, BFloat16>();
-    case Dtype::kFloat16: return byte ? forward<uint8_t, Float16>() : forward<Float16, Float16>();
-    default: return byte ? forward<uint8_t, float>() : forward<float, float>();
-  }
+  return for_dtype(call.out_dtype, [&]<typename Out>() { return byte ? forward<uint8_t, Out>() : forward<Out, Out>(); });
 }
 
 struct ForwardPlan {

@@ -340,13 +340,7 @@ void rows_of(const RowParams& params, int64_t begin, int64_t end, void* scratch)
 }
 
 void rows(const RowParams& params, int64_t begin, int64_t end, void* scratch) {
-  switch (params.dtype) {
-    case Dtype::kFloat32: return rows_of<float>(params, begin, end, scratch);
-    case Dtype::kFloat64: return rows_of<double>(params, begin, end, scratch);
-    case Dtype::kBFloat16: return rows_of<BFloat16>(params, begin, end, scratch);
-    case Dtype::kFloat16: return rows_of<Float16>(params, begin, end, scratch);
-    default: return;
-  }
+  for_dtype(params.dtype, [&]<typename T>() { rows_of<T>(params, begin, end, scratch); });
 }
 
 template <typename T>
@@ -359,13 +353,7 @@ void scale_of(T* data, int64_t count, double factor) {
 }
 
 void scale(Dtype dtype, void* data, int64_t count, double factor) {
-  switch (dtype) {
-    case Dtype::kFloat32: return scale_of(static_cast<float*>(data), count, factor);
-    case Dtype::kFloat64: return scale_of(static_cast<double*>(data), count, factor);
-    case Dtype::kBFloat16: return scale_of(static_cast<BFloat16*>(data), count, factor);
-    case Dtype::kFloat16: return scale_of(static_cast<Float16*>(data), count, factor);
-    default: return;
-  }
+  for_dtype(dtype, [&]<typename T>() { scale_of(static_cast<T*>(data), count, factor); });
 }
 
 }  // namespace

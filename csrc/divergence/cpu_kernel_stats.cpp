@@ -117,23 +117,11 @@ void stats_backward_of(const StatsBackwardParams& params, int64_t begin, int64_t
 }  // namespace
 
 void stats(const StatsParams& params, int64_t begin, int64_t end) {
-  switch (params.dtype) {
-    case Dtype::kFloat32: return stats_of<float>(params, begin, end);
-    case Dtype::kFloat64: return stats_of<double>(params, begin, end);
-    case Dtype::kBFloat16: return stats_of<BFloat16>(params, begin, end);
-    case Dtype::kFloat16: return stats_of<Float16>(params, begin, end);
-    default: return;
-  }
+  for_dtype(params.dtype, [&]<typename T>() { stats_of<T>(params, begin, end); });
 }
 
 void stats_backward(const StatsBackwardParams& params, int64_t begin, int64_t end) {
-  switch (params.dtype) {
-    case Dtype::kFloat32: return stats_backward_of<float>(params, begin, end);
-    case Dtype::kFloat64: return stats_backward_of<double>(params, begin, end);
-    case Dtype::kBFloat16: return stats_backward_of<BFloat16>(params, begin, end);
-    case Dtype::kFloat16: return stats_backward_of<Float16>(params, begin, end);
-    default: return;
-  }
+  for_dtype(params.dtype, [&]<typename T>() { stats_backward_of<T>(params, begin, end); });
 }
 
 }  // namespace fastkd::FASTKD_ISA::divergence

@@ -175,14 +175,7 @@ void backward_(Tensor gradient, Tensor grad_loss) {
   const int64_t piece = kPieceBytes / static_cast<int64_t>(gradient.element_size()), pieces = (length + piece - 1) / piece;
   const DeviceContext context(gradient);
   const ScaleParams params{gradient.mutable_data_ptr(), numbers_of(grad_loss), rows, length, pieces};
-  const auto kernel = [&] {
-    switch (gradient.scalar_type()) {
-      case ScalarType::Double: return scale_pieces<double>;
-      case ScalarType::BFloat16: return scale_pieces<BFloat16>;
-      case ScalarType::Half: return scale_pieces<Float16>;
-      default: return scale_pieces<float>;
-    }
-  }();
+  const auto kernel = for_dtype(kernel_dtype(gradient), []<typename T>() { return scale_pieces<T>; });
   context.launch("divergence_backward_", kernel,
                  {grid_size(rows * pieces, 1, 16 * context.limits().multiprocessors, kThreads / kWarp), kThreads}, params);
 }

@@ -319,21 +319,23 @@ stats_backward_rows(const StatsBackwardDeviceParams p) {
   });
 }
 
-// kernel<T, Group> for a dtype and a team
-#define FASTKD_OF_TEAM(kernel, T)                                 \
-  (team == Team::kEighthOfWarp ? kernel<T, LaneGroup<kFewLanes>>  \
-   : team == Team::kWarp       ? kernel<T, LaneGroup<kManyLanes>> \
-                               : kernel<T, ClusterGroup>)
-#define FASTKD_OF_DTYPE(kernel)                                     \
-  switch (dtype) {                                                  \
-    case Dtype::kFloat64: return FASTKD_OF_TEAM(kernel, double);    \
-    case Dtype::kBFloat16: return FASTKD_OF_TEAM(kernel, BFloat16); \
-    case Dtype::kFloat16: return FASTKD_OF_TEAM(kernel, Float16);   \
-    default: return FASTKD_OF_TEAM(kernel, float);                  \
-  }
-
-auto stats_kernel(Dtype dtype, Team team) -> void (*)(StatsDeviceParams) { FASTKD_OF_DTYPE(stats_rows) }
-auto stats_backward_kernel(Dtype dtype, Team team) -> void (*)(StatsBackwardDeviceParams){FASTKD_OF_DTYPE(stats_backward_rows)}
+// function.operator()<T, Group>()
+template <typename Function>
+auto for_kind(Dtype dtype, Team team, const Function& function) {
+  return for_dtype(dtype, [&]<typename T>() {
+    switch (team) {
+      case Team::kEighthOfWarp: return function.template operator()<T, LaneGroup<kFewLanes>>();
+      case Team::kWarp: return function.template operator()<T, LaneGroup<kManyLanes>>();
+      default: return function.template operator()<T, ClusterGroup>();
+    }
+  });
+}
+auto stats_kernel(Dtype dtype, Team team) {
+  return for_kind(dtype, team, []<typename T, class Group>() { return stats_rows<T, Group>; });
+}
+auto stats_backward_kernel(Dtype dtype, Team team) {
+  return for_kind(dtype, team, []<typename T, class Group>() { return stats_backward_rows<T, Group>; });
+}
 
 // Few lanes where there are enough rows: what each row costs beside its elements is shared by more rows of a warp. Longer rows
 // have as many warps of a block, or of a cluster where rows are few, as have some chunks each.

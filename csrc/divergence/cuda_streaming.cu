@@ -20,12 +20,7 @@ RowKernel of(bool jensen_shannon, Team team) {
 }  // namespace
 
 RowKernel streaming_kernel(Dtype dtype, bool jensen_shannon, Team team) {
-  switch (dtype) {
-    case Dtype::kFloat64: return of<double>(jensen_shannon, team);
-    case Dtype::kBFloat16: return of<BFloat16>(jensen_shannon, team);
-    case Dtype::kFloat16: return of<Float16>(jensen_shannon, team);
-    default: return of<float>(jensen_shannon, team);
-  }
+  return for_dtype(dtype, [&]<typename T>() { return of<T>(jensen_shannon, team); });
 }
 
 }  // namespace fastkd::divergence

@@ -107,13 +107,8 @@ posterior_packs(const DevicePosteriorParams p) {
   }
 }
 
-auto posterior_kernel(Dtype dtype) -> void (*)(DevicePosteriorParams) {
-  switch (dtype) {
-    case Dtype::kFloat64: return posterior_packs<double>;
-    case Dtype::kBFloat16: return posterior_packs<BFloat16>;
-    case Dtype::kFloat16: return posterior_packs<Float16>;
-    default: return posterior_packs<float>;
-  }
+auto posterior_kernel(Dtype dtype) {
+  return for_dtype(dtype, []<typename T>() { return posterior_packs<T>; });
 }
 
 void launch_fit(const DeviceContext& context, DeviceFitParams params) {

@@ -416,17 +416,12 @@ void backward_of(const BackwardParams& params, int64_t task, char* memory) {
   }
 }
 
-// function<T> for the dtype of the maps
-#define FASTKD_BY_DTYPE(function)                                           \
-  switch (params.maps.dtype) {                                              \
-    case Dtype::kFloat64: return function<double>(params, task, memory);    \
-    case Dtype::kBFloat16: return function<BFloat16>(params, task, memory); \
-    case Dtype::kFloat16: return function<Float16>(params, task, memory);   \
-    default: return function<float>(params, task, memory);                  \
-  }
-
-void part(const Params& params, int64_t task, char* memory) { FASTKD_BY_DTYPE(part_of) }
-void backward(const BackwardParams& params, int64_t task, char* memory) { FASTKD_BY_DTYPE(backward_of) }
+void part(const Params& params, int64_t task, char* memory) {
+  for_dtype(params.maps.dtype, [&]<typename T>() { part_of<T>(params, task, memory); });
+}
+void backward(const BackwardParams& params, int64_t task, char* memory) {
+  for_dtype(params.maps.dtype, [&]<typename T>() { backward_of<T>(params, task, memory); });
+}
 
 }  // namespace
 

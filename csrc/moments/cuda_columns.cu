@@ -162,20 +162,13 @@ gradient_of_columns(const DeviceBackwardParams p) {
   });
 }
 
-// kernel<T, K> for a dtype
-#define FASTKD_OF_DTYPE(kernel)                                                                    \
-  switch (dtype) {                                                                                 \
-    case Dtype::kFloat64: return packs ? kernel<double, kPack<double>> : kernel<double, 1>;        \
-    case Dtype::kBFloat16: return packs ? kernel<BFloat16, kPack<BFloat16>> : kernel<BFloat16, 1>; \
-    case Dtype::kFloat16: return packs ? kernel<Float16, kPack<Float16>> : kernel<Float16, 1>;     \
-    default: return packs ? kernel<float, kPack<float>> : kernel<float, 1>;                        \
-  }
-
 }  // namespace
 
-ForwardKernel columns_kernel(Dtype dtype, bool packs){FASTKD_OF_DTYPE(moments_of_columns)} BackwardKernel
-    columns_backward_kernel(Dtype dtype, bool packs) {
-  FASTKD_OF_DTYPE(gradient_of_columns)
+ForwardKernel columns_kernel(Dtype dtype, bool packs) {
+  return for_dtype(dtype, [&]<typename T>() { return packs ? moments_of_columns<T, kPack<T>> : moments_of_columns<T, 1>; });
+}
+BackwardKernel columns_backward_kernel(Dtype dtype, bool packs) {
+  return for_dtype(dtype, [&]<typename T>() { return packs ? gradient_of_columns<T, kPack<T>> : gradient_of_columns<T, 1>; });
 }
 
 }  // namespace fastkd::moments

@@ -231,25 +231,26 @@ gradient_of_rows(const DeviceBackwardParams p) {
   });
 }
 
-// kernel<T, Group> for a dtype and a team
-#define FASTKD_OF_TEAM(kernel, T)                              \
-  (team == Team::kLane       ? kernel<T, LaneGroup<1>>         \
-   : team == Team::kFewLanes ? kernel<T, LaneGroup<kFewLanes>> \
-   : team == Team::kWarp     ? kernel<T, LaneGroup<kWarp>>     \
-                             : kernel<T, ClusterGroup>)
-#define FASTKD_OF_DTYPE(kernel)                                     \
-  switch (dtype) {                                                  \
-    case Dtype::kFloat64: return FASTKD_OF_TEAM(kernel, double);    \
-    case Dtype::kBFloat16: return FASTKD_OF_TEAM(kernel, BFloat16); \
-    case Dtype::kFloat16: return FASTKD_OF_TEAM(kernel, Float16);   \
-    default: return FASTKD_OF_TEAM(kernel, float);                  \
-  }
+// function.operator()<T, Group>()
+template <typename Function>
+auto for_kind(Dtype dtype, Team team, const Function& function) {
+  return for_dtype(dtype, [&]<typename T>() {
+    switch (team) {
+      case Team::kLane: return function.template operator()<T, LaneGroup<1>>();
+      case Team::kFewLanes: return function.template operator()<T, LaneGroup<kFewLanes>>();
+      case Team::kWarp: return function.template operator()<T, LaneGroup<kWarp>>();
+      default: return function.template operator()<T, ClusterGroup>();
+    }
+  });
+}
 
 }  // namespace
 
-ForwardKernel rows_kernel(Dtype dtype, Team team){FASTKD_OF_DTYPE(moments_of_rows)} BackwardKernel
-    rows_backward_kernel(Dtype dtype, Team team) {
-  FASTKD_OF_DTYPE(gradient_of_rows)
+ForwardKernel rows_kernel(Dtype dtype, Team team) {
+  return for_kind(dtype, team, []<typename T, class Group>() { return moments_of_rows<T, Group>; });
+}
+BackwardKernel rows_backward_kernel(Dtype dtype, Team team) {
+  return for_kind(dtype, team, []<typename T, class Group>() { return gradient_of_rows<T, Group>; });
 }
 
 }  // namespace fastkd::moments

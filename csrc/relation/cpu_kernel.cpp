@@ -68,12 +68,7 @@ void widen(const Features& features, int64_t begin, int64_t end, int64_t first, 
       continue;
     }
     const int64_t at = row * features.stride + first;
-    switch (features.dtype) {
-      case Dtype::kFloat64: widen_row(static_cast<const double*>(features.data) + at, count, to); break;
-      case Dtype::kBFloat16: widen_row(static_cast<const BFloat16*>(features.data) + at, count, to); break;
-      case Dtype::kFloat16: widen_row(static_cast<const Float16*>(features.data) + at, count, to); break;
-      default: widen_row(static_cast<const float*>(features.data) + at, count, to);
-    }
+    for_dtype(features.dtype, [&]<typename T>() { widen_row(static_cast<const T*>(features.data) + at, count, to); });
   }
 }
 
@@ -369,12 +364,7 @@ void gradient(const Features& features, const double* pairs, double scale, int64
     for (int r = 0; r < kRows && i + r < points; ++r) {
       const F64 scaled[2] = {scale * sum[r][0], scale * sum[r][1]};
       const int64_t at = (i + r) * features.columns + column;
-      switch (features.dtype) {
-        case Dtype::kFloat64: narrow(scaled, count, static_cast<double*>(out) + at); break;
-        case Dtype::kBFloat16: narrow(scaled, count, static_cast<BFloat16*>(out) + at); break;
-        case Dtype::kFloat16: narrow(scaled, count, static_cast<Float16*>(out) + at); break;
-        default: narrow(scaled, count, static_cast<float*>(out) + at);
-      }
+      for_dtype(features.dtype, [&]<typename T>() { narrow(scaled, count, static_cast<T*>(out) + at); });
     }
   }
 }

@@ -17,12 +17,8 @@ static_assert(kHalf * kHalf == kThreads && kFeatureChunk == kHalf);
 
 FASTKD_DEVICE double feature(const Features& features, int64_t row, int64_t column) {
   const int64_t at = row * features.stride + column;
-  switch (features.dtype) {
-    case Dtype::kFloat64: return static_cast<const double*>(features.data)[at];
-    case Dtype::kBFloat16: return static_cast<double>(to_compute(static_cast<const BFloat16*>(features.data)[at]));
-    case Dtype::kFloat16: return static_cast<double>(to_compute(static_cast<const Float16*>(features.data)[at]));
-    default: return static_cast<double>(static_cast<const float*>(features.data)[at]);
-  }
+  return for_dtype(features.dtype,
+                   [&]<typename T>() { return static_cast<double>(to_compute(static_cast<const T*>(features.data)[at])); });
 }
 
 FASTKD_KERNEL(kThreads)
@@ -124,12 +120,8 @@ gradient_of_features(const DeviceGradientParams p) {
       if (row >= points || column >= features.columns) continue;
       const int64_t at = row * features.columns + column;
       const double value = scale * sum[r][s];
-      switch (features.dtype) {
-        case Dtype::kFloat64: static_cast<double*>(p.out)[at] = value; break;
-        case Dtype::kBFloat16: static_cast<BFloat16*>(p.out)[at] = from_compute<BFloat16>(static_cast<float>(value)); break;
-        case Dtype::kFloat16: static_cast<Float16*>(p.out)[at] = from_compute<Float16>(static_cast<float>(value)); break;
-        default: static_cast<float*>(p.out)[at] = static_cast<float>(value);
-      }
+      for_dtype(features.dtype,
+                [&]<typename T>() { static_cast<T*>(p.out)[at] = from_compute<T>(static_cast<Compute<T>>(value)); });
     }
   }
 }
