@@ -43,9 +43,7 @@ def save(
     shown = {name: of for name, of in (figures or {}).items() if name in wanted or name.startswith(COURSE)}
     document = {**about, "accuracies": accuracies, "teachers": teachers, **({"figures": shown} if shown else {})}
     figure = _figure(study, accuracies, teachers)
-    table = markdown(study, accuracies, teachers, about) + "".join(
-        _figure_table(study, one, shown[one.name]) for one in study.figures if one.name in shown
-    )
+    table = markdown(study, accuracies, teachers, about, shown)
     numbers = json.dumps(document, indent=1, default=str) + "\n"
     parts: dict[str, Callable[[BinaryIO], object]] = {
         "table.md": lambda file: file.write(table.encode()),
@@ -67,8 +65,14 @@ def summary(seeds: Mapping[int, float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
-def markdown(study: Study, accuracies: Accuracies, teachers: Accuracies, about: Mapping[str, Any]) -> str:
-    """A table for each column: ours, the difference to our baseline, and the paper's."""
+def markdown(
+    study: Study,
+    accuracies: Accuracies,
+    teachers: Accuracies,
+    about: Mapping[str, Any],
+    figures: Mapping[str, Accuracies] | None = None,
+) -> str:
+    """A table for each column: ours, the difference to our baseline, and the paper's; one for each of the study's figures."""
     lines = [f"{about['what']}", "", f"`{about['command']}`", "", as_markdown(overview(study, accuracies, teachers))]
     for column, rows in accuracies.items():
         where, published = study.published(column)
@@ -86,7 +90,8 @@ def markdown(study: Study, accuracies: Accuracies, teachers: Accuracies, about: 
             for name, seeds in teachers.get(column, {}).items()
         ]
         lines.append("")
-    return "\n".join(lines)
+    more = [_figure_table(study, one, figures[one.name]) for one in study.figures if figures and one.name in figures]
+    return "\n".join(lines) + "".join(more)
 
 
 def _figure_table(study: Study, figure: Figure, values: Accuracies) -> str:

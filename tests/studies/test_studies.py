@@ -310,21 +310,22 @@ def test_published_figures() -> None:
     assert Zoo(student="mobilenet", data=DataSettings(data="mnist")).published("clean")[1] == {}
 
 
-ZOO = ROOT / "results" / "zoo"
+RESULTS = ROOT / "results"
+IN_README = "fashion-mnist-noise", "cifar10"
 
 
 @pytest.mark.parametrize(
-    "folder", sorted(path.parent for path in ZOO.glob("*/results.json")), ids=lambda path: path.name
+    "folder", sorted(path.parent for path in RESULTS.glob("*/*/results.json")), ids=lambda path: path.name
 )
 def test_documents_show_the_committed_results(folder: Path) -> None:
     document = json.loads((folder / "results.json").read_text())
     table = (folder / "table.md").read_text()
-    study = Zoo(student=document["student"], data=DataSettings(data=document["data"]))
-    assert table == report.markdown(study, document["accuracies"], document["teachers"], document)
+    study = study_frame.find(folder.parent.name)(student=document["student"], data=DataSettings(data=document["data"]))
+    figures = document.get("figures")
+    assert table == report.markdown(study, document["accuracies"], document["teachers"], document, figures)
     assert document["command"] in table
     shown = report.as_markdown(report.overview(study, document["accuracies"], document["teachers"]))
-    assert document["command"] in (readme := (ZOO / "README.md").read_text())
-    assert shown in readme
-    if folder.name == "fashion-mnist-noise":
-        assert document["command"] in (readme := (ROOT / "README.md").read_text())
+    for place in (folder.parent, *([ROOT] if folder.name in IN_README else [])):
+        readme = (place / "README.md").read_text()
+        assert document["command"] in readme
         assert shown in readme
