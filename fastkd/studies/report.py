@@ -121,24 +121,24 @@ def course_figure(study: Study, figures: Mapping[str, Accuracies]) -> Figure_:
     """The accuracy on the way: a panel for each column, the mean of the seeds of each row."""
     places = sorted(int(name.removeprefix(COURSE)) for name in figures if name.startswith(COURSE))
     columns = [c for c in study.all_columns if any(c in figures[f"{COURSE}{place}"] for place in places)]
-    figure = canvas(1.0 + 4.2 * len(columns), 3.8)
+    at = {place: figures[f"{COURSE}{place}"] for place in places}
+    names = in_order(study, {row for of_columns in at.values() for rows in of_columns.values() for row in rows})
+    figure = canvas(2.4 + 4.2 * len(columns), 3.8)
     axes = None
     for i, column in enumerate(columns):
         axes = figure.add_subplot(1, len(columns), i + 1, sharey=axes)
-        at = {place: figures[f"{COURSE}{place}"].get(column, {}) for place in places}
-        rows = in_order(study, {row for of_rows in at.values() for row in of_rows})
-        for number, row in enumerate(rows):
-            there = [place for place in places if row in at[place]]
-            means = [100 * statistics.fmean(at[place][row].values()) for place in there]
-            colour = COURSE_COLOURS[number % len(COURSE_COLOURS)]
-            axes.plot(there, means, color=colour, linestyle=STYLES[number // 3 % len(STYLES)], linewidth=1.2, label=row)
+        for number, row in enumerate(names):
+            there = [place for place in places if row in at[place].get(column, {})]
+            means = [100 * statistics.fmean(at[place][column][row].values()) for place in there]
+            colour, style = COURSE_COLOURS[number % len(COURSE_COLOURS)], STYLES[number // 3 % len(STYLES)]
+            axes.plot(there, means, color=colour, linestyle=style, linewidth=1.2, label=row if i == 0 else None)
         frame(axes)
         axes.set_title(column, fontsize=10, loc="left", color=INK)
         axes.set_xlabel("share of the training, %", fontsize=8, color=INK)
         axes.tick_params(labelsize=8)
         if i == 0:
             axes.set_ylabel("test accuracy, %", fontsize=8, color=INK)
-            axes.legend(fontsize=6, frameon=False)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
     return figure
 
 
