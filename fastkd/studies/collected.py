@@ -31,6 +31,7 @@ __all__ = ["Collected", "CollectionSettings", "make_collection", "scores_of"]
 TASK, REST = "task", "rest"
 MOST_IN_MEMORY = 8e9  # bytes of images, of the CPU
 LONG_RUN = 15  # draws for each image, about as many as of rel + irrel in Begon & Geurts: 6.75 million of 486,000
+DRAWS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,11 @@ class Collected:
         Args:
             counts: int64 ``[N]``, the draws of each image.
         """
+        table, often = self.batches.table, torch.zeros(len(counts), dtype=torch.int64, device=self.drawn_from.device)
         draws = LONG_RUN * int(self.drawn_from.sum())
-        often = self.batches.table.sample_at(self._seed, 0, draws).bincount(minlength=len(counts))
+        for start in range(0, draws, DRAWS_AT_ONCE):
+            drawn = table.sample_at(self._seed, start, min(DRAWS_AT_ONCE, draws - start))
+            statistics.draw_counts(drawn, out=often)
         long_run = self._figures_of(often.to(counts.device))
         return self._figures_of(counts) | {f"long_run_{name}": value for name, value in long_run.items()}
 
