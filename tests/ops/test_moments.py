@@ -303,17 +303,20 @@ def test_no_second_derivative(device: torch.device, generator: torch.Generator) 
     assert not fastkd.channel_moments(x.detach()).var.requires_grad
 
 
-def test_opcheck(device: torch.device, generator: torch.Generator) -> None:
-    for shape in ((3, 4, 2, 2), (3, 4), (3, 4, 5), (2, 3, 2, 1, 2)):
-        for memory_format in FORMATS:
-            x = laid(normal(generator, *shape).to(device, torch.float32), memory_format)
-            for per_sample in (False, True):
-                torch.library.opcheck(
-                    torch.ops.fastkd.channel_moments.default, (x.detach().requires_grad_(), per_sample)
-                )
-                mean, var = fastkd.channel_moments(x, per_sample=per_sample)
-                for gradients in ((mean, None), (None, var), (mean, var)):
-                    torch.library.opcheck(torch.ops.fastkd.channel_moments_backward.default, (x, mean, *gradients))
+@pytest.mark.parametrize("per_sample", [False, True], ids=["batch", "samples"])
+def test_opcheck(per_sample: bool, device: torch.device, generator: torch.Generator) -> None:
+    contiguous, channels_last = FORMATS[:2]
+    for shape, memory_format in (
+        ((3, 4, 2, 2), contiguous),
+        ((3, 4, 2, 2), channels_last),
+        ((3, 4), contiguous),
+        ((2, 3, 2, 1, 2), channels_last),
+    ):
+        x = laid(normal(generator, *shape).to(device, torch.float32), memory_format)
+        torch.library.opcheck(torch.ops.fastkd.channel_moments.default, (x.detach().requires_grad_(), per_sample))
+        mean, var = fastkd.channel_moments(x, per_sample=per_sample)
+        for gradients in ((mean, None), (None, var), (mean, var)) if len(shape) == 4 else ((mean, var),):
+            torch.library.opcheck(torch.ops.fastkd.channel_moments_backward.default, (x, mean, *gradients))
 
 
 @pytest.mark.compiles
