@@ -17,9 +17,10 @@ struct Float16 {
   uint16_t bits;
 };
 
-// function.operator()<T>() of the type of a dtype of floats; the caller checked that it is one.
+// Calls function<T>() with the type T of a dtype, [&]<typename T>() { ... }. The dtype is one of floats, which the operator
+// checked.
 #if defined(__CUDACC__)
-#pragma nv_exec_check_disable  // it is the side of the function's that this is called on
+#pragma nv_exec_check_disable  // a function of the host alone is called on the host alone
 #endif
 template <typename Function>
 FASTKD_HOST_DEVICE auto for_dtype(Dtype dtype, const Function& function) {

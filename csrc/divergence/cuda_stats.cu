@@ -319,7 +319,7 @@ stats_backward_rows(const StatsBackwardDeviceParams p) {
   });
 }
 
-// function.operator()<T, Group>()
+// Calls function<T, Group>() with the type of a dtype and the group of a team.
 template <typename Function>
 auto for_kind(Dtype dtype, Team team, const Function& function) {
   return for_dtype(dtype, [&]<typename T>() {

@@ -231,7 +231,7 @@ gradient_of_rows(const DeviceBackwardParams p) {
   });
 }
 
-// function.operator()<T, Group>()
+// Calls function<T, Group>() with the type of a dtype and the group of a team.
 template <typename Function>
 auto for_kind(Dtype dtype, Team team, const Function& function) {
   return for_dtype(dtype, [&]<typename T>() {
