@@ -78,6 +78,10 @@ class Step(Protocol):
         clipped, as the settings say.
         """
 
+    def restart(self, *parts: str) -> None:
+        """Lets the optimizers of these parts forget what they have gathered, momentum and averages of gradients, as their
+        parameters have been drawn anew."""
+
 
 class Procedure(nn.Module):
     """Base of procedures: :meth:`parts`, :meth:`network` and :meth:`iteration` are needed.

@@ -273,6 +273,8 @@ class Experiment:
             batch_size=self.settings.batch_size,
             items=len(data.train),
             num_classes=data.train.num_classes,
+            mean=data.train.mean,
+            std=data.train.std,
             make_student=make,
         )
         with seeded(mixed_seed("method", seed)):  # of what the method has beside the student: a regressor, a generator
@@ -387,6 +389,9 @@ class _NoUpdates:
         self._parts = parts
 
     def update(self, loss: Tensor, *parts: str) -> None:
+        self.restart(*parts)
+
+    def restart(self, *parts: str) -> None:
         for name in parts:
             if name not in self._parts:
                 raise unknown_name("part", name, self._parts)
