@@ -72,8 +72,9 @@ def arguments_of(kind: type) -> dict[str, tuple[inspect.Parameter, Any]]:
     for one in kind.__mro__:
         if "__init__" not in vars(one):
             continue
-        hints = typing.get_type_hints(one.__init__)
-        parameters = list(inspect.signature(one.__init__).parameters.values())[1:]
+        init: Any = vars(one)["__init__"]
+        hints = typing.get_type_hints(init)
+        parameters = list(inspect.signature(init).parameters.values())[1:]
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         found = {**{p.name: (p, hints.get(p.name, Any)) for p in named}, **found}
         if all(p.kind is not p.VAR_KEYWORD for p in parameters):

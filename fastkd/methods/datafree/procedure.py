@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -211,18 +211,22 @@ class DataFree(Procedure):
         check_module("student", student)
         few = images.detach()
         classes = _classes_of_both(student, teacher, few)
-        self.attention_maps, layers = None, ((), ())
+        layers: list[tuple[str, ...]] = [(), ()]
+        self.attention_maps: AT | None = None
         if attention:
-            layers = feature_layers(student).stages, feature_layers(teacher).stages
+            layers = [feature_layers(network).stages for network in (student, teacher)]
             self.attention_maps = AT(*layers, feature_weight=attention)
         self.student = FeatureTap(student, layers[0])
         asked = classes if _checks.check_flag("ask_classes", ask_classes) else 0
         shape = images.shape[1:]
-        norm = {"mean": mean, "std": std}
-        sizes = {"latent": latent, "width": width}
-        self.maker = Maker(source, batch_size, shape, **norm, classes=asked, jitter=jitter, **sizes)
-        self.bank = Bank(max(capacity, batch_size), images=shape, logits=(classes,)) if memory == "bank" else None
-        self.replay = Replay(shape=shape, **norm, **sizes) if memory == "replay" else None
+        self.maker = Maker(
+            source, batch_size, shape, mean, std, classes=asked, latent=latent, width=width, jitter=jitter
+        )
+        self.bank, self.replay = None, None
+        if memory == "bank":
+            self.bank = Bank(max(capacity, batch_size), images=shape, logits=(classes,))
+        elif memory == "replay":
+            self.replay = Replay(latent, shape, width=width, mean=mean, std=std)
         self._check_together()
         self.freeze("teacher", teacher)
         self._teacher = (  # in a tuple, nn.Module does not see it
@@ -240,6 +244,7 @@ class DataFree(Procedure):
             self.contrast = Contrast(self._features_of(few), max(capacity, batch_size))
         self.rounds = 2 * self.student_steps if select else self.student_steps
         """Batches made for the student in an iteration."""
+        self.tally: Tensor
         # of an epoch, on the device: the shares usable, selected and filled, how often not all were filled, iterations
         self.register_buffer("tally", torch.zeros(5))
         self._warned = False
@@ -361,7 +366,7 @@ class DataFree(Procedure):
         """The terms of the loss of what makes the images, each with its weight; their sum is minimised. Those of weight 0 are
         not there."""
         every = terms.shares(made.usable)
-        asked = {
+        asked: dict[str, Callable[[], Tensor]] = {
             "adversarial": lambda: self._adversarial(made),
             "class_prior": lambda: terms.class_prior(made.stats, made.logits, made.labels, every),
             "entropy": lambda: terms.label_entropy(made.stats, every),

@@ -14,7 +14,7 @@ __all__ = ["Replay", "gaussian_divergence"]
 
 def gaussian_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
     """``KL(N(mean, variance) || N(0, 1))``, summed over the dimensions, mean over the batch ``[B, d]``."""
-    rows = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum(1)
+    rows: Tensor = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum(1)
     return rows.mean()
 
 
@@ -58,7 +58,7 @@ class Replay(nn.Module):
             logits = torch.cat([teacher_logits[:half], teacher(own)])
         mean, log_variance = self.encoder(target)
         made = self.decoder(mean + (0.5 * log_variance).exp() * torch.randn_like(mean))
-        distance = (made - target).abs().mean() + (teacher(made) - logits).abs().mean()
+        distance: Tensor = (made - target).abs().mean() + (teacher(made) - logits).abs().mean()
         return distance + self.divergence_weight * gaussian_divergence(mean, log_variance)
 
     def samples(self, count: int) -> Tensor:

@@ -69,11 +69,11 @@ def divergence(
 def class_prior(teacher: LogitStats, teacher_logits: Tensor, labels: Tensor | None, weight: Tensor) -> Tensor:
     """Cross-entropy of the teacher with its own prediction, ``logsumexp - max`` (DAFL), or with labels that were asked for,
     int64 ``[B]`` (DeepInversion, CMI, NAYER)."""
-    if labels is None:
-        rows = teacher.logsumexp - teacher.max
-    else:
+    rows = teacher.logsumexp - teacher.max
+    if labels is not None:
         rows = F.cross_entropy(teacher_logits.float(), labels, reduction="none")
-    return (rows * weight).sum()
+    total: Tensor = (rows * weight).sum()
+    return total
 
 
 def label_entropy(teacher: LogitStats, weight: Tensor) -> Tensor:
@@ -84,7 +84,8 @@ def label_entropy(teacher: LogitStats, weight: Tensor) -> Tensor:
 def balance(teacher_logits: Tensor, weight: Tensor) -> Tensor:
     """``sum p ln p`` of the mean prediction: lowest, ``-ln K``, where all classes are as likely."""
     mean = weight @ teacher_logits.float().softmax(1)
-    return torch.special.xlogy(mean, mean.clamp(min=torch.finfo(mean.dtype).tiny)).sum()
+    terms: Tensor = torch.special.xlogy(mean, mean.clamp(min=torch.finfo(mean.dtype).tiny))
+    return terms.sum()
 
 
 def mean_activation(latents: Tensor | None, weight: Tensor) -> Tensor:
