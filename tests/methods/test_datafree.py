@@ -348,9 +348,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "latents without a bank": ({"source": "latents"}, "memory is not 'bank', must be"),
     "bank and shared": ({"memory": "bank", "share_images": True}, "share_images is True, must be False"),
     "jitter": ({"jitter": 2}, "jitter is 2, must be 0 for the source 'noise'"),
-    "sigmoid": ({"output": "sigmoid", "mean": None, "std": None}, "mean is None, must be"),
+    "sigmoid": ({"squash": "sigmoid", "mean": None, "std": None}, "mean is None, must be"),
     "channels": (
-        {"output": "sigmoid", "mean": (0.1, 0.2), "std": (1.0, 1.0)},
+        {"squash": "sigmoid", "mean": (0.1, 0.2), "std": (1.0, 1.0)},
         "mean has 2 values, must be one for each",
     ),
     "batch": ({"batch_size": 1}, "batch_size is 1, must be"),

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from fastkd import _checks
 from fastkd.models.generator import Generator, check_image_shape
 
-__all__ = ["Images", "Maker", "Output", "Source"]
+__all__ = ["Images", "Maker", "Source", "Squash"]
 
 Source = Literal["noise", "latents", "pixels"]
-Output = Literal["tanh", "sigmoid"]
+Squash = Literal["tanh", "sigmoid"]
 
 
 class Images(NamedTuple):
@@ -36,7 +36,7 @@ class Maker(nn.Module):
         batch_size: B.
         shape: (C, H, W).
         mean, std: of the teacher's images, if known.
-        output: of the generator: ``tanh`` and a batch norm without weights, or ``sigmoid``, normalised by mean and std.
+        squash: of the generator: ``tanh`` and a batch norm without weights, or ``sigmoid``, normalised by mean and std.
         classes: K, where each image is asked to be of a class, all classes alike; 0: none is.
         latent: dimensions of noise and latents.
         width: maps of the generator.
@@ -51,7 +51,7 @@ class Maker(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         *,
-        output: Output = "tanh",
+        squash: Squash = "tanh",
         classes: int = 0,
         latent: int = 256,
         width: int = 128,
@@ -68,9 +68,9 @@ class Maker(nn.Module):
         self.std = None if std is None else tuple(std)
         self.generator: Generator | None = None
         if source != "pixels":
-            if output == "sigmoid" and mean is None:
-                raise ValueError("fastkd: mean is None, must be that of the teacher's images for the output 'sigmoid'")
-            norm = (mean, std) if output == "sigmoid" else (None, None)
+            if squash == "sigmoid" and mean is None:
+                raise ValueError("fastkd: mean is None, must be that of the teacher's images for the squash 'sigmoid'")
+            norm = (mean, std) if squash == "sigmoid" else (None, None)
             self.generator = Generator(latent, self.shape, width=width, mean=norm[0], std=norm[1])
         self.drawn: nn.Parameter | None = None
         """Latents ``[B, latent]``, or pixels ``[B, C, H, W]``."""

@@ -20,7 +20,7 @@ from fastkd.methods.datafree.bank import Bank
 from fastkd.methods.datafree.contrast import Contrast
 from fastkd.methods.datafree.judged import Judged, judge
 from fastkd.methods.datafree.lessons import Lesson, Lessons, choose
-from fastkd.methods.datafree.maker import Maker, Output, Source
+from fastkd.methods.datafree.maker import Maker, Source, Squash
 from fastkd.methods.datafree.replay import Replay
 from fastkd.methods.datafree.terms import Divergence
 from fastkd.methods.datafree.watched_teacher import WatchedTeacher
@@ -74,7 +74,7 @@ class DataFree(Procedure):
         share_images: whether the student's first update is on the images, and the teacher's logits, of the generator's last.
         source: what is optimised: noise (a generator of fresh noise), latents (a generator and what goes into it, drawn anew in
             each iteration) or pixels (the images themselves, drawn anew).
-        output: of the generator: tanh and a batch norm without weights, or sigmoid, normalised as the teacher's images are.
+        squash: of the generator: tanh and a batch norm without weights, or sigmoid, normalised as the teacher's images are.
         jitter: pixels by which images are shifted, at random, before each update of theirs.
         renew: iterations after which the generator gets new weights; 0: never.
         memory: what the student learns on beside new images: none, bank (images made before, with the teacher's logits, and
@@ -122,7 +122,7 @@ class DataFree(Procedure):
         student_steps: int = 1,
         share_images: bool = False,
         source: Source = "noise",
-        output: Output = "tanh",
+        squash: Squash = "tanh",
         jitter: int = 0,
         renew: int = 0,
         memory: Memory = "none",
@@ -151,7 +151,7 @@ class DataFree(Procedure):
             ("adversary", adversary, Divergence),
             ("distance", distance, Divergence),
             ("source", source, Source),
-            ("output", output, Output),
+            ("squash", squash, Squash),
             ("memory", memory, Memory),
         ):
             _checks.check_choice(name, value, get_args(choices))
@@ -186,7 +186,7 @@ class DataFree(Procedure):
         asked = classes if _checks.check_flag("ask_classes", ask_classes) else 0
         shape = images.shape[1:]
         sizes = {"latent": latent, "width": width, "jitter": jitter, "classes": asked}
-        self.maker = Maker(source, batch_size, shape, mean, std, output=output, **sizes)
+        self.maker = Maker(source, batch_size, shape, mean, std, squash=squash, **sizes)
         self.bank, self.replay = None, None
         if memory == "bank":
             self.bank = Bank(max(capacity, batch_size), images=shape, logits=(classes,))
