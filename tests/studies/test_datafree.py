@@ -20,7 +20,7 @@ from fastkd.studies.datafree.study import ROWS, TEACHERS
 from fastkd.studies.study import Accuracies, find
 from fastkd.studies.zoo import Zoo
 
-pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread", "no_figures")]
 
 PLUGIN = Path(__file__).parents[2] / "examples" / "adversarial.py"
 ABOUT = {"what": "resnet8 from resnet14", "command": "fastkd study datafree"}
@@ -50,8 +50,8 @@ def all_methods(adversarial: registry.Entry, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_grid(tmp_path: Path) -> None:
     study = DataFree()
     assert find("datafree") is DataFree
-    runs = study.grid(study.methods, study.teachers, 4)
-    assert len(runs) == len({run.folder(tmp_path) for run in runs}) == 11 * 5 * 4
+    runs = study.grid(study.methods, study.teachers, 2)
+    assert len(runs) == len({run.folder(tmp_path) for run in runs}) == 11 * 5 * 2
     for run in runs:
         own = run.distillation
         assert (own.training.seed, own.teacher_seed) == (run.seed, int(run.column.removeprefix("T")) - 1)
@@ -63,7 +63,7 @@ def test_the_grid(tmp_path: Path) -> None:
     assert study.distillation("adversarial", "T2", 0).options == {}
     with pytest.raises(ValueError, match="method 'hinton' is unknown"):
         study.grid(["hinton"], ["T1"], 1)
-    with pytest.raises(ValueError, match="teacher 'T6' is unknown, did you mean T1"):
+    with pytest.raises(ValueError, match="teacher 'T6' is unknown, must be one of T1, T2"):
         study.grid(["adversarial"], ["T6"], 1)
 
 
@@ -182,27 +182,14 @@ def test_spread_of_a_part(columns: tuple[str, ...]) -> None:
 # ---- the command -------------------------------------------------------------------------------------
 
 TINY = ["study", "datafree", "--plugin", str(PLUGIN), "--data", "digits", "--train-size", "100", "--test-size", "40"]
-TINY += [
-    "--shrink",
-    "2",
-    "--teacher",
-    "resnet8",
-    "--student",
-    "resnet8",
-    "--epochs",
-    "4",
-    "--batch-size",
-    "8",
-    "--device",
-    "cpu",
-]
+TINY += ["--shrink", "2", "--teacher", "resnet8", "--student", "resnet8", "--epochs", "2", "--batch-size", "8"]
 TINY += ["--teacher-epochs", "1", "--teacher-batch-size", "50", "--iterations", "1", "--methods", "adversarial"]
+TINY += ["--device", "cpu"]
 
 
 @pytest.mark.usefixtures("adversarial")
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [*TINY, "--teachers", "T1", "T3", "--seeds", "2", "--output", str(tmp_path)]
-    assert main(command) == 0
+    assert main([*TINY, "--teachers", "T1", "T3", "--seeds", "2", "--output", str(tmp_path)]) == 0
     capsys.readouterr()
     made = {"table.md", "results.json", "accuracy.png", "course.png", "spread.png", "runs"}
     assert {path.name for path in tmp_path.iterdir()} == made
@@ -225,9 +212,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
             peak = figures["peak_accuracy"][column]["adversarial"][seed]
             assert figures["teacher_gap"][column]["adversarial"][seed] == teacher - peak
             assert figures["test_accuracy_at_100"][column]["adversarial"][seed] <= peak
-    before = (tmp_path / "results.json").read_bytes()
-    assert main(command) == 0
-    assert (tmp_path / "results.json").read_bytes() == before
 
 
 @pytest.mark.usefixtures("adversarial")

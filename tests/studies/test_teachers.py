@@ -23,7 +23,7 @@ from fastkd.studies.settings import Distillation
 from fastkd.studies.study import Run, run_all
 from fastkd.training import Process, TrainingSettings
 
-pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread", "no_figures")]
 
 PLUGIN = Path(__file__).parents[2] / "examples" / "adversarial.py"
 HERE = Process(0, 1, torch.device("cpu"))
