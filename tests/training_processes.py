@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from training_cases import CLASSES, Batches, InterruptionError, Linear, make_settings, small, small_resnet, train
 
+from fastkd._figures import canvas
 from fastkd._seeding import seeded
 from fastkd.data import NoBatches
 from fastkd.methods import (
@@ -335,3 +336,24 @@ def state_in_two(rank: int, folder: Path) -> None:
                 with contextlib.suppress(InterruptionError):
                     trainer.fit(resume="auto")
             torch.save(procedure.state_dict(), folder / f"{name}{rank}.pt")
+
+
+class Drawn(Seen):
+    """With a picture called after the rank, or none that is one."""
+
+    wrong = False
+
+    def pictures(self, step: Any) -> Any:
+        return {f"rank{step.rank}": None if self.wrong else canvas(1.0, 1.0)}
+
+
+def draw_in_two(rank: int, folder: Path) -> None:
+    with process_group("cpu"):
+        options: Any = {"show": "off", "pictures_every": 2}
+        Trainer(Drawn(0), Batches(rank=rank), make_settings(), folder=folder / "run", **options).fit()
+        wrong = Drawn(0)
+        wrong.wrong = True
+        try:
+            Trainer(wrong, Batches(rank=rank), make_settings(), folder=folder / "wrong", **options).fit()
+        except TypeError as error:
+            (folder / f"refused{rank}").write_text(str(error))

@@ -40,12 +40,15 @@ class Distill(Distillation):
     """A TOML or YAML file with any of these options, as "epochs = 30"; those of the command line come before them."""
     threads: int = 0
     """Of the CPU; 0: as many as torch takes."""
+    pictures_every: int = 0
+    """Epochs of the student after which figures of what the method makes, generated images for instance, are drawn; after
+    the last one, too. They lie in "pictures" in --output. Not all methods have some. 0: none are drawn."""
 
     def __call__(self, console: Console) -> None:
         settings = self._settings()
         # first what was said, then the files that it names, then the images, then the work
         with usage_errors():
-            Experiment(settings).check()
+            Experiment(settings, pictures_every=self.pictures_every).check()
         check_device(self.device)
         if not 0 <= self.threads <= MOST_THREADS:
             raise UsageError(
@@ -55,7 +58,7 @@ class Distill(Distillation):
             torch.set_num_threads(self.threads)
         check_writable("--output", self.output, self.output / "result.json")
         with usage_errors(), process_group(None if self.device == "auto" else self.device) as process:
-            result = run(settings, self.output, process)
+            result = run(settings, self.output, process, pictures_every=self.pictures_every)
             if process.rank == 0:
                 console.print(_table(settings, result.accuracy, result.teacher_accuracy))
                 console.print(f"\nresults  {self.output}", highlight=False, soft_wrap=True)

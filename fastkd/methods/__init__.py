@@ -2,8 +2,8 @@
 
 The zoo of Sarfraz et al., "Knowledge Distillation Beyond Model Compression" (ICPR 2020): Hinton and BSS (:mod:`.response`),
 FitNet, FSP and AT (:mod:`.representation`), RKD and SP (:mod:`.relational`), ONE and DML (:mod:`.online`). Beside them DKD and
-DIST (:mod:`.logits`), SRD (:mod:`.representation`), CRD and SSKD (:mod:`.contrastive`), and fixed-linear distillation on
-unlabeled collections (:mod:`.collections`).
+DIST (:mod:`.logits`), SRD (:mod:`.representation`), CRD and SSKD (:mod:`.contrastive`), fixed-linear distillation on
+unlabeled collections (:mod:`.collections`), and distillation without data (:mod:`.datafree`).
 
 A method with its networks is an
 :class:`Objective`, one of the procedures (:mod:`.procedure`) that a trainer trains.
@@ -11,6 +11,7 @@ A method with its networks is an
 
 from fastkd.methods.collections import FixedLinear
 from fastkd.methods.contrastive import CRD, SSKD
+from fastkd.methods.datafree import DataFree
 from fastkd.methods.features import FeatureTap, JointLogits, Outputs
 from fastkd.methods.logits import DIST, DKD
 from fastkd.methods.method import Loss, Method, WeightedMethod
@@ -37,6 +38,7 @@ __all__ = [
     "Attacked",
     "Baseline",
     "Cohort",
+    "DataFree",
     "FeatureTap",
     "FitNet",
     "FixedLinear",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from fastkd.methods.features import FeatureTap
 from fastkd.models.modes import evaluating
 
-__all__ = ["Given", "feature_of"]
+__all__ = ["Given", "arguments_of", "feature_of"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Given:
     items: int | None = None
     """Images of the training set."""
     num_classes: int | None = None
+    mean: tuple[float, ...] | None = None
+    """Of the images before they are normalised, in [0, 1], a number a channel."""
+    std: tuple[float, ...] | None = None
+    """And their standard deviation."""
     make_student: Callable[[int], nn.Module] | None = None
     """Makes networks like the student, by seed; that of 0 is the student."""
 
@@ -52,12 +57,29 @@ class Given:
         Raises:
             ValueError: some of it is not given.
         """
-        parameters = inspect.signature(kind).parameters
+        parameters = {name: parameter for name, (parameter, _) in arguments_of(kind).items()}
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name in parameters}
         for name, value in found.items():
             if value is None and parameters[name].default is inspect.Parameter.empty:
                 raise ValueError(f"fastkd: {name} is None, must be given for {kind.__name__}")
         return {name: value for name, value in found.items() if value is not None}
+
+
+def arguments_of(kind: type) -> dict[str, tuple[inspect.Parameter, Any]]:
+    """What a class takes, with the annotation of each; where it hands on what it does not name (``**options``), what the class
+    before it takes, too."""
+    found: dict[str, tuple[inspect.Parameter, Any]] = {}
+    for one in kind.__mro__:
+        if "__init__" not in vars(one):
+            continue
+        init: Any = vars(one)["__init__"]
+        hints = typing.get_type_hints(init)
+        parameters = list(inspect.signature(init).parameters.values())[1:]
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        found = {**{p.name: (p, hints.get(p.name, Any)) for p in named}, **found}
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return found
 
 
 @torch.no_grad()

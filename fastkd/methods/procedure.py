@@ -17,6 +17,7 @@ from fastkd.methods.features import check_module
 from fastkd.methods.given import Given
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from typing_extensions import Self
 
 __all__ = ["Part", "Procedure", "Step"]
@@ -78,6 +79,10 @@ class Step(Protocol):
         clipped, as the settings say.
         """
 
+    def restart(self, *parts: str) -> None:
+        """Lets the optimizers of these parts forget what they have gathered, momentum and averages of gradients, as their
+        parameters have been drawn anew."""
+
 
 class Procedure(nn.Module):
     """Base of procedures: :meth:`parts`, :meth:`network` and :meth:`iteration` are needed.
@@ -129,6 +134,17 @@ class Procedure(nn.Module):
 
     def after_epoch(self, step: Step) -> Mapping[str, Tensor | float]:
         """Called after the last iteration of each epoch, before the evaluation; what it returns is logged."""
+        return {}
+
+    def pictures(self, step: Step) -> Mapping[str, Figure]:
+        """Figures by name of what the training makes, generated images for instance, drawn after some epochs where the trainer
+        is asked to. A name is part of a file's: letters, digits, ``_``, ``.`` and ``-``.
+
+        Called in evaluation mode, without gradients, on rank 0 alone: it must make no update, change no state, and not wait
+        for other ranks. The random generators of torch, numpy and Python are seeded the same each time, and as before
+        afterwards: from the same noise the images of all epochs can be compared. :mod:`fastkd.methods.pictures`, which
+        needs matplotlib and is to be imported in here, draws some.
+        """
         return {}
 
     def deployed(self, network: nn.Module) -> nn.Module:

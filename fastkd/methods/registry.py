@@ -15,7 +15,6 @@ import importlib.util
 import inspect
 import re
 import sys
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from fastkd._checks import check_text
 from fastkd._names import unknown_name
-from fastkd.methods.given import Given
+from fastkd.methods.given import Given, arguments_of
 from fastkd.methods.method import Method
 from fastkd.methods.objective import Objective
 from fastkd.methods.procedure import Procedure
@@ -88,6 +87,8 @@ class Entry:
     trains: str
     paper: str
     defaults: dict[str, Any] = field(default_factory=dict)
+    summary: str = ""
+    """What it does, in one line."""
 
     @property
     def needs_teacher(self) -> bool:
@@ -99,21 +100,15 @@ class Entry:
         """Whether it is given images, of any kind."""
         return any(need != "teacher" for need in self.needs)
 
-    @property
-    def summary(self) -> str:
-        """What it does, in one line."""
-        return next(iter((inspect.getdoc(self.kind) or "").splitlines()), "")
-
     def options(self) -> dict[str, Option]:
         """By name; those of the class that :class:`Given` does not have."""
-        hints = typing.get_type_hints(self.kind.__init__)
         said = _argument_docs(self.kind)
         found = {}
-        for name, parameter in list(inspect.signature(self.kind).parameters.items()):
-            if name in _GIVEN or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        for name, (parameter, hint) in arguments_of(self.kind).items():
+            if name in _GIVEN:
                 continue
             default = None if parameter.default is parameter.empty else parameter.default
-            found[name] = Option(name, hints.get(name, Any), self.defaults.get(name, default), said.get(name, ""))
+            found[name] = Option(name, hint, self.defaults.get(name, default), said.get(name, ""))
         return found
 
     def make(self, given: Given, settings: dict[str, Any]) -> Method | Procedure:
@@ -136,6 +131,7 @@ def register(
     needs: tuple[str, ...] = ("labels", "teacher"),
     trains: str = "student",
     paper: str = "",
+    summary: str = "",
     **defaults: Any,
 ) -> Callable[[Kind], Kind]:
     """Gives a class of :class:`fastkd.methods.Method` or :class:`fastkd.methods.Procedure` a name.
@@ -145,6 +141,7 @@ def register(
         needs: of :data:`NEEDS`.
         trains: the networks that learn, in words.
         paper: the source.
+        summary: what it does, in a line; that of the class by default.
         defaults: of its options, where they are others under this name.
 
     Raises:
@@ -169,7 +166,8 @@ def register(
             kind.__qualname__,
         ):
             raise ValueError(f"fastkd: name {name!r} is taken by {other.kind.__module__}.{other.kind.__qualname__}")
-        _entries[name] = Entry(name, kind, family, tuple(needs), trains, paper, defaults)
+        said = summary or next(iter((inspect.getdoc(kind) or "").splitlines()), "")
+        _entries[name] = Entry(name, kind, family, tuple(needs), trains, paper, defaults, said)
         return kind
 
     return decorate

@@ -27,6 +27,7 @@ from fastkd.training import Process, Trainer, evaluator
 from fastkd.training.distributed import on_first_rank, sum_of_ranks
 from fastkd.training.folder import MODEL
 from fastkd.training.metrics import EpochMetrics, Running, check_terms
+from fastkd.training.pictures import check_pictures_every
 from fastkd.training.progress import Show
 from fastkd.training.randomness import everything_seeded
 from fastkd.training.update import TrainedPart, trained_parts
@@ -42,7 +43,13 @@ COURSE_STEP = 5  # %, of the course of a method without images, which is evaluat
 
 
 def run(
-    settings: Distillation, folder: Path, process: Process, *, teachers: Path | None = None, show: Show = "auto"
+    settings: Distillation,
+    folder: Path,
+    process: Process,
+    *,
+    teachers: Path | None = None,
+    show: Show = "auto",
+    pictures_every: int = 0,
 ) -> Result:
     """Runs it, or goes on where it was interrupted, or reads the result that is there.
 
@@ -51,13 +58,13 @@ def run(
         process: this one (:func:`fastkd.training.process_group`).
         teachers: a folder where teachers are kept, a folder each, so that other students of the same teacher find it; that
             of the student if None.
-        show: as of the Trainer.
+        show, pictures_every: as of the Trainer; the pictures are of the student's training.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: settings that cannot be, data that is not there, a folder that holds
             another run.
     """
-    experiment = Experiment(settings, process)
+    experiment = Experiment(settings, process, pictures_every=pictures_every)
     experiment.check()
     done = on_first_rank(lambda: read_result(settings, folder))
     if done is not None:
@@ -84,11 +91,16 @@ class _Data(NamedTuple):
 class Experiment:
     """A distillation, as its settings say, in this process.
 
+    Args:
+        pictures_every: as of the Trainer. No setting, as the result does not depend on it.
+
     Raises:
-        ValueError, FileNotFoundError, ImportError: an unknown method; a plugin that is not there or cannot be imported.
+        ValueError, FileNotFoundError, ImportError: an unknown method; a plugin that is not there or cannot be imported; a
+            negative pictures_every, or one without matplotlib.
     """
 
-    def __init__(self, settings: Distillation, process: Process = ALONE) -> None:
+    def __init__(self, settings: Distillation, process: Process = ALONE, *, pictures_every: int = 0) -> None:
+        self._pictures_every = check_pictures_every(pictures_every)
         if settings.plugin is not None:
             methods.load_plugin(settings.plugin)
         self.settings, self.process = settings, process
@@ -297,6 +309,8 @@ class Experiment:
             batch_size=batch_size,
             items=len(data.train),
             num_classes=data.train.num_classes,
+            mean=data.train.mean,
+            std=data.train.std,
             make_student=make,
         )
         with seeded(mixed_seed("method", seed)):  # of what the method has beside the student: a regressor, a generator
@@ -371,6 +385,7 @@ class Experiment:
             evaluate=evaluator(data.test_images, data.test_target),
             folder=folder,
             show=show,
+            pictures_every=self._pictures_every,
             description={name: str(value) for name, value in settings.description().items() if name != "training"},
         )
         history = trainer.fit(resume="auto")
@@ -424,6 +439,9 @@ class _NoUpdates:
         self._parts = parts
 
     def update(self, loss: Tensor, *parts: str) -> None:
+        self.restart(*parts)
+
+    def restart(self, *parts: str) -> None:
         for name in parts:
             if name not in self._parts:
                 raise unknown_name("part", name, self._parts)

@@ -2,6 +2,7 @@
 
 from fastkd.training.distributed import Process, process_group
 from fastkd.training.evaluation import evaluate, evaluator
+from fastkd.training.frechet import frechet_distance, latents
 from fastkd.training.inference import predict
 from fastkd.training.metrics import read_metrics
 from fastkd.training.segmentation import class_iou, confusion_matrix, mean_iou
@@ -16,6 +17,8 @@ __all__ = [
     "confusion_matrix",
     "evaluate",
     "evaluator",
+    "frechet_distance",
+    "latents",
     "mean_iou",
     "predict",
     "process_group",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastkd._files import remove_partial
-from fastkd.training import checkpoint
+from fastkd.training import checkpoint, pictures
 
 try:
     import fcntl
@@ -24,16 +24,19 @@ _held: set[int] = set()
 
 
 def find(
-    folder: Path, ours: dict[str, Any], *, resume: bool | Literal["auto"], overwrite: bool
+    folder: Path, ours: dict[str, Any], *, resume: bool | Literal["auto"], overwrite: bool, draws: bool = False
 ) -> dict[str, Any] | None:
     """The checkpoint to go on from, looked through, if any; else whether a training may begin in this folder.
 
     Args:
         ours: what must be the same there: of :func:`fastkd.training.checkpoint.check_same`.
+        draws: whether the training is to draw pictures.
     """
     for path in (folder / name for name in _FILES):
         if path.is_dir():
             raise IsADirectoryError(f"fastkd: {path} is a folder, must be a file of a training, or not there")
+    if draws:
+        pictures.check_folder(folder)
     path = folder / checkpoint.CHECKPOINT
     if resume is True or (resume and path.exists()):
         found = checkpoint.read(path)
@@ -58,12 +61,14 @@ def clear(folder: Path) -> None:
     """Removes what is no more when a training begins anew."""
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
+    pictures.clear(folder)
 
 
 def clear_partial(folder: Path) -> None:
     """Removes what a killed training was writing."""
     for name in _FILES:
         remove_partial(folder / name)
+    pictures.clear_partial(folder)
 
 
 @contextmanager

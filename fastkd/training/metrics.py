@@ -6,12 +6,15 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastkd.training import distributed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["EpochMetrics", "MetricsFile", "Recorder", "Running", "TensorBoard", "is_loss", "is_share", "read_metrics"]
 
@@ -139,7 +142,7 @@ class MetricsFile:
 
 
 class TensorBoard:
-    """The same numbers as TensorBoard shows them, by step.
+    """The same numbers as TensorBoard shows them, by step, and pictures.
 
     Raises:
         ModuleNotFoundError: it is not installed.
@@ -166,6 +169,11 @@ class TensorBoard:
             if name != "step":
                 self._writer.add_scalar(name, value, int(line["step"]))
         self._writer.flush()
+
+    def add_figures(self, figures: Mapping[str, Figure], step: int) -> None:
+        """Pictures of the training, after so many steps."""
+        for name, figure in figures.items():
+            self._writer.add_figure(f"pictures/{name}", figure, step, close=False)  # pyplot knows nothing of them
 
     def close(self) -> None:
         if self._writer is not None:

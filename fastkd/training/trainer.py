@@ -23,6 +23,7 @@ from fastkd.methods import Procedure
 from fastkd.models.modes import evaluating
 from fastkd.training import checkpoint, distributed, folder, progress, randomness
 from fastkd.training.metrics import EpochMetrics, MetricsFile, Recorder, Running, TensorBoard, check_finite, check_terms
+from fastkd.training.pictures import Pictures, check_pictures_every
 from fastkd.training.settings import TrainingSettings, plain_value
 from fastkd.training.state import TrainingState
 
@@ -58,7 +59,7 @@ class Trainer:
         evaluate: results by name of a network, images to logits, as of :func:`fastkd.training.evaluator`. Called on all
             ranks, those of rank 0 count.
         folder: for ``checkpoint.pt``, ``metrics.jsonl``, ``model.pt`` (the weights of :attr:`deployed`, at the end) and
-            ``curves.png`` (where matplotlib is installed). None: nothing is written.
+            ``curves.png`` (where matplotlib is installed), and a folder ``pictures``. None: nothing is written.
         on_step: called with the number of steps done after each one, before a checkpoint.
         on_epoch: called with the line of metrics after each epoch, before the checkpoint.
         show: ``bar``, ``lines`` (one an epoch), ``off``, or ``auto``: a bar on a terminal, else lines.
@@ -66,12 +67,16 @@ class Trainer:
         description: what the training is of that the settings do not say, by name: the data, its augmentation, the
             teacher's weights. Kept in the checkpoint; a resume with another one is refused.
         tensorboard: write for TensorBoard into the folder, too.
+        pictures_every: epochs after which the figures of ``procedure.pictures`` are drawn, by rank 0, into the folder as
+            ``pictures/<name>-<epoch>.png``, and for TensorBoard; after the last epoch, too. They change nothing that is
+            learnt, and a resume may have another number. 0: none are drawn.
         find_unused_parameters: with several processes, for networks that do not use all of their parameters in each step
             (DistributedDataParallel's option of the name). All methods of :mod:`fastkd.methods` do.
 
     Raises:
         TypeError: arguments of other types.
-        ValueError: no batches, another word for ``show``, or TensorBoard without a folder.
+        ValueError: no batches, another word for ``show``, a negative number, or TensorBoard or pictures without a folder.
+        ModuleNotFoundError: what shows, TensorBoard or matplotlib for pictures, is asked for and not installed.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class Trainer:
         show: progress.Show = "auto",
         console: Console | None = None,
         tensorboard: bool = False,
+        pictures_every: int = 0,
         find_unused_parameters: bool = False,
     ) -> None:
         _check_type("procedure", procedure, Procedure, "a Procedure, as an Objective is")
@@ -107,6 +113,11 @@ class Trainer:
         find_unused_parameters = check_flag("find_unused_parameters", find_unused_parameters)
         if tensorboard and folder is None:
             raise ValueError("fastkd: tensorboard is True and folder None, must be a folder to write into")
+        pictures_every = check_pictures_every(pictures_every)
+        if pictures_every and folder is None:
+            raise ValueError(
+                f"fastkd: pictures_every is {pictures_every} and folder None, must be a folder to draw into"
+            )
         self.procedure = procedure
         self.batches = batches
         self.settings = settings
@@ -118,6 +129,9 @@ class Trainer:
         self._on_step, self._on_epoch = on_step, on_epoch
         self._show, self._console = show, console
         self._tensorboard = TensorBoard(self.folder) if tensorboard and self.folder is not None else None
+        self._pictures: Pictures | None = None
+        if pictures_every and self.folder is not None:
+            self._pictures = Pictures(self.folder, pictures_every)
         self._find_unused_parameters = find_unused_parameters
         self._state: TrainingState | None = None
 
@@ -186,6 +200,7 @@ class Trainer:
             try:
                 while state.epoch < settings.epochs:
                     line = self._epoch(state, display)
+                    self._draw(state)
                     display.epoch(line)
                     if self._on_epoch is not None:
                         self._on_epoch(line)
@@ -291,6 +306,20 @@ class Trainer:
             return {}
         return self._results("evaluate", self._evaluate(state.deployed()), line)
 
+    def _draw(self, state: TrainingState) -> None:
+        """The pictures of the epoch that has ended, where they are due. Before its checkpoint: where one is missing after a
+        kill, so is the checkpoint, and the epoch is done again."""
+        if self._pictures is None or not self._pictures.due(state.epoch, self.settings.epochs):
+            return
+        pictures = self._pictures
+
+        def draw() -> None:
+            figures = pictures.draw(self.procedure, state.updates, self.settings.seed)
+            if self._tensorboard is not None:
+                self._tensorboard.add_figures(figures, state.step)
+
+        distributed.on_first_rank(draw)
+
     def _results(self, whose: str, returned: Mapping[str, Any], line: EpochMetrics) -> EpochMetrics:
         """What was returned to be logged, of rank 0."""
         results: EpochMetrics = distributed.gather(_as_floats(whose, returned))[0]
@@ -312,7 +341,8 @@ class Trainer:
         found = None
         if self.folder is not None:
             lock.enter_context(folder.locked(self.folder, make=resume is not True))
-            found = folder.find(self.folder, state.description(), resume=resume, overwrite=overwrite)
+            draws = self._pictures is not None
+            found = folder.find(self.folder, state.description(), resume=resume, overwrite=overwrite, draws=draws)
         if found is None and self._state is not None:
             raise RuntimeError(
                 "fastkd: fit() is called again, and the weights are trained already: make a new procedure and Trainer, "

@@ -170,6 +170,10 @@ class Updates:
         if self._amp:  # which keeps 16-bit copies of weights, which are others now
             torch.clear_autocast_cache()
 
+    def restart(self, *parts: str) -> None:
+        for name in parts:
+            self._named(name).optimizer.state.clear()
+
     def begin_iteration(self, epoch: int, iteration: int) -> AbstractContextManager[None]:
         """Everything of an iteration is done inside of what it returns."""
         self.epoch, self.iteration = epoch, iteration

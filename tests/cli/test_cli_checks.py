@@ -96,6 +96,8 @@ DISTILL = [
     ("--threads 100000", "--threads is 100000, must be 0"),
     ("--threads 99999999999999999999", "--threads is 99999999999999999999, must be 0"),
     ("--teacher-weights=", "--teacher-weights is empty"),
+    ("--pictures-every -1", "pictures_every is -1, must be at least 0"),
+    ("--pictures-every often", "--pictures-every"),
 ]
 ZOO = [
     *COMMON,

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from fastkd import build_info
+from fastkd._figures import canvas
 from fastkd.data import registry as data_sets
+from fastkd.methods import Objective, Step
 from fastkd.methods import registry as methods
 from fastkd.studies import distillation, report
 from fastkd.studies import study as study_frame
@@ -84,6 +87,26 @@ def test_other_settings_do_not_pass_for_these(tmp_path: Path) -> None:
     assert of("baseline", teacher="resnet14").digest() == of("baseline").digest()
     elsewhere = replace(TINY.data, data_root=Path("elsewhere"))
     assert of("at", data=elsewhere).digest() == of("at").digest()
+
+
+def test_pictures_are_of_the_student_and_change_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+
+    def pictures(self: Objective, step: Step) -> dict[str, Figure]:
+        drawn.append(type(self.method).__name__)
+        return {"made": canvas(1.0, 1.0)}
+
+    monkeypatch.setattr(Objective, "pictures", pictures)
+    settings = of("hinton")
+    expected = distillation.run(settings, tmp_path / "without", HERE, show="off")
+    assert distillation.run(settings, tmp_path / "with", HERE, show="off", pictures_every=1) == expected
+    assert drawn == ["Hinton"] * TINY.training.epochs
+    assert [path.name for path in tmp_path.rglob("made-*.png")] != []
+    without, with_ = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("without", "with"))
+    assert without["digest"] == with_["digest"] == settings.digest()
+    assert "pictures_every" not in settings.description()
+    with pytest.raises(ValueError, match="pictures_every is -1, must be at least 0"):
+        distillation.run(settings, tmp_path / "with", HERE, pictures_every=-1)
 
 
 @pytest.mark.parametrize(

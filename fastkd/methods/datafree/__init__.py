@@ -1,0 +1,9 @@
+"""Distillation without data: one procedure, and methods that are choices of its options.
+
+TA-DFKD, and what it is compared with: DAFL, DFAD, ZSKT, DFQ, DeepInversion (ADI), CMI, PRE-DFKD and NAYER (:mod:`.recipes`).
+"""
+
+from fastkd.methods.datafree import recipes as recipes
+from fastkd.methods.datafree.procedure import DataFree, Judged
+
+__all__ = ["DataFree", "Judged"]

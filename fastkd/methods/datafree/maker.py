@@ -1,0 +1,123 @@
+"""What makes the images: a generator of noise, a generator with latents of its own, or the pixels themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import _checks
+from fastkd.models.generator import Generator, check_image_shape
+
+__all__ = ["Images", "Maker", "Source"]
+
+Source = Literal["noise", "latents", "pixels"]
+
+
+class Images(NamedTuple):
+    """A batch, as it is made."""
+
+    images: Tensor
+    """``[B, C, H, W]``, normalised, differentiable in what makes them."""
+    labels: Tensor | None
+    """int64 ``[B]``, the classes that they are asked to be of, if any."""
+
+
+class Maker(nn.Module):
+    """Makes batches of images.
+
+    Args:
+        source: ``noise``: a generator, of noise that is drawn anew each time. ``latents``: a generator, of latents that are
+            optimised with it. ``pixels``: images that are optimised.
+        batch_size: B.
+        shape: (C, H, W).
+        mean, std: of the teacher's images; where they are known, values are those of images, from 0 to 1 before they are
+            normalised.
+        classes: K, where each image is asked to be of a class, all classes alike; 0: none is.
+        latent: dimensions of noise and latents.
+        width: maps of the generator.
+        jitter: pixels, up to which images that are optimised are shifted each time, at random.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        shape: Sequence[int],
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        *,
+        classes: int = 0,
+        latent: int = 256,
+        width: int = 128,
+        jitter: int = 0,
+    ) -> None:
+        super().__init__()
+        self.shape = check_image_shape(shape)
+        self.batch_size = _checks.check_count("batch_size", batch_size, 2)
+        self.latent, self.classes = _checks.check_count("latent", latent, 1), classes
+        self.jitter = _checks.check_count("jitter", jitter, 0)
+        if jitter and source != "pixels":
+            raise ValueError(f"fastkd: jitter is {jitter}, must be 0 for the source {source!r}")
+        self.mean = None if mean is None else tuple(mean)
+        self.std = None if std is None else tuple(std)
+        self.generator: Generator | None = None
+        if source != "pixels":
+            self.generator = Generator(latent, self.shape, width=width, mean=mean, std=std)
+        self.drawn: nn.Parameter | None = None
+        """Latents ``[B, latent]``, or pixels ``[B, C, H, W]``."""
+        if source != "noise":
+            self.drawn = nn.Parameter(torch.randn(batch_size, *(self.shape if source == "pixels" else (latent,))))
+
+    def forward(self) -> Images:
+        """A batch."""
+        labels = None
+        if self.classes:
+            labels = torch.arange(self.batch_size, device=self.device) % self.classes
+        if self.generator is not None:
+            return Images(self.generator(self.noise(self.batch_size) if self.drawn is None else self.drawn), labels)
+        assert self.drawn is not None
+        images: Tensor = self.drawn
+        if self.jitter:  # of the CPU's generator: no device is waited for
+            shifts: list[int] = torch.randint(-self.jitter, self.jitter + 1, (2,), device="cpu").tolist()
+            images = images.roll(shifts, (2, 3))
+        return Images(images, labels)
+
+    @torch.no_grad()
+    def samples(self, count: int) -> Tensor:
+        """So many images; of latents and pixels, as often as there are."""
+        if self.generator is not None and self.drawn is None:
+            return self.generator(self.noise(count))  # type: ignore[no-any-return]
+        return torch.cat([self().images] * -(-count // self.batch_size))[:count]
+
+    def noise(self, count: int) -> Tensor:
+        """For the generator, ``[count, latent]``."""
+        return torch.randn(count, self.latent, device=self.device)
+
+    @property
+    def lasting(self) -> bool:
+        """Whether the next batch is made by what made the last one, and not drawn anew."""
+        return self.drawn is None
+
+    @torch.no_grad()
+    def draw_anew(self, *, generator: bool) -> None:
+        """Latents or pixels, where there are any; and the weights of the generator, where that is asked for."""
+        if self.drawn is not None:
+            self.drawn.normal_()
+        if generator and self.generator is not None:
+            self.generator.reset()
+
+    @torch.no_grad()
+    def keep_in_range(self) -> None:
+        """Pixels stay values of an image, where these are known."""
+        if self.generator is not None or self.mean is None or self.std is None:
+            return
+        assert self.drawn is not None
+        mean, std = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (self.mean, self.std))
+        self.drawn.copy_(self.drawn.clamp(-mean / std, (1.0 - mean) / std))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device

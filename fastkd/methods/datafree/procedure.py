@@ -1,0 +1,545 @@
+"""Distillation without data: what makes the images, and the student that learns on them, in one procedure for all methods.
+
+A method is a choice of its options (:mod:`.recipes`); one with a term of its own overrides :meth:`DataFree.generator_terms`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from fastkd import _checks
+from fastkd.data.batch import Batches
+from fastkd.functional import LogitStats, logit_stats
+from fastkd.methods.datafree import terms
+from fastkd.methods.datafree.bank import Bank
+from fastkd.methods.datafree.clean import choose, clean_mask, losses_of
+from fastkd.methods.datafree.contrast import Contrast
+from fastkd.methods.datafree.maker import Maker, Source
+from fastkd.methods.datafree.replay import Replay
+from fastkd.methods.datafree.terms import Divergence
+from fastkd.methods.datafree.watched_teacher import Seen, WatchedTeacher
+from fastkd.methods.features import FeatureTap, check_module
+from fastkd.methods.procedure import Part, Procedure, Step
+from fastkd.methods.representation import AT
+from fastkd.models.layers import feature_layers
+from fastkd.models.modes import evaluating
+from fastkd.patches import random_patches
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["DataFree", "Judged"]
+
+Memory = Literal["none", "bank", "replay"]
+SHOWN = 64  # images of a picture
+SPARE = 1.1  # candidates for each place of the student, times those that the last epoch needed
+
+
+@dataclass
+class Judged:
+    """Images that were made, and what the teacher says to them."""
+
+    images: Tensor
+    """``[B, C, H, W]``; those with a value that is not finite are all 0, and do not count."""
+    labels: Tensor | None
+    """int64 ``[B]``, the classes that they are asked to be of, if any."""
+    seen: Seen
+    """Of the teacher; the logits of images that do not count are 0."""
+    stats: LogitStats
+    """Of its logits."""
+    usable: Tensor
+    """bool ``[B]``: images and logits are finite."""
+    chosen: Tensor
+    """bool ``[B]``: usable, and, where a method selects, selected."""
+
+    @property
+    def logits(self) -> Tensor:
+        """The teacher's, ``[B, K]``."""
+        return self.seen.logits
+
+
+class _Lesson:
+    """Images for the student, the teacher's logits, and the share of each in the mean."""
+
+    def __init__(self, images: Tensor, logits: Tensor, weight: Tensor) -> None:
+        self.images, self.logits, self.weight = images, logits, weight
+
+
+class DataFree(Procedure):
+    """A generator, or images themselves, go down the loss that a method has for them; a student learns from the teacher there.
+
+    An iteration: ``generator_steps`` updates of what makes the images, down the sum of the terms with a weight above 0; then
+    ``student_steps`` of the student, each on images of its own. With ``select`` (TA-DFKD) images that the teacher is unsure of
+    are left out of the adversarial term and of what the student sees. The teacher runs once on a batch: its logits serve for
+    the selection, all terms and the student's loss. Nothing waits for the device within an epoch.
+
+    Args:
+        adversarial: weight of minus the divergence of student and teacher (of js: of 1 - it).
+        adversary: which: kl, l1, js (exact, at most 1) or js-published.
+        adversary_temperature: T of it.
+        agreed_only: whether it is of those images alone in whose class both agree (CMI, NAYER).
+        class_prior: weight of the teacher's cross-entropy with its own prediction, or with the class that was asked for.
+        ask_classes: whether each image is asked to be of a class, all classes alike.
+        entropy: weight of the mean entropy of the teacher's predictions.
+        balance: weight of sum p ln p of the teacher's mean prediction.
+        activation: weight of minus the mean size of the features before the teacher's last layer.
+        bn_statistics: weight of the distance to the statistics of the teacher's batch norms; must be 0 without any.
+        total_variation: weight of the norms of differences of neighbouring pixels, of the whole batch.
+        l2: weight of the norm of the whole batch of images.
+        contrast: weight of the contrastive term of CMI.
+        select: whether images are selected by the teacher's confidence (fastkd.select_clean).
+        threshold: posterior above which one is selected.
+        most_rounds: batches at most that one of the student is selected from, on average; 2 at first, then as many as it takes.
+        distance: the student's loss: kl, l1, js or js-published.
+        temperature: T of it.
+        attention: weight of the attention maps in it (AT; ZSKT).
+        generator_steps: updates of what makes the images, an iteration.
+        student_steps: updates of the student, an iteration.
+        share_images: whether the student's first update is on the images, and the teacher's logits, of the generator's last.
+        source: what is optimised: noise (a generator of fresh noise), latents (a generator and what goes into it, drawn anew in
+            each iteration) or pixels (the images themselves, drawn anew).
+        jitter: pixels by which images are shifted, at random, before each update of theirs.
+        renew: iterations after which the generator gets new weights; 0: never.
+        memory: what the student learns on beside new images: none, bank (images made before, with the teacher's logits, and
+            nothing else) or replay (those of a variational autoencoder that learns to make them).
+        capacity: images in the bank, or negatives of the contrastive term.
+        latent: dimensions of the noise.
+        width: maps of the generator.
+        generator_learning_rate: of Adam, for what makes the images.
+        generator_betas: of Adam.
+
+    Raises:
+        ValueError: options that do not go together; networks with other numbers of classes; images that a generator cannot
+            make; batch norms or layers that the teacher does not have.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        images: Tensor,
+        batch_size: int = 256,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        *,
+        adversarial: float = 0.0,
+        adversary: Divergence = "js",
+        adversary_temperature: float = 1.0,
+        agreed_only: bool = False,
+        class_prior: float = 0.0,
+        ask_classes: bool = False,
+        entropy: float = 0.0,
+        balance: float = 0.0,
+        activation: float = 0.0,
+        bn_statistics: float = 0.0,
+        total_variation: float = 0.0,
+        l2: float = 0.0,
+        contrast: float = 0.0,
+        select: bool = False,
+        threshold: float = 0.5,
+        most_rounds: int = 8,
+        distance: Divergence = "kl",
+        temperature: float = 1.0,
+        attention: float = 0.0,
+        generator_steps: int = 1,
+        student_steps: int = 1,
+        share_images: bool = False,
+        source: Source = "noise",
+        jitter: int = 0,
+        renew: int = 0,
+        memory: Memory = "none",
+        capacity: int = 4096,
+        latent: int = 256,
+        width: int = 128,
+        generator_learning_rate: float = 1e-3,
+        generator_betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
+        super().__init__()
+        self.weights = {
+            name: _checks.check_not_negative(name, value)
+            for name, value in (
+                ("adversarial", adversarial),
+                ("class_prior", class_prior),
+                ("entropy", entropy),
+                ("balance", balance),
+                ("activation", activation),
+                ("bn_statistics", bn_statistics),
+                ("total_variation", total_variation),
+                ("l2", l2),
+                ("contrast", contrast),
+            )
+        }
+        for name, value, choices in (
+            ("adversary", adversary, Divergence),
+            ("distance", distance, Divergence),
+            ("source", source, Source),
+            ("memory", memory, Memory),
+        ):
+            _checks.check_choice(name, value, get_args(choices))
+        self.adversary: Divergence = adversary
+        self.distance: Divergence = distance
+        self.adversary_temperature = _checks.check_positive("adversary_temperature", adversary_temperature)
+        self.temperature = _checks.check_positive("temperature", temperature)
+        self.attention = _checks.check_not_negative("attention", attention)
+        self.agreed_only = _checks.check_flag("agreed_only", agreed_only)
+        self.select = _checks.check_flag("select", select)
+        self.share_images = _checks.check_flag("share_images", share_images)
+        self.threshold = _checks.check_share("threshold", threshold)
+        self.generator_steps = _checks.check_count("generator_steps", generator_steps, 1)
+        self.student_steps = _checks.check_count("student_steps", student_steps, 1)
+        self.most_rounds = _checks.check_count("most_rounds", most_rounds, 2)
+        self.renew = _checks.check_count("renew", renew, 0)
+        self.batch_size, self.learning_rate, self.betas = batch_size, generator_learning_rate, generator_betas
+        self._said = {
+            "ask_classes": ask_classes,
+            "source": source,
+            "jitter": jitter,
+            "memory": memory,
+            "latent": latent,
+        }
+
+        check_module("student", student)
+        few = images.detach()
+        classes = _classes_of_both(student, teacher, few)
+        layers: list[tuple[str, ...]] = [(), ()]
+        self.attention_maps: AT | None = None
+        if attention:
+            layers = [feature_layers(network).stages for network in (student, teacher)]
+            self.attention_maps = AT(*layers, feature_weight=attention)
+        self.student = FeatureTap(student, layers[0])
+        asked = classes if _checks.check_flag("ask_classes", ask_classes) else 0
+        shape = images.shape[1:]
+        self.maker = Maker(
+            source, batch_size, shape, mean, std, classes=asked, latent=latent, width=width, jitter=jitter
+        )
+        self.bank, self.replay = None, None
+        if memory == "bank":
+            self.bank = Bank(max(capacity, batch_size), images=shape, logits=(classes,))
+        elif memory == "replay":
+            self.replay = Replay(latent, shape, width=width, mean=mean, std=std)
+        self._check_together()
+        self.freeze("teacher", teacher)
+        self._teacher = (  # in a tuple, nn.Module does not see it
+            WatchedTeacher(
+                teacher,
+                few,
+                layers=layers[1],
+                statistics=bn_statistics > 0,
+                latents=activation > 0,
+                instances=contrast > 0,
+            ),
+        )
+        self.contrast = None
+        if contrast:
+            self.contrast = Contrast(self._features_of(few), max(capacity, batch_size))
+        self.rounds = 2 * self.student_steps if select else self.student_steps
+        """Batches made for the student in an iteration."""
+        self.tally: Tensor
+        # of an epoch, on the device: the shares usable, selected and filled, how often not all were filled, iterations
+        self.register_buffer("tally", torch.zeros(5))
+        self._warned = False
+
+    @property
+    def teacher(self) -> WatchedTeacher:
+        """As it is run."""
+        return self._teacher[0]
+
+    # ---- what the trainer asks for
+
+    def parts(self) -> dict[str, Part]:
+        how: dict[str, Any] = {
+            "optimizer": "adam",
+            "learning_rate": self.learning_rate,
+            "betas": self.betas,
+            "weight_decay": 0.0,
+            "schedule": "constant",
+            "warmup_epochs": 0.0,
+        }
+        making = [*self.maker.parameters(), *([] if self.contrast is None else self.contrast.parameters())]
+        found = {"student": Part(self.student), "generator": Part(making, **how)}
+        if self.replay is not None:
+            found["replay"] = Part(self.replay, **how)
+        return found
+
+    def network(self) -> nn.Module:
+        return self.student.model
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {**super().networks(), "student": self.student.model}
+
+    def extra_repr(self) -> str:
+        said = {name: value for name, value in self.weights.items() if value}
+        said |= {name: getattr(self, name) for name in _SAID} | self._said
+        return ", ".join(f"{name}={value}" for name, value in said.items())
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"rounds": self.rounds}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.rounds = state["rounds"]
+
+    def before_epoch(self, step: Step) -> None:
+        self.tally.zero_()
+
+    def after_epoch(self, step: Step) -> dict[str, float]:
+        """Shares of the images that were usable and selected, and of the student's places that were filled. The next epoch
+        makes as many batches as these selections would have needed."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.tally)
+        usable, selected, filled, short, iterations = self.tally.tolist()
+        if iterations and usable == 0.0:
+            raise FloatingPointError(
+                f"fastkd: no image of epoch {step.epoch + 1} was finite, or had finite logits of the teacher: what makes them "
+                "is lost; lower generator_learning_rate"
+            )
+        if not self.select or not iterations:
+            return {}
+        found = {"selected": selected / iterations, "filled": filled / iterations, "rounds": float(self.rounds)}
+        self._set_rounds(step, found["selected"], found["filled"], short > 0)
+        return found
+
+    def iteration(self, batch: Batches, step: Step) -> dict[str, Tensor]:
+        self._draw_anew(step)
+        made, found = self._make(step)
+        losses = []
+        for lesson in self._lessons(made):
+            loss = self.student_loss(lesson.images, lesson.logits, lesson.weight)
+            step.update(loss, "student")
+            losses.append(loss.detach())
+        if self.replay is not None:
+            replayed = self.replay.loss(made.images.detach(), made.logits.detach(), self.teacher)
+            step.update(replayed, "replay")
+            found["replay_loss"] = replayed
+        return {"loss": torch.stack(losses).mean(), **found}
+
+    def pictures(self, step: Step) -> Mapping[str, Figure]:
+        """Images of now, and the teacher's losses on them: those that are selected and those that are not."""
+        from fastkd.methods import pictures  # matplotlib takes a second to import
+
+        made = self.judge(self.samples(max(SHOWN, self.batch_size)))
+        grid = pictures.image_grid(
+            made.images[:SHOWN],
+            selected=made.chosen[:SHOWN] if self.select else None,
+            confidence=(made.stats.max - made.stats.logsumexp).exp()[:SHOWN],
+            mean=self.maker.mean,
+            std=self.maker.std,
+        )
+        losses = losses_of(made.stats, made.usable)
+        return {
+            "images": grid,
+            "losses": pictures.loss_histogram(losses, selected=made.chosen if self.select else None),
+        }
+
+    @torch.no_grad()
+    def samples(self, count: int) -> Tensor:
+        """Images ``[count, C, H, W]`` as the student gets them, before a selection; from the bank, where there is one."""
+        if self.bank is not None and len(self.bank):
+            return self.bank.draw(count)["images"]
+        return self.maker.samples(count)
+
+    # ---- images, and what is asked of them
+
+    def judge(self, images: Tensor, labels: Tensor | None = None, *, select: bool = True) -> Judged:
+        """What the teacher says to images; ``select``: and which are selected, where the method does so."""
+        whole = images.detach().flatten(1).sum(1).isfinite()
+        images = images.where(whole[:, None, None, None], 0.0)
+        seen = self.teacher.look(images)
+        usable = whole & seen.logits.detach().sum(1).isfinite()
+        seen = seen._replace(logits=seen.logits.where(usable[:, None], 0.0))
+        stats = logit_stats(seen.logits)
+        chosen = usable
+        if self.select and select:
+            chosen = clean_mask(losses_of(stats, usable), self.threshold)
+        return Judged(images, labels, seen, stats, usable, chosen)
+
+    def generator_terms(self, made: Judged) -> dict[str, Tensor]:
+        """The terms of the loss of what makes the images, each with its weight; their sum is minimised. Those of weight 0 are
+        not there."""
+        every = terms.shares(made.usable)
+        asked: dict[str, Callable[[], Tensor]] = {
+            "adversarial": lambda: self._adversarial(made),
+            "class_prior": lambda: terms.class_prior(made.stats, made.logits, made.labels, every),
+            "entropy": lambda: terms.label_entropy(made.stats, every),
+            "balance": lambda: terms.balance(made.logits, every),
+            "activation": lambda: -terms.mean_activation(made.seen.latents, every),
+            "bn_statistics": lambda: terms.bn_statistics(made.seen.moments, self.teacher.running()),
+            "total_variation": lambda: terms.total_variation(made.images),
+            "l2": lambda: terms.l2_norm(made.images),
+            "contrast": lambda: self._contrasted(made),
+        }
+        return {name: self.weights[name] * term() for name, term in asked.items() if self.weights[name]}
+
+    def student_loss(self, images: Tensor, teacher_logits: Tensor, weight: Tensor) -> Tensor:
+        """Of images ``[B, C, H, W]`` on which the teacher's logits are known; weight is each one's share of the mean."""
+        outputs = self.student(images)
+        loss = terms.divergence(self.distance, outputs.logits, teacher_logits, weight, self.temperature)
+        if self.attention_maps is None:
+            return loss
+        with torch.no_grad():
+            theirs = self.teacher.features(images)
+        distance = self.attention_maps.distance(list(outputs.features.values()), list(theirs.values()))
+        return loss + self.attention * distance
+
+    # ---- an iteration, part by part
+
+    def _draw_anew(self, step: Step) -> None:
+        """What each batch begins with."""
+        renewed = self.renew > 0 and step.iteration % self.renew == 0
+        if renewed or not self.maker.lasting:
+            self.maker.draw_anew(generator=renewed)
+            step.restart("generator")
+
+    def _make(self, step: Step) -> tuple[Judged, dict[str, Tensor]]:
+        """Updates of what makes the images; the last ones made, and the last terms."""
+        # a batch that is made for long is made against a student that stays as it is
+        with evaluating(self.student) if self.generator_steps > 1 else nullcontext():
+            for _ in range(self.generator_steps):
+                made = self.judge(*self.maker())
+                found = self.generator_terms(made)
+                step.update(torch.stack(list(found.values())).sum(), "generator")
+                self.maker.keep_in_range()
+        self._remember(made)
+        logged = {f"{name}_loss": term.detach() for name, term in found.items()}
+        return made, {"generator_loss": torch.stack(list(logged.values())).sum(), **logged}
+
+    @torch.no_grad()
+    def _remember(self, made: Judged) -> None:
+        """Places of images in which nothing can be learnt are filled with others."""
+        if self.bank is None and self.contrast is None:
+            return
+        index = choose(made.chosen, self.batch_size).index
+        if self.bank is not None:
+            self.bank.add(images=made.images[index], logits=made.logits[index])
+        if self.contrast is not None:
+            self.contrast.bank.add(features=made.seen.description[index])
+
+    @torch.no_grad()
+    def _lessons(self, made: Judged) -> list[_Lesson]:
+        """One for each of the student's steps."""
+        if self.bank is not None:
+            drawn = [self.bank.draw(self.batch_size) for _ in range(self.student_steps)]
+            weight = torch.full((self.batch_size,), 1.0 / self.batch_size, device=self.maker.device)
+            return [_Lesson(rows["images"], rows["logits"], weight) for rows in drawn]
+        given = [made] if self.share_images else []
+        fresh = (self.judge(*self.maker(), select=False) for _ in range(self.rounds - len(given)))
+        lessons = self._chosen_of([*given, *fresh])
+        return lessons if self.replay is None else [self._with_replayed(lesson) for lesson in lessons]
+
+    def _chosen_of(self, batches: Sequence[Judged]) -> list[_Lesson]:
+        """Of all images that were made for the student, those that it is to see. They are by the same generator: what one
+        lesson leaves, the next one takes."""
+        usable = torch.stack([made.usable for made in batches])
+        mask = usable
+        if self.select:
+            mask = clean_mask(torch.stack([losses_of(made.stats, made.usable) for made in batches]), self.threshold)
+        images, logits = (torch.cat(parts) for parts in zip(*((m.images, m.logits) for m in batches), strict=True))
+        chosen = choose(mask.flatten(), self.student_steps * self.batch_size)
+        shares = torch.stack([usable.float().mean(), mask.float().mean(), chosen.filled])
+        self.tally += torch.cat([shares, (shares[2:] < 1.0).float(), torch.ones_like(shares[:1])])
+        weight = chosen.weight * self.student_steps
+        parts = zip(chosen.index.split(self.batch_size), weight.split(self.batch_size), strict=True)
+        return [_Lesson(images.index_select(0, i), logits.index_select(0, i), share) for i, share in parts]
+
+    def _with_replayed(self, lesson: _Lesson) -> _Lesson:
+        """And as many from the memory."""
+        assert self.replay is not None
+        images = self.replay.samples(self.batch_size)
+        weight = torch.full_like(lesson.weight, 1.0 / self.batch_size)
+        return _Lesson(
+            torch.cat([lesson.images, images]),
+            torch.cat([lesson.logits, self.teacher(images)]),
+            torch.cat([lesson.weight, weight]) / 2,
+        )
+
+    def _adversarial(self, made: Judged) -> Tensor:
+        """Lowest where student and teacher differ most."""
+        logits = self.student(made.images).logits
+        weight = terms.shares(made.chosen)
+        if self.agreed_only:
+            weight = weight * (logits.detach().argmax(1) == made.stats.argmax)
+        found = terms.divergence(self.adversary, logits, made.logits, weight, self.adversary_temperature)
+        return 1.0 - found if self.adversary.startswith("js") else -found
+
+    def _contrasted(self, made: Judged) -> Tensor:
+        assert self.contrast is not None
+        height, width = (max(1, (3 * side) // 4) for side in made.images.shape[2:])
+        patches, _ = random_patches(made.images, (height, width))
+        part = F.interpolate(patches, made.images.shape[2:], mode="bilinear")
+        described = made.seen.description, self.teacher.look(part).description
+        return self.contrast(*described, self.contrast.bank.all()["features"])  # type: ignore[no-any-return]
+
+    def _features_of(self, images: Tensor) -> int:
+        """Numbers that the teacher describes an image by."""
+        with torch.no_grad():
+            return self.teacher.look(images).description.shape[1]
+
+    def _set_rounds(self, step: Step, selected: float, filled: float, short: bool) -> None:
+        """As many as this epoch would have needed, with some to spare; a warning where that is more than there may be."""
+        wanted = math.ceil(SPARE * self.student_steps / max(selected, 1e-9))
+        if short:
+            wanted = max(wanted, self.rounds + 1)
+        most = self.most_rounds * self.student_steps
+        if short and self.rounds >= most and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"fastkd: {100 * filled:.0f} % of the student's places were filled in epoch {step.epoch + 1}, although each "
+                f"batch was selected from {self.most_rounds}: some images came twice; raise most_rounds, or lower threshold",
+                stacklevel=2,
+            )
+        self.rounds = min(wanted, most)
+
+    def _check_together(self) -> None:
+        if not any(self.weights.values()):
+            raise ValueError(
+                f"fastkd: {', '.join(self.weights)} are all 0, must be one above 0: nothing to make images by"
+            )
+        if not self.maker.lasting and self.bank is None:
+            raise ValueError(
+                "fastkd: memory is not 'bank', must be for the source 'latents' or 'pixels', whose images are made anew in "
+                "each iteration"
+            )
+        if self.bank is not None and self.share_images:
+            raise ValueError(
+                "fastkd: share_images is True, must be False with the memory 'bank', which the student learns on"
+            )
+
+
+_SAID = (
+    *(
+        "adversary",
+        "adversary_temperature",
+        "agreed_only",
+        "select",
+        "threshold",
+        "most_rounds",
+        "distance",
+        "temperature",
+    ),
+    *("attention", "generator_steps", "student_steps", "share_images", "renew", "batch_size"),
+)
+
+
+@torch.no_grad()
+def _classes_of_both(student: nn.Module, teacher: nn.Module, images: Tensor) -> int:
+    """Their number of classes."""
+    found = {}
+    for name, network in (("student", student), ("teacher", teacher)):
+        with evaluating(check_module(name, network)):
+            result = network(images)
+        found[name] = getattr(result, "logits", result).shape
+    if found["student"] != found["teacher"]:
+        raise ValueError(
+            f"fastkd: student has logits of shape {tuple(found['student'])}, must be that of the teacher's, "
+            f"{tuple(found['teacher'])}"
+        )
+    return int(found["student"][-1])

@@ -1,0 +1,115 @@
+"""A teacher, and what of its inside is asked of generated images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastkd.functional import ChannelMoments, channel_moments
+from fastkd.methods.features import FeatureTap
+from fastkd.models.heads import linear_head
+
+__all__ = ["Seen", "WatchedTeacher"]
+
+
+class Seen(NamedTuple):
+    """Of one run of the teacher; what was not asked for is empty."""
+
+    logits: Tensor
+    features: dict[str, Tensor]
+    """Of the layers that are tapped."""
+    moments: list[ChannelMoments]
+    """Of what went into each batch norm."""
+    latents: Tensor | None
+    """What went into the last linear layer, ``[B, d]``."""
+    instance_means: Tensor | None
+    """What went into the batch norms, averaged over the pixels and side by side, ``[B, sum of channels]``."""
+
+    @property
+    def description(self) -> Tensor:
+        """Of each image, ``[B, d]``: the instance means, or, of a teacher without batch norms, the latents."""
+        found = self.latents if self.instance_means is None else self.instance_means
+        assert found is not None
+        return found.float()
+
+
+class WatchedTeacher:
+    """Runs a teacher. Hooks stay on it; they do nothing but inside of :meth:`look`.
+
+    Args:
+        teacher: in evaluation mode.
+        images: a few.
+        layers: to tap.
+        statistics: whether its batch norms are asked for their moments.
+        latents: whether what goes into the last linear layer is asked for.
+        instances: whether images are to be described by the means of what goes into the batch norms; of a teacher without
+            batch norms by its latents.
+
+    Raises:
+        ValueError: no batch norm keeps running statistics; the logits come out of no linear layer.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        images: Tensor,
+        *,
+        layers: Iterable[str] = (),
+        statistics: bool = False,
+        latents: bool = False,
+        instances: bool = False,
+    ) -> None:
+        self._tap = FeatureTap(teacher, layers)
+        self._norms = [m for m in teacher.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        if statistics and not self._norms:
+            raise ValueError(
+                f"fastkd: bn_statistics is asked of a {type(teacher).__name__} without batch norms that keep running "
+                "statistics, must be 0 for it"
+            )
+        self._statistics, self._instances = statistics, instances and bool(self._norms)
+        self._looking = False
+        self._inputs: list[Tensor] = []
+        self._latents: list[Tensor] = []
+        if statistics or self._instances:
+            for norm in self._norms:
+                norm.register_forward_pre_hook(self._keep_input)
+        if latents or (instances and not self._norms):
+            linear_head(teacher, images).layer.register_forward_pre_hook(self._keep_latents)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The logits alone."""
+        return self._tap(images).logits  # type: ignore[no-any-return]
+
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """Of the layers that are tapped."""
+        return self._tap(images).features  # type: ignore[no-any-return]
+
+    def look(self, images: Tensor) -> Seen:
+        """All that is asked for, with a graph where the images have one."""
+        self._inputs, self._latents = [], []
+        self._looking = True
+        try:
+            outputs = self._tap(images)
+        finally:
+            self._looking = False
+        inputs, latents = self._inputs, self._latents
+        self._inputs, self._latents = [], []  # no activation outlives the step
+        moments = [channel_moments(x) for x in inputs] if self._statistics else []
+        means = torch.cat([x.flatten(2).mean(2) for x in inputs], 1) if self._instances else None
+        return Seen(outputs.logits, outputs.features, moments, latents[0].flatten(1) if latents else None, means)
+
+    def running(self) -> list[tuple[Tensor, Tensor]]:
+        """Mean and variance that each batch norm keeps."""
+        return [(norm.running_mean, norm.running_var) for norm in self._norms]  # type: ignore[misc]
+
+    def _keep_input(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if self._looking:
+            self._inputs.append(inputs[0])
+
+    def _keep_latents(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if self._looking:
+            self._latents.append(inputs[0])
