@@ -37,7 +37,7 @@ __all__ = ["Experiment", "run"]
 ALONE = Process(0, 1, torch.device("cpu"))
 TEACHER_SEED = 1 << 20  # seeds of their weights begin here, away from those of students and of the others of a cohort
 MADE_UP_CLASSES = 10  # where only the files tell
-FEW_MADE = 16  # images that a method makes for itself where one step is only tried
+FEW_MADE = 4  # images that a method makes for itself where one step is only tried
 CONVERGING = 10  # epochs whose mean accuracy is that to which a training converges
 COURSE_STEP = 5  # %, of the course of a method without images, which is evaluated often
 
@@ -299,7 +299,9 @@ class Experiment:
             return batches
         return _Unlabeled(batches) if self.entry.needs_images else NoBatches(len(batches))
 
-    def _procedure(self, data: _Data, teacher: nn.Module | None, seed: int, batch_size: int) -> Procedure:
+    def _procedure(
+        self, data: _Data, teacher: nn.Module | None, seed: int, batch_size: int, options: Mapping[str, Any]
+    ) -> Procedure:
         # the networks of an online method differ; the first is the one that every other method would train
         make: Callable[[int], nn.Module] = lambda i: self._network("student", data, seed + i * (TEACHER_SEED << 1))  # noqa: E731
         given = Given(
@@ -314,8 +316,18 @@ class Experiment:
             make_student=make,
         )
         with seeded(mixed_seed("method", seed)):  # of what the method has beside the student: a regressor, a generator
-            made = methods.create_procedure(self.settings.method, given, **self.settings.options)
+            made = methods.create_procedure(self.settings.method, given, **options)
         return made.to(data.test_images.device)
+
+    def _tried_options(self) -> dict[str, Any]:
+        """With one of the hundreds of updates that a method without images may make in an iteration (``..._steps``)."""
+        options = dict(self.settings.options)
+        if not self.entry.needs_images:
+            for name, option in self.entry.options().items():
+                steps = options.get(name, option.default)
+                if name.endswith("_steps") and isinstance(steps, int) and steps > 1:
+                    options[name] = 1
+        return options
 
     def _check_step(self, data: _Data) -> None:
         """One iteration of the method, without an update."""
@@ -326,7 +338,7 @@ class Experiment:
         batch_size = settings.batch_size if batch else min(settings.batch_size, FEW_MADE)
         try:
             with everything_seeded(0, 0):
-                procedure = self._procedure(data, teacher, 0, batch_size)
+                procedure = self._procedure(data, teacher, 0, batch_size, self._tried_options())
         except Exception as error:
             if str(error).startswith("fastkd: "):
                 raise
@@ -378,7 +390,7 @@ class Experiment:
         settings = self.settings
         plateau = settings.training.schedule == "plateau"
         trainer = Trainer(
-            self._procedure(data, teacher, seed, settings.batch_size),
+            self._procedure(data, teacher, seed, settings.batch_size, settings.options),
             self._source(data) if collected is None else collected.batches,
             settings.training,
             validate=collected.held_out if collected is not None and plateau else None,

@@ -188,6 +188,24 @@ def test_images_that_are_made_may_be_more_than_those_of_the_set(adversarial: Dis
             Experiment(replace(more, **said)).check(step=False)
 
 
+def test_few_updates_are_tried(adversarial: Distillation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many small steps, of a large batch; what is wrong among them is refused all the same."""
+    tried: list[tuple[int, int]] = []
+    kind = registry.find("adversarial").kind
+    iteration = kind.iteration  # type: ignore[union-attr]
+
+    def seen(self: Any, *arguments: Any) -> Any:
+        tried.append((self.batch_size, self.student_steps))
+        return iteration(self, *arguments)
+
+    monkeypatch.setattr(kind, "iteration", seen)
+    for options in ({}, {"student_steps": 500}, {"student_steps": 1}):
+        Experiment(replace(adversarial, options=options)).check()
+    assert tried == [(4, 1)] * 3
+    with pytest.raises(ValueError, match="adversarial's option 'student_step' is unknown"):
+        Experiment(replace(adversarial, options={"student_step": 500})).check()
+
+
 def test_figures_of_a_course(adversarial: Distillation, tmp_path: Path) -> None:
     training = replace(adversarial.training, epochs=40, evaluate_every=3)
     result = distillation.run(replace(adversarial, training=training, teacher_epochs=1), tmp_path, HERE, show="off")
