@@ -32,6 +32,8 @@ class Part:
         trained: a module, or parameters; those that require no gradient are left out.
         make_optimizer: parameters to an optimizer, where it is to be none of those that the settings name. Schedule and
             clipping follow the settings all the same.
+        shared: whether all processes have the same parameters, so that gradients are averaged. Where not, each has its own for
+            as long as an iteration, such as images that it optimizes: a checkpoint keeps those of rank 0.
         settings: in the place of those of :class:`fastkd.training.TrainingSettings`: optimizer, learning_rate, momentum,
             nesterov, betas, weight_decay, schedule, milestones, decay, patience, warmup_epochs, gradient_clip.
     """
@@ -41,11 +43,13 @@ class Part:
         trained: nn.Module | Iterable[nn.Parameter],
         *,
         make_optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
+        shared: bool = True,
         **settings: Any,
     ) -> None:
         parameters = trained.parameters() if isinstance(trained, nn.Module) else trained
         self.parameters = [p for p in parameters if p.requires_grad]
         self.make_optimizer = make_optimizer
+        self.shared = shared
         self.settings = settings
 
 

@@ -18,8 +18,8 @@ SMALLEST = 4  # pixels of a side, as it is halved twice
 class ToImages(nn.Module):
     """The last maps as images that a teacher takes.
 
-    Where its normalisation is known, values in [0, 1] by a sigmoid, normalised as its own images are; else tanh and a batch
-    norm without weights, as in DAFL.
+    With mean and std, values in [0, 1] by a sigmoid, normalised as the teacher's own images are; else tanh and a batch norm
+    without weights, which makes images of mean 0 and variance 1 of a teacher whose normalisation need not be known (DAFL).
     """
 
     mean: Tensor | None
@@ -55,7 +55,7 @@ class Generator(nn.Module):
     Args:
         latent: dimensions of the noise.
         shape: (C, H, W) of the images.
-        mean, std: of the images that the teacher was trained on, in [0, 1], a number a channel; None: not known.
+        mean, std: as of :class:`ToImages`, a number a channel.
 
     Raises:
         ValueError: images that are smaller than 4 x 4 pixels.

@@ -26,7 +26,7 @@ class TrainedPart:
         for setting in part.settings:
             if setting not in OF_A_PART:
                 raise unknown_name(f"part {name!r}'s setting", setting, OF_A_PART, listed=True)
-        self.name, self.parameters = name, part.parameters
+        self.name, self.parameters, self.shared = name, part.parameters, part.shared
         if not self.parameters:
             raise ValueError(
                 f"fastkd: part {name!r} has no parameter that requires a gradient, must have some to train"
@@ -198,7 +198,7 @@ class Updates:
 
     def _step(self, parts: Sequence[TrainedPart], scaler: torch.amp.GradScaler) -> None:
         if not self._one_forward:
-            parameters = [p for part in parts for p in part.parameters]
+            parameters = [p for part in parts if part.shared for p in part.parameters]
             distributed.average_gradients(parameters, find_unused_parameters=self._find_unused)
         for part in parts:
             if part.settings.gradient_clip:

@@ -4,6 +4,7 @@ TA-DFKD, and what it is compared with: DAFL, DFAD, ZSKT, DFQ, DeepInversion (ADI
 """
 
 from fastkd.methods.datafree import recipes as recipes
-from fastkd.methods.datafree.procedure import DataFree, Judged
+from fastkd.methods.datafree.judged import Judged
+from fastkd.methods.datafree.procedure import DataFree
 
 __all__ = ["DataFree", "Judged"]

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastkd import _checks
 from fastkd.models.generator import Generator, check_image_shape
 
-__all__ = ["Images", "Maker", "Source"]
+__all__ = ["Images", "Maker", "Source", "Squash"]
 
 Source = Literal["noise", "latents", "pixels"]
+Squash = Literal["tanh", "sigmoid"]
 
 
 class Images(NamedTuple):
@@ -33,8 +35,8 @@ class Maker(nn.Module):
             optimised with it. ``pixels``: images that are optimised.
         batch_size: B.
         shape: (C, H, W).
-        mean, std: of the teacher's images; where they are known, values are those of images, from 0 to 1 before they are
-            normalised.
+        mean, std: of the teacher's images, if known.
+        squash: of the generator: ``tanh`` and a batch norm without weights, or ``sigmoid``, normalised by mean and std.
         classes: K, where each image is asked to be of a class, all classes alike; 0: none is.
         latent: dimensions of noise and latents.
         width: maps of the generator.
@@ -49,6 +51,7 @@ class Maker(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         *,
+        squash: Squash = "tanh",
         classes: int = 0,
         latent: int = 256,
         width: int = 128,
@@ -65,7 +68,10 @@ class Maker(nn.Module):
         self.std = None if std is None else tuple(std)
         self.generator: Generator | None = None
         if source != "pixels":
-            self.generator = Generator(latent, self.shape, width=width, mean=mean, std=std)
+            if squash == "sigmoid" and mean is None:
+                raise ValueError("fastkd: mean is None, must be that of the teacher's images for the squash 'sigmoid'")
+            norm = (mean, std) if squash == "sigmoid" else (None, None)
+            self.generator = Generator(latent, self.shape, width=width, mean=norm[0], std=norm[1])
         self.drawn: nn.Parameter | None = None
         """Latents ``[B, latent]``, or pixels ``[B, C, H, W]``."""
         if source != "noise":
@@ -103,11 +109,15 @@ class Maker(nn.Module):
 
     @torch.no_grad()
     def draw_anew(self, *, generator: bool) -> None:
-        """Latents or pixels, where there are any; and the weights of the generator, where that is asked for."""
+        """Latents or pixels, where there are any, other ones in each process; and the weights of the generator, where that is
+        asked for, the same in all."""
         if self.drawn is not None:
             self.drawn.normal_()
         if generator and self.generator is not None:
             self.generator.reset()
+            if dist.is_available() and dist.is_initialized():
+                for parameter in self.generator.parameters():
+                    dist.broadcast(parameter, 0)
 
     @torch.no_grad()
     def keep_in_range(self) -> None:

@@ -5,74 +5,40 @@ A method is a choice of its options (:mod:`.recipes`); one with a term of its ow
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from fastkd import _checks
 from fastkd.data.batch import Batches
-from fastkd.functional import LogitStats, logit_stats
 from fastkd.methods.datafree import terms
 from fastkd.methods.datafree.bank import Bank
-from fastkd.methods.datafree.clean import choose, clean_mask, losses_of
 from fastkd.methods.datafree.contrast import Contrast
-from fastkd.methods.datafree.maker import Maker, Source
+from fastkd.methods.datafree.judged import Judged, judge
+from fastkd.methods.datafree.lessons import Lesson, Lessons, choose
+from fastkd.methods.datafree.maker import Maker, Source, Squash
 from fastkd.methods.datafree.replay import Replay
 from fastkd.methods.datafree.terms import Divergence
-from fastkd.methods.datafree.watched_teacher import Seen, WatchedTeacher
+from fastkd.methods.datafree.watched_teacher import WatchedTeacher
 from fastkd.methods.features import FeatureTap, check_module
 from fastkd.methods.procedure import Part, Procedure, Step
 from fastkd.methods.representation import AT
 from fastkd.models.layers import feature_layers
 from fastkd.models.modes import evaluating
 from fastkd.patches import random_patches
+from fastkd.selection import TwoGaussianMixture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["DataFree", "Judged"]
+__all__ = ["DataFree"]
 
 Memory = Literal["none", "bank", "replay"]
 SHOWN = 64  # images of a picture
-SPARE = 1.1  # candidates for each place of the student, times those that the last epoch needed
-
-
-@dataclass
-class Judged:
-    """Images that were made, and what the teacher says to them."""
-
-    images: Tensor
-    """``[B, C, H, W]``; those with a value that is not finite are all 0, and do not count."""
-    labels: Tensor | None
-    """int64 ``[B]``, the classes that they are asked to be of, if any."""
-    seen: Seen
-    """Of the teacher; the logits of images that do not count are 0."""
-    stats: LogitStats
-    """Of its logits."""
-    usable: Tensor
-    """bool ``[B]``: images and logits are finite."""
-    chosen: Tensor
-    """bool ``[B]``: usable, and, where a method selects, selected."""
-
-    @property
-    def logits(self) -> Tensor:
-        """The teacher's, ``[B, K]``."""
-        return self.seen.logits
-
-
-class _Lesson:
-    """Images for the student, the teacher's logits, and the share of each in the mean."""
-
-    def __init__(self, images: Tensor, logits: Tensor, weight: Tensor) -> None:
-        self.images, self.logits, self.weight = images, logits, weight
 
 
 class DataFree(Procedure):
@@ -108,6 +74,7 @@ class DataFree(Procedure):
         share_images: whether the student's first update is on the images, and the teacher's logits, of the generator's last.
         source: what is optimised: noise (a generator of fresh noise), latents (a generator and what goes into it, drawn anew in
             each iteration) or pixels (the images themselves, drawn anew).
+        squash: of the generator: tanh and a batch norm without weights, or sigmoid, normalised as the teacher's images are.
         jitter: pixels by which images are shifted, at random, before each update of theirs.
         renew: iterations after which the generator gets new weights; 0: never.
         memory: what the student learns on beside new images: none, bank (images made before, with the teacher's logits, and
@@ -155,6 +122,7 @@ class DataFree(Procedure):
         student_steps: int = 1,
         share_images: bool = False,
         source: Source = "noise",
+        squash: Squash = "tanh",
         jitter: int = 0,
         renew: int = 0,
         memory: Memory = "none",
@@ -183,6 +151,7 @@ class DataFree(Procedure):
             ("adversary", adversary, Divergence),
             ("distance", distance, Divergence),
             ("source", source, Source),
+            ("squash", squash, Squash),
             ("memory", memory, Memory),
         ):
             _checks.check_choice(name, value, get_args(choices))
@@ -192,12 +161,9 @@ class DataFree(Procedure):
         self.temperature = _checks.check_positive("temperature", temperature)
         self.attention = _checks.check_not_negative("attention", attention)
         self.agreed_only = _checks.check_flag("agreed_only", agreed_only)
-        self.select = _checks.check_flag("select", select)
         self.share_images = _checks.check_flag("share_images", share_images)
-        self.threshold = _checks.check_share("threshold", threshold)
         self.generator_steps = _checks.check_count("generator_steps", generator_steps, 1)
         self.student_steps = _checks.check_count("student_steps", student_steps, 1)
-        self.most_rounds = _checks.check_count("most_rounds", most_rounds, 2)
         self.renew = _checks.check_count("renew", renew, 0)
         self.batch_size, self.learning_rate, self.betas = batch_size, generator_learning_rate, generator_betas
         self._said = {
@@ -219,14 +185,16 @@ class DataFree(Procedure):
         self.student = FeatureTap(student, layers[0])
         asked = classes if _checks.check_flag("ask_classes", ask_classes) else 0
         shape = images.shape[1:]
-        self.maker = Maker(
-            source, batch_size, shape, mean, std, classes=asked, latent=latent, width=width, jitter=jitter
-        )
+        sizes = {"latent": latent, "width": width, "jitter": jitter, "classes": asked}
+        self.maker = Maker(source, batch_size, shape, mean, std, squash=squash, **sizes)
         self.bank, self.replay = None, None
         if memory == "bank":
             self.bank = Bank(max(capacity, batch_size), images=shape, logits=(classes,))
         elif memory == "replay":
-            self.replay = Replay(latent, shape, width=width, mean=mean, std=std)
+            self.replay = Replay(latent, shape, width=width)
+        self.lessons = Lessons(
+            batch_size, self.student_steps, select=select, threshold=threshold, most_rounds=most_rounds
+        )
         self._check_together()
         self.freeze("teacher", teacher)
         self._teacher = (  # in a tuple, nn.Module does not see it
@@ -242,12 +210,7 @@ class DataFree(Procedure):
         self.contrast = None
         if contrast:
             self.contrast = Contrast(self._features_of(few), max(capacity, batch_size))
-        self.rounds = 2 * self.student_steps if select else self.student_steps
-        """Batches made for the student in an iteration."""
-        self.tally: Tensor
-        # of an epoch, on the device: the shares usable, selected and filled, how often not all were filled, iterations
-        self.register_buffer("tally", torch.zeros(5))
-        self._warned = False
+        self._making = [name for name in ("generator", "head", "drawn") if name in self.parts()]
 
     @property
     def teacher(self) -> WatchedTeacher:
@@ -265,10 +228,12 @@ class DataFree(Procedure):
             "schedule": "constant",
             "warmup_epochs": 0.0,
         }
-        making = [*self.maker.parameters(), *([] if self.contrast is None else self.contrast.parameters())]
-        found = {"student": Part(self.student), "generator": Part(making, **how)}
-        if self.replay is not None:
-            found["replay"] = Part(self.replay, **how)
+        found = {"student": Part(self.student)}
+        for name, module in (("generator", self.maker.generator), ("head", self.contrast), ("replay", self.replay)):
+            if module is not None:
+                found[name] = Part(module, **how)
+        if self.maker.drawn is not None:
+            found["drawn"] = Part([self.maker.drawn], shared=False, **how)
         return found
 
     def network(self) -> nn.Module:
@@ -282,37 +247,17 @@ class DataFree(Procedure):
         said |= {name: getattr(self, name) for name in _SAID} | self._said
         return ", ".join(f"{name}={value}" for name, value in said.items())
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {"rounds": self.rounds}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.rounds = state["rounds"]
-
     def before_epoch(self, step: Step) -> None:
-        self.tally.zero_()
+        self.lessons.begin_epoch()
 
     def after_epoch(self, step: Step) -> dict[str, float]:
-        """Shares of the images that were usable and selected, and of the student's places that were filled. The next epoch
-        makes as many batches as these selections would have needed."""
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.tally)
-        usable, selected, filled, short, iterations = self.tally.tolist()
-        if iterations and usable == 0.0:
-            raise FloatingPointError(
-                f"fastkd: no image of epoch {step.epoch + 1} was finite, or had finite logits of the teacher: what makes them "
-                "is lost; lower generator_learning_rate"
-            )
-        if not self.select or not iterations:
-            return {}
-        found = {"selected": selected / iterations, "filled": filled / iterations, "rounds": float(self.rounds)}
-        self._set_rounds(step, found["selected"], found["filled"], short > 0)
-        return found
+        return self.lessons.end_epoch(step.epoch)
 
     def iteration(self, batch: Batches, step: Step) -> dict[str, Tensor]:
         self._draw_anew(step)
         made, found = self._make(step)
         losses = []
-        for lesson in self._lessons(made):
+        for lesson in self._lessons_of(made):
             loss = self.student_loss(lesson.images, lesson.logits, lesson.weight)
             step.update(loss, "student")
             losses.append(loss.detach())
@@ -327,18 +272,18 @@ class DataFree(Procedure):
         from fastkd.methods import pictures  # matplotlib takes a second to import
 
         made = self.judge(self.samples(max(SHOWN, self.batch_size)))
+        chosen = self.lessons.mask([made])[0].cpu() if self.lessons.select else None
         grid = pictures.image_grid(
-            made.images[:SHOWN],
-            selected=made.chosen[:SHOWN] if self.select else None,
-            confidence=(made.stats.max - made.stats.logsumexp).exp()[:SHOWN],
+            made.images[:SHOWN].float().cpu(),
+            selected=None if chosen is None else chosen[:SHOWN],
+            confidence=(-made.losses).exp()[:SHOWN].cpu(),
             mean=self.maker.mean,
             std=self.maker.std,
         )
-        losses = losses_of(made.stats, made.usable)
-        return {
-            "images": grid,
-            "losses": pictures.loss_histogram(losses, selected=made.chosen if self.select else None),
-        }
+        losses = made.losses[made.usable]
+        mixture = TwoGaussianMixture().fit(losses) if chosen is not None else None
+        histogram = pictures.loss_histogram(made.losses.cpu(), mixture, chosen)
+        return {"images": grid, "losses": histogram}
 
     @torch.no_grad()
     def samples(self, count: int) -> Tensor:
@@ -349,18 +294,9 @@ class DataFree(Procedure):
 
     # ---- images, and what is asked of them
 
-    def judge(self, images: Tensor, labels: Tensor | None = None, *, select: bool = True) -> Judged:
-        """What the teacher says to images; ``select``: and which are selected, where the method does so."""
-        whole = images.detach().flatten(1).sum(1).isfinite()
-        images = images.where(whole[:, None, None, None], 0.0)
-        seen = self.teacher.look(images)
-        usable = whole & seen.logits.detach().sum(1).isfinite()
-        seen = seen._replace(logits=seen.logits.where(usable[:, None], 0.0))
-        stats = logit_stats(seen.logits)
-        chosen = usable
-        if self.select and select:
-            chosen = clean_mask(losses_of(stats, usable), self.threshold)
-        return Judged(images, labels, seen, stats, usable, chosen)
+    def judge(self, images: Tensor, labels: Tensor | None = None) -> Judged:
+        """What the teacher says to images."""
+        return judge(self.teacher, images, labels)
 
     def generator_terms(self, made: Judged) -> dict[str, Tensor]:
         """The terms of the loss of what makes the images, each with its weight; their sum is minimised. Those of weight 0 are
@@ -397,7 +333,7 @@ class DataFree(Procedure):
         renewed = self.renew > 0 and step.iteration % self.renew == 0
         if renewed or not self.maker.lasting:
             self.maker.draw_anew(generator=renewed)
-            step.restart("generator")
+            step.restart(*self._making)
 
     def _make(self, step: Step) -> tuple[Judged, dict[str, Tensor]]:
         """Updates of what makes the images; the last ones made, and the last terms."""
@@ -406,7 +342,7 @@ class DataFree(Procedure):
             for _ in range(self.generator_steps):
                 made = self.judge(*self.maker())
                 found = self.generator_terms(made)
-                step.update(torch.stack(list(found.values())).sum(), "generator")
+                step.update(torch.stack(list(found.values())).sum(), *self._making)
                 self.maker.keep_in_range()
         self._remember(made)
         logged = {f"{name}_loss": term.detach() for name, term in found.items()}
@@ -417,45 +353,29 @@ class DataFree(Procedure):
         """Places of images in which nothing can be learnt are filled with others."""
         if self.bank is None and self.contrast is None:
             return
-        index = choose(made.chosen, self.batch_size).index
+        index = choose(made.usable, self.batch_size).index
         if self.bank is not None:
             self.bank.add(images=made.images[index], logits=made.logits[index])
         if self.contrast is not None:
             self.contrast.bank.add(features=made.seen.description[index])
 
     @torch.no_grad()
-    def _lessons(self, made: Judged) -> list[_Lesson]:
+    def _lessons_of(self, made: Judged) -> list[Lesson]:
         """One for each of the student's steps."""
         if self.bank is not None:
-            drawn = [self.bank.draw(self.batch_size) for _ in range(self.student_steps)]
             weight = torch.full((self.batch_size,), 1.0 / self.batch_size, device=self.maker.device)
-            return [_Lesson(rows["images"], rows["logits"], weight) for rows in drawn]
+            return [Lesson(**self.bank.draw(self.batch_size), weight=weight) for _ in range(self.student_steps)]
         given = [made] if self.share_images else []
-        fresh = (self.judge(*self.maker(), select=False) for _ in range(self.rounds - len(given)))
-        lessons = self._chosen_of([*given, *fresh])
+        batches = given + [self.judge(*self.maker()) for _ in range(self.lessons.rounds - len(given))]
+        lessons = self.lessons(batches)
         return lessons if self.replay is None else [self._with_replayed(lesson) for lesson in lessons]
 
-    def _chosen_of(self, batches: Sequence[Judged]) -> list[_Lesson]:
-        """Of all images that were made for the student, those that it is to see. They are by the same generator: what one
-        lesson leaves, the next one takes."""
-        usable = torch.stack([made.usable for made in batches])
-        mask = usable
-        if self.select:
-            mask = clean_mask(torch.stack([losses_of(made.stats, made.usable) for made in batches]), self.threshold)
-        images, logits = (torch.cat(parts) for parts in zip(*((m.images, m.logits) for m in batches), strict=True))
-        chosen = choose(mask.flatten(), self.student_steps * self.batch_size)
-        shares = torch.stack([usable.float().mean(), mask.float().mean(), chosen.filled])
-        self.tally += torch.cat([shares, (shares[2:] < 1.0).float(), torch.ones_like(shares[:1])])
-        weight = chosen.weight * self.student_steps
-        parts = zip(chosen.index.split(self.batch_size), weight.split(self.batch_size), strict=True)
-        return [_Lesson(images.index_select(0, i), logits.index_select(0, i), share) for i, share in parts]
-
-    def _with_replayed(self, lesson: _Lesson) -> _Lesson:
+    def _with_replayed(self, lesson: Lesson) -> Lesson:
         """And as many from the memory."""
         assert self.replay is not None
         images = self.replay.samples(self.batch_size)
-        weight = torch.full_like(lesson.weight, 1.0 / self.batch_size)
-        return _Lesson(
+        weight = torch.full_like(lesson.weight, 1.0 / len(images))
+        return Lesson(
             torch.cat([lesson.images, images]),
             torch.cat([lesson.logits, self.teacher(images)]),
             torch.cat([lesson.weight, weight]) / 2,
@@ -464,7 +384,7 @@ class DataFree(Procedure):
     def _adversarial(self, made: Judged) -> Tensor:
         """Lowest where student and teacher differ most."""
         logits = self.student(made.images).logits
-        weight = terms.shares(made.chosen)
+        weight = terms.shares(self.lessons.mask([made])[0])
         if self.agreed_only:
             weight = weight * (logits.detach().argmax(1) == made.stats.argmax)
         found = terms.divergence(self.adversary, logits, made.logits, weight, self.adversary_temperature)
@@ -483,21 +403,6 @@ class DataFree(Procedure):
         with torch.no_grad():
             return self.teacher.look(images).description.shape[1]
 
-    def _set_rounds(self, step: Step, selected: float, filled: float, short: bool) -> None:
-        """As many as this epoch would have needed, with some to spare; a warning where that is more than there may be."""
-        wanted = math.ceil(SPARE * self.student_steps / max(selected, 1e-9))
-        if short:
-            wanted = max(wanted, self.rounds + 1)
-        most = self.most_rounds * self.student_steps
-        if short and self.rounds >= most and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"fastkd: {100 * filled:.0f} % of the student's places were filled in epoch {step.epoch + 1}, although each "
-                f"batch was selected from {self.most_rounds}: some images came twice; raise most_rounds, or lower threshold",
-                stacklevel=2,
-            )
-        self.rounds = min(wanted, most)
-
     def _check_together(self) -> None:
         if not any(self.weights.values()):
             raise ValueError(
@@ -515,17 +420,8 @@ class DataFree(Procedure):
 
 
 _SAID = (
-    *(
-        "adversary",
-        "adversary_temperature",
-        "agreed_only",
-        "select",
-        "threshold",
-        "most_rounds",
-        "distance",
-        "temperature",
-    ),
-    *("attention", "generator_steps", "student_steps", "share_images", "renew", "batch_size"),
+    *("adversary", "adversary_temperature", "agreed_only", "distance", "temperature", "attention"),
+    *("generator_steps", "student_steps", "share_images", "renew", "batch_size"),
 )
 
 

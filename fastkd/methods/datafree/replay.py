@@ -35,14 +35,12 @@ class Replay(nn.Module):
         shape: Sequence[int],
         *,
         width: int = 128,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
         divergence_weight: float = 1e-5,
     ) -> None:
         super().__init__()
         self.latent, self.divergence_weight = latent, divergence_weight
         self.encoder = Encoder(latent, shape, width=width)
-        self.decoder = Generator(latent, shape, width=width, mean=mean, std=std)
+        self.decoder = Generator(latent, shape, width=width)
 
     def loss(self, images: Tensor, teacher_logits: Tensor, teacher: Callable[[Tensor], Tensor]) -> Tensor:
         """Of new images ``[B, C, H, W]``, half of which are learnt, and as many of its own.

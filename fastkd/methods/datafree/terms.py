@@ -49,8 +49,8 @@ def divergence(
     - ``l1``: the mean over the classes of ``|s - t|`` (DFAD, TA-DFKD); without a temperature.
     - ``js``: the Jensen-Shannon divergence over ln 2, from 0 to 1, at this temperature.
     - ``js-published``: as the code of DeepInversion, PRE-DFKD and TA-DFKD has it: T = 3; p, q and their mean m clamped to
-      [.01, .99]; ``KL(m || p) / 2 + KL(m || q) / 2`` over B *and* K; the result clamped to [0, 1]. With 100 classes it is
-      nearly always the 0 of the clamp, and has no gradient.
+      [.01, .99]; ``KL(m || p) / 2 + KL(m || q) / 2`` over B *and* K; the result clamped to [0, 1]. With 100 classes and
+      predictions that are not sharp it is negative, so that the clamp makes it 0, without a gradient.
     """
     if kind == "kl":
         return functional.kl_div(student_logits, teacher_logits, temperature, weight=weight, reduction="sum")

@@ -1,0 +1,49 @@
+"""Images that were made, and what the teacher says to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastkd.functional import LogitStats, logit_stats
+from fastkd.methods.datafree.watched_teacher import Seen, WatchedTeacher
+
+__all__ = ["Judged", "judge"]
+
+
+@dataclass
+class Judged:
+    """A batch of images, by one run of the teacher."""
+
+    images: Tensor
+    """``[B, C, H, W]``; those with a value that is not finite are all 0, and do not count."""
+    labels: Tensor | None
+    """int64 ``[B]``, the classes that they are asked to be of, if any."""
+    seen: Seen
+    """Of the teacher; the logits of images that do not count are 0."""
+    stats: LogitStats
+    """Of its logits."""
+    usable: Tensor
+    """bool ``[B]``: images and logits are finite."""
+
+    @property
+    def logits(self) -> Tensor:
+        """The teacher's, ``[B, K]``."""
+        return self.seen.logits
+
+    @property
+    def losses(self) -> Tensor:
+        """The teacher's cross-entropy with its own prediction, ``logsumexp - max``, ``[B]``; NaN where an image does not
+        count."""
+        return (self.stats.logsumexp - self.stats.max).detach().where(self.usable, float("nan"))
+
+
+def judge(teacher: WatchedTeacher, images: Tensor, labels: Tensor | None = None) -> Judged:
+    """What the teacher says to images ``[B, C, H, W]``, differentiable in them."""
+    whole = images.detach().flatten(1).sum(1).isfinite()
+    images = images.where(whole[:, None, None, None], 0.0)
+    seen = teacher.look(images)
+    usable = whole & seen.logits.detach().sum(1).isfinite()
+    seen = seen._replace(logits=seen.logits.where(usable[:, None], 0.0))
+    return Judged(images, labels, seen, logit_stats(seen.logits), usable)

@@ -1,0 +1,148 @@
+"""What a student sees of the images that were made for it: all, or those that the teacher vouches for (TA-DFKD).
+
+The choice is made on the device and fills a fixed number of places, so that nothing waits for it. How many images are made
+follows from the epoch before.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastkd import _checks
+from fastkd.methods.datafree.judged import Judged
+from fastkd.selection import select_clean
+
+__all__ = ["Chosen", "Lesson", "Lessons", "choose"]
+
+SPARE = 1.1  # images for each place, times those that the last epoch needed
+
+
+@dataclass
+class Lesson:
+    """Of one step of the student."""
+
+    images: Tensor
+    """``[B, C, H, W]``."""
+    logits: Tensor
+    """The teacher's, ``[B, K]``."""
+    weight: Tensor
+    """``[B]``, the share of each in the mean."""
+
+
+@dataclass
+class Chosen:
+    """Places, filled with candidates that were selected."""
+
+    index: Tensor
+    """int64 ``[size]``: the candidate in each place. Where fewer were selected than there are places they come again, in turn,
+    so that nothing else gets into a batch norm."""
+    weight: Tensor
+    """``[size]``, 1; all 0 where none was selected."""
+    filled: Tensor
+    """Scalar, the share of the places that have a candidate of their own."""
+
+
+def choose(mask: Tensor, size: int) -> Chosen:
+    """The first ``size`` of the candidates that were selected, bool ``[N]``."""
+    count = mask.sum()
+    order = torch.argsort(mask.to(torch.uint8), descending=True, stable=True)
+    kept = count.clamp(max=size)
+    places = torch.arange(size, device=mask.device)
+    return Chosen(order[places % kept.clamp(min=1)], (count > 0).float().expand(size), kept / size)
+
+
+class Lessons(nn.Module):
+    """Selects, and counts.
+
+    Args:
+        batch_size: B, of a lesson.
+        steps: lessons of an iteration.
+        select: whether images are selected by the teacher's losses, else all that are usable are taken.
+        threshold: posterior of the clean component above which one is selected.
+        most_rounds: batches at most that one lesson is selected from, on average; 2 at first.
+    """
+
+    tally: Tensor
+
+    def __init__(
+        self, batch_size: int, steps: int, *, select: bool, threshold: float = 0.5, most_rounds: int = 8
+    ) -> None:
+        super().__init__()
+        self.batch_size, self.steps = batch_size, steps
+        self.select, self.threshold = _checks.check_flag("select", select), _checks.check_share("threshold", threshold)
+        self.most_rounds = _checks.check_count("most_rounds", most_rounds, 2)
+        self.rounds = 2 * steps if select else steps
+        """Batches of images that are made for the lessons of an iteration."""
+        # of an epoch: the shares usable, selected and filled, how often not all places were filled, iterations
+        self.register_buffer("tally", torch.zeros(5))
+        self._warned = False
+
+    def mask(self, batches: Sequence[Judged]) -> Tensor:
+        """Which images are taken, bool ``[batches, B]``: each batch is a mixture of its own, all are fitted in one call."""
+        if not self.select:
+            return torch.stack([batch.usable for batch in batches])
+        return select_clean(torch.stack([batch.losses for batch in batches]), self.threshold)[0]
+
+    @torch.no_grad()
+    def forward(self, batches: Sequence[Judged]) -> list[Lesson]:
+        """The lessons of an iteration. All images are by the same generator: what one lesson leaves, the next one takes."""
+        usable, mask = torch.stack([batch.usable for batch in batches]), self.mask(batches)
+        images, logits = (torch.cat(parts) for parts in zip(*((b.images, b.logits) for b in batches), strict=True))
+        chosen = choose(mask.flatten(), self.steps * self.batch_size)
+        shares = torch.stack([usable.float().mean(), mask.float().mean(), chosen.filled])
+        self.tally += torch.cat([shares, (shares[2:] < 1.0).float(), torch.ones_like(shares[:1])])
+        parts = zip(chosen.index.split(self.batch_size), chosen.weight.split(self.batch_size), strict=True)
+        return [Lesson(images[index], logits[index], weight / self.batch_size) for index, weight in parts]
+
+    def begin_epoch(self) -> None:
+        """Counts from 0 on."""
+        self.tally.zero_()
+
+    def end_epoch(self, epoch: int) -> dict[str, float]:
+        """Shares of the images that were selected and of the places that were filled, over all processes. The next epoch makes
+        as many batches as this one would have needed.
+
+        Raises:
+            FloatingPointError: no image was finite.
+        """
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.tally)
+        usable, selected, filled, short, iterations = self.tally.tolist()
+        if iterations and usable == 0.0:
+            raise FloatingPointError(
+                f"fastkd: no image of epoch {epoch + 1} was finite, or had finite logits of the teacher: what makes them is "
+                "lost; lower generator_learning_rate"
+            )
+        if not self.select or not iterations:
+            return {}
+        found = {"selected": selected / iterations, "filled": filled / iterations, "rounds": float(self.rounds)}
+        self._set_rounds(epoch, found["selected"], found["filled"], short > 0)
+        return found
+
+    def _set_rounds(self, epoch: int, selected: float, filled: float, short: bool) -> None:
+        """With some to spare; a warning where more is needed than there may be."""
+        wanted = math.ceil(SPARE * self.steps / max(selected, 1e-9))
+        most = self.most_rounds * self.steps
+        if short:
+            wanted = max(wanted, self.rounds + 1)
+            if self.rounds >= most and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"fastkd: {100 * filled:.0f} % of the student's places were filled in epoch {epoch + 1}, although each "
+                    f"batch was selected from {self.most_rounds}: images come again; raise most_rounds, or lower threshold",
+                    stacklevel=2,
+                )
+        self.rounds = min(wanted, most)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"rounds": self.rounds}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.rounds = state["rounds"]

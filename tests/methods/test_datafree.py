@@ -1,0 +1,520 @@
+"""Distillation without data: every method trained, killed and gone on with; what is bad about images and networks."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datafree_cases import BATCH, ITERATIONS, METHODS, datafree, in_two, teacher
+from test_procedures import fit
+from torch import Tensor, nn
+from training_cases import CLASSES, Batches, Linear, assert_same_end, differences, evaluated, make_settings, small
+from training_processes import start_ranks
+
+from fastkd._seeding import seeded
+from fastkd.data import NoBatches
+from fastkd.methods.datafree import DataFree
+from fastkd.methods.datafree.bank import Bank
+from fastkd.methods.datafree.judged import judge
+from fastkd.methods.datafree.lessons import Lessons, choose
+from fastkd.methods.datafree.watched_teacher import WatchedTeacher
+from fastkd.methods.registry import Given, create_procedure, find
+from fastkd.models.generator import Encoder, Generator
+from fastkd.selection import select_clean
+from fastkd.training import TrainingSettings, checkpoint
+
+pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread", "no_figures")]
+
+
+class Steps:
+    """What a procedure is given, that makes no step; it counts."""
+
+    epoch, epochs, iteration, iterations, rank, world_size, progress = 0, 1, 0, 1, 0, 1, 0.0
+
+    def __init__(self) -> None:
+        self.updated: Counter[str] = Counter()
+
+    def update(self, loss: Tensor, *parts: str) -> None:
+        assert loss.requires_grad
+        assert loss.isfinite()
+        self.updated.update(parts)
+
+    def restart(self, *parts: str) -> None:
+        self.updated.update(f"restart {part}" for part in parts)
+
+
+# ---- all methods ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_and_gone_on_with_equals_not_killed(method: str, tmp_path: Path) -> None:
+    settings = make_settings(epochs=3, learning_rate=0.02, checkpoint_every=2, ema=0.9 if method == "dafl" else 0.0)
+    fit(datafree(method), NoBatches(ITERATIONS), settings, tmp_path / "whole", evaluate=evaluated)
+    stops = sorted(random.Random(method).sample(range(1, 3 * ITERATIONS), 2))
+    for i, stop in enumerate([*stops, None]):  # the weights of seed i are not those of the checkpoint
+        found = (tmp_path / "parts" / "checkpoint.pt").exists()
+        procedure = datafree(method, seed=i if found else 0)
+        fit(
+            procedure,
+            NoBatches(ITERATIONS),
+            settings,
+            tmp_path / "parts",
+            evaluate=evaluated,
+            resume="auto",
+            stop_at=stop,
+        )
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+
+
+UPDATES = {
+    "ta-dfkd": {"generator": 1, "student": 3},
+    "dafl": {"generator": 1, "student": 1},
+    "dfad": {"generator": 1, "student": 5},
+    "zskt": {"generator": 1, "student": 7},
+    "dfq": {"generator": 1, "student": 1},
+    "deep-inversion": {"restart drawn": 1, "drawn": 3, "student": 2},
+    "cmi": {
+        "restart generator": 1,
+        "restart head": 1,
+        "restart drawn": 1,
+        "generator": 3,
+        "head": 3,
+        "drawn": 3,
+        "student": 2,
+    },
+    "pre-dfkd": {"generator": 1, "student": 1, "replay": 1},
+    "nayer": {"restart generator": 1, "restart drawn": 1, "generator": 3, "drawn": 3, "student": 2},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_iteration(method: str) -> None:
+    """Its updates; its terms are those of the weights, and their sum is the loss; all parts get gradients."""
+    procedure, step = datafree(method), Steps()
+    found = procedure.iteration(None, step)  # type: ignore[arg-type]
+    assert step.updated == UPDATES[method]
+    expected = {f"{name}_loss" for name, weight in procedure.weights.items() if weight}
+    expected |= {"loss", "generator_loss"} | ({"replay_loss"} if method == "pre-dfkd" else set())
+    assert set(found) == expected
+    terms = sum(value for name, value in found.items() if name not in ("loss", "generator_loss", "replay_loss"))
+    torch.testing.assert_close(terms, found["generator_loss"])
+    made = procedure.judge(*procedure.maker())
+    torch.stack(list(procedure.generator_terms(made).values())).sum().backward()
+    for name, part in procedure.parts().items():
+        for parameter in part.parameters if name not in ("student", "replay") else ():
+            assert parameter.grad is not None
+            assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_teacher_runs_once_on_a_batch(method: str) -> None:
+    procedure = datafree(method)
+    rows = []
+    network = procedure.frozen["teacher"]
+    network.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    made = []
+    procedure.maker.register_forward_hook(lambda *_: made.append(1))
+    procedure.iteration(None, Steps())  # type: ignore[arg-type]
+    more = {
+        "cmi": procedure.generator_steps,  # the other view of the images
+        "zskt": procedure.student_steps,  # feature maps, which the selection of images does not keep
+        "pre-dfkd": 3,  # what the memory makes: for the student, and twice for itself
+    }
+    assert len(rows) == len(made) + more.get(method, 0)
+
+
+@pytest.mark.forks
+@pytest.mark.parametrize("method", ["ta-dfkd", "cmi"])
+def test_two_processes_stay_equal(method: str, tmp_path: Path) -> None:
+    """Of other noise each, and the same weights."""
+    start_ranks(in_two, tmp_path, make_settings(epochs=2, learning_rate=0.02), method)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    own = ("running_", "num_batches", "bank.", "drawn", "tally")  # what belongs to the images of each
+    shared = [{k: v for k, v in state.items() if not any(word in k for word in own)} for state in (first, second)]
+    assert not differences(*shared)
+    assert differences(first, second) if method == "cmi" else True
+
+
+def test_what_is_published() -> None:
+    """Weights and schedules as the papers' code has them."""
+    ours = {name: {option: o.default for option, o in find(name).options().items()} for name in METHODS}
+    table = {
+        "ta-dfkd": {
+            "adversarial": 1.0,
+            "bn_statistics": 10.0,
+            "total_variation": 1.5e-5,
+            "l2": 6e-3,
+            "student_steps": 10,
+        },
+        "dafl": {"class_prior": 1.0, "balance": pytest.approx(5 / 2.302585), "activation": 0.1, "distance": "kl"},
+        "dfad": {"adversary": "l1", "distance": "l1", "student_steps": 5, "latent": 256},
+        "zskt": {"adversary": "kl", "attention": 250.0, "student_steps": 7},
+        "dfq": {"bn_statistics": 1.0, "class_prior": 1.0, "adversarial": 1.0, "balance": 20.0},
+        "deep-inversion": {"total_variation": 2.5e-5, "jitter": 2, "source": "pixels"},
+        "cmi": {"bn_statistics": 1.0, "class_prior": 0.5, "adversarial": 0.5, "contrast": 0.8, "capacity": 4096},
+        "pre-dfkd": {"distance": "l1", "memory": "replay", "activation": 0.1},
+        "nayer": {"adversarial": 1.33, "bn_statistics": 10.0, "class_prior": 0.5, "generator_steps": 40, "renew": 10},
+    }
+    for name, options in table.items():
+        assert {option: ours[name][option] for option in options} == options
+
+
+def test_a_student_learns_without_data() -> None:
+    """The teacher of images in four classes; chance is 1/4."""
+    images, target, _ = Batches(batch=256).of(5)
+    network = small(77)
+    optimizer = torch.optim.Adam(network.parameters(), 0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(images), target).backward()
+        optimizer.step()
+    assert evaluated(network)["test_accuracy"] > 0.9
+    with seeded(0):
+        given = Given(small(3), network, images[:2], 32, num_classes=CLASSES)
+        procedure = create_procedure("ta-dfkd", given, latent=16, width=16, student_steps=5)
+    settings = TrainingSettings(epochs=4, learning_rate=0.05, nesterov=False)
+    trainer = fit(procedure, NoBatches(30), settings, evaluate=evaluated)
+    history = trainer._state.history  # type: ignore[union-attr]
+    assert history[-1]["test_accuracy"] > 0.75
+    assert 0.3 < history[-1]["selected"] <= 1.0
+    assert history[-1]["filled"] > 0.99
+
+
+def test_a_method_of_ones_own() -> None:
+    """A term beside the others, with an option of its own; all options of the procedure are there."""
+    from fastkd.methods.registry import register
+
+    @register("brightest", family="data-free", needs=("teacher",), adversarial=1.0, adversary="kl", latent=6, width=4)
+    class Brightest(DataFree):
+        """Images that are bright.
+
+        Args:
+            brightness: weight of minus the mean pixel.
+        """
+
+        def __init__(self, *given: Any, brightness: float = 0.5, **options: Any) -> None:
+            super().__init__(*given, **options)
+            self.brightness = brightness
+
+        def generator_terms(self, made: Any) -> dict[str, Tensor]:
+            return {**super().generator_terms(made), "brightness": -self.brightness * made.images.mean()}
+
+    options = find("brightest").options()
+    assert (options["brightness"].default, options["adversary"].default, options["width"].default) == (0.5, "kl", 4)
+    assert options["brightness"].help == "weight of minus the mean pixel."
+    assert "student" not in options
+    given = Given(small(0), teacher(), Batches().of(0)[0], BATCH)
+    procedure = create_procedure("brightest", given, brightness=2.0)
+    found = procedure.iteration(None, Steps())  # type: ignore[arg-type]
+    assert set(found) == {"loss", "generator_loss", "adversarial_loss", "brightness_loss"}
+
+
+# ---- selection -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("selected", [0, 1, 3, 8, 20])
+def test_places_are_filled_in_turn(selected: int) -> None:
+    mask = torch.zeros(20, dtype=torch.bool)
+    where = torch.randperm(20, generator=torch.Generator().manual_seed(selected))[:selected].sort().values
+    mask[where] = True
+    chosen = choose(mask, 8)
+    assert chosen.index.shape == (8,)
+    if selected:
+        assert chosen.index.tolist() == [where[i % min(selected, 8)].item() for i in range(8)]
+    assert chosen.weight.tolist() == [float(selected > 0)] * 8
+    assert chosen.filled.item() == min(selected, 8) / 8
+
+
+def test_lessons_are_those_that_select_clean_takes() -> None:
+    procedure = datafree("ta-dfkd")
+    lessons = procedure.lessons
+    assert lessons.rounds == 2 * lessons.steps
+    batches = [procedure.judge(*procedure.maker()) for _ in range(lessons.rounds)]
+    found = lessons(batches)
+    kept = []
+    for batch in batches:
+        own = nn.functional.cross_entropy(batch.logits, batch.logits.argmax(1), reduction="none")
+        torch.testing.assert_close(batch.losses, own)
+        kept.append(batch.images[select_clean(batch.losses)[0]])
+    places = lessons.steps * BATCH
+    expected = torch.cat([*kept, *kept])[:places].detach()  # where there are too few, they come again
+    assert lessons.tally[2].item() == pytest.approx(min(1.0, sum(map(len, kept)) / places))
+    assert torch.equal(torch.cat([lesson.images for lesson in found]), expected)
+    for lesson in found:
+        assert lesson.weight.tolist() == pytest.approx([1 / BATCH] * BATCH)
+        with torch.no_grad():
+            torch.testing.assert_close(procedure.teacher(lesson.images), lesson.logits)
+
+
+def test_rounds_follow_what_is_selected() -> None:
+    lessons = Lessons(10, 10, select=True)
+    for share, filled, rounds in ((0.9, 1.0, 13), (0.6, 1.0, 19), (0.5, 0.9, 22), (0.05, 0.3, 80)):
+        lessons.begin_epoch()
+        lessons.tally += torch.tensor([4.0, 4 * share, 4 * filled, 4.0 * (filled < 1), 4.0])
+        said = lessons.end_epoch(0)
+        assert said["selected"] == pytest.approx(share)
+        assert lessons.rounds == rounds
+    again = Lessons(10, 10, select=True)
+    again.load_state_dict(lessons.state_dict())
+    assert again.rounds == 80
+
+
+def test_a_warning_where_there_is_no_room_for_more_rounds() -> None:
+    lessons = Lessons(10, 1, select=True, most_rounds=2)
+    for expected in (1, 0):  # once
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            lessons.begin_epoch()
+            lessons.tally += torch.tensor([1.0, 0.1, 0.3, 1.0, 1.0])
+            lessons.end_epoch(6)
+        assert len(caught) == expected
+        if caught:
+            assert "30 % of the student's places were filled in epoch 7" in str(caught[0].message)
+
+
+# ---- what makes a batch hard ---------------------------------------------------------------------------
+
+
+def broken(images: Tensor, rows: Any, value: float) -> Tensor:
+    images = images.clone()
+    images[rows, 0, 1, 2] = value
+    return images
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_image_does_no_harm(method: str, value: float) -> None:
+    """It is no part of any loss, and of no lesson."""
+    procedure = datafree(method)
+    procedure.maker.register_forward_hook(lambda _, __, made: made._replace(images=broken(made.images, [0, 3], value)))
+    found = procedure.iteration(None, Steps())  # type: ignore[arg-type]
+    assert all(term.isfinite() for term in found.values())
+    made = procedure.judge(*procedure.maker())
+    assert made.usable.tolist() == [i not in (0, 3) for i in range(BATCH)]
+    assert not procedure.lessons.mask([made])[0, [0, 3]].any()
+    for module in procedure.modules():
+        for buffer in module.buffers():
+            assert buffer.isfinite().all()
+
+
+def test_nothing_but_broken_images() -> None:
+    """No batch breaks the training; its epoch ends it with a line."""
+    procedure = datafree("ta-dfkd")
+    procedure.maker.register_forward_hook(
+        lambda _, __, made: made._replace(images=broken(made.images, slice(None), torch.nan))
+    )
+    step = Steps()
+    procedure.before_epoch(step)  # type: ignore[arg-type]
+    found = procedure.iteration(None, step)  # type: ignore[arg-type]
+    assert found["loss"].item() == 0.0
+    with pytest.raises(FloatingPointError, match=r"no image of epoch 1 was finite.*lower generator_learning_rate"):
+        procedure.after_epoch(step)  # type: ignore[arg-type]
+
+
+def test_equal_losses_are_all_selected() -> None:
+    """Of images that are all the same."""
+    procedure = datafree("ta-dfkd")
+    procedure.maker.register_forward_hook(
+        lambda _, __, made: made._replace(images=made.images[:1].expand(BATCH, -1, -1, -1))
+    )
+    made = procedure.judge(*procedure.maker())
+    assert procedure.lessons.mask([made]).all()
+    assert procedure.iteration(None, Steps())["loss"].isfinite()  # type: ignore[arg-type]
+
+
+def test_none_selected() -> None:
+    procedure = datafree("ta-dfkd", threshold=1.0)
+    step = Steps()
+    procedure.before_epoch(step)  # type: ignore[arg-type]
+    found = procedure.iteration(None, step)  # type: ignore[arg-type]
+    assert found["loss"].item() == 0.0
+    assert found["adversarial_loss"].item() == 1.0
+    assert procedure.after_epoch(step)["selected"] == 0.0  # type: ignore[arg-type]
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no terms": ({"adversarial": 0.0}, "are all 0, must be one above 0"),
+    "negative": ({"balance": -1.0}, "balance is -1.0, must be"),
+    "adversary": ({"adversary": "l2"}, "adversary is 'l2', must be"),
+    "temperature": ({"temperature": 0.0}, "temperature is 0.0, must be"),
+    "steps": ({"student_steps": 0}, "student_steps is 0, must be"),
+    "rounds": ({"select": True, "most_rounds": 1}, "most_rounds is 1, must be"),
+    "threshold": ({"threshold": 1.5}, "threshold is 1.5, must be"),
+    "latents without a bank": ({"source": "latents"}, "memory is not 'bank', must be"),
+    "bank and shared": ({"memory": "bank", "share_images": True}, "share_images is True, must be False"),
+    "jitter": ({"jitter": 2}, "jitter is 2, must be 0 for the source 'noise'"),
+    "sigmoid": ({"squash": "sigmoid", "mean": None, "std": None}, "mean is None, must be"),
+    "channels": (
+        {"squash": "sigmoid", "mean": (0.1, 0.2), "std": (1.0, 1.0)},
+        "mean has 2 values, must be one for each",
+    ),
+    "batch": ({"batch_size": 1}, "batch_size is 1, must be"),
+    "small images": (
+        {"images": torch.zeros(2, 1, 3, 3)},
+        "must be \\(C, H, W\\) with sides of 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_options_that_cannot_be(case: str) -> None:
+    options, message = WRONG[case]
+    given = {"student": small(0), "teacher": teacher(), "images": Batches().of(0)[0], "batch_size": BATCH}
+    if case == "small images":
+        given |= {
+            "student": nn.Sequential(nn.Flatten(), nn.Linear(9, 4)),
+            "teacher": nn.Sequential(nn.Flatten(), nn.Linear(9, 4)),
+        }
+        options = {"images": options["images"]}
+    with pytest.raises((ValueError, TypeError), match=f"fastkd: .*{message}"):
+        DataFree(**{**given, "adversarial": 1.0, "latent": 6, "width": 4, **options})
+
+
+def test_networks_that_do_not_go_together() -> None:
+    images = Batches().of(0)[0]
+    other = nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES + 1))
+    with pytest.raises(
+        ValueError, match=r"student has logits of shape \(12, 5\), must be that of the teacher's, \(12, 4\)"
+    ):
+        DataFree(other, teacher(), images, adversarial=1.0)
+    with pytest.raises(ValueError, match=r"bn_statistics is asked of a Linear without batch norms .* must be 0 for it"):
+        DataFree(small(0), Linear(1), images, bn_statistics=1.0)
+    # the rest works without
+    for method in METHODS:
+        if method != "zskt":  # which reads maps
+            given = Given(Linear(0), Linear(1), images, BATCH, num_classes=CLASSES)
+            procedure = create_procedure(
+                method, given, latent=6, width=4, bn_statistics=0.0, generator_steps=1, capacity=16
+            )
+            assert procedure.iteration(None, Steps())["loss"].isfinite()  # type: ignore[arg-type]
+
+
+# ---- parts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 5, 4), (2, 17, 9)])
+def test_generators_of_any_size(shape: tuple[int, int, int]) -> None:
+    noise = torch.randn(6, 10)
+    made = Generator(10, shape, width=4)(noise)
+    assert made.shape == (6, *shape)
+    torch.testing.assert_close(made.mean((0, 2, 3)), torch.zeros(shape[0]), atol=1e-5, rtol=0)
+    bounded = Generator(10, shape, width=4, mean=[0.5] * shape[0], std=[0.25] * shape[0])(noise)
+    assert bounded.min() >= -2.0
+    assert bounded.max() <= 2.0
+    mean, log_variance = Encoder(10, shape, width=4)(made)
+    assert mean.shape == log_variance.shape == (6, 10)
+
+
+def test_a_generator_begins_anew() -> None:
+    generator = Generator(10, (1, 8, 8), width=4)
+    before = {name: value.clone() for name, value in generator.state_dict().items()}
+    with seeded(3):
+        generator.reset()
+    after = generator.state_dict()
+    assert all(not torch.equal(after[name], before[name]) for name in before if name.endswith("0.weight"))
+
+
+def test_pixels_stay_values_of_an_image() -> None:
+    procedure = datafree("deep-inversion")
+    procedure.maker.draw_anew(generator=False)
+    procedure.maker.keep_in_range()
+    assert procedure.maker.drawn is not None
+    pixels = 0.4 + 0.3 * procedure.maker.drawn
+    assert pixels.min() >= -1e-6
+    assert pixels.max() <= 1.0 + 1e-6
+
+
+def test_labels_are_of_all_classes_alike() -> None:
+    labels = datafree("cmi").maker().labels
+    assert labels is not None
+    assert labels.bincount().tolist() == [3, 3, 3, 3]
+
+
+def test_a_bank_keeps_the_last() -> None:
+    bank = Bank(5, x=(2,), y=())
+    with pytest.raises(RuntimeError, match="bank is empty"):
+        bank.draw(1)
+    for start in (0, 2, 4, 6):
+        rows = torch.arange(start, start + 2).float()
+        bank.add(x=rows[:, None].expand(2, 2), y=rows)
+        assert len(bank) == min(start + 2, 5)
+    assert bank.all()["y"].sort().values.tolist() == [3, 4, 5, 6, 7]
+    drawn = bank.draw(200)
+    assert set(drawn["y"].tolist()) == {3, 4, 5, 6, 7}
+    assert torch.equal(drawn["x"][:, 0], drawn["y"])
+    again = Bank(5, x=(2,), y=())
+    again.load_state_dict(bank.state_dict())
+    assert len(again) == 5
+    assert again.added == 8
+    with pytest.raises(ValueError, match="rows are 6 of x, y, must be at most 5 of x, y"):
+        bank.add(x=torch.zeros(6, 2), y=torch.zeros(6))
+    with pytest.raises(ValueError, match="rows are 1 of x, must be at most 5 of x, y"):
+        bank.add(x=torch.zeros(1, 2))
+
+
+def test_a_watched_teacher() -> None:
+    network, images = teacher(), Batches().of(3)[0].requires_grad_()
+    watched = WatchedTeacher(network, images, layers=["features.3"], statistics=True, latents=True, instances=True)
+    seen = watched.look(images)
+    torch.testing.assert_close(seen.logits, network(images))
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    inputs = [network.features[0](images), network.features[4](seen.features["features.3"])]  # type: ignore[index,operator]
+    assert len(norms) == len(seen.moments) == 2
+    for moments, x in zip(seen.moments, inputs, strict=True):
+        torch.testing.assert_close(moments.mean, x.mean((0, 2, 3)))
+        torch.testing.assert_close(moments.var, x.var((0, 2, 3), correction=0))
+    torch.testing.assert_close(seen.description, torch.cat([x.mean((2, 3)) for x in inputs], 1))
+    torch.testing.assert_close(seen.latents, network.features(images))  # type: ignore[operator]
+    # nothing is kept outside of a look
+    watched(images)
+    assert not watched._inputs
+    assert not watched._latents
+
+
+def test_pictures() -> None:
+    figures = datafree("ta-dfkd").pictures(Steps())  # type: ignore[arg-type]
+    assert set(figures) == {"images", "losses"}
+    titles = [axes.get_title(loc) for axes in figures["images"].axes for loc in ("left", "center")]
+    assert any(title.startswith("selected") for title in titles)
+    assert set(datafree("cmi").pictures(Steps())) == {"images", "losses"}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["ta-dfkd", "dfad", "dfq"])
+def test_steps_compile_into_one_graph(method: str) -> None:
+    """No part of a step is left to Python, or waits for the device: the whole of it can be captured."""
+    procedure = datafree(method)
+
+    def generator_loss(noise: Tensor) -> Tensor:
+        generator = procedure.maker.generator
+        assert generator is not None
+        made = judge(procedure.teacher, generator(noise))
+        return torch.stack(list(procedure.generator_terms(made).values())).sum()
+
+    def lessons(noise: Tensor) -> Tensor:
+        generator = procedure.maker.generator
+        assert generator is not None
+        with torch.no_grad():
+            batches = [judge(procedure.teacher, generator(noise)) for _ in range(procedure.lessons.rounds)]
+            found = procedure.lessons(batches)
+        return torch.stack([procedure.student_loss(x.images, x.logits, x.weight) for x in found]).sum()
+
+    noise = torch.randn(BATCH, 6)
+    for function in (generator_loss, lessons):
+        state = {name: value.clone() for name, value in procedure.state_dict().items() if isinstance(value, Tensor)}
+        eager = function(noise)
+        procedure.load_state_dict(state, strict=False)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(noise), eager)
+
+
+def test_a_checkpoint_has_what_is_needed(tmp_path: Path) -> None:
+    settings = make_settings(epochs=1)
+    fit(datafree("cmi"), NoBatches(2), settings, tmp_path, evaluate=evaluated)
+    networks = checkpoint.read(tmp_path / "checkpoint.pt")["networks"]
+    assert set(networks) == {"student", "maker", "bank", "contrast", "lessons"}
+    assert networks["bank"]["_extra_state"] == {"added": 2 * BATCH}
