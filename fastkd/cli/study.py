@@ -107,7 +107,8 @@ class StudyCommand(_Base):
             accuracies.setdefault(run.column, {}).setdefault(run.row, {})[run.seed] = result.accuracy
             if result.teacher_accuracy is not None:
                 of_column = teachers.setdefault(run.column, {})
-                of_column.setdefault(run.distillation.teacher, {})[run.seed] = result.teacher_accuracy
+                seed = run.distillation.of_teacher().training.seed  # one that students of all seeds share is one
+                of_column.setdefault(run.distillation.teacher, {})[seed] = result.teacher_accuracy
         rows = report.in_order(self, {row for of_rows in accuracies.values() for row in of_rows})
         changes: dict[str, Any] = {self.row_option: tuple(rows), self.column_option: tuple(accuracies)}
         asked = replace(self, seeds=1 + max(run.seed for run, _ in results), **changes)

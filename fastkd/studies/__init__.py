@@ -1,6 +1,7 @@
 """Experiments of the papers, each of them run by one command."""
 
 from fastkd.studies import collection as collection  # they register themselves
+from fastkd.studies import datafree as datafree
 from fastkd.studies import zoo as zoo
 from fastkd.studies.study import names
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -36,6 +37,9 @@ __all__ = ["Experiment", "run"]
 ALONE = Process(0, 1, torch.device("cpu"))
 TEACHER_SEED = 1 << 20  # seeds of their weights begin here, away from those of students and of the others of a cohort
 MADE_UP_CLASSES = 10  # where only the files tell
+FEW_MADE = 4  # images that a method makes for itself where one step is only tried
+CONVERGING = 10  # epochs whose mean accuracy is that to which a training converges
+COURSE_STEP = 5  # %, of the course of a method without images, which is evaluated often
 
 
 def run(
@@ -119,11 +123,7 @@ class Experiment:
         for role in self.roles:
             make_network(getattr(settings, role), role, channels=1, classes=2, seed=0)
         outline = images.check(settings.data)
-        if outline.train_size is not None and settings.batch_size * self.process.world_size > outline.train_size:
-            ranks = f" on each of {self.process.world_size} ranks" if self.process.world_size > 1 else ""
-            raise ValueError(
-                f"fastkd: batch_size is {settings.batch_size}{ranks}, must be at most the {outline.train_size} images"
-            )
+        self._check_batches(outline.train_size)
         if self.entry.needs_teacher:
             settings.of_teacher()  # the schedule must fit its epochs, too
         if settings.collection.collection:
@@ -161,7 +161,7 @@ class Experiment:
         Raises:
             ValueError, FileNotFoundError: they are not.
         """
-        seed = self.settings.training.seed
+        seed = self._data_seed
         train, _ = prepare(self.settings.data, seed)
         if self.settings.collection.collection:
             collection = make_collection(self.settings.collection, self.settings.data, train, seed)
@@ -184,7 +184,9 @@ class Experiment:
         if self.settings.collection.collection:
             collected = self._collected(data, teacher, teachers)
         result = self._train(folder, data, teacher, show, self.settings.training.seed, collected)
-        result = replace(result, teacher_accuracy=teacher_accuracy)
+        if teacher_accuracy is not None:
+            gap = teacher_accuracy - result.figures["peak_accuracy"]
+            result = replace(result, figures={**result.figures, "teacher_gap": gap}, teacher_accuracy=teacher_accuracy)
         on_first_rank(lambda: write_result(self.settings, folder, result))
         return result
 
@@ -207,6 +209,19 @@ class Experiment:
                 "Python, fastkd.training.Trainer(procedure, batches, settings)"
             )
 
+    def _check_batches(self, train_size: int | None) -> None:
+        """Whether the training images fill one, of the student and of the teacher."""
+        settings, sizes = self.settings, {}
+        if self.entry.needs_images or not settings.iterations:  # else they are made, as many as one likes
+            sizes["batch_size"] = settings.batch_size
+        if self.entry.needs_teacher and settings.teacher_weights is None:
+            name = "teacher_batch_size" if settings.teacher_batch_size else "batch_size"
+            sizes[name] = settings.of_teacher().batch_size
+        for name, size in sizes.items():
+            if train_size is not None and size * self.process.world_size > train_size:
+                ranks = f" on each of {self.process.world_size} ranks" if self.process.world_size > 1 else ""
+                raise ValueError(f"fastkd: {name} is {size}{ranks}, must be at most the {train_size} images")
+
     def _check_collection(self) -> None:
         settings = self.settings
         if "labels" in self.entry.needs or not self.entry.needs_images:
@@ -219,7 +234,7 @@ class Experiment:
 
     def _collected(self, data: _Data, teacher: nn.Module | None, folder: Path) -> Collected:
         settings, seed = self.settings, self.settings.training.seed
-        collection = make_collection(settings.collection, settings.data, data.train, seed)
+        collection = make_collection(settings.collection, settings.data, data.train, self._data_seed)
         scores = None
         if settings.collection.iqpr != 1.0 or settings.collection.scores is not None:
             assert teacher is not None
@@ -253,8 +268,15 @@ class Experiment:
         few = ImageSet(noise, torch.arange(4) % classes, names, (0.5,) * channels, (0.25,) * channels)
         return _Data(few, few.normalised(), few.target)
 
+    @property
+    def _data_seed(self) -> int:
+        """Of the choice of images; those that a collection calls the task's and the rest are the teacher's."""
+        if self.settings.collection.collection and self.entry.needs_teacher:
+            return self.settings.of_teacher().training.seed
+        return self.settings.training.seed
+
     def _load(self) -> _Data:
-        train, test = prepare(self.settings.data, self.settings.training.seed)
+        train, test = prepare(self.settings.data, self._data_seed)
         test = test.to(self.process.device)
         return _Data(train.to(self.process.device), test.normalised(), test.target)
 
@@ -270,19 +292,23 @@ class Experiment:
         )
 
     def _source(self, data: _Data) -> BatchSource:
+        if not self.entry.needs_images and self.settings.iterations:
+            return NoBatches(self.settings.iterations)
         batches = self._images(data.train, self.settings.batch_size, self.process)
         if "labels" in self.entry.needs:
             return batches
-        return _Unlabeled(batches) if self.entry.needs_images else NoBatches(self.settings.iterations or len(batches))
+        return _Unlabeled(batches) if self.entry.needs_images else NoBatches(len(batches))
 
-    def _procedure(self, data: _Data, teacher: nn.Module | None, seed: int) -> Procedure:
+    def _procedure(
+        self, data: _Data, teacher: nn.Module | None, seed: int, batch_size: int, options: Mapping[str, Any]
+    ) -> Procedure:
         # the networks of an online method differ; the first is the one that every other method would train
         make: Callable[[int], nn.Module] = lambda i: self._network("student", data, seed + i * (TEACHER_SEED << 1))  # noqa: E731
         given = Given(
             student=make(0),
             teacher=teacher,
             images=data.test_images[:2],
-            batch_size=self.settings.batch_size,
+            batch_size=batch_size,
             items=len(data.train),
             num_classes=data.train.num_classes,
             mean=data.train.mean,
@@ -290,8 +316,18 @@ class Experiment:
             make_student=make,
         )
         with seeded(mixed_seed("method", seed)):  # of what the method has beside the student: a regressor, a generator
-            made = methods.create_procedure(self.settings.method, given, **self.settings.options)
+            made = methods.create_procedure(self.settings.method, given, **options)
         return made.to(data.test_images.device)
+
+    def _tried_options(self) -> dict[str, Any]:
+        """With one of the hundreds of updates that a method without images may make in an iteration (``..._steps``)."""
+        options = dict(self.settings.options)
+        if not self.entry.needs_images:
+            for name, option in self.entry.options().items():
+                steps = options.get(name, option.default)
+                if name.endswith("_steps") and isinstance(steps, int) and steps > 1:
+                    options[name] = 1
+        return options
 
     def _check_step(self, data: _Data) -> None:
         """One iteration of the method, without an update."""
@@ -299,9 +335,10 @@ class Experiment:
         teacher = self._network("teacher", data, 0) if self.entry.needs_teacher else None
         few = Batch(data.test_images[:4], data.test_target[:4], torch.arange(len(data.test_target[:4])))
         batch = few if self.entry.needs_images else None
+        batch_size = settings.batch_size if batch else min(settings.batch_size, FEW_MADE)
         try:
             with everything_seeded(0, 0):
-                procedure = self._procedure(data, teacher, 0)
+                procedure = self._procedure(data, teacher, 0, batch_size, self._tried_options())
         except Exception as error:
             if str(error).startswith("fastkd: "):
                 raise
@@ -324,16 +361,18 @@ class Experiment:
 
     def _teacher(self, folder: Path, data: _Data, show: Show) -> tuple[nn.Module, float]:
         """Trained, or read: its weights from a file of the user's, or from the folder."""
-        network = self._network("teacher", data, TEACHER_SEED + self.settings.training.seed)
+        own = self.settings.of_teacher()
+        seed = TEACHER_SEED + own.training.seed
+        network = self._network("teacher", data, seed)
         if (path := self.settings.teacher_weights) is not None:
             take_weights(network, read_state(path), path)
             return network, evaluator(data.test_images, data.test_target)(network)["test_accuracy"]
-        own = self.settings.of_teacher()
         folder = folder / f"teacher-{own.student}-{own.digest()}"
         done = on_first_rank(lambda: read_result(own, folder))
         if done is None:
-            seed = TEACHER_SEED + self.settings.training.seed
-            done = result = Experiment(own, self.process)._train(folder, data, None, show, seed)
+            alone = Experiment(own, self.process)
+            of_its_seed = data if own.training.seed == self._data_seed else alone._load()
+            done = result = alone._train(folder, of_its_seed, None, show, seed)
             on_first_rank(lambda: write_result(own, folder, result))
         take_weights(network, read_state(folder / MODEL), folder / MODEL)
         return network, done.accuracy
@@ -351,7 +390,7 @@ class Experiment:
         settings = self.settings
         plateau = settings.training.schedule == "plateau"
         trainer = Trainer(
-            self._procedure(data, teacher, seed),
+            self._procedure(data, teacher, seed, settings.batch_size, settings.options),
             self._source(data) if collected is None else collected.batches,
             settings.training,
             validate=collected.held_out if collected is not None and plateau else None,
@@ -364,17 +403,27 @@ class Experiment:
         history = trainer.fit(resume="auto")
         last = history[-1]
         figures = {name: value for name, value in last.items() if name not in ("epoch", "step", "seconds")}
+        figures |= _stability(history)
         if collected is not None:
             figures |= {**collected.figures(sum_of_ranks(collected.batches.counts)), **_course(history)}
+        elif not self.entry.needs_images:
+            figures |= _course(history, COURSE_STEP)
         return Result(last["test_accuracy"], None, figures)
 
 
-def _course(history: list[EpochMetrics]) -> dict[str, float]:
-    """Test accuracies on the way, by the share of the training in %."""
+def _stability(history: list[EpochMetrics]) -> dict[str, float]:
+    """The highest accuracy of the epochs that were evaluated, the mean of the last of them, and the difference."""
+    accuracies = [line["test_accuracy"] for line in history if "test_accuracy" in line]
+    peak, converging = max(accuracies), statistics.fmean(accuracies[-CONVERGING:])
+    return {"peak_accuracy": peak, "converging_accuracy": converging, "instability": peak - converging}
+
+
+def _course(history: list[EpochMetrics], step: int = 1) -> dict[str, float]:
+    """Test accuracies on the way, by the share of the training in %, at multiples of ``step``."""
     found = {}
     for line in history:
         done = 100 * line["epoch"] / len(history)
-        if "test_accuracy" in line and done == int(done):
+        if "test_accuracy" in line and done % step == 0:
             found[f"test_accuracy_at_{int(done)}"] = line["test_accuracy"]
     return found
 

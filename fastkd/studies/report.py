@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Figure_
 
-from fastkd._figures import BLUE, DASHED, GREEN, GREY, INK, ORANGE, canvas, frame
+from fastkd._figures import BLUE, DASHED, GREEN, GREY, INK, ORANGE, PALE, RED, canvas, frame
 from fastkd._files import write_whole
-from fastkd.studies.study import Accuracies, Figure, Study
+from fastkd.studies.study import Accuracies, Figure, Published, Spread, Study
 
 __all__ = ["as_markdown", "markdown", "overview", "save"]
 
 COURSE = "test_accuracy_at_"
 COURSE_COLOURS = (BLUE, ORANGE, GREEN)  # three to a kind of line
 STYLES = ("-", "--", ":", "-.")
+COLUMN_COLOURS = (BLUE, ORANGE, GREEN, RED, GREY)
+MARKERS = ("o", "s", "^", "D")  # each of all colours
 
 
 def save(
@@ -31,7 +33,7 @@ def save(
     figures: Mapping[str, Accuracies] | None = None,
 ) -> list[Path]:
     """Writes ``results.json`` (each run), ``table.md`` and ``accuracy.png``; ``course.png`` where accuracies on the way are
-    known.
+    known, and ``spread.png`` where the study asks for it.
 
     Args:
         teachers: of the runs' teachers.
@@ -39,7 +41,7 @@ def save(
         figures: by name, what else the runs came to: those that the study shows, and ``test_accuracy_at_<percent>``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = {figure.name for figure in study.figures}
+    wanted = {figure.name for figure in study.figures_shown()} | ({study.spread.figure} if study.spread else set())
     shown = {name: of for name, of in (figures or {}).items() if name in wanted or name.startswith(COURSE)}
     document = {**about, "accuracies": accuracies, "teachers": teachers, **({"figures": shown} if shown else {})}
     figure = _figure(study, accuracies, teachers)
@@ -53,6 +55,9 @@ def save(
     if any(name.startswith(COURSE) for name in shown):
         course = course_figure(study, shown)
         parts["course.png"] = lambda file: course.savefig(file, format="png")
+    if study.spread and study.spread.figure in shown:
+        spread = spread_figure(study, study.spread, shown[study.spread.figure])
+        parts["spread.png"] = lambda file: spread.savefig(file, format="png")
     for name, write in parts.items():
         write_whole(folder / name, write)
     return [folder / name for name in parts]
@@ -72,7 +77,9 @@ def markdown(
     about: Mapping[str, Any],
     figures: Mapping[str, Accuracies] | None = None,
 ) -> str:
-    """A table for each column: ours, the difference to our baseline, and the paper's; one for each of the study's figures."""
+    """A table for each column: ours, the difference to our baseline, and the paper's; of the spread over the columns, where
+    the study asks for it; one for each of the study's figures.
+    """
     lines = [f"{about['what']}", "", f"`{about['command']}`", "", as_markdown(overview(study, accuracies, teachers))]
     for column, rows in accuracies.items():
         where, published = study.published(column)
@@ -90,8 +97,58 @@ def markdown(
             for name, seeds in teachers.get(column, {}).items()
         ]
         lines.append("")
-    more = [_figure_table(study, one, figures[one.name]) for one in study.figures if figures and one.name in figures]
+    there = [one for one in study.figures_shown() if figures and one.name in figures]
+    more = [_figure_table(study, one, figures[one.name]) for one in there if figures]
+    if study.spread:
+        more = [*_spread_tables(study, study.spread, accuracies, figures or {}), *more]
     return "\n".join(lines) + "".join(more)
+
+
+def _spread_tables(
+    study: Study, spread: Spread, accuracies: Accuracies, figures: Mapping[str, Accuracies]
+) -> Iterator[str]:
+    """What each row comes to over the columns: of the accuracy, and of the study's figure."""
+    what = f"Mean and deviation are of the means of the {spread.over}; lowest and highest are single runs."
+    yield f"\n## Over the {spread.over}\n\n{what}\n"
+    yield _spread_table(study, spread.over, "test accuracy", accuracies, {})
+    if spread.figure in figures:
+        published = next((one.published for one in study.figures_shown() if one.name == spread.figure), {})
+        yield _spread_table(study, spread.over, spread.heading, figures[spread.figure], published)
+
+
+def _spread_table(
+    study: Study,
+    over: str,
+    heading: str,
+    values: Accuracies,
+    published: Mapping[str, Mapping[str, Published]],
+) -> str:
+    head = [
+        study.row_name or study.row_option.removesuffix("s"),
+        "mean",
+        "deviation",
+        "lowest",
+        "highest",
+        over,
+        "runs",
+    ]
+    head.append("published")
+    shown = [True] * 7 + [bool(published)]
+    lines = [f"\n### {heading}, %\n", _line(head, shown), "|---" * sum(shown) + "|"]
+    for row in in_order(study, {row for rows in values.values() for row in rows}):
+        of_columns = [[100 * value for value in rows[row].values()] for rows in values.values() if row in rows]
+        mean, deviation = _mean_and_deviation([statistics.fmean(runs) for runs in of_columns])
+        runs = [value for of_column in of_columns for value in of_column]
+        theirs = [rows[row].mean for column, rows in published.items() if row in rows and column in values]
+        cells = [row, mean, deviation, f"{min(runs):.2f}", f"{max(runs):.2f}", str(len(of_columns)), str(len(runs))]
+        cells.append(" ± ".join(filter(None, _mean_and_deviation(theirs))) if theirs else "")
+        lines.append(_line(cells, shown))
+    return "\n".join(lines) + "\n"
+
+
+def _mean_and_deviation(values: list[float]) -> tuple[str, str]:
+    """The deviation of one value is none."""
+    return f"{statistics.fmean(values):.2f}", f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""
 
 
 def _figure_table(study: Study, figure: Figure, values: Accuracies) -> str:
@@ -142,6 +199,43 @@ def course_figure(study: Study, figures: Mapping[str, Accuracies]) -> Figure_:
     return figure
 
 
+def spread_figure(study: Study, spread: Spread, values: Accuracies) -> Figure_:
+    """A box for each row, of its runs of all columns, each of them a dot."""
+    columns = [column for column in study.all_columns if column in values]
+    names = in_order(study, {row for column in columns for row in values[column]})
+    figure = canvas(2.2 + 0.62 * max(3, len(names)), 4.2)
+    axes = figure.add_subplot()
+    axes.axhline(0, color=GREY, linewidth=1, linestyle=DASHED)
+    runs = [[100 * value for c in columns for value in values[c].get(name, {}).values()] for name in names]
+    axes.boxplot(
+        runs,
+        positions=range(len(names)),
+        widths=0.66,
+        whis=(0, 100),  # to the farthest run: a failure is no outlier, it is what the figure is about
+        patch_artist=True,
+        boxprops={"facecolor": PALE, "edgecolor": GREY},
+        medianprops={"color": INK, "linewidth": 1.6},
+        whiskerprops={"color": GREY},
+        capprops={"color": GREY},
+        zorder=2,
+    )
+    for i, column in enumerate(columns):
+        offset = 0.5 * ((i + 0.5) / len(columns) - 0.5)
+        dots = [(n + offset, 100 * v) for n, name in enumerate(names) for v in values[column].get(name, {}).values()]
+        marker = MARKERS[i // len(COLUMN_COLOURS) % len(MARKERS)]
+        colour = COLUMN_COLOURS[i % len(COLUMN_COLOURS)]
+        axes.plot(*zip(*dots, strict=True), marker, color=colour, markersize=3.6, label=column, zorder=3)
+    frame(axes)
+    axes.grid(axis="y", color=PALE, linewidth=0.8)
+    slanted: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if len(names) > 4 else {}
+    axes.set_xticks(range(len(names)), names, fontsize=8, **slanted)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_ylabel(f"{spread.heading}, %", fontsize=8, color=INK)
+    axes.set_title("lower and shorter is better; a dot is a run", fontsize=9, loc="left", color=INK)
+    figure.legend(loc="outside right center", title=spread.over, fontsize=8, title_fontsize=8, frameon=False)
+    return figure
+
+
 def _line(cells: Iterable[str | None], shown: Iterable[bool]) -> str:
     """A line of a table, of those cells that are shown; None is a cell that is always empty."""
     return (
@@ -170,7 +264,9 @@ def overview(study: Study, accuracies: Accuracies, teachers: Accuracies) -> list
 
 def in_order(study: Study, rows: Iterable[str]) -> list[str]:
     """The study's own first, in its order, then others."""
-    names = list(dict.fromkeys((*study.all_rows, *study.row_names())))
+    rows, names = list(rows), list(study.all_rows)
+    if not set(rows) <= set(names):  # to ask for all names takes a while
+        names = list(dict.fromkeys((*names, *study.row_names())))
     return sorted(rows, key=names.index)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,13 @@ class Networks:
     teacher_epochs: int = 0
     """Of the teacher's training; 0: as many as the student's. Where the student's schedule is "plateau", the teacher's is the
     usual one."""
+    teacher_learning_rate: float = 0.0
+    """Of the teacher's training; 0: that of the student's."""
+    teacher_batch_size: int = 0
+    """Images of a batch of the teacher's training, in each process; 0: as many as of the student's."""
+    teacher_seed: int = -1
+    """Seed of the teacher's training; -1: that of the student's. Otherwise students of any seed learn from one teacher, whose
+    weights, order, choice and wrong labels of images follow from this one."""
     batch_size: int = 128
     """Images of a batch, in each process."""
     padding: int | None = None
@@ -45,7 +53,7 @@ class Networks:
     collection: CollectionSettings = field(default_factory=CollectionSettings)
     """Others to learn on."""
     training: TrainingSettings = field(default_factory=TrainingSettings)
-    """The training of the student, and, but for teacher_epochs, of the teacher. The seed is also that of the networks'
+    """The training of the student, and, but for what teacher_... says, of the teacher. The seed is also that of the networks'
     weights, of the order of the images, and of their choice and their wrong labels."""
 
     def __post_init__(self) -> None:
@@ -60,6 +68,25 @@ class Networks:
                 f"fastkd: teacher_epochs is {self.teacher_epochs}, must be 0 (as the student) or more, "
                 f"and at most {MOST_EPOCHS}"
             )
+        if not 0 <= self.teacher_learning_rate < math.inf:
+            raise ValueError(
+                f"fastkd: teacher_learning_rate is {self.teacher_learning_rate}, must be 0 (that of the student) or more"
+            )
+        if self.teacher_batch_size != 0 and self.teacher_batch_size < 2:
+            raise ValueError(
+                f"fastkd: teacher_batch_size is {self.teacher_batch_size}, must be 0 (as the student) or 2 or more, "
+                "as batch norm needs"
+            )
+        if not -1 <= self.teacher_seed < 2**63:
+            raise ValueError(
+                f"fastkd: teacher_seed is {self.teacher_seed}, must be -1 (that of the student) or more, "
+                "and at most 2^63 - 1"
+            )
+
+
+_SAID_OF_THE_TEACHER = {
+    name: getattr(Networks, name) for name in ("teacher_learning_rate", "teacher_batch_size", "teacher_seed")
+}
 
 
 @dataclass(frozen=True)
@@ -80,11 +107,15 @@ class Distillation(Networks):
         if training.schedule == "plateau":  # nothing is held out of its images
             usual = {name: getattr(TrainingSettings, name) for name in ("schedule", "learning_rate", "nesterov")}
             training = replace(training, evaluate_every=epochs, **usual)
+        if self.teacher_learning_rate:
+            training = replace(training, learning_rate=self.teacher_learning_rate)
+        if self.teacher_seed >= 0:
+            training = replace(training, seed=self.teacher_seed)
         return Distillation(
             method="baseline",
             teacher="",
             student=self.teacher,
-            batch_size=self.batch_size,
+            batch_size=self.teacher_batch_size or self.batch_size,
             padding=self.padding,
             flip=self.flip,
             data=self.data,
@@ -94,11 +125,16 @@ class Distillation(Networks):
     def description(self) -> dict[str, Any]:
         """All that the result depends on."""
         everything = asdict(self)
+        everything["teacher_learning_rate"] = float(self.teacher_learning_rate)
         entry = methods.find(self.method)
         if not entry.needs_teacher:
-            del everything["teacher"], everything["teacher_epochs"], everything["teacher_weights"]
+            for name in ("teacher", "teacher_epochs", "teacher_weights", *_SAID_OF_THE_TEACHER):
+                del everything[name]
         elif self.teacher_weights is not None and self.teacher_weights.is_file():
             everything["teacher_weights"] = _digest_of(self.teacher_weights)
+        for name, default in _SAID_OF_THE_TEACHER.items():
+            if everything.get(name) == default:  # descriptions are those of the time before there was this option
+                del everything[name]
         if entry.needs_images:
             del everything["iterations"]
         del everything["collection"]

@@ -23,7 +23,19 @@ from fastkd.studies.result import Result, read_result
 from fastkd.studies.settings import Distillation, Networks
 from fastkd.training import Process
 
-__all__ = ["Accuracies", "Figure", "Published", "Run", "Study", "find", "known", "names", "register", "run_all"]
+__all__ = [
+    "Accuracies",
+    "Figure",
+    "Published",
+    "Run",
+    "Spread",
+    "Study",
+    "find",
+    "known",
+    "names",
+    "register",
+    "run_all",
+]
 
 Accuracies = Mapping[str, Mapping[str, Mapping[int, float]]]
 """Column -> row, or teacher -> seed -> test accuracy."""
@@ -46,6 +58,17 @@ class Figure(NamedTuple):
     heading: str
     published: Mapping[str, Mapping[str, Published]]
     """By column and row, in %."""
+
+
+class Spread(NamedTuple):
+    """How a study shows what a row owes to the column: tables of each row over all columns, and a box plot."""
+
+    over: str
+    """What the columns are: "teachers"."""
+    figure: str
+    """Beside the accuracy, and drawn: of :attr:`fastkd.studies.result.Result.figures`, a share; less is better."""
+    heading: str
+    """What that is."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +96,8 @@ class Study(Networks):
     """Under which it is registered."""
     figures: ClassVar[tuple[Figure, ...]] = ()
     """A table each, beside that of the accuracy."""
+    spread: ClassVar[Spread | None] = None
+    """Where the question is what a row owes to the column."""
     baseline: ClassVar[str] = ""
     """The row that others are compared with, if any."""
     row_option: ClassVar[str] = "rows"
@@ -91,6 +116,10 @@ class Study(Networks):
     def published(self, column: str) -> tuple[str, Mapping[str, Published]]:
         """Of what the published figures of a column are, and those by row."""
         return "", {}
+
+    def figures_shown(self) -> tuple[Figure, ...]:
+        """Those of the class, or what they are with these options."""
+        return self.figures
 
     def row_names(self) -> tuple[str, ...]:
         """Those that may be asked for."""
