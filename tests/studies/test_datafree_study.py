@@ -69,6 +69,31 @@ def test_the_ablation() -> None:
         assert set(row.options) <= set(registry.find(row.method).options())
 
 
+def test_options_of_the_methods_and_as_many_updates_of_each() -> None:
+    said = ("cmi.generator_steps=50", "width=16", "generator_steps=3", "ta-dfkd.select=False", "zskt.squash=sigmoid")
+    study = DataFree(method_options=said, student_updates=300)
+    runs = {row: study.distillation(row, "T1", 0) for row in ROWS}
+    assert runs["cmi"].options == {"width": 16, "generator_steps": 50}
+    assert runs["dafl"].options == {"width": 16, "generator_steps": 3}
+    assert runs["zskt"].options["squash"] == "sigmoid"
+    assert runs["ta-dfkd"].options["select"] is False
+    assert runs["baseline"].options == {"width": 16, "generator_steps": 3, "class_prior": 1.0, "select": False}
+    assert {row: run.iterations for row, run in runs.items() if row in ("dafl", "dfad", "ta-dfkd", "cmi", "zskt")} == {
+        "dafl": 300,
+        "dfad": 60,
+        "ta-dfkd": 30,
+        "cmi": 6,
+        "zskt": 43,
+    }
+    assert DataFree().distillation("dafl", "T1", 0).iterations == 36
+    with pytest.raises(ValueError, match=r"cmi's option 'widht' is unknown, did you mean width\?"):
+        DataFree(method_options=("cmi.widht=3",)).distillation("cmi", "T1", 0)
+    with pytest.raises(ValueError, match=r"method_options has 'width', must be NAME=VALUE or ROW.NAME=VALUE"):
+        DataFree(method_options=("width",))
+    with pytest.raises(ValueError, match="student_updates is -1, must be 0"):
+        DataFree(student_updates=-1)
+
+
 def test_the_teacher_learns_otherwise_than_the_student() -> None:
     own = DataFree().distillation("ta-dfkd", "T3", 1)
     assert (own.teacher, own.student, own.batch_size, own.iterations) == ("cifar-resnet34", "cifar-resnet18", 1024, 36)
