@@ -151,6 +151,10 @@ class Procedure(nn.Module):
         """
         return {}
 
+    def samples(self, count: int) -> Tensor | None:
+        """So many of the images that it makes, ``[count, C, H, W]``, as the networks take them; None where it makes none."""
+        return None
+
     def deployed(self, network: nn.Module) -> nn.Module:
         """What is evaluated and kept of :meth:`network`, or of its average."""
         return network

@@ -17,13 +17,14 @@ from fastkd.data import Batch, BatchSource, ImageBatches, ImageSet, NoBatches
 from fastkd.methods import Procedure
 from fastkd.methods import registry as methods
 from fastkd.methods.registry import Given
+from fastkd.models.modes import evaluating
 from fastkd.studies import data as images
 from fastkd.studies.collected import Collected, make_collection, scores_of
 from fastkd.studies.data import prepare
 from fastkd.studies.networks import check_network, first_line, make_network, read_state, take_weights
 from fastkd.studies.result import Result, read_result, write_result
 from fastkd.studies.settings import Distillation
-from fastkd.training import Process, Trainer, evaluator
+from fastkd.training import Process, Trainer, evaluator, frechet_distance, latents
 from fastkd.training.distributed import on_first_rank, sum_of_ranks
 from fastkd.training.folder import MODEL
 from fastkd.training.metrics import EpochMetrics, Running, check_terms
@@ -36,6 +37,7 @@ __all__ = ["Experiment", "run"]
 
 ALONE = Process(0, 1, torch.device("cpu"))
 TEACHER_SEED = 1 << 20  # seeds of their weights begin here, away from those of students and of the others of a cohort
+FRECHET_IMAGES = 2000  # at most
 MADE_UP_CLASSES = 10  # where only the files tell
 FEW_MADE = 4  # images that a method makes for itself where one step is only tried
 CONVERGING = 10  # epochs whose mean accuracy is that to which a training converges
@@ -389,8 +391,9 @@ class Experiment:
         """What the last epoch came to; the weights are in the folder then."""
         settings = self.settings
         plateau = settings.training.schedule == "plateau"
+        procedure = self._procedure(data, teacher, seed, settings.batch_size, settings.options)
         trainer = Trainer(
-            self._procedure(data, teacher, seed, settings.batch_size, settings.options),
+            procedure,
             self._source(data) if collected is None else collected.batches,
             settings.training,
             validate=collected.held_out if collected is not None and plateau else None,
@@ -408,6 +411,8 @@ class Experiment:
             figures |= {**collected.figures(sum_of_ranks(collected.batches.counts)), **_course(history)}
         elif not self.entry.needs_images:
             figures |= _course(history, COURSE_STEP)
+        if teacher is not None:
+            figures |= _made_images(procedure, teacher, data.test_images)
         return Result(last["test_accuracy"], None, figures)
 
 
@@ -416,6 +421,20 @@ def _stability(history: list[EpochMetrics]) -> dict[str, float]:
     accuracies = [line["test_accuracy"] for line in history if "test_accuracy" in line]
     peak, converging = max(accuracies), statistics.fmean(accuracies[-CONVERGING:])
     return {"peak_accuracy": peak, "converging_accuracy": converging, "instability": peak - converging}
+
+
+def _made_images(procedure: Procedure, teacher: nn.Module, images: Tensor) -> dict[str, float]:
+    """How far what a procedure makes is from the test images, as the teacher sees both, where it makes any."""
+    images = images[:FRECHET_IMAGES]
+    with everything_seeded(0, 0), evaluating(procedure):
+        made = procedure.samples(len(images))
+    if made is None or not made.isfinite().all():
+        return {}
+    try:
+        pair = [latents(teacher, batch) for batch in (made, images)]
+    except ValueError:  # a teacher that does not end in a linear layer
+        return {}
+    return {"frechet_distance": float(frechet_distance(*pair))}
 
 
 def _course(history: list[EpochMetrics], step: int = 1) -> dict[str, float]:

@@ -63,9 +63,9 @@ def save(
     return [folder / name for name in parts]
 
 
-def summary(seeds: Mapping[int, float]) -> str:
-    """Mean and standard deviation in %."""
-    values = [100 * value for value in seeds.values()]
+def summary(seeds: Mapping[int, float], scale: float = 100.0) -> str:
+    """Mean and standard deviation, of shares in %."""
+    values = [scale * value for value in seeds.values()]
     mean = f"{statistics.fmean(values):.2f}"
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
@@ -163,7 +163,7 @@ def _figure_table(study: Study, figure: Figure, values: Accuracies) -> str:
             theirs = figure.published.get(column, {}).get(row)
             ours = values[column].get(row)
             cells += [
-                "" if ours is None else summary(ours),
+                "" if ours is None else summary(ours, figure.scale),
                 ""
                 if theirs is None
                 else f"{theirs.mean:.2f} ± {theirs.std:.2f}"

@@ -54,10 +54,12 @@ class Figure(NamedTuple):
     """What a study shows of its runs beside the accuracy."""
 
     name: str
-    """Of :attr:`fastkd.studies.result.Result.figures`, a share."""
+    """Of :attr:`fastkd.studies.result.Result.figures`."""
     heading: str
     published: Mapping[str, Mapping[str, Published]]
-    """By column and row, in %."""
+    """By column and row, as shown."""
+    scale: float = 100.0
+    """What it is shown times: a share is in %."""
 
 
 class Spread(NamedTuple):

@@ -138,28 +138,28 @@ class DataFree(Study):
         accuracies = published.TEACHERS.get(name, {}).values()
         of = f"; published: {name}, ResNet-34 to ResNet-18, {{}}" if accuracies else ""
         best, teachers = of.format("the best of 4 runs"), ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
-        return tuple(
-            Figure(figure, heading, of_data_sets.get(name, {}))
-            for figure, heading, of_data_sets in (
-                (
-                    "peak_accuracy",
-                    f"peak accuracy, %{best}{', of baseline and no-prior their mean' if best else ''}",
-                    published.PEAK,
-                ),
-                (
-                    "converging_accuracy",
-                    f"converging accuracy, %, mean of the last 10 epochs evaluated{of.format('4 runs')}",
-                    published.CONVERGING,
-                ),
-                (
-                    "teacher_gap",
-                    f"gap of the peak accuracy to the teacher, %{of.format(f'teachers of {teachers} %')}",
-                    published.GAP,
-                ),
-                (
-                    "instability",
-                    f"instability: peak less converging accuracy, %{of.format('4 runs')}",
-                    published.INSTABILITY,
-                ),
-            )
+        mean = ", of baseline and no-prior their mean" if best else ""
+        return (
+            Figure("peak_accuracy", f"peak accuracy, %{best}{mean}", published.PEAK.get(name, {})),
+            Figure(
+                "converging_accuracy",
+                f"converging accuracy, %, mean of the last 10 epochs evaluated{of.format('4 runs')}",
+                published.CONVERGING.get(name, {}),
+            ),
+            Figure(
+                "teacher_gap",
+                f"gap of the peak accuracy to the teacher, %{of.format(f'teachers of {teachers} %')}",
+                published.GAP.get(name, {}),
+            ),
+            Figure(
+                "instability",
+                f"instability: peak less converging accuracy, %{of.format('4 runs')}",
+                published.INSTABILITY.get(name, {}),
+            ),
+            Figure(
+                "frechet_distance",
+                "Frechet distance of the images made to the test images, in the inputs of the teacher's last layer",
+                {},
+                scale=1.0,
+            ),
         )
