@@ -245,7 +245,7 @@ def test_lessons_are_those_that_select_clean_takes() -> None:
     lessons = procedure.lessons
     assert lessons.rounds == 2 * lessons.steps
     batches = [procedure.judge(*procedure.maker()) for _ in range(lessons.rounds)]
-    found = lessons(batches)
+    found = list(lessons(batches))
     kept = []
     for batch in batches:
         own = nn.functional.cross_entropy(batch.logits, batch.logits.argmax(1), reduction="none")
@@ -265,7 +265,7 @@ def test_lessons_of_nothing() -> None:
     """Images of which none is finite: what is not there weighs nothing, and holds no NaN."""
     procedure = datafree("ta-dfkd")
     images = torch.full((BATCH, *procedure.maker.shape), float("nan"))
-    found = procedure.lessons([procedure.judge(images, closely=False)] * procedure.lessons.rounds)
+    found = list(procedure.lessons([procedure.judge(images, closely=False)] * procedure.lessons.rounds))
     assert len(found) == procedure.lessons.steps
     for lesson in found:
         assert not lesson.images.any()
@@ -550,7 +550,7 @@ def test_steps_compile_into_one_graph(method: str) -> None:
         assert generator is not None
         with torch.no_grad():
             batches = [judge(procedure.teacher, generator(noise)) for _ in range(procedure.lessons.rounds)]
-            found = procedure.lessons(batches)
+            found = list(procedure.lessons(batches))
         return torch.stack([procedure.student_loss(x.images, x.logits, x.weight) for x in found]).sum()
 
     noise = torch.randn(BATCH, 6)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,8 +109,9 @@ class Lessons(nn.Module):
         return select_clean(torch.stack([batch.losses for batch in batches]), self.threshold)[0]
 
     @torch.no_grad()
-    def forward(self, batches: Sequence[Judged]) -> list[Lesson]:
-        """The lessons of an iteration. All images are by the same generator: what one lesson leaves, the next one takes."""
+    def forward(self, batches: Sequence[Judged]) -> Iterator[Lesson]:
+        """The lessons of an iteration, each made when it is asked for, so that not all of their images are there twice.
+        All are by the same generator: what one lesson leaves, the next one takes."""
         usable, mask = torch.stack([batch.usable for batch in batches]), self.mask(batches)
         size = self.steps * self.batch_size
         rank = mask.flatten().cumsum(0).view_as(mask) - 1
@@ -122,7 +123,7 @@ class Lessons(nn.Module):
         shares = torch.stack([usable.float().mean(), mask.float().mean(), chosen.filled])
         self.tally += torch.cat([shares, (shares[2:] < 1.0).float(), torch.ones_like(shares[:1])])
         parts = zip(chosen.index.split(self.batch_size), chosen.weight.split(self.batch_size), strict=True)
-        return [Lesson(images[index], logits[index], weight / self.batch_size) for index, weight in parts]
+        return (Lesson(images[index], logits[index], weight / self.batch_size) for index, weight in parts)
 
     def begin_epoch(self) -> None:
         """Counts from 0 on."""

@@ -5,7 +5,7 @@ A method is a choice of its options (:mod:`.recipes`); one with a term of its ow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -360,7 +360,7 @@ class DataFree(Procedure):
             self.contrast.bank.add(features=made.seen.description[index])
 
     @torch.no_grad()
-    def _lessons_of(self, made: Judged) -> list[Lesson]:
+    def _lessons_of(self, made: Judged) -> Iterable[Lesson]:
         """One for each of the student's steps."""
         if self.bank is not None:
             weight = torch.full((self.batch_size,), 1.0 / self.batch_size, device=self.maker.device)
