@@ -115,7 +115,7 @@ def _name(step: str, networks: bool) -> str:
     return step if networks else f"{step}, data and loss only"
 
 
-def _at_most(settings: Settings, n: int) -> int:
+def at_most(settings: Settings, n: int) -> int:
     """``n``, or fewer where the sizes of a GPU are only to test the benchmark."""
     return min(n, max(settings.nbytes >> 12, 4)) if settings.sizes == "gpu" else n
 
@@ -163,7 +163,7 @@ def plain_crop_flip(images: Tensor, source: Source) -> Tensor:
     return eager_augmentation(images, offsets, flip, PADDING, torch.float32)
 
 
-def _settle(model: nn.Module, images: Tensor) -> None:
+def settle(model: nn.Module, images: Tensor) -> None:
     """Gives batch norms the statistics of these images: without, the outputs of a deep network in evaluation are huge."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -186,13 +186,13 @@ DISTILLATION: dict[str, tuple[Augment, Callable[..., Tensor]]] = {
 
 
 def _distillation(settings: Settings, depth: int, teacher_depth: int, most: int, *, networks: bool) -> Case:
-    batch = _at_most(settings, most)
+    batch = at_most(settings, most)
 
     def build() -> Work:
         images, target = _bytes(settings, (batch, 3, SIDE, SIDE)), _labels(batch, settings)
         if networks:
             student, teacher = (resnet(d, seed=d).to(settings.device) for d in (depth, teacher_depth))
-            _settle(teacher.to(memory_format=torch.channels_last), plain_crop_flip(images, None))
+            settle(teacher.to(memory_format=torch.channels_last), plain_crop_flip(images, None))
         else:
             student, teacher = (Given(_logits(batch, settings)) for _ in range(2))
         teacher.eval().requires_grad_(False)
@@ -284,7 +284,7 @@ PATCHES: dict[str, Cut] = {
 
 
 def _patches(settings: Settings, most: int, k: int, size: int, width: int, judge_width: int, *, networks: bool) -> Case:
-    batch = _at_most(settings, most)
+    batch = at_most(settings, most)
 
     def build() -> Work:
         latent = torch.randn(batch, LATENT, device=settings.device)
@@ -343,7 +343,7 @@ OTHER_MASK = 0.3  # scikit-learn starts elsewhere: some samples at the border, a
 
 
 def _selection(settings: Settings, most: int, depth: int | None, *, networks: bool) -> Case:
-    n = _at_most(settings, most)
+    n = at_most(settings, most)
     batch = SELECTION_BATCH if networks else n
 
     def build() -> Work:
@@ -441,7 +441,7 @@ COLLECTION: dict[str, tuple[Batches, Callable[..., Tensor]]] = {
 def _collection(
     settings: Settings, most_items: int, most_draws: int, most: int, depth: int | None, *, networks: bool
 ) -> Case:
-    items, batch = _at_most(settings, most_items), _at_most(settings, most)
+    items, batch = at_most(settings, most_items), at_most(settings, most)
     draws = batch * max(1, min(most_draws, items) // batch)
 
     def build() -> Work:

@@ -127,6 +127,12 @@ def channel_moments(samples: int, elements: int, element_bytes: int, *, gradient
     return samples * elements * element_bytes * (3 if gradient else 1)
 
 
+def lessons(candidates: int, places: int, pixels: int, classes: int, element_bytes: int) -> int:
+    """Logits of all candidates read; for each place an image read and written, the student's logits read and their gradient
+    written."""
+    return element_bytes * (candidates * classes + 2 * places * (pixels + classes))
+
+
 def alias_build(items: int, element_bytes: int, *, sweeps: int = 1) -> int:
     """Scores read ``sweeps`` times (3 by the kernels: largest score, partition function, weights), a bin of each written."""
     return items * (sweeps * element_bytes + BIN_BYTES)

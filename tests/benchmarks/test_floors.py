@@ -28,6 +28,7 @@ def test_floors_of_divergence() -> None:
     assert floors.logit_stats(10, 5, 2) == 100 + 240
     assert floors.gmm_fit(10, 5, 4) == 200 + 720
     assert floors.gmm_select(10, 5, 2) == 50 * 7
+    assert floors.lessons(20, 10, 7, 5, 4) == 20 * 5 * 4 + 10 * 2 * (7 + 5) * 4
     assert floors.relation(10, 5, 2) == 300
     assert floors.relation(10, 5, 2, 7) == 340
     assert floors.channel_moments(10, 5, 2) == 100

@@ -13,7 +13,17 @@ import torch
 from datafree_cases import BATCH, ITERATIONS, METHODS, datafree, in_two, teacher
 from test_procedures import fit
 from torch import Tensor, nn
-from training_cases import CLASSES, Batches, Linear, assert_same_end, differences, evaluated, make_settings, small
+from training_cases import (
+    CLASSES,
+    Batches,
+    Linear,
+    assert_same_end,
+    differences,
+    evaluated,
+    make_settings,
+    small,
+    small_resnet,
+)
 from training_processes import start_ranks
 
 from fastkd._seeding import seeded
@@ -235,7 +245,7 @@ def test_lessons_are_those_that_select_clean_takes() -> None:
     lessons = procedure.lessons
     assert lessons.rounds == 2 * lessons.steps
     batches = [procedure.judge(*procedure.maker()) for _ in range(lessons.rounds)]
-    found = lessons(batches)
+    found = list(lessons(batches))
     kept = []
     for batch in batches:
         own = nn.functional.cross_entropy(batch.logits, batch.logits.argmax(1), reduction="none")
@@ -249,6 +259,18 @@ def test_lessons_are_those_that_select_clean_takes() -> None:
         assert lesson.weight.tolist() == pytest.approx([1 / BATCH] * BATCH)
         with torch.no_grad():
             torch.testing.assert_close(procedure.teacher(lesson.images), lesson.logits)
+
+
+def test_lessons_of_nothing() -> None:
+    """Images of which none is finite: what is not there weighs nothing, and holds no NaN."""
+    procedure = datafree("ta-dfkd")
+    images = torch.full((BATCH, *procedure.maker.shape), float("nan"))
+    found = list(procedure.lessons([procedure.judge(images, closely=False)] * procedure.lessons.rounds))
+    assert len(found) == procedure.lessons.steps
+    for lesson in found:
+        assert not lesson.images.any()
+        assert not lesson.logits.any()
+        assert not lesson.weight.any()
 
 
 def test_rounds_follow_what_is_selected() -> None:
@@ -472,8 +494,36 @@ def test_a_watched_teacher() -> None:
     torch.testing.assert_close(seen.latents, network.features(images))  # type: ignore[operator]
     # nothing is kept outside of a look
     watched(images)
-    assert not watched._inputs
+    assert not watched._moments
     assert not watched._latents
+
+
+def test_moments_are_compared_with_those_of_the_same_batch_norm() -> None:
+    """In a ResNet the shortcut runs before the branch, which the modules have first."""
+    network, images = teacher(small_resnet), Batches().of(3)[0]
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    ran = []
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda norm, inputs: ran.append((norm, inputs[0].clone())))
+    seen = WatchedTeacher(network, images, statistics=True).look(images)
+    assert {norm for norm, _ in ran} == set(norms)
+    assert [norm for norm, _ in ran] != norms
+    for (norm, x), moments, (mean, var) in zip(ran, seen.moments, seen.running, strict=True):
+        torch.testing.assert_close(moments.mean, x.mean((0, 2, 3)))
+        assert mean is norm.running_mean
+        assert var is norm.running_var
+
+
+def test_what_is_not_looked_at_closely() -> None:
+    """Images of the student: their logits and nothing else."""
+    procedure = datafree("ta-dfkd")
+    images = broken(procedure.maker().images.detach(), [1], float("nan"))
+    closely, made = (judge(procedure.teacher, images, closely=closely) for closely in (True, False))
+    assert made.images.data_ptr() == images.data_ptr()
+    assert len(closely.seen.moments) == 2
+    assert not made.seen.moments
+    assert torch.equal(made.logits, closely.logits)
+    torch.testing.assert_close(made.losses, closely.losses, equal_nan=True)
 
 
 def test_pictures() -> None:
@@ -500,7 +550,7 @@ def test_steps_compile_into_one_graph(method: str) -> None:
         assert generator is not None
         with torch.no_grad():
             batches = [judge(procedure.teacher, generator(noise)) for _ in range(procedure.lessons.rounds)]
-            found = procedure.lessons(batches)
+            found = list(procedure.lessons(batches))
         return torch.stack([procedure.student_loss(x.images, x.logits, x.weight) for x in found]).sum()
 
     noise = torch.randn(BATCH, 6)

@@ -17,7 +17,7 @@ class Judged:
     """A batch of images, by one run of the teacher."""
 
     images: Tensor
-    """``[B, C, H, W]``; those with a value that is not finite are all 0, and do not count."""
+    """``[B, C, H, W]``; those with a value that is not finite do not count, and are all 0 where it was looked at closely."""
     labels: Tensor | None
     """int64 ``[B]``, the classes that they are asked to be of, if any."""
     seen: Seen
@@ -39,11 +39,19 @@ class Judged:
         return (self.stats.logsumexp - self.stats.max).detach().where(self.usable, float("nan"))
 
 
-def judge(teacher: WatchedTeacher, images: Tensor, labels: Tensor | None = None) -> Judged:
-    """What the teacher says to images ``[B, C, H, W]``, differentiable in them."""
+def judge(teacher: WatchedTeacher, images: Tensor, labels: Tensor | None = None, *, closely: bool = True) -> Judged:
+    """What the teacher says to images ``[B, C, H, W]``, differentiable in them.
+
+    Args:
+        closely: whether all is seen that the teacher is watched for, and images that do not count are 0, as the terms of a loss
+            want it; else the logits alone, for which no activation is kept and no image copied.
+    """
     whole = images.detach().flatten(1).sum(1).isfinite()
-    images = images.where(whole[:, None, None, None], 0.0)
-    seen = teacher.look(images)
+    if closely:
+        images = images.where(whole[:, None, None, None], 0.0)
+        seen = teacher.look(images)
+    else:
+        seen = Seen(teacher(images), {}, [], [], None, None)
     usable = whole & seen.logits.detach().sum(1).isfinite()
     seen = seen._replace(logits=seen.logits.where(usable[:, None], 0.0))
     return Judged(images, labels, seen, logit_stats(seen.logits), usable)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,11 +51,29 @@ class Chosen:
 
 def choose(mask: Tensor, size: int) -> Chosen:
     """The first ``size`` of the candidates that were selected, bool ``[N]``."""
-    count = mask.sum()
     order = torch.argsort(mask.to(torch.uint8), descending=True, stable=True)
+    ranks = _in_turn(mask.sum(), size)
+    return Chosen(order[ranks.index], ranks.weight, ranks.filled)
+
+
+def _in_turn(count: Tensor, size: int) -> Chosen:
+    """Places, filled with the first ``count`` numbers."""
     kept = count.clamp(max=size)
-    places = torch.arange(size, device=mask.device)
-    return Chosen(order[places % kept.clamp(min=1)], (count > 0).float().expand(size), kept / size)
+    places = torch.arange(size, device=count.device)
+    return Chosen(places % kept.clamp(min=1), (count > 0).float().expand(size), kept / size)
+
+
+def _put(batches: Sequence[Tensor], place: Tensor, size: int) -> Tensor:
+    """Rows of batches ``[B, ...]`` at their places ``[batches, B]``, ``[size + 1, ...]``: the last place is of those that have
+    none, and the first is 0 where nobody has it. Copies fewer bytes than one tensor of all rows and an index of it."""
+    first = batches[0]
+    channels_last = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    rows = torch.empty(size + 1, *first.shape[1:], dtype=first.dtype, device=first.device, memory_format=memory_format)
+    rows[0].zero_()
+    for batch, places in zip(batches, place, strict=True):
+        rows.index_copy_(0, places, batch)
+    return rows
 
 
 class Lessons(nn.Module):
@@ -91,15 +109,21 @@ class Lessons(nn.Module):
         return select_clean(torch.stack([batch.losses for batch in batches]), self.threshold)[0]
 
     @torch.no_grad()
-    def forward(self, batches: Sequence[Judged]) -> list[Lesson]:
-        """The lessons of an iteration. All images are by the same generator: what one lesson leaves, the next one takes."""
+    def forward(self, batches: Sequence[Judged]) -> Iterator[Lesson]:
+        """The lessons of an iteration, each made when it is asked for, so that not all of their images are there twice.
+        All are by the same generator: what one lesson leaves, the next one takes."""
         usable, mask = torch.stack([batch.usable for batch in batches]), self.mask(batches)
-        images, logits = (torch.cat(parts) for parts in zip(*((b.images, b.logits) for b in batches), strict=True))
-        chosen = choose(mask.flatten(), self.steps * self.batch_size)
+        size = self.steps * self.batch_size
+        rank = mask.flatten().cumsum(0).view_as(mask) - 1
+        place = rank.where(mask & (rank < size), size)
+        images, logits = (
+            _put(rows, place, size) for rows in zip(*((b.images, b.logits) for b in batches), strict=True)
+        )
+        chosen = _in_turn(mask.sum(), size)
         shares = torch.stack([usable.float().mean(), mask.float().mean(), chosen.filled])
         self.tally += torch.cat([shares, (shares[2:] < 1.0).float(), torch.ones_like(shares[:1])])
         parts = zip(chosen.index.split(self.batch_size), chosen.weight.split(self.batch_size), strict=True)
-        return [Lesson(images[index], logits[index], weight / self.batch_size) for index, weight in parts]
+        return (Lesson(images[index], logits[index], weight / self.batch_size) for index, weight in parts)
 
     def begin_epoch(self) -> None:
         """Counts from 0 on."""

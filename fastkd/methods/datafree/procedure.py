@@ -5,7 +5,7 @@ A method is a choice of its options (:mod:`.recipes`); one with a term of its ow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -294,9 +294,9 @@ class DataFree(Procedure):
 
     # ---- images, and what is asked of them
 
-    def judge(self, images: Tensor, labels: Tensor | None = None) -> Judged:
-        """What the teacher says to images."""
-        return judge(self.teacher, images, labels)
+    def judge(self, images: Tensor, labels: Tensor | None = None, *, closely: bool = True) -> Judged:
+        """What the teacher says to images; its logits alone where it is not closely."""
+        return judge(self.teacher, images, labels, closely=closely)
 
     def generator_terms(self, made: Judged) -> dict[str, Tensor]:
         """The terms of the loss of what makes the images, each with its weight; their sum is minimised. Those of weight 0 are
@@ -308,7 +308,7 @@ class DataFree(Procedure):
             "entropy": lambda: terms.label_entropy(made.stats, every),
             "balance": lambda: terms.balance(made.logits, every),
             "activation": lambda: -terms.mean_activation(made.seen.latents, every),
-            "bn_statistics": lambda: terms.bn_statistics(made.seen.moments, self.teacher.running()),
+            "bn_statistics": lambda: terms.bn_statistics(made.seen.moments, made.seen.running),
             "total_variation": lambda: terms.total_variation(made.images),
             "l2": lambda: terms.l2_norm(made.images),
             "contrast": lambda: self._contrasted(made),
@@ -360,13 +360,14 @@ class DataFree(Procedure):
             self.contrast.bank.add(features=made.seen.description[index])
 
     @torch.no_grad()
-    def _lessons_of(self, made: Judged) -> list[Lesson]:
+    def _lessons_of(self, made: Judged) -> Iterable[Lesson]:
         """One for each of the student's steps."""
         if self.bank is not None:
             weight = torch.full((self.batch_size,), 1.0 / self.batch_size, device=self.maker.device)
             return [Lesson(**self.bank.draw(self.batch_size), weight=weight) for _ in range(self.student_steps)]
         given = [made] if self.share_images else []
-        batches = given + [self.judge(*self.maker()) for _ in range(self.lessons.rounds - len(given))]
+        fresh = [self.judge(*self.maker(), closely=False) for _ in range(self.lessons.rounds - len(given))]
+        batches = given + fresh
         lessons = self.lessons(batches)
         return lessons if self.replay is None else [self._with_replayed(lesson) for lesson in lessons]
 

@@ -23,7 +23,9 @@ class Seen(NamedTuple):
     features: dict[str, Tensor]
     """Of the layers that are tapped."""
     moments: list[ChannelMoments]
-    """Of what went into each batch norm."""
+    """Of what went into each batch norm, in the order in which they ran."""
+    running: list[tuple[Tensor, Tensor]]
+    """Mean and variance that each of these keeps."""
     latents: Tensor | None
     """What went into the last linear layer, ``[B, d]``."""
     instance_means: Tensor | None
@@ -72,11 +74,10 @@ class WatchedTeacher:
             )
         self._statistics, self._instances = statistics, instances and bool(self._norms)
         self._looking = False
-        self._inputs: list[Tensor] = []
-        self._latents: list[Tensor] = []
+        self._forget()
         if statistics or self._instances:
             for norm in self._norms:
-                norm.register_forward_pre_hook(self._keep_input)
+                norm.register_forward_pre_hook(self._measure)
         if latents or (instances and not self._norms):
             linear_head(teacher, images).layer.register_forward_pre_hook(self._keep_latents)
 
@@ -90,25 +91,32 @@ class WatchedTeacher:
 
     def look(self, images: Tensor) -> Seen:
         """All that is asked for, with a graph where the images have one."""
-        self._inputs, self._latents = [], []
+        self._forget()  # what a teacher left that failed
         self._looking = True
         try:
             outputs = self._tap(images)
         finally:
             self._looking = False
-        inputs, latents = self._inputs, self._latents
-        self._inputs, self._latents = [], []  # no activation outlives the step
-        moments = [channel_moments(x) for x in inputs] if self._statistics else []
-        means = torch.cat([x.flatten(2).mean(2) for x in inputs], 1) if self._instances else None
-        return Seen(outputs.logits, outputs.features, moments, latents[0].flatten(1) if latents else None, means)
+        latents = self._latents[0].flatten(1) if self._latents else None
+        means = torch.cat(self._means, 1) if self._means else None
+        seen = Seen(outputs.logits, outputs.features, self._moments, self._running, latents, means)
+        self._forget()  # no activation outlives the step
+        return seen
 
-    def running(self) -> list[tuple[Tensor, Tensor]]:
-        """Mean and variance that each batch norm keeps."""
-        return [(norm.running_mean, norm.running_var) for norm in self._norms]  # type: ignore[misc]
+    def _forget(self) -> None:
+        self._moments: list[ChannelMoments] = []
+        self._running: list[tuple[Tensor, Tensor]] = []
+        self._means: list[Tensor] = []
+        self._latents: list[Tensor] = []
 
-    def _keep_input(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if self._looking:
-            self._inputs.append(inputs[0])
+    def _measure(self, norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """As the batch norms run: their order is another than that of the modules, in ResNets for one, and what goes into
+        them may be changed in place by what comes after."""
+        if self._looking and self._statistics:
+            self._moments.append(channel_moments(inputs[0]))
+            self._running.append((norm.running_mean, norm.running_var))  # type: ignore[arg-type]
+        if self._looking and self._instances:
+            self._means.append(inputs[0].flatten(2).mean(2))
 
     def _keep_latents(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         if self._looking:
