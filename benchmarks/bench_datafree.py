@@ -61,7 +61,8 @@ WHOLE_QUICK = ((*LENET, 64, 16, 5), (*RESNET, 32, 16, 3))
 WHOLE_FULL = ((*LENET, 256, 128, 10), (*RESNET, 64, 16, 10))
 WHOLE_GPU = ((*LENET, 256, 128, 10), (*RESNET, 256, 128, 10))
 # batch, classes, images, steps of the student
-BETWEEN = ((1024, 10, (1, 28, 28), 10), (1024, 100, (3, 32, 32), 10))
+NO_IMAGE = (1, 1, 1)  # selection and losses alone
+BETWEEN = ((1024, 10, NO_IMAGE, 10), (1024, 10, (1, 28, 28), 10), (1024, 100, (3, 32, 32), 10))
 
 Shape = tuple[int, int, int]
 
@@ -439,12 +440,14 @@ def _between(settings: Settings, most: int, classes: int, shape: Shape, steps: i
             done(their_part(of, reference_select), chosen_alike=True).first,
             BETWEEN_TARGET,
         )
-        work.reason = COPIES
+        work.reason = "" if shape == NO_IMAGE else COPIES
         work.floor_bytes = floors.lessons(rounds * batch, steps * batch, math.prod(shape), classes, 4)
         work.floor_bytes += floors.divergence(batch, classes, 4, teacher_gradient=True)
         return work
 
-    name = f"TA-DFKD {batch}x{'x'.join(map(str, shape))} K={classes}, {steps} steps, no networks"
+    of_images = "" if shape == NO_IMAGE else "x" + "x".join(map(str, shape))
+    left_out = "networks, no images" if shape == NO_IMAGE else "networks"
+    name = f"TA-DFKD {batch}{of_images} K={classes}, {steps} steps, no {left_out}"
     return Case(name, build, 8 * (1 + rounds + steps) * batch * (math.prod(shape) + 3 * classes))
 
 
