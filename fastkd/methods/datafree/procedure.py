@@ -281,7 +281,7 @@ class DataFree(Procedure):
             std=self.maker.std,
         )
         losses = made.losses[made.usable]
-        mixture = TwoGaussianMixture().fit(losses) if chosen is not None else None
+        mixture = TwoGaussianMixture(normalize=True).fit(losses) if chosen is not None else None
         histogram = pictures.loss_histogram(made.losses.cpu(), mixture, chosen)
         return {"images": grid, "losses": histogram}
 
