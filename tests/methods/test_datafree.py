@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datafree_cases import BATCH, ITERATIONS, METHODS, datafree, in_two, teacher
+from datafree_cases import BATCH, ITERATIONS, METHODS, Steps, datafree, in_two, teacher
 from test_procedures import fit
 from torch import Tensor, nn
 from training_cases import CLASSES, Batches, Linear, assert_same_end, differences, evaluated, make_settings, small
@@ -29,23 +28,6 @@ from fastkd.selection import select_clean
 from fastkd.training import TrainingSettings, checkpoint
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread", "no_figures")]
-
-
-class Steps:
-    """What a procedure is given, that makes no step; it counts."""
-
-    epoch, epochs, iteration, iterations, rank, world_size, progress = 0, 1, 0, 1, 0, 1, 0.0
-
-    def __init__(self) -> None:
-        self.updated: Counter[str] = Counter()
-
-    def update(self, loss: Tensor, *parts: str) -> None:
-        assert loss.requires_grad
-        assert loss.isfinite()
-        self.updated.update(parts)
-
-    def restart(self, *parts: str) -> None:
-        self.updated.update(f"restart {part}" for part in parts)
 
 
 # ---- all methods ---------------------------------------------------------------------------------------

@@ -308,7 +308,7 @@ class DataFree(Procedure):
             "entropy": lambda: terms.label_entropy(made.stats, every),
             "balance": lambda: terms.balance(made.logits, every),
             "activation": lambda: -terms.mean_activation(made.seen.latents, every),
-            "bn_statistics": lambda: terms.bn_statistics(made.seen.moments, self.teacher.running()),
+            "bn_statistics": lambda: terms.bn_statistics(made.seen.moments, made.seen.running),
             "total_variation": lambda: terms.total_variation(made.images),
             "l2": lambda: terms.l2_norm(made.images),
             "contrast": lambda: self._contrasted(made),

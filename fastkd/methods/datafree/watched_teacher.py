@@ -23,7 +23,9 @@ class Seen(NamedTuple):
     features: dict[str, Tensor]
     """Of the layers that are tapped."""
     moments: list[ChannelMoments]
-    """Of what went into each batch norm."""
+    """Of what went into each batch norm, in the order in which they ran, which need not be that of ``modules()``."""
+    running: list[tuple[Tensor, Tensor]]
+    """Mean and variance that each of these batch norms keeps."""
     latents: Tensor | None
     """What went into the last linear layer, ``[B, d]``."""
     instance_means: Tensor | None
@@ -72,7 +74,7 @@ class WatchedTeacher:
             )
         self._statistics, self._instances = statistics, instances and bool(self._norms)
         self._looking = False
-        self._inputs: list[Tensor] = []
+        self._inputs: list[tuple[nn.Module, Tensor]] = []
         self._latents: list[Tensor] = []
         if statistics or self._instances:
             for norm in self._norms:
@@ -98,17 +100,16 @@ class WatchedTeacher:
             self._looking = False
         inputs, latents = self._inputs, self._latents
         self._inputs, self._latents = [], []  # no activation outlives the step
-        moments = [channel_moments(x) for x in inputs] if self._statistics else []
-        means = torch.cat([x.flatten(2).mean(2) for x in inputs], 1) if self._instances else None
-        return Seen(outputs.logits, outputs.features, moments, latents[0].flatten(1) if latents else None, means)
+        watched = inputs if self._statistics else []
+        moments = [channel_moments(x) for _, x in watched]
+        running: list[Any] = [(norm.running_mean, norm.running_var) for norm, _ in watched]
+        means = torch.cat([x[:, :, None].flatten(2).mean(2) for _, x in inputs], 1) if self._instances else None
+        described = latents[0].flatten(1) if latents else None
+        return Seen(outputs.logits, outputs.features, moments, running, described, means)
 
-    def running(self) -> list[tuple[Tensor, Tensor]]:
-        """Mean and variance that each batch norm keeps."""
-        return [(norm.running_mean, norm.running_var) for norm in self._norms]  # type: ignore[misc]
-
-    def _keep_input(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _keep_input(self, norm: nn.Module, inputs: tuple[Any, ...]) -> None:
         if self._looking:
-            self._inputs.append(inputs[0])
+            self._inputs.append((norm, inputs[0]))
 
     def _keep_latents(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         if self._looking:
