@@ -174,6 +174,8 @@ class DataFree(Procedure):
             "latent": latent,
         }
 
+        capacity = _checks.check_count("capacity", capacity, 1)
+
         check_module("student", student)
         few = images.detach()
         classes = _classes_of_both(student, teacher, few)
@@ -324,7 +326,7 @@ class DataFree(Procedure):
         with torch.no_grad():
             theirs = self.teacher.features(images)
         distance = self.attention_maps.distance(list(outputs.features.values()), list(theirs.values()))
-        return loss + self.attention * distance
+        return loss + self.attention * weight.sum() * distance  # 0 where no image counts
 
     # ---- an iteration, part by part
 
@@ -353,8 +355,10 @@ class DataFree(Procedure):
         """Places of images in which nothing can be learnt are filled with others."""
         if self.bank is None and self.contrast is None:
             return
-        index = choose(made.usable, self.batch_size).index
+        chosen = choose(made.usable, self.batch_size)
+        index = chosen.index
         if self.bank is not None:
+            self.lessons.count(made.usable, made.usable, chosen.filled)
             self.bank.add(images=made.images[index], logits=made.logits[index])
         if self.contrast is not None:
             self.contrast.bank.add(features=made.seen.description[index])
@@ -416,6 +420,10 @@ class DataFree(Procedure):
         if self.bank is not None and self.share_images:
             raise ValueError(
                 "fastkd: share_images is True, must be False with the memory 'bank', which the student learns on"
+            )
+        if self.bank is not None and self.lessons.select:
+            raise ValueError(
+                "fastkd: select is True, must be False with the memory 'bank', all of which the student learns on"
             )
 
 
