@@ -346,6 +346,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "negative": ({"balance": -1.0}, "balance is -1.0, must be"),
     "adversary": ({"adversary": "l2"}, "adversary is 'l2', must be"),
     "temperature": ({"temperature": 0.0}, "temperature is 0.0, must be"),
+    "learning rate": ({"generator_learning_rate": -1.0}, "generator_learning_rate is -1.0, must be"),
     "steps": ({"student_steps": 0}, "student_steps is 0, must be"),
     "rounds": ({"select": True, "most_rounds": 1}, "most_rounds is 1, must be"),
     "threshold": ({"threshold": 1.5}, "threshold is 1.5, must be"),
@@ -550,6 +551,14 @@ def test_steps_compile_into_one_graph(method: str) -> None:
         procedure.load_state_dict(state, strict=False)
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(noise), eager)
+
+
+@pytest.mark.parametrize("option", [{"select": False}, {"threshold": 0.9}, {"most_rounds": 3}])
+def test_a_training_goes_on_with_the_same_selection(option: dict[str, Any], tmp_path: Path) -> None:
+    settings = make_settings(epochs=2, checkpoint_every=1)
+    fit(datafree("ta-dfkd"), NoBatches(2), settings, tmp_path, stop_at=2)
+    with pytest.raises(ValueError, match="is of another training"):
+        fit(datafree("ta-dfkd", **option), NoBatches(2), settings, tmp_path, resume=True)
 
 
 def test_a_checkpoint_has_what_is_needed(tmp_path: Path) -> None:

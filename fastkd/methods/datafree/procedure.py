@@ -165,13 +165,17 @@ class DataFree(Procedure):
         self.generator_steps = _checks.check_count("generator_steps", generator_steps, 1)
         self.student_steps = _checks.check_count("student_steps", student_steps, 1)
         self.renew = _checks.check_count("renew", renew, 0)
-        self.batch_size, self.learning_rate, self.betas = batch_size, generator_learning_rate, generator_betas
+        self.learning_rate = _checks.check_positive("generator_learning_rate", generator_learning_rate)
+        self.batch_size, self.betas = batch_size, generator_betas
         self._said = {
             "ask_classes": ask_classes,
             "source": source,
             "jitter": jitter,
             "memory": memory,
             "latent": latent,
+            "select": select,
+            "threshold": threshold,
+            "most_rounds": most_rounds,
         }
 
         capacity = _checks.check_count("capacity", capacity, 1)
