@@ -63,7 +63,7 @@ class DataFree(Procedure):
         total_variation: weight of the norms of differences of neighbouring pixels, of the whole batch.
         l2: weight of the norm of the whole batch of images.
         contrast: weight of the contrastive term of CMI.
-        select: whether images are selected by the teacher's confidence (fastkd.select_clean).
+        select: whether images are selected by the teacher's confidence (fastkd.select_clean); not with a bank.
         threshold: posterior above which one is selected.
         most_rounds: batches at most that one of the student is selected from, on average; 2 at first, then as many as it takes.
         distance: the student's loss: kl, l1, js or js-published.
@@ -76,7 +76,7 @@ class DataFree(Procedure):
             each iteration) or pixels (the images themselves, drawn anew).
         squash: of the generator: tanh and a batch norm without weights, or sigmoid, normalised as the teacher's images are.
         jitter: pixels by which images are shifted, at random, before each update of theirs.
-        renew: iterations after which the generator gets new weights; 0: never.
+        renew: iterations, counted anew in each epoch, after which the generator gets new weights; 0: never.
         memory: what the student learns on beside new images: none, bank (images made before, with the teacher's logits, and
             nothing else) or replay (those of a variational autoencoder that learns to make them).
         capacity: images in the bank, or negatives of the contrastive term.
