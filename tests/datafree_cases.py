@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from training_cases import CLASSES, Batches, evaluated, small, small_resnet
 
 from fastkd._seeding import seeded
@@ -17,7 +18,7 @@ from fastkd.training import Trainer, TrainingSettings, process_group
 
 METHODS = tuple(name for name in names() if find(name).family == "data-free")
 BATCH, ITERATIONS = 12, 5
-QUICK = {"latent": 6, "width": 4}
+QUICK: dict[str, Any] = {"latent": 6, "width": 4}
 CHANGES: dict[str, dict[str, Any]] = {
     "deep-inversion": {"generator_steps": 3, "student_steps": 2},
     "cmi": {"generator_steps": 3, "student_steps": 2, "capacity": 32},
@@ -54,3 +55,20 @@ def in_two(rank: int, folder: Path, settings: TrainingSettings, method: str) -> 
         procedure = datafree(method, rank)
         Trainer(procedure, NoBatches(ITERATIONS), settings, folder=folder / "two", show="off", evaluate=evaluated).fit()
         torch.save(procedure.state_dict(), folder / f"rank{rank}.pt")
+
+
+class Steps:
+    """What a procedure is given, that makes no step; it counts."""
+
+    epoch, epochs, iteration, iterations, rank, world_size, progress = 0, 1, 0, 1, 0, 1, 0.0
+
+    def __init__(self) -> None:
+        self.updated: Counter[str] = Counter()
+
+    def update(self, loss: Tensor, *parts: str) -> None:
+        assert loss.requires_grad
+        assert loss.isfinite()
+        self.updated.update(parts)
+
+    def restart(self, *parts: str) -> None:
+        self.updated.update(f"restart {part}" for part in parts)

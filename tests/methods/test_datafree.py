@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datafree_cases import BATCH, ITERATIONS, METHODS, datafree, in_two, teacher
+from datafree_cases import BATCH, ITERATIONS, METHODS, Steps, datafree, in_two, teacher
 from test_procedures import fit
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import (
     CLASSES,
     Batches,
@@ -32,6 +32,7 @@ from fastkd.methods.datafree import DataFree
 from fastkd.methods.datafree.bank import Bank
 from fastkd.methods.datafree.judged import judge
 from fastkd.methods.datafree.lessons import Lessons, choose
+from fastkd.methods.datafree.replay import Replay
 from fastkd.methods.datafree.watched_teacher import WatchedTeacher
 from fastkd.methods.registry import Given, create_procedure, find
 from fastkd.models.generator import Encoder, Generator
@@ -39,23 +40,6 @@ from fastkd.selection import select_clean
 from fastkd.training import TrainingSettings, checkpoint
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread", "no_figures")]
-
-
-class Steps:
-    """What a procedure is given, that makes no step; it counts."""
-
-    epoch, epochs, iteration, iterations, rank, world_size, progress = 0, 1, 0, 1, 0, 1, 0.0
-
-    def __init__(self) -> None:
-        self.updated: Counter[str] = Counter()
-
-    def update(self, loss: Tensor, *parts: str) -> None:
-        assert loss.requires_grad
-        assert loss.isfinite()
-        self.updated.update(parts)
-
-    def restart(self, *parts: str) -> None:
-        self.updated.update(f"restart {part}" for part in parts)
 
 
 # ---- all methods ---------------------------------------------------------------------------------------
@@ -324,18 +308,32 @@ def test_a_broken_image_does_no_harm(method: str, value: float) -> None:
             assert buffer.isfinite().all()
 
 
-def test_nothing_but_broken_images() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_but_broken_images(method: str) -> None:
     """No batch breaks the training; its epoch ends it with a line."""
-    procedure = datafree("ta-dfkd")
+    procedure = datafree(method)
     procedure.maker.register_forward_hook(
         lambda _, __, made: made._replace(images=broken(made.images, slice(None), torch.nan))
     )
     step = Steps()
     procedure.before_epoch(step)  # type: ignore[arg-type]
     found = procedure.iteration(None, step)  # type: ignore[arg-type]
-    assert found["loss"].item() == 0.0
+    if procedure.bank is None and procedure.replay is None:
+        assert found["loss"].item() == 0.0
     with pytest.raises(FloatingPointError, match=r"no image of epoch 1 was finite.*lower generator_learning_rate"):
         procedure.after_epoch(step)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_bright_images_are_finite(dtype: torch.dtype) -> None:
+    """Although their sum is no number of 16 bits, nor is that of the teacher's logits."""
+    images = torch.full((2, 3, 80, 80), 4.0, dtype=dtype)
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 20)).to(dtype)
+    with torch.no_grad():
+        network[2].bias.add_(5e3)  # type: ignore[union-attr,operator]
+    made = judge(WatchedTeacher(network, images), images)
+    assert made.usable.all()
+    assert torch.equal(made.images, images)
 
 
 def test_equal_losses_are_all_selected() -> None:
@@ -359,16 +357,29 @@ def test_none_selected() -> None:
     assert procedure.after_epoch(step)["selected"] == 0.0  # type: ignore[arg-type]
 
 
+def test_attention_to_none_selected() -> None:
+    """What was not selected is no part of the student's loss."""
+    procedure = datafree("zskt", select=True, threshold=1.0)
+    assert procedure.iteration(None, Steps())["loss"].item() == 0.0  # type: ignore[arg-type]
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no terms": ({"adversarial": 0.0}, "are all 0, must be one above 0"),
     "negative": ({"balance": -1.0}, "balance is -1.0, must be"),
     "adversary": ({"adversary": "l2"}, "adversary is 'l2', must be"),
     "temperature": ({"temperature": 0.0}, "temperature is 0.0, must be"),
+    "learning rate": ({"generator_learning_rate": -1.0}, "generator_learning_rate is -1.0, must be"),
     "steps": ({"student_steps": 0}, "student_steps is 0, must be"),
     "rounds": ({"select": True, "most_rounds": 1}, "most_rounds is 1, must be"),
     "threshold": ({"threshold": 1.5}, "threshold is 1.5, must be"),
     "latents without a bank": ({"source": "latents"}, "memory is not 'bank', must be"),
     "bank and shared": ({"memory": "bank", "share_images": True}, "share_images is True, must be False"),
+    "bank and selected": ({"memory": "bank", "select": True}, "select is True, must be False"),
+    "capacity": ({"memory": "bank", "capacity": 0}, "capacity is 0, must be"),
+    "channels of pixels": (
+        {"source": "pixels", "memory": "bank", "mean": (0.1, 0.2), "std": (1.0, 1.0)},
+        "mean has 2 values, must be one for each",
+    ),
     "jitter": ({"jitter": 2}, "jitter is 2, must be 0 for the source 'noise'"),
     "sigmoid": ({"squash": "sigmoid", "mean": None, "std": None}, "mean is None, must be"),
     "channels": (
@@ -417,6 +428,36 @@ def test_networks_that_do_not_go_together() -> None:
 
 
 # ---- parts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_networks_of_double_precision(method: str) -> None:
+    assert datafree(method).double().iteration(None, Steps())["loss"].isfinite()  # type: ignore[arg-type]
+
+
+class Copies(TorchDispatchMode):
+    """Counts tensors made of Python's numbers, for which a GPU would be waited for."""
+
+    found = 0
+
+    def __torch_dispatch__(self, function: Any, _: Any, arguments: Any = (), named: Any = None) -> Any:
+        self.found += function is torch.ops.aten.lift_fresh.default
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_iteration_makes_tensors_of_numbers(method: str) -> None:
+    procedure = datafree(method)
+    with Copies() as copies:
+        procedure.iteration(None, Steps())  # type: ignore[arg-type]
+    assert not copies.found
+
+
+def test_a_memory_learns_of_two_images() -> None:
+    """Of the smallest ones, whose batch norms would have one number each."""
+    replay = Replay(6, (1, 4, 4), width=4)
+    images = torch.randn(2, 1, 4, 4)
+    assert replay.loss(images, images.flatten(1), lambda made: made.flatten(1)).isfinite()
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 5, 4), (2, 17, 9)])
@@ -560,6 +601,14 @@ def test_steps_compile_into_one_graph(method: str) -> None:
         procedure.load_state_dict(state, strict=False)
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(noise), eager)
+
+
+@pytest.mark.parametrize("option", [{"select": False}, {"threshold": 0.9}, {"most_rounds": 3}])
+def test_a_training_goes_on_with_the_same_selection(option: dict[str, Any], tmp_path: Path) -> None:
+    settings = make_settings(epochs=2, checkpoint_every=1)
+    fit(datafree("ta-dfkd"), NoBatches(2), settings, tmp_path, stop_at=2)
+    with pytest.raises(ValueError, match="is of another training"):
+        fit(datafree("ta-dfkd", **option), NoBatches(2), settings, tmp_path, resume=True)
 
 
 def test_a_checkpoint_has_what_is_needed(tmp_path: Path) -> None:

@@ -141,8 +141,16 @@ def test_balance_is_lowest_where_all_classes_are_as_likely() -> None:
     one[:, 2] = 1e3
     one.requires_grad_()
     loss = terms.balance(one, w)
-    assert float(loss) == pytest.approx(0.0)
+    assert loss.item() == pytest.approx(0.0)
     assert torch.autograd.grad(loss, one)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_balance_in_autocast_is_of_32_bits(dtype: torch.dtype) -> None:
+    t, w = logits(5).float(), weights().float()
+    with torch.autocast("cpu", dtype):
+        found = terms.balance(t, w)
+    assert torch.equal(found, terms.balance(t, w))
 
 
 def test_bn_statistics() -> None:

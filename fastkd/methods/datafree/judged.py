@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fastkd.functional import LogitStats, logit_stats
@@ -46,12 +47,17 @@ def judge(teacher: WatchedTeacher, images: Tensor, labels: Tensor | None = None,
         closely: whether all is seen that the teacher is watched for, and images that do not count are 0, as the terms of a loss
             want it; else the logits alone, for which no activation is kept and no image copied.
     """
-    whole = images.detach().flatten(1).sum(1).isfinite()
+    whole = _finite(images.detach())
     if closely:
         images = images.where(whole[:, None, None, None], 0.0)
         seen = teacher.look(images)
     else:
         seen = Seen(teacher(images), {}, [], [], None, None)
-    usable = whole & seen.logits.detach().sum(1).isfinite()
+    usable = whole & _finite(seen.logits.detach())
     seen = seen._replace(logits=seen.logits.where(usable[:, None], 0.0))
     return Judged(images, labels, seen, logit_stats(seen.logits), usable)
+
+
+def _finite(rows: Tensor) -> Tensor:
+    """Which rows are, bool ``[B]``, in one pass; their sum need not be a number that float16 has."""
+    return rows.flatten(1).sum(1, dtype=torch.promote_types(rows.dtype, torch.float32)).isfinite()

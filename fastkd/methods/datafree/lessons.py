@@ -120,10 +120,14 @@ class Lessons(nn.Module):
             _put(rows, place, size) for rows in zip(*((b.images, b.logits) for b in batches), strict=True)
         )
         chosen = _in_turn(mask.sum(), size)
-        shares = torch.stack([usable.float().mean(), mask.float().mean(), chosen.filled])
-        self.tally += torch.cat([shares, (shares[2:] < 1.0).float(), torch.ones_like(shares[:1])])
+        self.count(usable, mask, chosen.filled)
         parts = zip(chosen.index.split(self.batch_size), chosen.weight.split(self.batch_size), strict=True)
         return (Lesson(images[index], logits[index], weight / self.batch_size) for index, weight in parts)
+
+    def count(self, usable: Tensor, mask: Tensor, filled: Tensor) -> None:
+        """One iteration more: which of its images were usable and which were taken, and the share of the places filled."""
+        shares = torch.stack([usable.float().mean(), mask.float().mean(), filled])
+        self.tally += torch.cat([shares, (shares[2:] < 1.0).float(), torch.ones_like(shares[:1])])
 
     def begin_epoch(self) -> None:
         """Counts from 0 on."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastkd import _checks
-from fastkd.models.generator import Generator, check_image_shape
+from fastkd.models.generator import Generator, ToImages, check_image_shape
 
 __all__ = ["Images", "Maker", "Source", "Squash"]
 
@@ -76,6 +76,9 @@ class Maker(nn.Module):
         """Latents ``[B, latent]``, or pixels ``[B, C, H, W]``."""
         if source != "noise":
             self.drawn = nn.Parameter(torch.randn(batch_size, *(self.shape if source == "pixels" else (latent,))))
+        # of pixels; on the device, which else would be waited for in each step
+        known = source == "pixels" and not (mean is None and std is None)
+        self.scale = ToImages(self.shape[0], mean, std) if known else None
 
     def forward(self) -> Images:
         """A batch."""
@@ -100,7 +103,7 @@ class Maker(nn.Module):
 
     def noise(self, count: int) -> Tensor:
         """For the generator, ``[count, latent]``."""
-        return torch.randn(count, self.latent, device=self.device)
+        return torch.randn(count, self.latent, dtype=next(self.parameters()).dtype, device=self.device)
 
     @property
     def lasting(self) -> bool:
@@ -122,10 +125,12 @@ class Maker(nn.Module):
     @torch.no_grad()
     def keep_in_range(self) -> None:
         """Pixels stay values of an image, where these are known."""
-        if self.generator is not None or self.mean is None or self.std is None:
+        if self.scale is None:
             return
         assert self.drawn is not None
-        mean, std = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (self.mean, self.std))
+        mean, std = self.scale.mean, self.scale.std
+        assert mean is not None
+        assert std is not None
         self.drawn.copy_(self.drawn.clamp(-mean / std, (1.0 - mean) / std))
 
     @property

@@ -63,7 +63,7 @@ class DataFree(Procedure):
         total_variation: weight of the norms of differences of neighbouring pixels, of the whole batch.
         l2: weight of the norm of the whole batch of images.
         contrast: weight of the contrastive term of CMI.
-        select: whether images are selected by the teacher's confidence (fastkd.select_clean).
+        select: whether images are selected by the teacher's confidence (fastkd.select_clean); not with a bank.
         threshold: posterior above which one is selected.
         most_rounds: batches at most that one of the student is selected from, on average; 2 at first, then as many as it takes.
         distance: the student's loss: kl, l1, js or js-published.
@@ -76,7 +76,7 @@ class DataFree(Procedure):
             each iteration) or pixels (the images themselves, drawn anew).
         squash: of the generator: tanh and a batch norm without weights, or sigmoid, normalised as the teacher's images are.
         jitter: pixels by which images are shifted, at random, before each update of theirs.
-        renew: iterations after which the generator gets new weights; 0: never.
+        renew: iterations, counted anew in each epoch, after which the generator gets new weights; 0: never.
         memory: what the student learns on beside new images: none, bank (images made before, with the teacher's logits, and
             nothing else) or replay (those of a variational autoencoder that learns to make them).
         capacity: images in the bank, or negatives of the contrastive term.
@@ -165,14 +165,20 @@ class DataFree(Procedure):
         self.generator_steps = _checks.check_count("generator_steps", generator_steps, 1)
         self.student_steps = _checks.check_count("student_steps", student_steps, 1)
         self.renew = _checks.check_count("renew", renew, 0)
-        self.batch_size, self.learning_rate, self.betas = batch_size, generator_learning_rate, generator_betas
+        self.learning_rate = _checks.check_positive("generator_learning_rate", generator_learning_rate)
+        self.batch_size, self.betas = batch_size, generator_betas
         self._said = {
             "ask_classes": ask_classes,
             "source": source,
             "jitter": jitter,
             "memory": memory,
             "latent": latent,
+            "select": select,
+            "threshold": threshold,
+            "most_rounds": most_rounds,
         }
+
+        capacity = _checks.check_count("capacity", capacity, 1)
 
         check_module("student", student)
         few = images.detach()
@@ -324,7 +330,7 @@ class DataFree(Procedure):
         with torch.no_grad():
             theirs = self.teacher.features(images)
         distance = self.attention_maps.distance(list(outputs.features.values()), list(theirs.values()))
-        return loss + self.attention * distance
+        return loss + self.attention * weight.sum() * distance  # 0 where no image counts
 
     # ---- an iteration, part by part
 
@@ -353,8 +359,10 @@ class DataFree(Procedure):
         """Places of images in which nothing can be learnt are filled with others."""
         if self.bank is None and self.contrast is None:
             return
-        index = choose(made.usable, self.batch_size).index
+        chosen = choose(made.usable, self.batch_size)
+        index = chosen.index
         if self.bank is not None:
+            self.lessons.count(made.usable, made.usable, chosen.filled)
             self.bank.add(images=made.images[index], logits=made.logits[index])
         if self.contrast is not None:
             self.contrast.bank.add(features=made.seen.description[index])
@@ -417,6 +425,10 @@ class DataFree(Procedure):
         if self.bank is not None and self.share_images:
             raise ValueError(
                 "fastkd: share_images is True, must be False with the memory 'bank', which the student learns on"
+            )
+        if self.bank is not None and self.lessons.select:
+            raise ValueError(
+                "fastkd: select is True, must be False with the memory 'bank', all of which the student learns on"
             )
 
 

@@ -49,7 +49,7 @@ class Replay(nn.Module):
             teacher_logits: of the images, ``[B, K]``.
             teacher: images to logits.
         """
-        half = max(1, len(images) // 2)
+        half = max(2, len(images) // 2)  # of which a batch norm takes no single one
         with torch.no_grad():
             own = self.samples(half)
             target = torch.cat([images[:half], own])
@@ -61,5 +61,6 @@ class Replay(nn.Module):
 
     def samples(self, count: int) -> Tensor:
         """Images of noise, ``[count, C, H, W]``."""
-        device = next(self.parameters()).device
-        return self.decoder(torch.randn(count, self.latent, device=device))  # type: ignore[no-any-return]
+        like = next(self.parameters())
+        noise = torch.randn(count, self.latent, dtype=like.dtype, device=like.device)
+        return self.decoder(noise)  # type: ignore[no-any-return]

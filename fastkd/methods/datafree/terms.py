@@ -1,8 +1,8 @@
 """What is asked of generated images: the terms of a generator's loss, and how far a student is from its teacher.
 
 ``weight`` is ``[B]``, the share of each sample in the mean: not negative, of sum 1, or 0 where none counts; what a sample of
-weight 0 holds does not matter. All are scalars, differentiable in whatever requires a gradient, the logits of both networks
-among them, without waiting for the device.
+weight 0 holds does not matter, if it is finite. All are scalars, differentiable in whatever requires a gradient, the logits of
+both networks among them, without waiting for the device.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def label_entropy(teacher: LogitStats, weight: Tensor) -> Tensor:
 
 def balance(teacher_logits: Tensor, weight: Tensor) -> Tensor:
     """``sum p ln p`` of the mean prediction: lowest, ``-ln K``, where all classes are as likely."""
-    mean = weight @ teacher_logits.float().softmax(1)
+    mean = (weight[:, None] * teacher_logits.float().softmax(1)).sum(
+        0
+    )  # a product of matrices would be of 16 bits in autocast
     terms: Tensor = torch.special.xlogy(mean, mean.clamp(min=torch.finfo(mean.dtype).tiny))
     return terms.sum()
 

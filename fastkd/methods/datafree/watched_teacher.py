@@ -23,9 +23,9 @@ class Seen(NamedTuple):
     features: dict[str, Tensor]
     """Of the layers that are tapped."""
     moments: list[ChannelMoments]
-    """Of what went into each batch norm, in the order in which they ran."""
+    """Of what went into each batch norm, in the order in which they ran, which need not be that of ``modules()``."""
     running: list[tuple[Tensor, Tensor]]
-    """Mean and variance that each of these keeps."""
+    """Mean and variance that each of these batch norms keeps."""
     latents: Tensor | None
     """What went into the last linear layer, ``[B, d]``."""
     instance_means: Tensor | None
@@ -116,7 +116,7 @@ class WatchedTeacher:
             self._moments.append(channel_moments(inputs[0]))
             self._running.append((norm.running_mean, norm.running_var))  # type: ignore[arg-type]
         if self._looking and self._instances:
-            self._means.append(inputs[0].flatten(2).mean(2))
+            self._means.append(inputs[0][:, :, None].flatten(2).mean(2))
 
     def _keep_latents(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         if self._looking:
