@@ -339,7 +339,7 @@ class DataFree(Procedure):
         renewed = self.renew > 0 and step.iteration % self.renew == 0
         if renewed or not self.maker.lasting:
             self.maker.draw_anew(generator=renewed)
-            step.restart(*self._making)
+            step.restart(*(name for name in self._making if name != "head"))
 
     def _make(self, step: Step) -> tuple[Judged, dict[str, Tensor]]:
         """Updates of what makes the images; the last ones made, and the last terms."""
