@@ -28,7 +28,7 @@ from benchmarks import floors
 from benchmarks.bench_training import OTHER_MASK, Select, at_most, reference_select, settle, sklearn_select
 from benchmarks.case import Case, Contest, Settings, Work, relative_error
 from fastkd.methods.datafree import DataFree, terms
-from fastkd.methods.datafree.judged import judge
+from fastkd.methods.datafree.judged import glance, judge
 from fastkd.methods.datafree.lessons import Lessons
 from fastkd.methods.datafree.watched_teacher import Seen, WatchedTeacher
 from fastkd.methods.registry import Given, create_procedure
@@ -389,9 +389,8 @@ def our_part(of: Returned, lessons: Lessons) -> Outcome:
     weight = terms.shares(lessons.mask([made])[0])
     losses = [1.0 - terms.divergence("js", student, made.logits, weight)]
     gradients = [*torch.autograd.grad(losses[0], (student, logits))]
-    with torch.no_grad():
-        pairs = zip(others, other_logits, strict=True)
-        batches = [judge(GivenTeacher(theirs), x, closely=False) for x, theirs in pairs]
+    pairs = zip(others, other_logits, strict=True)
+    batches = [glance(GivenTeacher(theirs), x) for x, theirs in pairs]
     for lesson, own in zip(lessons(batches), students, strict=True):
         losses.append(terms.divergence("l1", own, lesson.logits, lesson.weight))
         gradients += torch.autograd.grad(losses[-1], own)

@@ -28,7 +28,7 @@ from training_processes import start_ranks
 from fastkd._seeding import seeded
 from fastkd.data import NoBatches
 from fastkd.methods.datafree import DataFree
-from fastkd.methods.datafree.judged import judge
+from fastkd.methods.datafree.judged import glance, judge, own_losses
 from fastkd.methods.datafree.lessons import Lessons, choose
 from fastkd.methods.datafree.watched_teacher import WatchedTeacher
 from fastkd.methods.registry import Given, create_procedure, find
@@ -228,8 +228,8 @@ def test_lessons_are_those_that_select_clean_takes() -> None:
     kept = []
     for batch in batches:
         own = nn.functional.cross_entropy(batch.logits, batch.logits.argmax(1), reduction="none")
-        torch.testing.assert_close(batch.losses, own)
-        kept.append(batch.images[select_clean(batch.losses)[0]])
+        torch.testing.assert_close(own_losses([batch])[0], own)
+        kept.append(batch.images[select_clean(own)[0]])
     places = lessons.steps * BATCH
     expected = torch.cat([*kept, *kept])[:places].detach()  # where there are too few, they come again
     assert lessons.tally[2].item() == pytest.approx(min(1.0, sum(map(len, kept)) / places))
@@ -244,7 +244,7 @@ def test_lessons_of_nothing() -> None:
     """Images of which none is finite: what is not there weighs nothing, and holds no NaN."""
     procedure = datafree("ta-dfkd")
     images = torch.full((BATCH, *procedure.maker.shape), float("nan"))
-    found = list(procedure.lessons([procedure.judge(images, closely=False)] * procedure.lessons.rounds))
+    found = list(procedure.lessons([glance(procedure.teacher, images)] * procedure.lessons.rounds))
     assert len(found) == procedure.lessons.steps
     for lesson in found:
         assert not lesson.images.any()

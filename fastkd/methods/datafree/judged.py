@@ -1,7 +1,8 @@
-"""Images that were made, and what the teacher says to them."""
+"""Images that were made, and what the teacher says to them: its logits at a glance, or all that it is watched for."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,52 +11,61 @@ from torch import Tensor
 from fastkd.functional import LogitStats, logit_stats
 from fastkd.methods.datafree.watched_teacher import Seen, WatchedTeacher
 
-__all__ = ["Judged", "judge"]
+__all__ = ["Glanced", "Judged", "glance", "judge", "own_losses"]
 
 
 @dataclass
-class Judged:
+class Glanced:
     """A batch of images, by one run of the teacher."""
 
     images: Tensor
-    """``[B, C, H, W]``; those with a value that is not finite do not count, and are all 0 where it was looked at closely."""
-    labels: Tensor | None
-    """int64 ``[B]``, the classes that they are asked to be of, if any."""
-    seen: Seen
-    """Of the teacher; the logits of images that do not count are 0."""
-    stats: LogitStats
-    """Of its logits."""
+    """``[B, C, H, W]``."""
+    logits: Tensor
+    """The teacher's, ``[B, K]``; those of images that are not usable are 0."""
     usable: Tensor
     """bool ``[B]``: images and logits are finite."""
 
-    @property
-    def logits(self) -> Tensor:
-        """The teacher's, ``[B, K]``."""
-        return self.seen.logits
 
-    @property
-    def losses(self) -> Tensor:
-        """The teacher's cross-entropy with its own prediction, ``logsumexp - max``, ``[B]``; NaN where an image does not
-        count."""
-        return (self.stats.logsumexp - self.stats.max).detach().where(self.usable, float("nan"))
+@dataclass
+class Judged(Glanced):
+    """The same, closely: for the terms of a loss. Images that are not usable are 0, and count in no term of single images."""
+
+    labels: Tensor | None
+    """int64 ``[B]``, the classes that they are asked to be of, if any."""
+    seen: Seen
+    """Of the teacher."""
+    stats: LogitStats
+    """Of its logits."""
 
 
-def judge(teacher: WatchedTeacher, images: Tensor, labels: Tensor | None = None, *, closely: bool = True) -> Judged:
-    """What the teacher says to images ``[B, C, H, W]``, differentiable in them.
+@torch.no_grad()
+def glance(teacher: WatchedTeacher, images: Tensor) -> Glanced:
+    """The teacher's logits for images ``[B, C, H, W]``; no activation is kept, and no image copied."""
+    logits, usable = _usable(teacher(images), _finite(images))
+    return Glanced(images, logits, usable)
 
-    Args:
-        closely: whether all is seen that the teacher is watched for, and images that do not count are 0, as the terms of a loss
-            want it; else the logits alone, for which no activation is kept and no image copied.
-    """
+
+def judge(teacher: WatchedTeacher, images: Tensor, labels: Tensor | None = None) -> Judged:
+    """What the teacher says to images ``[B, C, H, W]``, differentiable in them."""
     whole = _finite(images.detach())
-    if closely:
-        images = images.where(whole[:, None, None, None], 0.0)
-        seen = teacher.look(images)
-    else:
-        seen = Seen(teacher(images), {}, [], [], None, None)
-    usable = whole & _finite(seen.logits.detach())
-    seen = seen._replace(logits=seen.logits.where(usable[:, None], 0.0))
-    return Judged(images, labels, seen, logit_stats(seen.logits), usable)
+    images = images.where(whole[:, None, None, None], 0.0)
+    seen = teacher.look(images)
+    logits, usable = _usable(seen.logits, whole)
+    return Judged(images, logits, usable, labels, seen, logit_stats(logits))
+
+
+@torch.no_grad()
+def own_losses(batches: Sequence[Glanced]) -> Tensor:
+    """The teacher's cross-entropy with its own prediction, ``logsumexp - max``, ``[batches, B]``, NaN where an image is not
+    usable: all in one call."""
+    stats = logit_stats(torch.stack([batch.logits for batch in batches]))
+    usable = torch.stack([batch.usable for batch in batches])
+    return (stats.logsumexp - stats.max).where(usable, torch.nan)
+
+
+def _usable(logits: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    usable = whole & _finite(logits.detach())
+    return logits.where(usable[:, None], 0.0), usable
 
 
 def _finite(rows: Tensor) -> Tensor:

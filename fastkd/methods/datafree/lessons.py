@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastkd import _checks
-from fastkd.methods.datafree.judged import Judged
+from fastkd.methods.datafree.judged import Glanced, own_losses
 from fastkd.selection import select_clean
 
 __all__ = ["Chosen", "Lesson", "Lessons", "choose"]
@@ -102,14 +102,14 @@ class Lessons(nn.Module):
         self.register_buffer("tally", torch.zeros(5))
         self._warned = False
 
-    def mask(self, batches: Sequence[Judged]) -> Tensor:
+    def mask(self, batches: Sequence[Glanced]) -> Tensor:
         """Which images are taken, bool ``[batches, B]``: each batch is a mixture of its own, all are fitted in one call."""
         if not self.select:
             return torch.stack([batch.usable for batch in batches])
-        return select_clean(torch.stack([batch.losses for batch in batches]), self.threshold)[0]
+        return select_clean(own_losses(batches), self.threshold)[0]
 
     @torch.no_grad()
-    def forward(self, batches: Sequence[Judged]) -> Iterator[Lesson]:
+    def forward(self, batches: Sequence[Glanced]) -> Iterator[Lesson]:
         """The lessons of an iteration, each made when it is asked for, so that not all of their images are there twice.
         All are by the same generator: what one lesson leaves, the next one takes."""
         usable, mask = torch.stack([batch.usable for batch in batches]), self.mask(batches)

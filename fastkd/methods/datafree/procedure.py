@@ -18,7 +18,7 @@ from fastkd.data.batch import Batches
 from fastkd.methods.datafree import terms
 from fastkd.methods.datafree.bank import Bank
 from fastkd.methods.datafree.contrast import Contrast
-from fastkd.methods.datafree.judged import Judged, judge
+from fastkd.methods.datafree.judged import Judged, glance, judge, own_losses
 from fastkd.methods.datafree.lessons import Lesson, Lessons, choose
 from fastkd.methods.datafree.maker import Maker, Source, Squash
 from fastkd.methods.datafree.replay import Replay
@@ -279,16 +279,16 @@ class DataFree(Procedure):
 
         made = self.judge(self.samples(max(SHOWN, self.batch_size)))
         chosen = self.lessons.mask([made])[0].cpu() if self.lessons.select else None
+        losses = own_losses([made])[0]
         grid = pictures.image_grid(
             made.images[:SHOWN].float().cpu(),
             selected=None if chosen is None else chosen[:SHOWN],
-            confidence=(-made.losses).exp()[:SHOWN].cpu(),
+            confidence=(-losses).exp()[:SHOWN].cpu(),
             mean=self.maker.mean,
             std=self.maker.std,
         )
-        losses = made.losses[made.usable]
         mixture = TwoGaussianMixture(normalize=True).fit(losses) if chosen is not None else None
-        histogram = pictures.loss_histogram(made.losses.cpu(), mixture, chosen)
+        histogram = pictures.loss_histogram(losses.cpu(), mixture, chosen)
         return {"images": grid, "losses": histogram}
 
     @torch.no_grad()
@@ -300,9 +300,9 @@ class DataFree(Procedure):
 
     # ---- images, and what is asked of them
 
-    def judge(self, images: Tensor, labels: Tensor | None = None, *, closely: bool = True) -> Judged:
-        """What the teacher says to images; its logits alone where it is not closely."""
-        return judge(self.teacher, images, labels, closely=closely)
+    def judge(self, images: Tensor, labels: Tensor | None = None) -> Judged:
+        """What the teacher says to images."""
+        return judge(self.teacher, images, labels)
 
     def generator_terms(self, made: Judged) -> dict[str, Tensor]:
         """The terms of the loss of what makes the images, each with its weight; their sum is minimised. Those of weight 0 are
@@ -374,9 +374,8 @@ class DataFree(Procedure):
             weight = torch.full((self.batch_size,), 1.0 / self.batch_size, device=self.maker.device)
             return [Lesson(**self.bank.draw(self.batch_size), weight=weight) for _ in range(self.student_steps)]
         given = [made] if self.share_images else []
-        fresh = [self.judge(*self.maker(), closely=False) for _ in range(self.lessons.rounds - len(given))]
-        batches = given + fresh
-        lessons = self.lessons(batches)
+        fresh = [glance(self.teacher, self.maker().images) for _ in range(self.lessons.rounds - len(given))]
+        lessons = self.lessons([*given, *fresh])
         return lessons if self.replay is None else [self._with_replayed(lesson) for lesson in lessons]
 
     def _with_replayed(self, lesson: Lesson) -> Lesson:
