@@ -170,6 +170,7 @@ class DataFree(Procedure):
         self._said = {
             "ask_classes": ask_classes,
             "source": source,
+            "squash": squash,
             "jitter": jitter,
             "memory": memory,
             "latent": latent,
