@@ -27,6 +27,7 @@ from training_processes import start_ranks
 
 from fastkd._seeding import seeded
 from fastkd.data import NoBatches
+from fastkd.methods import registry
 from fastkd.methods.datafree import DataFree
 from fastkd.methods.datafree.judged import glance, judge, own_losses
 from fastkd.methods.datafree.lessons import Lessons, choose
@@ -176,9 +177,10 @@ def test_a_student_learns_without_data() -> None:
 
 def test_a_method_of_ones_own() -> None:
     """A term beside the others, with an option of its own; all options of the procedure are there."""
-    from fastkd.methods.registry import register
 
-    @register("brightest", family="data-free", needs=("teacher",), adversarial=1.0, adversary="kl", latent=6, width=4)
+    @registry.register(
+        "brightest", family="data-free", needs=("teacher",), adversarial=1.0, adversary="kl", latent=6, width=4
+    )
     class Brightest(DataFree):
         """Images that are bright.
 
@@ -201,6 +203,7 @@ def test_a_method_of_ones_own() -> None:
     procedure = create_procedure("brightest", given, brightness=2.0)
     found = procedure.iteration(None, Steps())  # type: ignore[arg-type]
     assert set(found) == {"loss", "generator_loss", "adversarial_loss", "brightness_loss"}
+    registry._entries.pop("brightest")
 
 
 # ---- selection -----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from datafree_cases import METHODS, teacher
 from training_cases import Batches, small
 
+from fastkd.methods import registry
 from fastkd.methods.registry import Given, create_procedure, find
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
@@ -42,6 +43,7 @@ def test_the_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         procedure = create_procedure(name, given, width=4, latent=4)
         terms = procedure.generator_terms(procedure.judge(*procedure.maker()))  # type: ignore[operator,attr-defined]
         assert all(torch.isfinite(term) for term in terms.values())
+        registry._entries.pop(name)
 
 
 def test_the_table_has_every_method() -> None:
