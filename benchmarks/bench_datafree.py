@@ -60,8 +60,8 @@ RESNET = ("resnet14", "resnet8", (3, 32, 32))
 WHOLE_QUICK = ((*LENET, 64, 16, 5), (*RESNET, 32, 16, 3))
 WHOLE_FULL = ((*LENET, 256, 128, 10), (*RESNET, 64, 16, 10))
 WHOLE_GPU = ((*LENET, 256, 128, 10), (*RESNET, 256, 128, 10))
-# batch, classes, images, steps of the student
 NO_IMAGE = (1, 1, 1)  # selection and losses alone
+# batch, classes, images, steps of the student
 BETWEEN = ((1024, 10, NO_IMAGE, 10), (1024, 10, (1, 28, 28), 10), (1024, 100, (3, 32, 32), 10))
 
 Shape = tuple[int, int, int]

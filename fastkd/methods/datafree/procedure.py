@@ -39,6 +39,7 @@ __all__ = ["DataFree"]
 
 Memory = Literal["none", "bank", "replay"]
 SHOWN = 64  # images of a picture
+_GIVEN = ("self", "__class__", "student", "teacher", "images", "mean", "std")  # what is no option, of the arguments
 
 
 class DataFree(Procedure):
@@ -132,7 +133,9 @@ class DataFree(Procedure):
         generator_learning_rate: float = 1e-3,
         generator_betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
+        options = {name: value for name, value in locals().items() if name not in _GIVEN}
         super().__init__()
+        self._options = options
         self.weights = {
             name: _checks.check_not_negative(name, value)
             for name, value in (
@@ -167,18 +170,6 @@ class DataFree(Procedure):
         self.renew = _checks.check_count("renew", renew, 0)
         self.learning_rate = _checks.check_positive("generator_learning_rate", generator_learning_rate)
         self.batch_size, self.betas = batch_size, generator_betas
-        self._said = {
-            "ask_classes": ask_classes,
-            "source": source,
-            "squash": squash,
-            "jitter": jitter,
-            "memory": memory,
-            "latent": latent,
-            "select": select,
-            "threshold": threshold,
-            "most_rounds": most_rounds,
-        }
-
         capacity = _checks.check_count("capacity", capacity, 1)
 
         check_module("student", student)
@@ -250,9 +241,7 @@ class DataFree(Procedure):
         return {**super().networks(), "student": self.student.model}
 
     def extra_repr(self) -> str:
-        said = {name: value for name, value in self.weights.items() if value}
-        said |= {name: getattr(self, name) for name in _SAID} | self._said
-        return ", ".join(f"{name}={value}" for name, value in said.items())
+        return ", ".join(f"{name}={value}" for name, value in self._options.items())
 
     def before_epoch(self, step: Step) -> None:
         self.lessons.begin_epoch()
@@ -430,12 +419,6 @@ class DataFree(Procedure):
             raise ValueError(
                 "fastkd: select is True, must be False with the memory 'bank', all of which the student learns on"
             )
-
-
-_SAID = (
-    *("adversary", "adversary_temperature", "agreed_only", "distance", "temperature", "attention"),
-    *("generator_steps", "student_steps", "share_images", "renew", "batch_size"),
-)
 
 
 @torch.no_grad()
