@@ -85,7 +85,7 @@ def markdown(
         where, published = study.published(column)
         head = ["", "test accuracy, %", "to the baseline", "seeds", f"published: {where}"]
         head[0] = study.row_name or study.row_option.removesuffix("s")
-        shown = [True, True, bool(study.baseline), True, bool(where)]  # no column that nothing is in
+        shown = [True, True, study.baseline in rows, True, bool(where)]  # no column that nothing is in
         lines += [f"## {column}", "", _line(head, shown), "|---" * sum(shown) + "|"]
         for row in in_order(study, rows):
             seeds, theirs = rows[row], published.get(row)

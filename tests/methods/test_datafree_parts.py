@@ -14,6 +14,7 @@ from training_cases import (
 from fastkd._seeding import seeded
 from fastkd.methods.datafree.bank import Bank
 from fastkd.methods.datafree.judged import glance, judge, own_losses
+from fastkd.methods.datafree.maker import Maker
 from fastkd.methods.datafree.replay import Replay
 from fastkd.methods.datafree.watched_teacher import WatchedTeacher
 from fastkd.models.generator import Encoder, Generator
@@ -58,6 +59,24 @@ def test_pixels_stay_values_of_an_image() -> None:
     pixels = 0.4 + 0.3 * procedure.maker.drawn
     assert pixels.min() >= -1e-6
     assert pixels.max() <= 1.0 + 1e-6
+
+
+def test_pixels_are_shifted_around_the_edges() -> None:
+    """By numbers that no compiled step takes for constants."""
+    maker = Maker("pixels", 2, (1, 8, 9), jitter=2)
+    pixels = maker.drawn
+    assert pixels is not None
+    rolled = {(y, x): pixels.detach().roll((y, x), (2, 3)) for y in range(-2, 3) for x in range(-2, 3)}
+    seen = set()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        make = torch.compile(maker, fullgraph=True, backend="aot_eager")
+        for _ in range(150):
+            images = make().images
+            seen.add(next(shift for shift, ours in rolled.items() if torch.equal(images, ours)))
+    assert {y for y, _ in seen} == {x for _, x in seen} == set(range(-2, 3))
+    images = maker().images
+    images.square().sum().backward()
+    assert torch.equal(pixels.grad, 2 * pixels.detach())
 
 
 def test_labels_are_of_all_classes_alike() -> None:

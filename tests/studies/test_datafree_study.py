@@ -195,6 +195,9 @@ def test_spread_of_a_part(columns: tuple[str, ...]) -> None:
     table = report.markdown(DataFree(), accuracies, {}, ABOUT)
     assert ("| dafl | 85.00 |  | 80.00 | 90.00 | 1 | 2 |" in table) == (len(columns) == 1)
     assert "gap" not in table
+    assert "to the baseline" not in table  # which was not run
+    with_baseline = {column: {**rows, "baseline": {0: 0.5}} for column, rows in accuracies.items()}
+    assert "to the baseline" in report.markdown(DataFree(), with_baseline, {}, ABOUT)
     assert "Over the" not in report.markdown(Zoo(), {"clean": {"baseline": {0: 0.5}}}, {}, ABOUT)
 
 

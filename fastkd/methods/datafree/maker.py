@@ -89,10 +89,18 @@ class Maker(nn.Module):
             return Images(self.generator(self.noise(self.batch_size) if self.drawn is None else self.drawn), labels)
         assert self.drawn is not None
         images: Tensor = self.drawn
-        if self.jitter:  # of the CPU's generator: no device is waited for
-            shifts: list[int] = torch.randint(-self.jitter, self.jitter + 1, (2,), device="cpu").tolist()
-            images = images.roll(shifts, (2, 3))
+        if self.jitter:
+            images = self._shifted(images)
         return Images(images, labels)
+
+    def _shifted(self, images: Tensor) -> Tensor:
+        """All by the same numbers of pixels, around the edges. The shifts stay on the device: nothing waits, and neither
+        torch.compile nor a CUDA graph takes them for constants."""
+        shifts = torch.randint(-self.jitter, self.jitter + 1, (2,), device=images.device)
+        for dim, shift in zip((2, 3), shifts.unbind(), strict=True):
+            side = images.shape[dim]
+            images = images.index_select(dim, (torch.arange(side, device=images.device) - shift) % side)
+        return images
 
     @torch.no_grad()
     def samples(self, count: int) -> Tensor:
