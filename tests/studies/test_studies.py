@@ -334,7 +334,7 @@ def test_published_figures() -> None:
 
 
 RESULTS = ROOT / "results"
-IN_README = "fashion-mnist-noise", "cifar10"
+IN_README = "fashion-mnist-noise", "cifar10", "mnist"
 
 
 @pytest.mark.parametrize(
