@@ -49,8 +49,8 @@ SEED = 1  # of the noise on which contenders are compared
 AUTHORS = "authors' way"
 WHOLE_TARGET, BETWEEN_TARGET = 1.3, 10.0  # on a CPU
 COPIES = (
-    "Nearly all of fastkd's time is the copy of the student's ten batches of images into fresh memory, which the peer pays "
-    "for, too."
+    "Most of fastkd's time goes into copying images to fresh memory. It reads those that are not selected, too, so as not to "
+    "wait for their number; the peer copies the others alone."
 )
 BYTES_OF_AN_IMAGE = 4 << 20  # activations, and images of all rounds
 
