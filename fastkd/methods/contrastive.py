@@ -214,7 +214,8 @@ class SSKD(ChannelMethod):
     its first targets are those of a head that is still random. And there, each turned image is cropped anew; here the
     crop is turned.
 
-    ``step`` turns the images. In a loop of your own: both networks on ``method.views(images)``, labels of the images.
+    ``step`` turns the images. In a loop of your own: both networks on ``method.views(images)``, labels of the images. Without
+    labels (r = 0) the class of a turned image is the one that the teacher finds in the upright one.
 
     Args:
         turned_weight: c >= 0.
@@ -302,8 +303,8 @@ class SSKD(ChannelMethod):
         of_images = logits[:images], given[:images], target
         loss = response(*of_images, self.task_weight, self.kd_weight, self.temperature, self.standardize)
         if self.turned_weight != 0.0:
-            label = check_target(of_images[0], target).repeat(3)
-            kl = self.kl_of_turned(logits[images:], given[images:], label)
+            label = check_target(of_images[0], target) if target is not None else given[:images].argmax(1)
+            kl = self.kl_of_turned(logits[images:], given[images:], label.repeat(3))
             loss = loss.with_term("turned_loss", self.turned_weight * kl)
         if not self.reads_features or teacher is None:
             return self.without_features(loss)

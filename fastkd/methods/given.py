@@ -36,6 +36,10 @@ class Given:
     """Of the images before they are normalised, in [0, 1], a number a channel."""
     std: tuple[float, ...] | None = None
     """And their standard deviation."""
+    padding: int | None = None
+    """Pixels that random crops of the images may reach into."""
+    flip: bool | None = None
+    """Whether a mirrored image is still one of its class."""
     make_student: Callable[[int], nn.Module] | None = None
     """Makes networks like the student, by seed; that of 0 is the student."""
 

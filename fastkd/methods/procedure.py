@@ -101,6 +101,11 @@ class Procedure(nn.Module):
     """Whether all that needs a gradient goes through ``forward``, once an iteration, and into one update: several processes
     then share the gradients while they are being made (DistributedDataParallel), not afterwards."""
 
+    augments: ClassVar[bool] = False
+    """Whether it crops and mirrors images itself, and is to be given them as they are."""
+    batches: int = 1
+    """Batches of images that an iteration takes, side by side in one."""
+
     def __init__(self) -> None:
         super().__init__()
         self.frozen: dict[str, nn.Module] = {}

@@ -50,11 +50,14 @@ class Generator(nn.Module):
     """Noise ``[B, latent]`` to images ``[B, C, H, W]``: a linear layer to maps of a quarter of each side, then twice as large
     and twice again, by nearest neighbours, with a 3x3 convolution, a batch norm and a leaky ReLU after each.
 
-    That of DAFL and of the methods after it (width, width and width / 2 maps; theirs is 128).
+    That of DAFL and of the methods after it (width, width and width / 2 maps; theirs is 128), or of MosaicKD, whose first
+    stage is twice as wide.
 
     Args:
         latent: dimensions of the noise.
         shape: (C, H, W) of the images.
+        width: maps of the second stage; the last has half as many.
+        first_stage: maps of the first stage, in widths.
         mean, std: as of :class:`ToImages`, a number a channel.
 
     Raises:
@@ -67,20 +70,22 @@ class Generator(nn.Module):
         shape: Sequence[int],
         *,
         width: int = 128,
+        first_stage: int = 1,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         latent, width = check_size("latent", latent, 1), check_size("width", width, 2)
+        first = width * check_size("first_stage", first_stage, 1)
         channels, height, side = check_image_shape(shape)
         half, quarter = ((-(-height // n), -(-side // n)) for n in (2, 4))
         self.first = nn.Sequential(
-            nn.Linear(latent, width * quarter[0] * quarter[1]),
-            nn.Unflatten(1, (width, *quarter)),
-            nn.BatchNorm2d(width),
+            nn.Linear(latent, first * quarter[0] * quarter[1]),
+            nn.Unflatten(1, (first, *quarter)),
+            nn.BatchNorm2d(first),
             nn.LeakyReLU(0.2),
         )
-        self.second = _upsampled(width, width, half)
+        self.second = _upsampled(first, width, half)
         self.third = _upsampled(width, width // 2, (height, side))
         self.last = nn.Sequential(nn.Conv2d(width // 2, channels, 3, padding=1), ToImages(channels, mean, std))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,17 +18,19 @@ from fastkd.alias_table import AliasTable
 from fastkd.data import ArrayCollection, Batch, Collection, DrawnBatches, ImageSet
 from fastkd.data.opening import open_collection, places_of
 from fastkd.data.source import check_start
+from fastkd.functional import logit_stats
 from fastkd.models.digests import weights_digest
 from fastkd.patches import random_crop_flip
-from fastkd.scores import ScoreName, make_scorer
-from fastkd.scoring import ScoreFile, open_scores, score_collection
+from fastkd.scores import LogitScore, ScoreName, make_scorer
+from fastkd.scoring import open_scores, score_collection
 from fastkd.scoring.score_file import about_path
 from fastkd.studies import data as images
 from fastkd.studies.data import DataSettings
 
 __all__ = ["Collected", "CollectionSettings", "make_collection", "scores_of"]
 
-TASK, REST = "task", "rest"
+TASK, REST, OTHERS = "task", "rest", "others"
+PREDICTION = "prediction"  # a score that is the class that the teacher predicts
 MOST_IN_MEMORY = 8e9  # bytes of images, of the CPU
 LONG_RUN = 15  # draws for each image, about as many as of rel + irrel in Begon & Geurts: 6.75 million of 486,000
 DRAWS_AT_ONCE = 1 << 20
@@ -40,8 +42,9 @@ class CollectionSettings:
 
     collection: str = ""
     """An unlabeled collection to learn on, in the place of the training images, without their labels: a folder, an .npy, the
-    name of a data set; "task", the teacher's training images, or "rest", those of its data set that it has not seen. Several
-    with commas between; name=place calls one by a name, place:N takes N images of it."""
+    name of a data set; "task", the teacher's training images, "rest", those of its data set that it has not seen, or "others",
+    those of classes that are not the task's. Several with commas between; name=place calls one by a name, place:N takes N
+    images of it."""
     score: ScoreName = "1c-sum"
     """How much an image looks like the teacher's task, as of `fastkd score`."""
     scores: Path | None = None
@@ -49,6 +52,11 @@ class CollectionSettings:
     iqpr: float = 1.0
     """Inter-quartile sampling probability ratio: how many times as often an image at the third quartile of the scores is drawn
     as one at the first. 1: all are drawn equally often, and nothing is scored."""
+    least_alike: float = 1.0
+    """Share of the collection that is drawn from: its images of the lowest scores. With the score "entropy", those of which the
+    teacher is least sure, as MosaicKD takes them out of ImageNet and Places365."""
+    balanced: bool = False
+    """Draw all classes that the teacher predicts equally often."""
     draws: int = 5000
     """Images of an epoch, drawn with replacement."""
     unreadable: Literal["error", "skip"] = "error"
@@ -59,6 +67,7 @@ class CollectionSettings:
     def __post_init__(self) -> None:
         for name, good, allowed in (
             ("iqpr", 1.0 <= self.iqpr < float("inf"), "1 (all alike) or more, and finite"),
+            ("least_alike", 0.0 < self.least_alike <= 1.0, "above 0, and at most 1"),
             ("draws", self.draws >= 1, "1 or more"),
             ("held_out", 0.0 <= self.held_out < 1.0, "from 0 to below 1"),
         ):
@@ -66,8 +75,21 @@ class CollectionSettings:
                 raise ValueError(f"fastkd: {name} is {getattr(self, name)}, must be {allowed}")
         if self.collection:
             places_of(self.collection)
-        elif self.scores is not None or self.iqpr != 1.0:
-            raise ValueError("fastkd: collection is empty, must be given where there are scores or an iqpr")
+        elif self.scores is not None or self.looked_at:
+            raise ValueError(
+                "fastkd: collection is empty, must be given where there are scores, an iqpr, a share that is least alike, or "
+                "balanced draws"
+            )
+        if self.balanced and self.iqpr != 1.0:
+            raise ValueError(
+                f"fastkd: balanced is True, must be False with an iqpr, {self.iqpr}: draws follow from one"
+            )
+
+    @property
+    def looked_at(self) -> tuple[str, ...]:
+        """By which scores of the teacher the images are drawn."""
+        by_score = self.iqpr != 1.0 or self.least_alike != 1.0
+        return (*([self.score] if by_score else []), *([PREDICTION] if self.balanced else []))
 
     @property
     def relevant(self) -> tuple[str, ...]:
@@ -93,37 +115,52 @@ def make_collection(settings: CollectionSettings, data: DataSettings, task: Imag
         known={
             TASK: lambda name: ArrayCollection(task.images.cpu(), name=name),
             REST: lambda name: ArrayCollection(images.rest(data, seed), name=name),
+            OTHERS: lambda name: ArrayCollection(images.others(data), name=name),
         },
     )
 
 
 def scores_of(
     settings: CollectionSettings, collection: Collection, task: ImageSet, teacher: nn.Module, folder: Path
-) -> ScoreFile:
-    """Those that are given, or those of the folder, made where they are not there yet.
+) -> dict[str, Tensor]:
+    """By name, those that are asked for, float64 ``[N]``: those that are given, or those of the folder, made where they are not
+    there yet.
 
     Raises:
         ValueError, FileNotFoundError: scores of another collection or teacher, or none.
     """
+    found: dict[str, Tensor] = {}
     if settings.scores is not None:
-        return open_scores(settings.scores, collection=collection, teacher=teacher)
-    name = f"{settings.score}-{collection.fingerprint()[:10]}-{weights_digest(teacher)[:10]}.npy"
-    scorer = make_scorer(settings.score, teacher)
-    return score_collection(scorer, collection, folder / name, name=settings.score, mean=task.mean, std=task.std)
+        found[settings.score] = open_scores(settings.scores, collection=collection, teacher=teacher).tensor()
+    for score in settings.looked_at:
+        if score not in found:
+            name = f"{score}-{collection.fingerprint()[:10]}-{weights_digest(teacher)[:10]}.npy"
+            scorer = LogitScore(teacher, _prediction) if score == PREDICTION else make_scorer(score, teacher)
+            made = score_collection(scorer, collection, folder / name, name=score, mean=task.mean, std=task.std)
+            found[score] = made.tensor()
+    return found
+
+
+def _prediction(logits: Tensor) -> Tensor:
+    return logit_stats(logits).argmax
 
 
 class Collected:
     """A collection on its device, with what is drawn and what is held out.
 
     Args:
-        scores: float64 ``[N]``; None: all images are drawn equally often.
+        scores: float64 ``[N]`` each, by name; empty: all images are drawn equally often.
+        batch_size: images of a batch.
+
+    Raises:
+        ValueError: fewer images to draw from than a batch has.
     """
 
     def __init__(
         self,
         settings: CollectionSettings,
         collection: Collection,
-        scores: Tensor | None,
+        scores: Mapping[str, Tensor],
         task: ImageSet,
         *,
         batch_size: int,
@@ -139,8 +176,8 @@ class Collected:
         if len(collection) * math.prod(collection.shape) <= _room(device):
             collection = ArrayCollection.loaded(collection, device)
         self.collection = collection
-        found = torch.zeros(len(collection), dtype=torch.float64) if scores is None else scores
-        found = found.to(device, copy=True)
+        of_none = torch.zeros(len(collection), dtype=torch.float64)
+        found = scores.get(settings.score, of_none).to(device, copy=True)
         for item in collection.missing:
             found[item.index] = -torch.inf
         order = torch.randperm(len(collection), generator=mixed_generator("held out", seed), device="cpu")
@@ -149,9 +186,19 @@ class Collected:
         self.drawn_from = torch.zeros(len(collection), dtype=torch.bool, device=device)
         self.drawn_from[kept.to(device)] = True
         self.drawn_from &= found.isfinite()
+        if settings.least_alike != 1.0:
+            self.drawn_from &= _lowest(found, self.drawn_from, settings.least_alike)
+        if int(self.drawn_from.sum()) < batch_size:
+            raise ValueError(
+                f"fastkd: collection has {int(self.drawn_from.sum())} images to draw from, must have those of a batch or more, "
+                f"{batch_size}"
+            )
         # lambda follows from the quartiles of what is drawn from alone
         found = found.masked_fill(~self.drawn_from, -torch.inf)
-        table = AliasTable(found, iqpr=settings.iqpr, seed=seed)
+        if settings.balanced:
+            found = _balancing(scores[PREDICTION].to(device), self.drawn_from)
+        iqpr = None if settings.balanced else settings.iqpr
+        table = AliasTable(found, iqpr=iqpr, seed=seed)
         self.batches = DrawnBatches(
             collection,
             table,
@@ -195,6 +242,22 @@ class Collected:
         return {name: float(value) for name, value in found.items()}
 
 
+def _lowest(scores: Tensor, counted: Tensor, share: float) -> Tensor:
+    """The lowest scores of those that count, a share of their number, one at least: bool ``[N]``; of equal ones the first."""
+    kept = max(1, round(share * int(counted.sum())))
+    order = scores.masked_fill(~counted, torch.inf).argsort(stable=True)
+    chosen = torch.zeros_like(counted)
+    chosen[order[:kept]] = True
+    return chosen
+
+
+def _balancing(predictions: Tensor, counted: Tensor) -> Tensor:
+    """Scores whose softmax gives each class that is predicted the same probability, and its images equal parts of it."""
+    classes = predictions.long()
+    often = torch.bincount(classes[counted], minlength=int(classes.max()) + 1)
+    return (-often[classes].double().log()).masked_fill(~counted, -torch.inf)
+
+
 def _room(device: torch.device) -> float:
     """Bytes that a collection may take there: a half of what is free on a GPU."""
     return torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else MOST_IN_MEMORY
@@ -224,6 +287,9 @@ def described(settings: CollectionSettings) -> dict[str, Any]:
     if settings.scores is not None:
         about = about_path(settings.scores)
         found["score"] = hashlib.sha256(about.read_bytes()).hexdigest() if about.is_file() else str(settings.scores)
-    elif settings.iqpr == 1.0:
+    elif settings.score not in settings.looked_at:
         del found["score"]
+    for name in ("least_alike", "balanced"):  # descriptions are those of the time before there was this option
+        if (value := getattr(settings, name)) != getattr(CollectionSettings, name):
+            found[name] = value
     return found

@@ -17,7 +17,7 @@ from fastkd.data import registry as data_sets
 from fastkd.data.images import ImageSet
 from fastkd.data.registry import Outline
 
-__all__ = ["DataSettings", "check", "prepare", "rest"]
+__all__ = ["DataSettings", "check", "others", "prepare", "rest"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class DataSettings:
 
     data: str = "cifar10"
     """cifar10, cifar100, mnist, fashion-mnist, kmnist, quickdraw or digits."""
+    classes: tuple[int, ...] = ()
+    """Classes of the task, by their numbers in the set; images of the others are left out. By default all."""
     data_root: Path | None = None
     """The folder of the data sets; $FASTKD_DATA or ~/.cache/fastkd/data by default. Nothing is downloaded."""
     train_size: int = 0
@@ -54,6 +56,10 @@ class DataSettings:
         ):
             if not good:
                 raise ValueError(f"fastkd: {name} is {getattr(self, name)}, must be {allowed}")
+        if self.classes and (
+            len(set(self.classes)) != len(self.classes) or len(self.classes) < 2 or min(self.classes) < 0
+        ):
+            raise ValueError(f"fastkd: classes is {self.classes}, must be two different numbers, from 0 on, or more")
 
 
 def check(settings: DataSettings) -> Outline:
@@ -66,6 +72,7 @@ def check(settings: DataSettings) -> Outline:
         outline = data_sets.outline(settings.data)
     except ValueError as error:
         raise ValueError(str(error).replace("fastkd: name", "fastkd: data name", 1)) from None
+    outline = _of_classes(settings, outline)
     classes, train_size, smallest = (
         outline.num_classes,
         settings.train_size or outline.train_size,
@@ -87,6 +94,20 @@ def check(settings: DataSettings) -> Outline:
         smallest_class=None if settings.imbalance else smallest,
         test_size=settings.test_size or outline.test_size,
     )
+
+
+def _of_classes(settings: DataSettings, outline: Outline) -> Outline:
+    """Of the task's classes alone."""
+    if not settings.classes:
+        return outline
+    if outline.num_classes is not None:
+        _check_classes(settings.classes, outline.num_classes)
+    return outline._replace(num_classes=len(settings.classes), train_size=None, test_size=None)
+
+
+def _check_classes(classes: tuple[int, ...], there: int) -> None:
+    if max(classes) >= there:
+        raise ValueError(f"fastkd: classes is {classes}, must be below {there}, the number of classes of the set")
 
 
 def _check_train_size(size: int, num_classes: int, most: int | None) -> None:
@@ -113,7 +134,7 @@ def prepare(settings: DataSettings, seed: int) -> tuple[ImageSet, ImageSet]:
     Raises:
         ValueError, FileNotFoundError: as :func:`fastkd.data.registry.load`; more images than there are.
     """
-    train, test = data_sets.load(settings.data, settings.data_root)
+    train, test = (_only(part, settings.classes) for part in data_sets.load(settings.data, settings.data_root))
     if settings.train_size:
         train = _equal_part(train, settings.train_size, seed)
     if settings.test_size:
@@ -128,13 +149,41 @@ def prepare(settings: DataSettings, seed: int) -> tuple[ImageSet, ImageSet]:
     return _shrunk(train, settings.shrink), _shrunk(test, settings.shrink)
 
 
+def _only(images: ImageSet, classes: tuple[int, ...]) -> ImageSet:
+    """Images of these classes, which are numbered anew, in this order."""
+    if not classes:
+        return images
+    _check_classes(classes, images.num_classes)
+    number = torch.full((images.num_classes,), -1)
+    number[list(classes)] = torch.arange(len(classes))
+    kept = images.subset(number[images.target] >= 0)
+    names = tuple(images.class_names[label] for label in classes)
+    return replace(kept, target=number[kept.target], class_names=names)
+
+
+def others(settings: DataSettings) -> Tensor:
+    """The training images of the data set that are of none of the task's classes: uint8 ``[N, C, H, W]``, on the CPU.
+
+    Raises:
+        ValueError: there are none.
+    """
+    train, _ = data_sets.load(settings.data, settings.data_root)
+    left = torch.ones(train.num_classes, dtype=torch.bool)
+    left[list(settings.classes)] = False
+    if not settings.classes or not left.any():
+        raise ValueError(
+            f"fastkd: classes is {settings.classes}, must be some of the {train.num_classes}, for images of the others"
+        )
+    return _shrunk(train.subset(left[train.target]), settings.shrink).images
+
+
 def rest(settings: DataSettings, seed: int) -> Tensor:
-    """The training images of the data set that are not in the training set: uint8 ``[N, C, H, W]``, on the CPU.
+    """The training images of the task that are not in the training set: uint8 ``[N, C, H, W]``, on the CPU.
 
     Raises:
         ValueError: all of them are.
     """
-    train, _ = data_sets.load(settings.data, settings.data_root)
+    train = _only(data_sets.load(settings.data, settings.data_root)[0], settings.classes)
     if not settings.train_size or settings.train_size == len(train):
         raise ValueError(
             f"fastkd: train_size is {settings.train_size}, must be less than the {len(train)} training images, for a rest"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastkd._names import unknown_name
 from fastkd._seeding import mixed_seed, seeded
-from fastkd.data import Batch, BatchSource, ImageBatches, ImageSet, NoBatches
+from fastkd.data import Batch, BatchSource, Collection, ImageBatches, ImageSet, NoBatches
 from fastkd.methods import Procedure
 from fastkd.methods import registry as methods
 from fastkd.methods.registry import Given
@@ -35,6 +35,7 @@ from fastkd.training.update import TrainedPart, trained_parts
 
 __all__ = ["Experiment", "run"]
 
+OUT_OF_DOMAIN = "out-of-domain images"  # of the needs of a method
 ALONE = Process(0, 1, torch.device("cpu"))
 TEACHER_SEED = 1 << 20  # seeds of their weights begin here, away from those of students and of the others of a cohort
 FRECHET_IMAGES = 2000  # at most
@@ -88,6 +89,13 @@ class _Data(NamedTuple):
     def outline(self) -> tuple[int, ...]:
         """Number of classes, channels, height, width: what networks depend on."""
         return (self.train.num_classes, *self.train.images.shape[1:])
+
+
+class _Scored(NamedTuple):
+    """Of images without labels."""
+
+    collection: Collection
+    scores: dict[str, Tensor]
 
 
 class Experiment:
@@ -182,10 +190,8 @@ class Experiment:
         teacher, teacher_accuracy = None, None
         if self.entry.needs_teacher:
             teacher, teacher_accuracy = self._teacher(teachers, data, show)
-        collected = None
-        if self.settings.collection.collection:
-            collected = self._collected(data, teacher, teachers)
-        result = self._train(folder, data, teacher, show, self.settings.training.seed, collected)
+        scored = self._scored(data, teacher, teachers) if self.settings.collection.collection else None
+        result = self._train(folder, data, teacher, show, self.settings.training.seed, scored)
         if teacher_accuracy is not None:
             gap = teacher_accuracy - result.figures["peak_accuracy"]
             result = replace(result, figures={**result.figures, "teacher_gap": gap}, teacher_accuracy=teacher_accuracy)
@@ -196,14 +202,19 @@ class Experiment:
         """Scores the collection, where that is needed and not done."""
         data = self._load()
         teacher, _ = self._teacher(teachers, data, "off")
-        self._collected(data, teacher, teachers)
+        self._scored(data, teacher, teachers)
 
     def train_teacher(self, teachers: Path, show: Show) -> Result:
         """Trains the teacher alone, or goes on, or reads its result."""
         return Result(self._teacher(teachers, self._load(), show)[1], None)
 
     def _check_needs(self) -> None:
-        given = ("labels", "images", "teacher")
+        if OUT_OF_DOMAIN in self.entry.needs and not self.settings.collection.collection:
+            raise ValueError(
+                f"fastkd: collection is empty, must be the out-of-domain images that {self.entry.name!r} needs: a folder, an "
+                ".npy or the name of a data set"
+            )
+        given = ("labels", "images", "teacher", OUT_OF_DOMAIN)
         missing = [need for need in self.entry.needs if need not in given]
         if missing:
             raise ValueError(
@@ -234,22 +245,28 @@ class Experiment:
         if settings.collection.iqpr != 1.0 and not self.entry.needs_teacher:
             raise ValueError(f"fastkd: iqpr is {settings.collection.iqpr}, must be 1 without a teacher to score by")
 
-    def _collected(self, data: _Data, teacher: nn.Module | None, folder: Path) -> Collected:
-        settings, seed = self.settings, self.settings.training.seed
-        collection = make_collection(settings.collection, settings.data, data.train, self._data_seed)
-        scores = None
-        if settings.collection.iqpr != 1.0 or settings.collection.scores is not None:
+    def _scored(self, data: _Data, teacher: nn.Module | None, folder: Path) -> _Scored:
+        """The collection, with the scores that are needed."""
+        settings = self.settings.collection
+        collection = make_collection(settings, self.settings.data, data.train, self._data_seed)
+        scores: dict[str, Tensor] = {}
+        if settings.looked_at or settings.scores is not None:
             assert teacher is not None
-            scores = scores_of(settings.collection, collection, data.train, teacher, folder / "scores").tensor()
+            scores = scores_of(settings, collection, data.train, teacher, folder / "scores")
+        return _Scored(collection, scores)
+
+    def _collected(self, data: _Data, scored: _Scored, procedure: Procedure) -> Collected:
+        """What is drawn of it, as the procedure takes it."""
+        settings = self.settings
         return Collected(
             settings.collection,
-            collection,
-            scores,
+            scored.collection,
+            scored.scores,
             data.train,
-            batch_size=settings.batch_size,
-            padding=settings.padding,
-            flip=None if settings.flip else False,
-            seed=seed,
+            batch_size=settings.batch_size * procedure.batches,
+            padding=0 if procedure.augments else settings.padding,
+            flip=None if settings.flip and not procedure.augments else False,
+            seed=settings.training.seed,
             rank=self.process.rank,
             world_size=self.process.world_size,
         )
@@ -302,7 +319,13 @@ class Experiment:
         return _Unlabeled(batches) if self.entry.needs_images else NoBatches(len(batches))
 
     def _procedure(
-        self, data: _Data, teacher: nn.Module | None, seed: int, batch_size: int, options: Mapping[str, Any]
+        self,
+        data: _Data,
+        teacher: nn.Module | None,
+        seed: int,
+        batch_size: int,
+        options: Mapping[str, Any],
+        items: int,
     ) -> Procedure:
         # the networks of an online method differ; the first is the one that every other method would train
         make: Callable[[int], nn.Module] = lambda i: self._network("student", data, seed + i * (TEACHER_SEED << 1))  # noqa: E731
@@ -311,10 +334,12 @@ class Experiment:
             teacher=teacher,
             images=data.test_images[:2],
             batch_size=batch_size,
-            items=len(data.train),
+            items=items,
             num_classes=data.train.num_classes,
             mean=data.train.mean,
             std=data.train.std,
+            padding=data.train.padding if self.settings.padding is None else self.settings.padding,
+            flip=data.train.flip and self.settings.flip,
             make_student=make,
         )
         with seeded(mixed_seed("method", seed)):  # of what the method has beside the student: a regressor, a generator
@@ -322,14 +347,19 @@ class Experiment:
         return made.to(data.test_images.device)
 
     def _tried_options(self) -> dict[str, Any]:
-        """With one of the hundreds of updates that a method without images may make in an iteration (``..._steps``)."""
+        """With one of the hundreds of updates that a method may make in an iteration of images of its own (``..._steps``)."""
         options = dict(self.settings.options)
-        if not self.entry.needs_images:
+        if self._makes_images:
             for name, option in self.entry.options().items():
                 steps = options.get(name, option.default)
                 if name.endswith("_steps") and isinstance(steps, int) and steps > 1:
                     options[name] = 1
         return options
+
+    @property
+    def _makes_images(self) -> bool:
+        """Whether the method may make images of its own."""
+        return not self.entry.needs_images or OUT_OF_DOMAIN in self.entry.needs
 
     def _check_step(self, data: _Data) -> None:
         """One iteration of the method, without an update."""
@@ -337,10 +367,11 @@ class Experiment:
         teacher = self._network("teacher", data, 0) if self.entry.needs_teacher else None
         few = Batch(data.test_images[:4], data.test_target[:4], torch.arange(len(data.test_target[:4])))
         batch = few if self.entry.needs_images else None
-        batch_size = settings.batch_size if batch else min(settings.batch_size, FEW_MADE)
+        batch_size = min(settings.batch_size, FEW_MADE) if self._makes_images else settings.batch_size
         try:
             with everything_seeded(0, 0):
-                procedure = self._procedure(data, teacher, 0, batch_size, self._tried_options())
+                options = self._tried_options()
+                procedure = self._procedure(data, teacher, 0, batch_size, options, len(data.train))
         except Exception as error:
             if str(error).startswith("fastkd: "):
                 raise
@@ -386,12 +417,14 @@ class Experiment:
         teacher: nn.Module | None,
         show: Show,
         seed: int,
-        collected: Collected | None = None,
+        scored: _Scored | None = None,
     ) -> Result:
         """What the last epoch came to; the weights are in the folder then."""
         settings = self.settings
         plateau = settings.training.schedule == "plateau"
-        procedure = self._procedure(data, teacher, seed, settings.batch_size, settings.options)
+        items = len(data.train) if scored is None else len(scored.collection)
+        procedure = self._procedure(data, teacher, seed, settings.batch_size, settings.options, items)
+        collected = None if scored is None else self._collected(data, scored, procedure)
         trainer = Trainer(
             procedure,
             self._source(data) if collected is None else collected.batches,

@@ -142,6 +142,8 @@ class Distillation(Networks):
             everything["collection"] = described(self.collection)
         if self.plugin is not None and self.plugin.is_file():
             everything["plugin"] = _digest_of(self.plugin)
+        if not self.data.classes:
+            del everything["data"]["classes"]
         del everything["data"]["data_root"]  # the images are the same wherever they lie
         everything["training"]["checkpoint_every"] = 0
         everything["training"]["warmup_epochs"] = float(self.training.warmup_epochs)

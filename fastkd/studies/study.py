@@ -222,10 +222,10 @@ def run_all(runs: list[Run], folder: Path, device: torch.device, jobs: int) -> I
         (
             one.distillation.of_teacher().digest(),
             one.distillation.collection.collection,
-            one.distillation.collection.score,
+            one.distillation.collection.looked_at,
         ): one
         for one in missing
-        if one.distillation.collection.iqpr != 1.0
+        if one.distillation.collection.looked_at
     }
     with Pool(min(jobs, len(missing)), device).open() as pool:
         for work, of in ((_train_teacher, teachers), (_score, scored)):

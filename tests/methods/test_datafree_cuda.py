@@ -65,7 +65,7 @@ def one_step(procedure: DataFree) -> list[Tensor]:
     made = procedure.judge(*procedure.maker())
     making = torch.stack(list(procedure.generator_terms(made).values())).sum()
     learning: Any = 0.0
-    for lesson in procedure._lessons_of(made):
+    for lesson in procedure._lessons_of(made, None):
         learning = learning + procedure.student_loss(lesson.images, lesson.logits, lesson.weight)
     return [
         making.detach(),

@@ -21,7 +21,7 @@ class Glanced:
     images: Tensor
     """``[B, C, H, W]``."""
     logits: Tensor
-    """The teacher's, ``[B, K]``; those of images that are not usable are 0."""
+    """The teacher's, ``[B, ..., K]``; those of images that are not usable are 0."""
     usable: Tensor
     """bool ``[B]``: images and logits are finite."""
 
@@ -56,16 +56,19 @@ def judge(teacher: WatchedTeacher, images: Tensor, labels: Tensor | None = None)
 
 @torch.no_grad()
 def own_losses(batches: Sequence[Glanced]) -> Tensor:
-    """The teacher's cross-entropy with its own prediction, ``logsumexp - max``, ``[batches, B]``, NaN where an image is not
-    usable: all in one call."""
+    """The teacher's cross-entropy with its own prediction, ``logsumexp - max``, ``[batches, B]``; of maps the mean over the
+    pixels. NaN where an image is not usable. All in one call."""
     stats = logit_stats(torch.stack([batch.logits for batch in batches]))
     usable = torch.stack([batch.usable for batch in batches])
-    return (stats.logsumexp - stats.max).where(usable, torch.nan)
+    losses = stats.logsumexp - stats.max
+    if losses.dim() > 2:
+        losses = losses.flatten(2).mean(2)
+    return losses.where(usable, torch.nan)
 
 
 def _usable(logits: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
     usable = whole & _finite(logits.detach())
-    return logits.where(usable[:, None], 0.0), usable
+    return logits.where(usable.view(-1, *[1] * (logits.dim() - 1)), 0.0), usable
 
 
 def _finite(rows: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class Lesson:
     images: Tensor
     """``[B, C, H, W]``."""
     logits: Tensor
-    """The teacher's, ``[B, K]``."""
+    """The teacher's, ``[B, ..., K]``."""
     weight: Tensor
     """``[B]``, the share of each in the mean."""
 

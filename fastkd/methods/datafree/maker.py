@@ -40,6 +40,7 @@ class Maker(nn.Module):
         classes: K, where each image is asked to be of a class, all classes alike; 0: none is.
         latent: dimensions of noise and latents.
         width: maps of the generator.
+        first_stage: of its first stage, in widths.
         jitter: pixels, up to which images that are optimised are shifted each time, at random.
     """
 
@@ -55,6 +56,7 @@ class Maker(nn.Module):
         classes: int = 0,
         latent: int = 256,
         width: int = 128,
+        first_stage: int = 1,
         jitter: int = 0,
     ) -> None:
         super().__init__()
@@ -71,7 +73,8 @@ class Maker(nn.Module):
             if squash == "sigmoid" and mean is None:
                 raise ValueError("fastkd: mean is None, must be that of the teacher's images for the squash 'sigmoid'")
             norm = (mean, std) if squash == "sigmoid" else (None, None)
-            self.generator = Generator(latent, self.shape, width=width, mean=norm[0], std=norm[1])
+            wide = {"width": width, "first_stage": first_stage}
+            self.generator = Generator(latent, self.shape, **wide, mean=norm[0], std=norm[1])
         self.drawn: nn.Parameter | None = None
         """Latents ``[B, latent]``, or pixels ``[B, C, H, W]``."""
         if source != "noise":

@@ -1,11 +1,12 @@
 """Distillation without data: what makes the images, and the student that learns on them, in one procedure for all methods.
 
 A method is a choice of its options (:mod:`.recipes`); one with a term of its own overrides :meth:`DataFree.generator_terms`.
+Networks are classifiers, or dense: logits ``[B, K, H, W]``, where a row is a pixel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["DataFree"]
 
 Memory = Literal["none", "bank", "replay"]
+GeneratorSchedule = Literal["constant", "cosine"]
 SHOWN = 64  # images of a picture
 _GIVEN = ("self", "__class__", "student", "teacher", "images", "mean", "std")  # what is no option, of the arguments
 
@@ -83,8 +85,10 @@ class DataFree(Procedure):
         capacity: images in the bank, or negatives of the contrastive term.
         latent: dimensions of the noise.
         width: maps of the generator.
+        first_stage: of its first stage, in widths.
         generator_learning_rate: of Adam, for what makes the images.
         generator_betas: of Adam.
+        generator_schedule: of its learning rate: constant or cosine.
 
     Raises:
         ValueError: options that do not go together; networks with other numbers of classes; images that a generator cannot
@@ -130,8 +134,10 @@ class DataFree(Procedure):
         capacity: int = 4096,
         latent: int = 256,
         width: int = 128,
+        first_stage: int = 1,
         generator_learning_rate: float = 1e-3,
         generator_betas: tuple[float, float] = (0.9, 0.999),
+        generator_schedule: GeneratorSchedule = "constant",
     ) -> None:
         options = {name: value for name, value in locals().items() if name not in _GIVEN}
         super().__init__()
@@ -156,6 +162,7 @@ class DataFree(Procedure):
             ("source", source, Source),
             ("squash", squash, Squash),
             ("memory", memory, Memory),
+            ("generator_schedule", generator_schedule, GeneratorSchedule),
         ):
             _checks.check_choice(name, value, get_args(choices))
         self.adversary: Divergence = adversary
@@ -169,25 +176,30 @@ class DataFree(Procedure):
         self.student_steps = _checks.check_count("student_steps", student_steps, 1)
         self.renew = _checks.check_count("renew", renew, 0)
         self.learning_rate = _checks.check_positive("generator_learning_rate", generator_learning_rate)
-        self.batch_size, self.betas = batch_size, generator_betas
+        self.batch_size, self.betas, self.schedule = batch_size, generator_betas, generator_schedule
         capacity = _checks.check_count("capacity", capacity, 1)
 
         check_module("student", student)
         few = images.detach()
-        classes = _classes_of_both(student, teacher, few)
+        rows = _rows_of_both(student, teacher, few)
+        class_dim = 1 if len(rows) > 1 else -1
+        if len(rows) > 1 and ask_classes:
+            raise ValueError(
+                "fastkd: ask_classes is True, must be False for dense networks: an image is of no one class"
+            )
         layers: list[tuple[str, ...]] = [(), ()]
         self.attention_maps: AT | None = None
         if attention:
             layers = [feature_layers(network).stages for network in (student, teacher)]
             self.attention_maps = AT(*layers, feature_weight=attention)
-        self.student = FeatureTap(student, layers[0])
-        asked = classes if _checks.check_flag("ask_classes", ask_classes) else 0
+        self.student = FeatureTap(student, layers[0], class_dim)
+        asked = rows[-1] if _checks.check_flag("ask_classes", ask_classes) else 0
         shape = images.shape[1:]
-        sizes = {"latent": latent, "width": width, "jitter": jitter, "classes": asked}
+        sizes = {"latent": latent, "width": width, "first_stage": first_stage, "jitter": jitter, "classes": asked}
         self.maker = Maker(source, batch_size, shape, mean, std, squash=squash, **sizes)
         self.bank, self.replay = None, None
         if memory == "bank":
-            self.bank = Bank(max(capacity, batch_size), images=shape, logits=(classes,))
+            self.bank = Bank(max(capacity, batch_size), images=shape, logits=rows)
         elif memory == "replay":
             self.replay = Replay(latent, shape, width=width)
         self.lessons = Lessons(
@@ -203,12 +215,14 @@ class DataFree(Procedure):
                 statistics=bn_statistics > 0,
                 latents=activation > 0,
                 instances=contrast > 0,
+                class_dim=class_dim,
             ),
         )
         self.contrast = None
         if contrast:
             self.contrast = Contrast(self._features_of(few), max(capacity, batch_size))
-        self._making = [name for name in ("generator", "head", "drawn") if name in self.parts()]
+        there = {"generator": self.maker.generator, "head": self.contrast, "drawn": self.maker.drawn}
+        self._making = [name for name, value in there.items() if value is not None]
 
     @property
     def teacher(self) -> WatchedTeacher:
@@ -223,16 +237,18 @@ class DataFree(Procedure):
             "learning_rate": self.learning_rate,
             "betas": self.betas,
             "weight_decay": 0.0,
-            "schedule": "constant",
+            "schedule": self.schedule,
             "warmup_epochs": 0.0,
         }
         found = {"student": Part(self.student)}
-        for name, module in (("generator", self.maker.generator), ("head", self.contrast), ("replay", self.replay)):
-            if module is not None:
-                found[name] = Part(module, **how)
+        found |= {name: Part(module, **how) for name, module in self.helpers().items() if module is not None}
         if self.maker.drawn is not None:
             found["drawn"] = Part([self.maker.drawn], shared=False, **how)
         return found
+
+    def helpers(self) -> dict[str, nn.Module | None]:
+        """By name, what is trained as the generator is, and with it."""
+        return {"generator": self.maker.generator, "head": self.contrast, "replay": self.replay}
 
     def network(self) -> nn.Module:
         return self.student.model
@@ -250,10 +266,11 @@ class DataFree(Procedure):
         return self.lessons.end_epoch(step.epoch)
 
     def iteration(self, batch: Batches, step: Step) -> dict[str, Tensor]:
+        given = self.images_of(batch)
         self._draw_anew(step)
-        made, found = self._make(step)
+        made, found = self._make(given, step)
         losses = []
-        for lesson in self._lessons_of(made):
+        for lesson in self._lessons_of(made, given):
             loss = self.student_loss(lesson.images, lesson.logits, lesson.weight)
             step.update(loss, "student")
             losses.append(loss.detach())
@@ -289,6 +306,19 @@ class DataFree(Procedure):
         return self.maker.samples(count)
 
     # ---- images, and what is asked of them
+
+    def images_of(self, batch: Batches) -> Tensor | None:
+        """Those that are given for an iteration: none, to methods without data."""
+        return None
+
+    def before_terms(self, images: Tensor, given: Tensor | None, step: Step) -> dict[str, Tensor]:
+        """Called with each batch of images before its terms are asked for: updates what else learns from it, and returns terms
+        of its own to log."""
+        return {}
+
+    def other_images(self, given: Tensor | None, number: int) -> Tensor | None:
+        """What the student sees beside new images in its step of this number: those of the memory that replays, if any."""
+        return None if self.replay is None else self.replay.samples(self.batch_size)
 
     def judge(self, images: Tensor, labels: Tensor | None = None) -> Judged:
         """What the teacher says to images."""
@@ -331,18 +361,20 @@ class DataFree(Procedure):
             self.maker.draw_anew(generator=renewed)
             step.restart(*(name for name in self._making if name != "head"))
 
-    def _make(self, step: Step) -> tuple[Judged, dict[str, Tensor]]:
+    def _make(self, given: Tensor | None, step: Step) -> tuple[Judged, dict[str, Tensor]]:
         """Updates of what makes the images; the last ones made, and the last terms."""
         # a batch that is made for long is made against a student that stays as it is
         with evaluating(self.student) if self.generator_steps > 1 else nullcontext():
             for _ in range(self.generator_steps):
-                made = self.judge(*self.maker())
+                images = self.maker()
+                others = self.before_terms(images.images, given, step)
+                made = self.judge(*images)
                 found = self.generator_terms(made)
                 step.update(torch.stack(list(found.values())).sum(), *self._making)
                 self.maker.keep_in_range()
         self._remember(made)
         logged = {f"{name}_loss": term.detach() for name, term in found.items()}
-        return made, {"generator_loss": torch.stack(list(logged.values())).sum(), **logged}
+        return made, {"generator_loss": torch.stack(list(logged.values())).sum(), **logged, **others}
 
     @torch.no_grad()
     def _remember(self, made: Judged) -> None:
@@ -358,25 +390,28 @@ class DataFree(Procedure):
             self.contrast.bank.add(features=made.seen.description[index])
 
     @torch.no_grad()
-    def _lessons_of(self, made: Judged) -> Iterable[Lesson]:
-        """One for each of the student's steps."""
+    def _lessons_of(self, made: Judged, given: Tensor | None) -> Iterator[Lesson]:
+        """One for each of the student's steps, each made when it is asked for."""
         if self.bank is not None:
             weight = torch.full((self.batch_size,), 1.0 / self.batch_size, device=self.maker.device)
-            return [Lesson(**self.bank.draw(self.batch_size), weight=weight) for _ in range(self.student_steps)]
-        given = [made] if self.share_images else []
-        fresh = [glance(self.teacher, self.maker().images) for _ in range(self.lessons.rounds - len(given))]
-        lessons = self.lessons([*given, *fresh])
-        return lessons if self.replay is None else [self._with_replayed(lesson) for lesson in lessons]
+            lessons = (Lesson(**self.bank.draw(self.batch_size), weight=weight) for _ in range(self.student_steps))
+        else:
+            shared = [made] if self.share_images else []
+            fresh = [glance(self.teacher, self.maker().images) for _ in range(self.lessons.rounds - len(shared))]
+            lessons = self.lessons([*shared, *fresh])
+        return (self._with_others(lesson, given, number) for number, lesson in enumerate(lessons))
 
-    def _with_replayed(self, lesson: Lesson) -> Lesson:
-        """And as many from the memory."""
-        assert self.replay is not None
-        images = self.replay.samples(self.batch_size)
-        weight = torch.full_like(lesson.weight, 1.0 / len(images))
+    @torch.no_grad()
+    def _with_others(self, lesson: Lesson, given: Tensor | None, number: int) -> Lesson:
+        """With further images, if there are any, that count for a half."""
+        images = self.other_images(given, number)
+        if images is None:
+            return lesson
+        others = glance(self.teacher, images)
         return Lesson(
-            torch.cat([lesson.images, images]),
-            torch.cat([lesson.logits, self.teacher(images)]),
-            torch.cat([lesson.weight, weight]) / 2,
+            torch.cat([lesson.images, others.images]),
+            torch.cat([lesson.logits, others.logits]),
+            torch.cat([lesson.weight, terms.shares(others.usable)]) / 2,
         )
 
     def _adversarial(self, made: Judged) -> Tensor:
@@ -384,7 +419,7 @@ class DataFree(Procedure):
         logits = self.student(made.images).logits
         weight = terms.shares(self.lessons.mask([made])[0])
         if self.agreed_only:
-            weight = weight * (logits.detach().argmax(1) == made.stats.argmax)
+            weight = terms.of_rows(weight, logits.shape[:-1]) * (logits.detach().argmax(-1) == made.stats.argmax)
         found = terms.divergence(self.adversary, logits, made.logits, weight, self.adversary_temperature)
         return 1.0 - found if self.adversary.startswith("js") else -found
 
@@ -422,16 +457,17 @@ class DataFree(Procedure):
 
 
 @torch.no_grad()
-def _classes_of_both(student: nn.Module, teacher: nn.Module, images: Tensor) -> int:
-    """Their number of classes."""
+def _rows_of_both(student: nn.Module, teacher: nn.Module, images: Tensor) -> tuple[int, ...]:
+    """The shape of the logits of an image, classes last: (K,), or (H, W, K) of dense networks."""
     found = {}
     for name, network in (("student", student), ("teacher", teacher)):
         with evaluating(check_module(name, network)):
             result = network(images)
         found[name] = getattr(result, "logits", result).shape
-    if found["student"] != found["teacher"]:
+    if found["student"] != found["teacher"] or len(found["student"]) not in (2, 4):
         raise ValueError(
             f"fastkd: student has logits of shape {tuple(found['student'])}, must be that of the teacher's, "
-            f"{tuple(found['teacher'])}"
+            f"{tuple(found['teacher'])}, [B, K] or [B, K, H, W]"
         )
-    return int(found["student"][-1])
+    _, classes, *places = found["student"]
+    return (*places, classes)

@@ -1,8 +1,9 @@
 """What is asked of generated images: the terms of a generator's loss, and how far a student is from its teacher.
 
-``weight`` is ``[B]``, the share of each sample in the mean: not negative, of sum 1, or 0 where none counts; what a sample of
-weight 0 holds does not matter, if it is finite. All are scalars, differentiable in whatever requires a gradient, the logits of
-both networks among them, without waiting for the device.
+Logits are ``[B, ..., K]``: of a classifier a row an image, of a dense network one a pixel, with the classes last. ``weight`` is
+``[B]``, the share of each image in the mean, alike for all of its pixels, or ``[B, ...]``, that of each row: not negative, of
+sum 1, or 0 where none counts; what a sample of weight 0 holds does not matter, if it is finite. All are scalars, differentiable
+in whatever requires a gradient, the logits of both networks among them, without waiting for the device.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ __all__ = [
     "l2_norm",
     "label_entropy",
     "mean_activation",
+    "of_rows",
     "shares",
     "total_variation",
 ]
@@ -40,10 +42,17 @@ def shares(counted: Tensor) -> Tensor:
     return chosen / chosen.sum().clamp(min=1.0)
 
 
+def of_rows(weight: Tensor, rows: torch.Size) -> Tensor:
+    """The share of each row, of rows ``[B, ...]``."""
+    if weight.shape == rows:
+        return weight
+    return (weight / rows[1:].numel()).view(-1, *[1] * (len(rows) - 1)).expand(rows)
+
+
 def divergence(
     kind: Divergence, student_logits: Tensor, teacher_logits: Tensor, weight: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """How far the student is from the teacher, on logits ``[B, K]``.
+    """How far the student is from the teacher, on logits ``[B, ..., K]``.
 
     - ``kl``: ``T^2 KL(teacher || student)``.
     - ``l1``: the mean over the classes of ``|s - t|`` (DFAD, TA-DFKD); without a temperature.
@@ -52,16 +61,17 @@ def divergence(
       [.01, .99]; ``KL(m || p) / 2 + KL(m || q) / 2`` over B *and* K; the result clamped to [0, 1]. With 100 classes and
       predictions that are not sharp it is negative, so that the clamp makes it 0, without a gradient.
     """
+    weight = of_rows(weight, student_logits.shape[:-1])
     if kind == "kl":
         return functional.kl_div(student_logits, teacher_logits, temperature, weight=weight, reduction="sum")
     if kind == "l1":
-        return ((student_logits - teacher_logits).abs().mean(1) * weight).sum()
+        return ((student_logits - teacher_logits).abs().mean(-1) * weight).sum()
     if kind == "js":
         nats = functional.js_div(student_logits, teacher_logits, temperature, weight=weight, reduction="sum")
         return nats / (math.log(2.0) * temperature**2)
-    pair = [(logits / PUBLISHED_TEMPERATURE).softmax(1) for logits in (student_logits, teacher_logits)]
+    pair = [(logits / PUBLISHED_TEMPERATURE).softmax(-1) for logits in (student_logits, teacher_logits)]
     middle = (0.5 * (pair[0] + pair[1])).clamp(*PUBLISHED_RANGE)
-    rows = [(middle * (middle.log() - p.clamp(*PUBLISHED_RANGE).log())).mean(1) for p in pair]
+    rows = [(middle * (middle.log() - p.clamp(*PUBLISHED_RANGE).log())).mean(-1) for p in pair]
     mean: Tensor = (0.5 * (rows[0] + rows[1]) * weight).sum()
     return mean.clamp(0.0, 1.0)
 
@@ -72,20 +82,20 @@ def class_prior(teacher: LogitStats, teacher_logits: Tensor, labels: Tensor | No
     rows = teacher.logsumexp - teacher.max
     if labels is not None:
         rows = F.cross_entropy(teacher_logits.float(), labels, reduction="none")
-    total: Tensor = (rows * weight).sum()
+    total: Tensor = (rows * of_rows(weight, rows.shape)).sum()
     return total
 
 
 def label_entropy(teacher: LogitStats, weight: Tensor) -> Tensor:
     """Mean entropy of the teacher's predictions, nats (the label-space alignment of MosaicKD)."""
-    return (teacher.entropy * weight).sum()
+    return (teacher.entropy * of_rows(weight, teacher.entropy.shape)).sum()
 
 
 def balance(teacher_logits: Tensor, weight: Tensor) -> Tensor:
     """``sum p ln p`` of the mean prediction: lowest, ``-ln K``, where all classes are as likely."""
-    mean = (weight[:, None] * teacher_logits.float().softmax(1)).sum(
-        0
-    )  # a product of matrices would be of 16 bits in autocast
+    weight = of_rows(weight, teacher_logits.shape[:-1])
+    # a product of matrices would be of 16 bits in autocast
+    mean = (weight[..., None] * teacher_logits.float().softmax(-1)).flatten(0, -2).sum(0)
     terms: Tensor = torch.special.xlogy(mean, mean.clamp(min=torch.finfo(mean.dtype).tiny))
     return terms.sum()
 

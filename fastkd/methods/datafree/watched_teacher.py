@@ -50,6 +50,7 @@ class WatchedTeacher:
         latents: whether what goes into the last linear layer is asked for.
         instances: whether images are to be described by the means of what goes into the batch norms; of a teacher without
             batch norms by its latents.
+        class_dim: of its logits; they are handed on with the classes last.
 
     Raises:
         ValueError: no batch norm keeps running statistics; the logits come out of no linear layer.
@@ -64,8 +65,9 @@ class WatchedTeacher:
         statistics: bool = False,
         latents: bool = False,
         instances: bool = False,
+        class_dim: int = -1,
     ) -> None:
-        self._tap = FeatureTap(teacher, layers)
+        self._tap = FeatureTap(teacher, layers, class_dim)
         self._norms = [m for m in teacher.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         if statistics and not self._norms:
             raise ValueError(

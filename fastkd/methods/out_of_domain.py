@@ -1,0 +1,30 @@
+"""What MosaicKD is compared with: students that learn from the teacher on images of another domain, without labels.
+
+Each is a method of labelled images whose loss is left without its labels: the teacher's response, by ``T^2 KL`` with a weight
+of 1, and the method's own term with its usual weight. Balanced (Nayak et al., WACV 2021) is the first on balanced draws.
+"""
+
+from __future__ import annotations
+
+from fastkd.methods.contrastive import CRD, SSKD
+from fastkd.methods.registry import register
+from fastkd.methods.relational import RKD
+from fastkd.methods.representation import FitNet
+from fastkd.methods.response import Hinton
+
+for _name, _kind, _trains, _paper in (
+    ("ood-kd", Hinton, "student", "Hinton et al., 2015"),
+    ("ood-fitnet", FitNet, "student, regressor", "Romero et al., ICLR 2015"),
+    ("ood-rkd", RKD, "student", "Park et al., CVPR 2019"),
+    ("ood-crd", CRD, "student, two embeddings", "Tian et al., ICLR 2020"),
+    ("ood-sskd", SSKD, "student, head of each network", "Xu et al., ECCV 2020"),
+):
+    register(
+        _name,
+        family="out-of-domain",
+        needs=("out-of-domain images", "teacher"),
+        trains=_trains,
+        paper=_paper,
+        task_weight=0.0,
+        kd_weight=1.0,
+    )(_kind)
