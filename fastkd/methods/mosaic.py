@@ -24,8 +24,8 @@ PatchMode = Literal["crop", "conv"]
 
 
 def told_apart(made: Tensor, real: Tensor) -> Tensor:
-    """The loss of a discriminator, of logits ``[B, n]`` of n patches of each image: binary cross-entropy, summed over these, the
-    mean over the images and over made and real ones (Fang et al., Eq. 3)."""
+    """The loss of a discriminator, of logits ``[B, n]`` of n patches of each image: binary cross-entropy, summed over the
+    patches, the mean over the images and over made and real ones (Fang et al., Eq. 3)."""
     return 0.5 * (F.softplus(made).sum(1).mean() + F.softplus(-real).sum(1).mean())
 
 
