@@ -10,7 +10,6 @@ A method with its networks is an
 :class:`Objective`, one of the procedures (:mod:`.procedure`) that a trainer trains.
 """
 
-from fastkd.methods import out_of_domain as out_of_domain
 from fastkd.methods.collections import FixedLinear
 from fastkd.methods.contrastive import CRD, SSKD
 from fastkd.methods.datafree import DataFree
@@ -20,6 +19,7 @@ from fastkd.methods.method import Loss, Method, WeightedMethod
 from fastkd.methods.mosaic import Mosaic
 from fastkd.methods.objective import Objective
 from fastkd.methods.online import DML, ONE, Cohort, MultiBranch
+from fastkd.methods.out_of_domain import COMPARED as COMPARED
 from fastkd.methods.procedure import Part, Procedure, Step
 from fastkd.methods.relational import RKD, SP
 from fastkd.methods.representation import AT, FSP, SRD, FitNet

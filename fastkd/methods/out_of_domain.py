@@ -12,13 +12,18 @@ from fastkd.methods.relational import RKD
 from fastkd.methods.representation import FitNet
 from fastkd.methods.response import Hinton
 
-for _name, _kind, _trains, _paper in (
-    ("ood-kd", Hinton, "student", "Hinton et al., 2015"),
-    ("ood-fitnet", FitNet, "student, regressor", "Romero et al., ICLR 2015"),
-    ("ood-rkd", RKD, "student", "Park et al., CVPR 2019"),
-    ("ood-crd", CRD, "student, two embeddings", "Tian et al., ICLR 2020"),
-    ("ood-sskd", SSKD, "student, head of each network", "Xu et al., ECCV 2020"),
-):
+__all__ = ["COMPARED"]
+
+COMPARED = {
+    "ood-kd": (Hinton, "student", "Hinton et al., 2015"),
+    "ood-fitnet": (FitNet, "student, regressor", "Romero et al., ICLR 2015"),
+    "ood-rkd": (RKD, "student", "Park et al., CVPR 2019"),
+    "ood-crd": (CRD, "student, two embeddings", "Tian et al., ICLR 2020"),
+    "ood-sskd": (SSKD, "student, head of each network", "Xu et al., ECCV 2020"),
+}
+"""By name: the class, what it trains, the source."""
+
+for _name, (_kind, _trains, _paper) in COMPARED.items():
     register(
         _name,
         family="out-of-domain",

@@ -16,6 +16,7 @@ from fastkd import statistics
 from fastkd._seeding import mixed_generator
 from fastkd.alias_table import AliasTable
 from fastkd.data import ArrayCollection, Batch, Collection, DrawnBatches, ImageSet
+from fastkd.data.collection import evenly_spaced
 from fastkd.data.opening import open_collection, places_of
 from fastkd.data.source import check_start
 from fastkd.functional import logit_stats
@@ -91,6 +92,10 @@ class CollectionSettings:
         by_score = self.iqpr != 1.0 or self.least_alike != 1.0
         return (*([self.score] if by_score else []), *([PREDICTION] if self.balanced else []))
 
+    def drawn_from(self, images: int) -> int:
+        """How many of so many images are drawn from, at most: some may be unreadable."""
+        return max(1, round(self.least_alike * (images - int(self.held_out * images))))
+
     @property
     def relevant(self) -> tuple[str, ...]:
         """Names of the parts whose images are of the task."""
@@ -151,9 +156,6 @@ class Collected:
     Args:
         scores: float64 ``[N]`` each, by name; empty: all images are drawn equally often.
         batch_size: images of a batch.
-
-    Raises:
-        ValueError: fewer images to draw from than a batch has.
     """
 
     def __init__(
@@ -170,7 +172,7 @@ class Collected:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.settings, self._seed = settings, seed
+        self.settings, self._seed, self._task = settings, seed, task
         device = task.device
         # where a batch is one launch; a larger one is read ahead
         if len(collection) * math.prod(collection.shape) <= _room(device):
@@ -188,11 +190,6 @@ class Collected:
         self.drawn_from &= found.isfinite()
         if settings.least_alike != 1.0:
             self.drawn_from &= _lowest(found, self.drawn_from, settings.least_alike)
-        if int(self.drawn_from.sum()) < batch_size:
-            raise ValueError(
-                f"fastkd: collection has {int(self.drawn_from.sum())} images to draw from, must have those of a batch or more, "
-                f"{batch_size}"
-            )
         # lambda follows from the quartiles of what is drawn from alone
         found = found.masked_fill(~self.drawn_from, -torch.inf)
         if settings.balanced:
@@ -212,6 +209,13 @@ class Collected:
             rank=rank,
         )
         self.held_out = _HeldOut(collection, held_out.sort().values, batch_size, task) if len(held_out) else None
+
+    def some(self, count: int) -> Tensor:
+        """At most so many of the images that are drawn from, evenly spaced, normalised, on the device of the task."""
+        there = self.drawn_from.nonzero().flatten()
+        index = there[evenly_spaced(len(there), count).to(there.device)]
+        pixels = self.collection.read(index).to(self._task.device)
+        return random_crop_flip(pixels, 0, None, 0.0, self._task.mean, self._task.std)
 
     def figures(self, counts: Tensor) -> dict[str, float]:
         """What the draws came to: skip ratio and uniformity of what is drawn from, and, where parts are of the task and others

@@ -27,6 +27,7 @@ from fastkd.studies.settings import Distillation
 from fastkd.training import Process, Trainer, evaluator, frechet_distance, latents
 from fastkd.training.distributed import on_first_rank, sum_of_ranks
 from fastkd.training.folder import MODEL
+from fastkd.training.frechet import patches_enlarged
 from fastkd.training.metrics import EpochMetrics, Running, check_terms
 from fastkd.training.pictures import check_pictures_every
 from fastkd.training.progress import Show
@@ -175,6 +176,11 @@ class Experiment:
         train, _ = prepare(self.settings.data, seed)
         if self.settings.collection.collection:
             collection = make_collection(self.settings.collection, self.settings.data, train, seed)
+            kept, least = self.settings.collection.drawn_from(len(collection)), self.settings.batch_size
+            if kept < least:
+                raise ValueError(
+                    f"fastkd: collection has {kept} images to draw from, must have those of a batch or more, {least}"
+                )
             held_out = int(self.settings.collection.held_out * len(collection))
             if self.settings.training.schedule == "plateau" and not held_out:
                 raise ValueError(
@@ -445,7 +451,7 @@ class Experiment:
         elif not self.entry.needs_images:
             figures |= _course(history, COURSE_STEP)
         if teacher is not None:
-            figures |= _made_images(procedure, teacher, data.test_images)
+            figures |= _distances(procedure, teacher, data.test_images, collected)
         return Result(last["test_accuracy"], None, figures)
 
 
@@ -456,18 +462,30 @@ def _stability(history: list[EpochMetrics]) -> dict[str, float]:
     return {"peak_accuracy": peak, "converging_accuracy": converging, "instability": peak - converging}
 
 
-def _made_images(procedure: Procedure, teacher: nn.Module, images: Tensor) -> dict[str, float]:
-    """How far what a procedure makes is from the test images, as the teacher sees both, where it makes any."""
+def _distances(
+    procedure: Procedure, teacher: nn.Module, images: Tensor, collected: Collected | None
+) -> dict[str, float]:
+    """How far what a procedure makes, and what it learns on, is from the test images, as the teacher sees them; and patches of
+    these, where it has some."""
     images = images[:FRECHET_IMAGES]
+    pairs: dict[str, tuple[Tensor | None, Tensor]] = {}
     with everything_seeded(0, 0), evaluating(procedure):
-        made = procedure.samples(len(images))
-    if made is None or not made.isfinite().all():
-        return {}
-    try:
-        pair = [latents(teacher, batch) for batch in (made, images)]
-    except ValueError:  # a teacher that does not end in a linear layer
-        return {}
-    return {"frechet_distance": float(frechet_distance(*pair))}
+        pairs["frechet_distance"] = procedure.samples(len(images)), images
+        if collected is not None:
+            others = collected.some(FRECHET_IMAGES)
+            pairs["collection_frechet_distance"] = others, images
+            size = getattr(procedure, "patch_size", None)
+            if size is not None:
+                pairs["patch_frechet_distance"] = patches_enlarged(others, size), patches_enlarged(images, size)
+    found = {}
+    for name, (ours, theirs) in pairs.items():
+        if ours is None or not ours.isfinite().all():
+            continue
+        try:
+            found[name] = float(frechet_distance(latents(teacher, ours), latents(teacher, theirs)))
+        except ValueError:  # a teacher that does not end in a linear layer
+            continue
+    return found
 
 
 def _course(history: list[EpochMetrics], step: int = 1) -> dict[str, float]:

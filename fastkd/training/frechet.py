@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from fastkd._checks import check_count, check_dtype, check_tensor
 from fastkd.methods.features import check_module
 from fastkd.models.heads import linear_head, watch_latents
 from fastkd.models.modes import evaluating
+from fastkd.patches import random_patches
 
-__all__ = ["frechet_distance", "latents"]
+__all__ = ["frechet_distance", "latents", "patches_enlarged"]
 
 
 @torch.no_grad()
@@ -85,6 +87,13 @@ def latents(network: nn.Module, images: Tensor, batch_size: int = 1024) -> Tenso
                 network(batch)
             found.append(seen[-1])  # a layer that runs more than once makes the logits last
     return torch.cat(found)
+
+
+def patches_enlarged(images: Tensor, size: int) -> Tensor:
+    """A patch at a random place of each image ``[N, C, H, W]``, ``size`` pixels square, enlarged to the image's size: to
+    compare what two sets of images consist of, as a network sees it."""
+    patches, _ = random_patches(images, size)
+    return F.interpolate(patches, images.shape[2:], mode="bilinear", align_corners=False)
 
 
 def _fitted(rows: Tensor) -> tuple[Tensor, Tensor]:

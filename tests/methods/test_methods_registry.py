@@ -26,6 +26,7 @@ from fastkd.methods import (
     SRD,
     SSKD,
     Baseline,
+    DataFree,
     FitNet,
     FixedLinear,
     Hinton,
@@ -60,6 +61,11 @@ KINDS = {
     "dml": DML,
     "fixed-linear": FixedLinear,
     "vanilla": Hinton,
+    "ood-kd": Hinton,
+    "ood-fitnet": FitNet,
+    "ood-rkd": RKD,
+    "ood-crd": CRD,
+    "ood-sskd": SSKD,
 }
 METHODS = [name for name in names() if issubclass(find(name).kind, Method)]  # no whole procedures
 IMAGES = torch.randn(8, 1, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -74,8 +80,8 @@ def networks(family: str) -> tuple[nn.Module, nn.Module]:
 
 
 def with_data() -> list[str]:
-    """Names of the methods but for those without data, which are choices of the options of one class."""
-    return [name for name in names() if find(name).family != "data-free"]
+    """Names of the methods but for those that make images, which are choices of the options of one class."""
+    return [name for name in names() if not issubclass(find(name).kind, DataFree)]
 
 
 def test_names() -> None:

@@ -18,7 +18,7 @@ from fastkd.__main__ import main
 from fastkd.data import ArrayCollection, ImageSet
 from fastkd.models.resnet import resnet
 from fastkd.scoring import open_scores
-from fastkd.studies.collected import LONG_RUN, Collected, CollectionSettings, make_collection
+from fastkd.studies.collected import LONG_RUN, PREDICTION, Collected, CollectionSettings, make_collection
 from fastkd.studies.collection.study import ROWS, CollectionStudy
 from fastkd.studies.data import DataSettings, prepare
 
@@ -43,11 +43,15 @@ def task() -> ImageSet:
     return ImageSet(pixels, torch.arange(30) % 10, tuple("abcdefghij"), (0.5,) * 3, (0.25,) * 3, flip=True, padding=1)
 
 
-def collected(iqpr: float, scores: Tensor | None, **changes: Any) -> Collected:
+def collected(
+    iqpr: float, scores: Tensor | None, settings: CollectionSettings | None = None, **changes: Any
+) -> Collected:
+    """By 1C-Sum, the score that is named unless another is."""
     pixels = torch.randint(256, (ITEMS, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    settings = CollectionSettings(collection="here", iqpr=iqpr, draws=600)
+    settings = settings or CollectionSettings(collection="here", iqpr=iqpr, draws=600)
     arguments = {"batch_size": 20, "padding": None, "flip": None, "seed": 3, **changes}
-    return Collected(settings, ArrayCollection(pixels), scores, task(), **arguments)
+    found = {} if scores is None else {settings.score: scores}
+    return Collected(settings, ArrayCollection(pixels), found, task(), **arguments)
 
 
 def test_lambda_is_of_what_is_drawn_from() -> None:
@@ -64,6 +68,44 @@ def test_lambda_is_of_what_is_drawn_from() -> None:
     slope = made.batches.table.inverse_temperature
     assert (slope * (high - low)).exp().item() == pytest.approx(5.0, rel=1e-12)
     torch.testing.assert_close(p[kept], torch.softmax(slope * scores[kept], 0), rtol=1e-6, atol=1e-12)
+
+
+def test_the_least_alike_alone_are_drawn() -> None:
+    """A share of those that can be drawn, by the lowest scores."""
+    scores = torch.randn(ITEMS, generator=torch.Generator().manual_seed(4)).double()
+    scores[:3] = -math.inf  # could not be read
+    settings = CollectionSettings(collection="here", score="entropy", least_alike=0.25, draws=600, held_out=0.0)
+    made = collected(1.0, scores, settings)
+    kept = made.drawn_from
+    assert int(kept.sum()) == round(0.25 * (ITEMS - 3))
+    assert not bool(kept[:3].any())
+    assert scores[kept].max() < scores[~kept][3:].min()
+    drawn = torch.cat([batch.index for batch in made.batches.epoch(0)])
+    assert bool(kept[drawn].all())
+    torch.testing.assert_close(made.batches.table.probabilities()[kept], torch.full((49,), 1 / 49, dtype=torch.float64))
+
+
+def test_balanced_draws_are_of_all_classes_alike() -> None:
+    """Of those that the teacher predicts, however rare; images of a class are drawn equally often."""
+    predictions = torch.tensor([0.0] * 150 + [2.0] * 45 + [5.0] * 5, dtype=torch.float64)
+    settings = CollectionSettings(collection="here", balanced=True, draws=600, held_out=0.1)
+    pixels = torch.zeros(ITEMS, 3, 8, 8, dtype=torch.uint8)
+    given = {PREDICTION: predictions}
+    made = Collected(settings, ArrayCollection(pixels), given, task(), batch_size=20, padding=None, flip=None, seed=3)
+    p, kept = made.batches.table.probabilities(), made.drawn_from
+    assert p[~kept].eq(0).all()
+    for label in (0, 2, 5):
+        chosen = kept & (predictions == label)
+        torch.testing.assert_close(p[chosen], torch.full_like(p[chosen], 1 / 3 / int(chosen.sum())))
+
+
+def test_some_are_those_that_are_drawn_from() -> None:
+    made = collected(1.0, None)
+    some = made.some(7)
+    there = made.drawn_from.nonzero().flatten()
+    chosen = there[[i * len(there) // 7 for i in range(7)]]
+    torch.testing.assert_close(some, (made.collection.read(chosen).float() / 255 - 0.5) / 0.25)
+    assert len(made.some(1000)) == len(there)
 
 
 def test_what_is_held_out_is_not_drawn_and_comes_as_it_is() -> None:
@@ -91,7 +133,14 @@ def test_the_long_run_is_of_so_many_draws_for_each_image(iqpr: float, monkeypatc
     small = ImageSet(images[:4], torch.arange(4), tuple("abcd"), (0.5,), (0.25,))
     settings = CollectionSettings(collection="some", iqpr=iqpr, draws=100, held_out=0.1)
     made = Collected(
-        settings, ArrayCollection(images, name="some"), scores, small, batch_size=20, padding=0, flip=False, seed=0
+        settings,
+        ArrayCollection(images, name="some"),
+        {"1c-sum": scores},
+        small,
+        batch_size=20,
+        padding=0,
+        flip=False,
+        seed=0,
     )
     nothing = torch.zeros(20000, dtype=torch.int64)
     figures = made.figures(nothing)
@@ -115,7 +164,7 @@ def test_what_cannot_be_read_is_neither_drawn_nor_held_out(tmp_path: Path) -> No
             path.write_bytes(b"no image")
     settings = CollectionSettings(collection=str(tmp_path / "photos"), unreadable="skip", draws=200, held_out=0.5)
     collection = make_collection(settings, DataSettings(), task(), 0)
-    made = Collected(settings, collection, None, task(), batch_size=20, padding=0, flip=False, seed=0)
+    made = Collected(settings, collection, {}, task(), batch_size=20, padding=0, flip=False, seed=0)
     seen = [batch.index for source in (made.batches, made.held_out) for batch in source.epoch(0)]
     assert not any(bool((index % 4 == 0).any()) for index in seen)
 
@@ -173,7 +222,12 @@ def test_settings_that_cannot_be() -> None:
         ({"collection": "a", "iqpr": math.nan}, "iqpr is nan"),
         ({"collection": "a", "draws": 0}, "draws is 0"),
         ({"collection": "a", "held_out": 1.0}, "held_out is 1.0"),
-        ({"iqpr": 5.0}, "collection is empty, must be given where there are scores or an iqpr"),
+        ({"iqpr": 5.0}, "collection is empty, must be given where there are scores, an iqpr"),
+        ({"balanced": True}, "collection is empty, must be given where"),
+        ({"least_alike": 0.5}, "collection is empty, must be given where"),
+        ({"collection": "a", "least_alike": 0.0}, "least_alike is 0.0, must be above 0, and at most 1"),
+        ({"collection": "a", "least_alike": 1.5}, "least_alike is 1.5"),
+        ({"collection": "a", "balanced": True, "iqpr": 5.0}, "balanced is True, must be False with an iqpr, 5.0"),
     ):
         with pytest.raises(ValueError, match=said):
             CollectionSettings(**changes)
@@ -301,6 +355,23 @@ def test_distill_on_a_collection_that_was_scored(
     [
         ("--method hinton --collection mnist", "method 'hinton' learns from labels, must be another with a collection"),
         ("--method fixed-linear --collection mnist:5000", "mnist has 30 images"),
+        (
+            "--method fixed-linear --collection mnist:10",
+            "collection has 9 images to draw from, must have those of a batch",
+        ),
+        (
+            "--method mosaic --patch-size 4 --collection mnist:9 --held-out 0",
+            "collection has 9 images to draw from, must have those of a",
+        ),
+        (
+            "--method mosaic --patch-size 9 --collection mnist",
+            "patch_size is 9, must be at most the side of the images, 8",
+        ),
+        ("--method mosaic --patch-size 4", "collection is empty, must be the out-of-domain images that 'mosaic' needs"),
+        ("--method ood-kd --collection others", "classes is (), must be some of the 10, for images of the others"),
+        ("--method ood-kd --collection others --classes 0 12", "classes is (0, 12), must be below 10"),
+        ("--method ood-kd --collection mnist --classes 3 3", "classes is (3, 3), must be two different numbers"),
+        ("--method hinton --collection mnist --balanced", "method 'hinton' learns from labels"),
         ("--method fixed-linear --schedule plateau", "schedule is 'plateau', must be another without images held out"),
         ("--method fixed-linear --iqpr 5", "collection is empty"),
         ("--method vanilla --collection nothing/here", "nothing/here"),

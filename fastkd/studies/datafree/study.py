@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-import re
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
-from fastkd._names import unknown_name
 from fastkd.methods import registry as methods
 from fastkd.studies.datafree import published
+from fastkd.studies.method_options import check_options, iterations_of, options_of
 from fastkd.studies.settings import Distillation, Networks
 from fastkd.studies.study import Figure, Spread, Study, register
 from fastkd.training import TrainingSettings
@@ -32,16 +30,7 @@ ROWS: dict[str, Row] = {
     "no-prior": Row("ta-dfkd", {"class_prior": 0.0, "select": False}),
     "ta-dfkd": Row("ta-dfkd", {}),
 }
-_OPTION = re.compile(r"(?:[\w-]+\.)?\w+=\S+")
 TEACHERS = {name: seed for seed, name in enumerate(published.NAMES)}
-
-
-def _value(text: str) -> Any:
-    """A number, True or False, or the text."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 @register("datafree")
@@ -96,9 +85,7 @@ class DataFree(Study):
             raise ValueError(f"fastkd: teacher_seed is {self.teacher_seed}, must not be given: teachers says which")
         if self.student_updates < 0:
             raise ValueError(f"fastkd: student_updates is {self.student_updates}, must be 0 (off) or more")
-        for text in self.method_options:
-            if not _OPTION.fullmatch(text):
-                raise ValueError(f"fastkd: method_options has {text!r}, must be NAME=VALUE or ROW.NAME=VALUE")
+        check_options(self.method_options)
 
     def row_names(self) -> tuple[str, ...]:
         there = methods.names()
@@ -109,28 +96,10 @@ class DataFree(Study):
         way = ROWS.get(row, Row(row, {}))
         common: dict[str, Any] = {**self.common(), "teacher_seed": TEACHERS[column]}
         common["training"] = replace(self.training, seed=seed)
-        known = methods.find(way.method).options()
-        options = {**self._said(row, set(known)), **way.options}
-        if self.student_updates and "student_steps" in known:
-            steps = options.get("student_steps", known["student_steps"].default)
-            common["iterations"] = max(1, round(self.student_updates / steps))
+        options = options_of(self.method_options, row, way.method, way.options)
+        if self.student_updates and "student_steps" in methods.find(way.method).options():
+            common["iterations"] = iterations_of(way.method, options, self.student_updates)
         return Distillation(**common, method=way.method, options=options)
-
-    def _said(self, row: str, known: set[str]) -> dict[str, Any]:
-        """What the method options say of a row, what is said of it alone last.
-
-        Raises:
-            ValueError: an option of this row that its method does not have.
-        """
-        found: dict[str, Any] = {}
-        for text in sorted(self.method_options, key=lambda text: "." in text.partition("=")[0]):
-            place, _, value = text.partition("=")
-            whose, dot, name = place.rpartition(".")
-            if dot and whose == row and name not in known:
-                raise unknown_name(f"{row}'s option", name, known)
-            if name in known and whose in ("", row):
-                found[name] = _value(value)
-        return found
 
     def figures_shown(self) -> tuple[Figure, ...]:
         """With the published ones of this data set, if any."""
