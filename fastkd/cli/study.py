@@ -69,7 +69,7 @@ class StudyCommand(_Base):
                 Experiment(next(run for run in runs if run.column == column).distillation).check_data()
             failures = self._run(runs, folder, device, console)
             # what earlier calls have run is part of the study, too
-            every = self.grid(self.row_names(), self.all_columns, max(self.seeds, SEEDS_LOOKED_FOR))
+            every = self.grid(self.row_names(), self.column_names(), max(self.seeds, SEEDS_LOOKED_FOR))
             results = list(known(every, folder))
         if results:
             self._report(results, output, console)

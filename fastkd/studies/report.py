@@ -90,7 +90,7 @@ def markdown(
         for row in in_order(study, rows):
             seeds, theirs = rows[row], published.get(row)
             gain = _gain(seeds, rows.get(study.baseline, {}))
-            figure = f"{theirs.mean:.2f} ± {theirs.std:.2f}" if theirs else None
+            figure = None if theirs is None else _published(theirs)
             lines.append(_line([row, summary(seeds), gain, str(len(seeds)), figure], shown))
         lines += [
             _line([f"the teacher, {name}", summary(seeds), None, str(len(seeds)), None], shown)
@@ -164,14 +164,15 @@ def _figure_table(study: Study, figure: Figure, values: Accuracies) -> str:
             ours = values[column].get(row)
             cells += [
                 "" if ours is None else summary(ours, figure.scale),
-                ""
-                if theirs is None
-                else f"{theirs.mean:.2f} ± {theirs.std:.2f}"
-                if theirs.std
-                else f"{theirs.mean:.2f}",
+                "" if theirs is None else _published(theirs),
             ]
         lines.append(_line(cells, shown))
     return "\n".join(lines) + "\n"
+
+
+def _published(figure: Published) -> str:
+    """Without a deviation where the paper gives none."""
+    return f"{figure.mean:.2f} ± {figure.std:.2f}" if figure.std else f"{figure.mean:.2f}"
 
 
 def course_figure(study: Study, figures: Mapping[str, Accuracies]) -> Figure_:

@@ -127,6 +127,10 @@ class Study(Networks):
         """Those that may be asked for."""
         return self.all_rows
 
+    def column_names(self) -> tuple[str, ...]:
+        """And of the columns."""
+        return self.all_columns
+
     def common(self) -> dict[str, object]:
         """The fields of :class:`fastkd.studies.settings.Networks`, to make a run of."""
         return {f.name: getattr(self, f.name) for f in fields(Networks)}
@@ -143,7 +147,7 @@ class Study(Networks):
         rows, columns = list(dict.fromkeys(rows)), list(dict.fromkeys(columns))
         for option, chosen, allowed in (
             (self.row_option, rows, self.row_names()),
-            (self.column_option, columns, self.all_columns),
+            (self.column_option, columns, self.column_names()),
         ):
             if not chosen:
                 raise ValueError(f"fastkd: {option} is empty, must be one name or more")

@@ -119,10 +119,13 @@ class MosaicStudy(Study):
         known = {row.method for row in ROWS.values()}
         return (*ours, *(name for name in there if _may_be(name) and name not in known))
 
+    def column_names(self) -> tuple[str, ...]:
+        """Not the task's own set; and others, where the task has not all classes of it."""
+        own = (self.data.data.lower(), *(() if self.data.classes else (OTHERS,)))
+        return tuple(name for name, domain in DOMAINS.items() if domain.place not in own)
+
     def distillation(self, row: str, column: str, seed: int) -> Distillation:
         way, domain = ROWS.get(row, Row(row)), DOMAINS[column]
-        if domain.place == self.data.data.lower():
-            raise ValueError(f"fastkd: domains has {column!r}, must be others: it is the data set of the task")
         fixed = dict(way.options)
         if row in PATCHES:
             fixed["patch_size"] = max(1, round(PATCHES[row] / self.data.shrink))

@@ -1,0 +1,204 @@
+"""The study of MosaicKD: its grid, the paper's figures, and its command, at a tiny scale."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from image_files import cifar10_binary, idx_set, quickdraw
+
+from fastkd.__main__ import main
+from fastkd.methods import registry
+from fastkd.studies.collected import CollectionSettings
+from fastkd.studies.data import DataSettings, check, others, prepare
+from fastkd.studies.mosaic import MosaicStudy, published
+from fastkd.studies.mosaic.study import DOMAINS, PATCHES, ROWS
+from fastkd.studies.study import find
+
+pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread", "no_figures")]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """CIFAR-10 of 100 + 20 images, and digits, clothes and sketches."""
+    root = tmp_path / "data"
+    cifar10_binary(root, 20)
+    idx_set(root / "mnist" / "raw")
+    idx_set(root / "fashion-mnist" / "raw")
+    quickdraw(root)
+    return root
+
+
+# ---- classes of a set --------------------------------------------------------------------------------
+
+
+def test_a_task_of_some_classes(root: Path) -> None:
+    """They are numbered anew, in their order; images of the others are a collection."""
+    whole, _ = prepare(DataSettings(data_root=root), 0)
+    settings = DataSettings(data_root=root, classes=(7, 2))
+    train, test = prepare(settings, 0)
+    assert train.class_names == (whole.class_names[7], whole.class_names[2])
+    assert len(train) == int(((whole.target == 7) | (whole.target == 2)).sum())
+    assert train.images[train.target == 0].flatten(1).sum() == whole.images[whole.target == 7].flatten(1).sum()
+    assert set(test.target.tolist()) <= {0, 1}
+    left = others(settings)
+    assert len(left) == len(whole) - len(train)
+    assert left.long().sum() + train.images.long().sum() == whole.images.long().sum()
+    assert others(DataSettings(data_root=root, classes=(7, 2), shrink=2)).shape[2:] == (16, 16)
+
+
+def test_what_is_known_of_such_a_task() -> None:
+    outline = check(DataSettings(classes=(2, 3, 4), train_size=1500))
+    assert (outline.num_classes, outline.train_size, outline.test_size) == (3, 1500, None)
+    with pytest.raises(ValueError, match="train_size is 1501, must be a multiple of the 3 classes and at most 15000"):
+        check(DataSettings(classes=(2, 3, 4), train_size=1501))
+
+
+# ---- the grid ----------------------------------------------------------------------------------------
+
+
+def test_the_grid(tmp_path: Path) -> None:
+    study = MosaicStudy(data=DataSettings(classes=(2, 3, 4), shrink=2), method_options=("width=16", "mosaic.local=0.5"))
+    assert find("mosaic") is MosaicStudy
+    assert set(study.methods) == {"kd", "balanced", "fitnet", "rkd", "crd", "sskd", "mosaic"}
+    runs = study.grid(ROWS, study.domains, 2)
+    assert len({run.folder(tmp_path) for run in runs}) == len(runs) == len(ROWS) * 4 * 2
+    assert len({run.distillation.of_teacher().digest() for run in runs}) == 2  # of a seed
+    by_cell = {(run.row, run.column): run.distillation for run in runs if run.seed == 0}
+    kd = by_cell["kd", "others"]
+    assert (kd.method, kd.collection.collection, kd.options) == ("ood-kd", "others:20000", {})
+    assert not kd.collection.looked_at
+    assert by_cell["kd", "uncertain"].collection.looked_at == ("entropy",)
+    assert by_cell["kd", "uncertain"].collection.least_alike == 0.5
+    assert by_cell["balanced", "others"].collection.looked_at == ("prediction",)
+    assert by_cell["mosaic", "quickdraw"].options == {"width": 16, "local": 0.5}
+    assert by_cell["patches-8", "quickdraw"].options == {"width": 16, "patch_size": 4}  # of images half as large
+    assert by_cell["patches-1", "quickdraw"].options["patch_size"] == 1
+    assert by_cell["no-patches", "quickdraw"].options == {"width": 16, "local": 0.0}
+    dafl = by_cell["dafl", "others"]  # without data: as many updates of the student
+    assert (dafl.iterations, dafl.collection) == (50000 // 128, CollectionSettings())
+    assert by_cell["zskt", "others"].iterations == round(50000 // 128 / 7)
+    assert MosaicStudy(images=0).distillation("kd", "task", 0).collection.collection == "task"
+    assert MosaicStudy().distillation("kd", "task", 0).collection.collection == "task"
+    for row in ROWS.values():
+        assert set(row.options) <= set(registry.find(row.method).options())
+    assert {"fixed-linear", "hinton"}.isdisjoint(study.row_names())
+    assert {"cmi", "ta-dfkd"} <= set(study.row_names())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"images": -1}, "images is -1, must be 0"),
+        ({"uncertain_share": 1.0}, "uncertain_share is 1.0, must be above 0 and below 1"),
+        ({"method_options": ("width",)}, "method_options has 'width', must be NAME=VALUE or ROW.NAME=VALUE"),
+        ({"collection": CollectionSettings(collection="mnist")}, "collection is 'mnist', must not be given: domains"),
+        ({"collection": CollectionSettings("mnist", balanced=True)}, "collection is 'mnist', must not be given"),
+    ],
+)
+def test_what_the_study_refuses(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        MosaicStudy(**changes)  # type: ignore[arg-type]
+
+
+def test_the_tasks_own_set_is_no_other_domain() -> None:
+    with pytest.raises(
+        ValueError, match="domain 'cifar10' is unknown, must be one of task, others, uncertain, fashion-"
+    ):
+        MosaicStudy().grid(["kd"], ["cifar10"], 1)
+    digits = MosaicStudy(data=DataSettings(data="mnist"))
+    assert digits.column_names() == ("task", "cifar10", "fashion-mnist", "quickdraw")
+
+
+# ---- the paper's figures -----------------------------------------------------------------------------
+
+
+def test_published_figures() -> None:
+    where, rows = MosaicStudy().published("others")
+    assert "CIFAR-10" in where
+    assert (rows["kd"].mean, rows["mosaic"].mean, rows["dafl"].mean) == (47.47, 61.01, 20.88)
+    assert rows["patches-8"].mean == rows["mosaic"].mean  # the same training, in two tables
+    assert MosaicStudy().published("fashion-mnist")[1]["mosaic"].mean == 31.87
+    assert MosaicStudy().published("task")[1]["kd"].mean == 64.06
+    best = {name: max(sizes, key=lambda size: sizes[size]) for name, sizes in published.ABLATION.items()}
+    assert best == {"cifar-10": 18, "places365": 8, "svhn": 4}
+    for sizes in (*published.ABLATION.values(), *published.FRECHET_DISTANCE.values()):
+        assert tuple(sizes) == published.SIZES == tuple(PATCHES.values())
+    assert set(published.SEGMENTATION) <= set(ROWS)
+    assert {domain.published for domain in DOMAINS.values()} <= {*published.ACCURACY}
+    for rows in published.ACCURACY.values():
+        assert set(rows) <= set(ROWS)
+
+
+# ---- the command -------------------------------------------------------------------------------------
+
+TINY = ["study", "mosaic", "--train-size", "20", "--test-size", "4", "--batch-size", "4", "--teacher", "resnet8"]
+TINY += [
+    "--student",
+    "resnet8",
+    "--shrink",
+    "4",
+    "--teacher-epochs",
+    "1",
+    "--epochs",
+    "2",
+    "--draws",
+    "8",
+    "--device",
+    "cpu",
+]
+TINY += ["--classes", "2", "5", "--images", "12", "--method-options", "width=4", "latent=4", "discriminator_width=4"]
+
+
+def test_the_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    options = ["student_steps=2", "patches_per_image=2", "patch_size=3", "negatives=5"]
+    command = [*TINY, *options, "--data-root", str(root), "--seeds", "1", "--output", str(output)]
+    rows = ["dafl", "kd", "balanced", "crd", "mosaic", "patches-32"]
+    command += ["--methods", *rows, "--domains", "uncertain", "mnist"]
+    assert main(command) == 0, capsys.readouterr()
+    capsys.readouterr()
+    made = {"table.md", "results.json", "accuracy.png", "course.png", "runs"}
+    assert {path.name for path in output.iterdir()} == made
+    table = (output / "table.md").read_text()
+    for said in ("## uncertain", "## mnist", "## Frechet distance of patches", "| 36.54 |", "resnet8"):
+        assert said in table
+    assert str(tmp_path) not in table
+    document = json.loads((output / "results.json").read_text())
+    assert set(document["accuracies"]["mnist"]) == set(rows)
+    figures = document["figures"]
+    assert set(figures["collection_frechet_distance"]["mnist"]) == set(rows) - {"dafl"}
+    assert set(figures["patch_frechet_distance"]["mnist"]) == {"mosaic", "patches-32"}
+    assert set(figures["frechet_distance"]["mnist"]) == {"dafl", "mosaic", "patches-32"}
+    far, near = (figures["collection_frechet_distance"][domain]["kd"]["0"] for domain in ("mnist", "uncertain"))
+    assert far != near
+    names = {path.name.split("-")[0] for path in (output / "runs").rglob("*.npy")}
+    assert names == {"entropy", "prediction"}
+    before = (output / "results.json").read_bytes()
+    assert main(command) == 0
+    assert (output / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--methods hinton", "method 'hinton' is unknown"),
+        ("--domains svhn", "domain 'svhn' is unknown"),
+        ("--balanced", "collection is empty, must be given where"),
+        ("--iqpr 5", "iqpr"),
+        ("--method-options mosaic.patch=3", "mosaic's option 'patch' is unknown"),
+        ("--images 3", "collection has 3 images to draw from, must have those of a batch or more, 4"),
+        (
+            "--method-options patch_size=9 --methods mosaic",
+            "patch_size is 9, must be at most the side of the images, 8",
+        ),
+    ],
+)
+def test_what_the_command_refuses(
+    options: str, said: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*TINY, "--data-root", str(root), "--domains", "others", "--methods", "kd", "mosaic"]
+    assert main([*command, "--output", str(tmp_path / "out"), *options.split()]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
