@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal, get_args
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -12,11 +13,15 @@ from torch import Tensor, nn
 from fastkd import _checks
 from fastkd.data.batch import Batch, Batches
 from fastkd.methods.datafree import DataFree, Judged
+from fastkd.methods.datafree.procedure import SHOWN
 from fastkd.methods.datafree.terms import shares
 from fastkd.methods.procedure import Step
 from fastkd.methods.registry import register
 from fastkd.models.patch_discriminator import PatchDiscriminator
 from fastkd.patches import check_augmentation, padding_of, random_crop_flip, random_patches
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Mosaic", "PatchMode", "told_apart"]
 
@@ -111,6 +116,8 @@ class Mosaic(DataFree):
             self._shift = [mean / std for mean, std in zip(self.maker.mean, self.maker.std, strict=True)]
         shift = None if self._shift is None else torch.tensor(self._shift).view(-1, 1, 1)
         self.register_buffer("black", shift, persistent=False)
+        self._seen: tuple[Tensor, ...] = ()
+        """The last out-of-domain images, to be drawn; in a tuple, which is no state."""
         names = ("padding", "flip", "patch_mode", "patch_size", "patches_per_image", "local", "discriminator_width")
         self._options |= {name: value for name, value in locals().items() if name in names}
 
@@ -136,6 +143,7 @@ class Mosaic(DataFree):
                 f"fastkd: images has shape {tuple(batch.images.shape)}, must be {(size, *self.maker.shape)}: batch_size, "
                 f"{self.batch_size}, out-of-domain images of the task's shape for each of {self.student_steps} student_steps"
             )
+        self._seen = (batch.images[: self.batch_size].detach(),)
         return batch.images
 
     def before_terms(self, images: Tensor, given: Tensor | None, step: Step) -> dict[str, Tensor]:
@@ -146,6 +154,21 @@ class Mosaic(DataFree):
         loss = told_apart(self.patch_logits(images.detach()), self.patch_logits(given[: self.batch_size]))
         step.update(loss, "discriminator")
         return {"discriminator_loss": loss.detach()}
+
+    def pictures(self, step: Step) -> Mapping[str, Figure]:
+        """Made images beside out-of-domain ones, and the classes that the teacher sees in both (Figures 3 and 4 of the paper);
+        the losses, as of :class:`DataFree`."""
+        from fastkd.methods import pictures  # matplotlib takes a second to import
+
+        found = dict(super().pictures(step))
+        if not self._seen:
+            return found
+        shown = self._seen[0][:SHOWN].float().cpu()
+        found["out-of-domain"] = pictures.image_grid(shown, mean=self.maker.mean, std=self.maker.std)
+        kinds = {"made": self.judge(self.samples(len(self._seen[0]))), "out-of-domain": self.judge(self._seen[0])}
+        classes = {name: judged.stats.argmax.flatten().cpu() for name, judged in kinds.items()}
+        found["classes"] = pictures.class_bars(classes, kinds["made"].logits.shape[-1])
+        return found
 
     def generator_terms(self, made: Judged) -> dict[str, Tensor]:
         found = super().generator_terms(made)

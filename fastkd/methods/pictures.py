@@ -4,7 +4,7 @@ this where they are drawn."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,13 +14,14 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from fastkd._checks import check_count, check_dtype
-from fastkd._figures import BLUE, DASHED, GREY, INK, ORANGE, PALE, canvas, plain_axes
+from fastkd._figures import BLUE, DASHED, GREEN, GREY, INK, ORANGE, PALE, canvas, plain_axes
 from fastkd.patches import channel_values
 from fastkd.selection import TwoGaussianMixture
 
-__all__ = ["image_grid", "loss_histogram"]
+__all__ = ["class_bars", "image_grid", "loss_histogram"]
 
 SELECTED, REJECTED = BLUE, ORANGE
+COLOURS = (BLUE, ORANGE, GREEN, GREY)  # of kinds of samples
 MOST_COLUMNS = 16
 WIDTH, LEAST_TILE, LARGEST_TILE = 10.0, 0.6, 1.0  # inches: of the grid, and of a tile
 GAP = 0.06  # between tiles, in widths of one
@@ -153,6 +154,38 @@ def loss_histogram(losses: Tensor, mixture: TwoGaussianMixture | None = None, se
         axes.set_title(f"{left_out} of {len(values)} not finite", loc="right", color=GREY, fontsize=9)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def class_bars(classes: Mapping[str, Tensor], count: int) -> Figure:
+    """How samples of several kinds are distributed over the classes, side by side: those that a teacher predicts of images
+    that were made and of others, for instance.
+
+    Args:
+        classes: by name of the kind, int64 ``[N]`` in [0, count), N >= 1.
+        count: of the classes.
+
+    Raises:
+        TypeError, ValueError: no kind, other dtypes or shapes, a class out of range.
+    """
+    count = check_count("count", count, 1)
+    if not classes:
+        raise ValueError("fastkd: classes is empty, must have one kind of samples or more")
+    figure = canvas(min(WIDTH, 3.0 + 0.3 * count * len(classes)), 3.2)
+    axes = figure.add_subplot()
+    width = 0.8 / len(classes)
+    for number, (name, values) in enumerate(classes.items()):
+        check_dtype(f"classes[{name!r}]", values, (torch.int64,))
+        if values.dim() != 1 or not len(values) or int(values.min()) < 0 or int(values.max()) >= count:
+            raise ValueError(f"fastkd: classes[{name!r}] must be [N] of classes in [0, {count}), one or more")
+        shares = 100 * torch.bincount(values.cpu(), minlength=count).double() / len(values)
+        places = torch.arange(count).double() + width * (number - (len(classes) - 1) / 2)
+        colour = COLOURS[number % len(COLOURS)]
+        axes.bar(places.tolist(), shares.tolist(), 0.9 * width, color=colour, label=f"{name} ({len(values)})")
+    axes.axhline(100 / count, color=GREY, linewidth=1, linestyle=DASHED)
+    axes.set_xticks(range(count) if count <= MOST_COLUMNS else [])
+    plain_axes(axes, "classes that the teacher predicts", "class (dashed: all alike)", "share, %")
+    axes.legend(frameon=False, fontsize=9)
     return figure
 
 

@@ -303,6 +303,20 @@ def test_two_processes_stay_equal(tmp_path: Path) -> None:
     assert not differences(*shared)
 
 
+def test_pictures() -> None:
+    """What is made beside what is given, and the classes of both; before the first iteration there is nothing beside it."""
+    procedure, step = mosaic(), Steps()
+    assert set(procedure.pictures(step)) == {"images", "losses"}  # type: ignore[arg-type]
+    procedure.iteration(Batch(foreign(1)), step)  # type: ignore[arg-type]
+    figures = procedure.eval().pictures(step)  # type: ignore[arg-type]
+    assert set(figures) == {"images", "losses", "out-of-domain", "classes"}
+    (axes,) = figures["classes"].axes
+    made, others = ([bar.get_height() for bar in bars] for bars in axes.containers)  # type: ignore[union-attr,misc]
+    assert sum(made) == pytest.approx(100)
+    expected = procedure.frozen["teacher"](foreign(1)[:BATCH]).argmax(1).bincount(minlength=CLASSES)
+    assert others == pytest.approx((100 * expected / BATCH).tolist())
+
+
 def test_a_checkpoint_is_of_its_options(tmp_path: Path) -> None:
     settings = make_settings(epochs=2)
     fit(mosaic(), Foreign(), settings, tmp_path, stop_at=8)
