@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from cuda_cases import needs_cuda
 from datafree_cases import METHODS, datafree
+from mosaic_cases import Foreign, foreign, mosaic
 from torch import Tensor
 from training_cases import make_settings
 
-from fastkd.data import NoBatches
+from fastkd.data import Batch, NoBatches
 from fastkd.methods.datafree import DataFree
 from fastkd.training import Trainer
 from fastkd.training.state import TrainingState
@@ -19,18 +21,24 @@ from fastkd.training.state import TrainingState
 pytestmark = needs_cuda
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "mosaic", "mosaic-conv"])
 def test_no_iteration_waits_for_the_device(method: str) -> None:
-    procedure = datafree(method).to("cuda")
+    procedure, batch = (datafree(method), None) if method in METHODS else mosaic_with_images(method)
+    procedure.to("cuda")
     state = TrainingState(procedure, make_settings(), NoBatches(3))
     for i in range(3):  # the first ones choose algorithms
         torch.cuda.set_sync_debug_mode("error" if i == 2 else "default")
         try:
             with state.updates.begin_iteration(0, i):
-                procedure.iteration(None, state.updates)
+                procedure.iteration(batch, state.updates)
             state.updates.end_iteration()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def mosaic_with_images(method: str) -> tuple[DataFree, Batch]:
+    """With images for an iteration, which are there before."""
+    return mosaic(patch_mode="conv" if method == "mosaic-conv" else "crop"), Batch(foreign(0).to("cuda"))
 
 
 @pytest.mark.parametrize("method", ["ta-dfkd", "dfad", "dfq"])
@@ -73,6 +81,12 @@ def one_step(procedure: DataFree) -> list[Tensor]:
         *torch.autograd.grad(making, parts["generator"].parameters),
         *torch.autograd.grad(learning, parts["student"].parameters),
     ]
+
+
+def test_mosaic_on_the_device() -> None:
+    """To the end, in bfloat16, on images that are cropped there."""
+    trainer = Trainer(mosaic().to("cuda"), Foreign(), make_settings(epochs=2, amp="bf16"), show="off")
+    assert all(math.isfinite(value) for value in trainer.fit()[-1].values())
 
 
 def test_a_training_on_the_device() -> None:

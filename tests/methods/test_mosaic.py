@@ -281,6 +281,32 @@ def test_the_discriminator_learns_on_images_that_the_generator_learns_on() -> No
     assert len(made) == 1 + STEPS
 
 
+@pytest.mark.parametrize("patch_mode", ["crop", "conv"])
+def test_steps_compile_into_one_graph(patch_mode: str) -> None:
+    """Of discriminator, generator and student: nothing is left to Python, or waits for the device."""
+    procedure, given = mosaic(patch_mode=patch_mode), foreign(1)
+
+    def losses(noise: Tensor) -> Tensor:
+        generator = procedure.maker.generator
+        assert generator is not None
+        images = generator(noise)
+        found = [told_apart(procedure.patch_logits(images.detach()), procedure.patch_logits(given[:BATCH]))]
+        made = procedure.judge(images)
+        found += procedure.generator_terms(made).values()
+        lessons = list(procedure._lessons_of(made, given))
+        found += [procedure.student_loss(x.images, x.logits, x.weight) for x in lessons]
+        return torch.stack(found)
+
+    noise, state = torch.randn(BATCH, procedure.maker.latent), copy.deepcopy(procedure.state_dict())
+    torch.manual_seed(0)
+    eager = losses(noise)
+    procedure.load_state_dict(state)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")(noise)
+    torch.testing.assert_close(compiled, eager)
+
+
 def test_killed_and_gone_on_with_equals_not_killed(tmp_path: Path) -> None:
     settings = make_settings(epochs=3, learning_rate=0.02, checkpoint_every=2, ema=0.9)
     fit(mosaic(), Foreign(), settings, tmp_path / "whole", evaluate=evaluated)

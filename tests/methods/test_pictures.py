@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastkd import TwoGaussianMixture
 from fastkd._figures import BLUE, ORANGE
-from fastkd.methods.pictures import image_grid, loss_histogram
+from fastkd.methods.pictures import class_bars, image_grid, loss_histogram
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
 
@@ -361,3 +361,26 @@ def test_what_a_histogram_refuses(changes: dict[str, Any], message: str) -> None
 def test_a_mixture_that_is_not_fitted() -> None:
     with pytest.raises(AttributeError, match="this TwoGaussianMixture is not fitted"):
         loss_histogram(two_groups(), TwoGaussianMixture())
+
+
+def test_class_bars() -> None:
+    kinds = {"made": torch.tensor([0, 0, 2, 2]), "others": torch.tensor([1])}
+    (axes,) = class_bars(kinds, 3).axes
+    heights = [[bar.get_height() for bar in bars] for bars in axes.containers]  # type: ignore[union-attr]
+    assert heights == [[50.0, 0.0, 50.0], [0.0, 100.0, 0.0]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["made (4)", "others (1)"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("classes", "count", "message"),
+    [
+        ({}, 3, "classes is empty, must have one kind of samples or more"),
+        ({"a": torch.tensor([0, 3])}, 3, r"classes\['a'\] must be \[N\] of classes in \[0, 3\), one or more"),
+        ({"a": torch.tensor([], dtype=torch.int64)}, 3, r"classes\['a'\] must be \[N\]"),
+        ({"a": torch.tensor([0.5])}, 3, r"classes\['a'\] has dtype torch.float32, must be torch.int64"),
+        ({"a": torch.tensor([0])}, 0, "count is 0, must be at least 1"),
+    ],
+)
+def test_wrong_classes(classes: dict[str, Tensor], count: int, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        class_bars(classes, count)
