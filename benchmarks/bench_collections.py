@@ -8,14 +8,13 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 import fastkd
 from benchmarks import floors
 from benchmarks.bench_alias import OF_SINGLE_SUMS, error_of_draws
-from benchmarks.bench_crop import MEAN, STD, augmentation_error
+from benchmarks.bench_crop import MEAN, STD, OneByOne, augmentation_error
 from benchmarks.case import Case, Contest, Run, Settings, Work, short_count
 from fastkd.data import ArrayCollection, DrawnBatches
 from fastkd.models.resnet import resnet
@@ -54,19 +53,13 @@ class Augmented(Dataset[Drawn]):
     """Items as a Dataset with transforms gives them: each one cropped, mirrored and normalised by itself."""
 
     def __init__(self, images: np.ndarray) -> None:
-        self.images = images
-        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (MEAN, STD))
+        self.images, self.transform = images, OneByOne(PADDING)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, i: int) -> Drawn:
-        padded = F.pad(torch.from_numpy(np.array(self.images[i])), (PADDING,) * 4)
-        y, x = torch.randint(2 * PADDING + 1, (2,)).tolist()
-        view = padded[:, y : y + SIDE, x : x + SIDE]
-        if torch.rand(()) < 0.5:
-            view = view.flip(-1)
-        return (view.float() / 255 - self.mean) / self.std, torch.tensor(i)
+        return self.transform(torch.from_numpy(np.array(self.images[i]))), torch.tensor(i)
 
 
 def last_of(batches: Iterable[Drawn], device: torch.device) -> Drawn:

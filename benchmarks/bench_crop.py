@@ -228,6 +228,33 @@ def eager_augmentation(images: Tensor, offsets: Tensor, flip: Tensor, padding: i
     return ((crops.float() / 255 - mean) / std).to(dtype)
 
 
+Place = tuple[int, int, bool]  # row and column in the padded image, and whether it is mirrored
+
+
+class OneByOne:
+    """Pads, crops, mirrors and normalises one uint8 image ``[C, H, W]``, as the transforms of a Dataset do."""
+
+    def __init__(self, padding: int, channels: int = 3) -> None:
+        self.padding = padding
+        self.mean, self.std = (torch.tensor(values[:channels]).view(-1, 1, 1) for values in (MEAN, STD))
+
+    def __call__(self, image: Tensor, place: Place | None = None) -> Tensor:
+        """At a random place, unless one is given."""
+        y, x, mirrored = self.random_place() if place is None else place
+        height, width = image.shape[1:]
+        view = F.pad(image, (self.padding,) * 4)[:, y : y + height, x : x + width]
+        return self.normalised(view.flip(-1) if mirrored else view)
+
+    def random_place(self) -> Place:
+        """Each of them as likely."""
+        y, x = torch.randint(2 * self.padding + 1, (2,)).tolist()
+        return y, x, bool(torch.rand(()) < 0.5)
+
+    def normalised(self, image: Tensor) -> Tensor:
+        """As it is, but for its numbers."""
+        return (image.float() / 255 - self.mean) / self.std
+
+
 def torchvision_augmentation(images: Tensor, padding: int) -> Tensor:
     """The same by torchvision's transforms, image by image, as a DataLoader's workers do."""
     transform = _torchvision(images.shape[-1], padding)

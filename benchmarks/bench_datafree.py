@@ -16,89 +16,51 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
 
 from benchmarks import floors
-from benchmarks.bench_training import OTHER_MASK, Select, at_most, reference_select, settle, sklearn_select
-from benchmarks.case import Case, Contest, Settings, Work, relative_error
+from benchmarks.bench_training import OTHER_MASK, Select, at_most, reference_select, sklearn_select
+from benchmarks.case import Case, Contest, Settings, Work
+from benchmarks.iterations import (
+    BYTES_OF_AN_IMAGE,
+    WHOLE_FULL,
+    WHOLE_GPU,
+    WHOLE_QUICK,
+    Done,
+    First,
+    Iterations,
+    Shape,
+    Updates,
+    compared,
+    parameters_of,
+    student_and_teacher,
+)
 from fastkd.methods.datafree import DataFree, terms
 from fastkd.methods.datafree.judged import glance, judge
 from fastkd.methods.datafree.lessons import Lessons
 from fastkd.methods.datafree.watched_teacher import Seen, WatchedTeacher
 from fastkd.methods.registry import Given, create_procedure
-from fastkd.models import create
-from fastkd.models.heads import linear_head
 
 LATENT = 1000  # of the method
 SLICE = 32  # images of which the authors' code takes the losses at once
 LEAST_ROUNDS = 2  # of which it selects a batch
 ENOUGH_ROUNDS = 50  # theirs has no end
 SMALLEST = 1e-12  # of a probability, before its logarithm
-SURE = (
-    3.0  # logits of the teacher, times those of first weights, so that it is sure of most images, as a trained one is
-)
 UNSURE = 0.3  # share of images, where logits are given
-LEARNING_RATE = 1e-5  # images, and the share that is selected, stay as they are over all rounds
-SEED = 1  # of the noise on which contenders are compared
-AUTHORS = "authors' way"
+TOLERANCE = 1e-4
 WHOLE_TARGET, BETWEEN_TARGET = 1.3, 10.0  # on a CPU
 COPIES = (
     "Most of fastkd's time goes into copying images to fresh memory. It reads those that are not selected, too, so as not to "
     "wait for their number; the peer copies the others alone."
 )
-BYTES_OF_AN_IMAGE = 4 << 20  # activations, and images of all rounds
-
-# teacher and student, images, batch, maps of the generator, steps of the student
-LENET = ("lenet5", "lenet5-half", (1, 28, 28))
-RESNET = ("resnet14", "resnet8", (3, 32, 32))
-WHOLE_QUICK = ((*LENET, 64, 16, 5), (*RESNET, 32, 16, 3))
-WHOLE_FULL = ((*LENET, 256, 128, 10), (*RESNET, 64, 16, 10))
-WHOLE_GPU = ((*LENET, 256, 128, 10), (*RESNET, 256, 128, 10))
 NO_IMAGE = (1, 1, 1)  # selection and losses alone
 # batch, classes, images, steps of the student
 BETWEEN = ((1024, 10, NO_IMAGE, 10), (1024, 10, (1, 28, 28), 10), (1024, 100, (3, 32, 32), 10))
-
-Shape = tuple[int, int, int]
-
-
-class First(NamedTuple):
-    """Of the first updates of generator and student, from the first weights and noise that all contenders share."""
-
-    losses: Tensor
-    gradients: Tensor
-    """Of each update, of norm 1, one after the other."""
-
-
-class Done(NamedTuple):
-    """What an iteration returns."""
-
-    loss: Tensor
-    """Of the student."""
-    first: First
-    chosen_alike: bool
-    """Whether the images are those of the reference's selection; scikit-learn, which starts elsewhere, takes others at the
-    border, on which losses are nearly the same and gradients are not."""
-
-
-def compared(
-    settings: Settings, ours: Callable[[], Done], theirs: Callable[[], Done], truth: First, target: float
-) -> Work:
-    """fastkd and the authors' way."""
-
-    def error(done: Done) -> float:
-        if not done.loss.isfinite():
-            return float("nan")
-        losses = relative_error(done.first.losses, truth.losses)
-        return max(losses, relative_error(done.first.gradients, truth.gradients)) if done.chosen_alike else losses
-
-    targets = {} if settings.device.type == "cuda" else {AUTHORS: target}
-    return Work(ours, {AUTHORS: theirs}, error, 1e-4, OTHER_MASK, targets=targets, latency=True)
 
 
 def cases(settings: Settings) -> Iterator[Case]:
@@ -141,77 +103,6 @@ def plain_total_variation(images: Tensor) -> Tensor:
 # An iteration with its networks.
 
 
-class Steps:
-    """What makes the updates of an iteration: :class:`fastkd.methods.Step`, of optimizers and nothing else."""
-
-    epoch, epochs, iteration, iterations, rank, world_size, progress = 0, 1, 0, 1, 0, 1, 0.0
-
-    def __init__(self, student: nn.Module, generator: nn.Module) -> None:
-        self.trained = {"student": list(student.parameters()), "generator": list(generator.parameters())}
-        self.optimizers: dict[str, Optimizer] = {
-            "student": SGD(self.trained["student"], LEARNING_RATE, momentum=0.9, weight_decay=5e-4),
-            "generator": Adam(self.trained["generator"], LEARNING_RATE),
-        }
-
-    def update(self, loss: Tensor, *parts: str) -> None:
-        """A step of one part."""
-        (name,) = parts
-        torch.autograd.backward(loss, inputs=self.trained[name])
-        self.optimizers[name].step()
-        self.optimizers[name].zero_grad()
-
-    def run(self, *_: Any, **__: Any) -> Any:
-        """Not asked for."""
-        raise NotImplementedError
-
-    def restart(self, *_: str) -> None:
-        """Not asked for."""
-        raise NotImplementedError
-
-
-class FirstSteps(Steps):
-    """Makes no step, and keeps what each part's first one would be."""
-
-    def __init__(self, student: nn.Module, generator: nn.Module) -> None:
-        super().__init__(student, generator)
-        self.losses: dict[str, Tensor] = {}
-        self.gradients: dict[str, Tensor] = {}
-
-    def update(self, loss: Tensor, *parts: str) -> None:
-        """As it says."""
-        (name,) = parts
-        if name not in self.losses:
-            self.losses[name] = loss.detach()
-            self.gradients[name] = unit(*torch.autograd.grad(loss, self.trained[name]))
-
-    def found(self) -> First:
-        """Of all parts, in the order of their updates."""
-        return First(torch.stack(list(self.losses.values())), torch.cat(list(self.gradients.values())))
-
-
-def unit(*tensors: Tensor) -> Tensor:
-    """All values side by side, of norm 1: the student's gradients count no less than the generator's."""
-    values = torch.cat([x.detach().flatten() for x in tensors])
-    return values / values.norm()
-
-
-class Iterations:
-    """Trains a student and a generator: an iteration at each call."""
-
-    def __init__(
-        self, student: nn.Module, generator: nn.Module, iteration: Callable[[Steps], Tensor], *, chosen_alike: bool
-    ) -> None:
-        self._iteration, self._steps, self._chosen_alike = iteration, Steps(student, generator), chosen_alike
-        first = FirstSteps(student, generator)
-        with torch.random.fork_rng():
-            torch.manual_seed(SEED)
-            iteration(first)
-        self.first = first.found()
-
-    def __call__(self) -> Done:
-        return Done(self._iteration(self._steps), self.first, self._chosen_alike)
-
-
 class Theirs:
     """The authors' way.
 
@@ -242,7 +133,7 @@ class Theirs:
                 if isinstance(module, nn.BatchNorm2d):
                     module.register_forward_pre_hook(self._measure)
 
-    def iteration(self, step: Steps) -> Tensor:
+    def iteration(self, step: Updates) -> Tensor:
         """One of the generator and all of the student; the student's mean loss."""
         step.update(self.generator_loss(), "generator")
         losses = []
@@ -313,15 +204,7 @@ def _whole(
 
     def build() -> Work:
         images = torch.randn(batch, *shape, device=settings.device)
-        teacher, student = (
-            create(name, in_channels=shape[0], seed=seed).to(settings.device)
-            for seed, name in enumerate((teacher_name, student_name))
-        )
-        settle(teacher, images)
-        with torch.no_grad():
-            for parameter in linear_head(teacher.eval(), images).layer.parameters():
-                parameter.mul_(SURE)
-        teacher.requires_grad_(False)
+        student, teacher = student_and_teacher(settings, student_name, teacher_name, images)
         options: dict[str, Any] = {"width": width, "student_steps": steps}
         if not any(isinstance(module, nn.BatchNorm2d) for module in teacher.modules()):
             options["bn_statistics"] = 0.0
@@ -336,17 +219,17 @@ def _whole(
         def as_authors(select: Select, *, sees_all: bool = False) -> Iterations:
             networks = copy.deepcopy(first)
             theirs = Theirs(*networks, batch, steps, procedure.weights, select, sees_all=sees_all)
-            return Iterations(networks[0], networks[2], theirs.iteration, chosen_alike=False)
+            trained = parameters_of(student=networks[0], generator=networks[2])
+            return Iterations(trained, theirs.iteration, alike=False)
 
         ours = Iterations(
-            procedure.student,
-            generator,
-            lambda step: procedure.iteration(None, step)["loss"],  # type: ignore[arg-type]
-            chosen_alike=True,
+            parameters_of(student=procedure.student, generator=generator),
+            lambda step: procedure.iteration(None, step)["loss"],
         )
-        procedure.after_epoch(Steps(procedure.student, generator))  # as many rounds from now on as the images want
+        procedure.after_epoch(Updates({}))  # as many rounds from now on as the images want
         truth = as_authors(reference_select, sees_all=True).first
-        return compared(settings, ours, as_authors(sklearn_select), truth, WHOLE_TARGET)
+        theirs = as_authors(sklearn_select)  # which starts elsewhere: it takes other images at the border
+        return compared(settings, ours, theirs, truth, TOLERANCE, peer_tolerance=OTHER_MASK, target=WHOLE_TARGET)
 
     name = f"TA-DFKD {teacher_name} to {student_name}, {batch}x{'x'.join(map(str, shape))}, {steps} steps"
     return Case(name, build, batch * BYTES_OF_AN_IMAGE)
@@ -434,10 +317,12 @@ def _between(settings: Settings, most: int, classes: int, shape: Shape, steps: i
 
         work = compared(
             settings,
-            lambda: done(our_part(of, lessons), chosen_alike=True),
-            lambda: done(their_part(of, sklearn_select), chosen_alike=False),
-            done(their_part(of, reference_select), chosen_alike=True).first,
-            BETWEEN_TARGET,
+            lambda: done(our_part(of, lessons)),
+            lambda: done(their_part(of, sklearn_select), alike=False),
+            done(their_part(of, reference_select)).first,
+            TOLERANCE,
+            peer_tolerance=OTHER_MASK,
+            target=BETWEEN_TARGET,
         )
         work.reason = "" if shape == NO_IMAGE else COPIES
         work.floor_bytes = floors.lessons(rounds * batch, steps * batch, math.prod(shape), classes, 4)
@@ -450,10 +335,10 @@ def _between(settings: Settings, most: int, classes: int, shape: Shape, steps: i
     return Case(name, build, 8 * (1 + rounds + steps) * batch * (math.prod(shape) + 3 * classes))
 
 
-def done(outcome: Outcome, *, chosen_alike: bool) -> Done:
+def done(outcome: Outcome, *, alike: bool = True) -> Done:
     """The student's later images are not compared: what one step leaves goes to the next one, or is lost."""
     losses, gradients = outcome
-    return Done(losses.sum(), First(losses[:2], torch.cat(gradients[:3])), chosen_alike)
+    return Done(losses.sum(), First(losses[:2], torch.cat(gradients[:3])), alike)
 
 
 def confident(logits: Tensor) -> Tensor:

@@ -151,6 +151,13 @@ def crop_flip(images: Tensor, source: Source) -> Tensor:
     return fastkd.random_crop_flip(images, PADDING, mean=MEAN, std=STD, generator=source)
 
 
+def fastkd_places(n: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Where :func:`crop_flip` crops n images, ``[n, 2]``, and which of them it mirrors."""
+    places = (-PADDING, 2 * PADDING + 1)
+    offsets, flip = ops.crop_offsets(crop_seed(source.device, source), n, 1, places, places, 0.5)
+    return offsets[:, 0], flip[:, 0]
+
+
 def plain_crop_flip(images: Tensor, source: Source) -> Tensor:
     """The same in plain torch."""
     n = len(images)
@@ -158,8 +165,7 @@ def plain_crop_flip(images: Tensor, source: Source) -> Tensor:
         offsets = torch.randint(-PADDING, PADDING + 1, (n, 2), device=images.device)
         flip = torch.rand(n, device=images.device) < 0.5
     else:
-        places = (-PADDING, 2 * PADDING + 1)
-        offsets, flip = (x[:, 0] for x in ops.crop_offsets(crop_seed(images.device, source), n, 1, places, places, 0.5))
+        offsets, flip = fastkd_places(n, source)
     return eager_augmentation(images, offsets, flip, PADDING, torch.float32)
 
 
@@ -268,7 +274,7 @@ def random_patches(images: Tensor, size: int, k: int, source: Source) -> Tensor:
 def cut_by(crop: bench_crop.Crop, images: Tensor, size: int, k: int, source: Source) -> Tensor:
     """By a function that crops at given places."""
     if source is None:
-        offsets = torch.randint(0, SIDE - size + 1, (len(images), k, 2), device=images.device)
+        offsets = torch.randint(0, images.shape[-1] - size + 1, (len(images), k, 2), device=images.device)
     else:
         offsets = fastkd.random_patches(images.detach(), size, k, source)[1]
     return crop(images, offsets, size)

@@ -54,11 +54,12 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 class Given(nn.Module):
-    """Stands for a network: returns the same values whatever it is given."""
+    """Stands for a network: returns the same values whatever it is given, the first ones for fewer inputs."""
 
     def __init__(self, values: Tensor) -> None:
         super().__init__()
         self.values = nn.Parameter(values)
 
-    def forward(self, _images: Tensor) -> Tensor:
-        return self.values
+    def forward(self, images: Tensor) -> Tensor:
+        few = len(images)
+        return self.values if few == len(self.values) else self.values[:few]

@@ -25,6 +25,7 @@ pytest.importorskip("pytest_benchmark")
 
 from benchmarks import clock, compare, machine, measure, table  # noqa: E402
 from benchmarks.case import BEST_PEER, Case, Settings, Work, on_threads, peers_that_fit, short_count  # noqa: E402
+from benchmarks.iterations import Done, First, compared  # noqa: E402
 
 pytestmark = pytest.mark.no_kernels
 
@@ -92,6 +93,25 @@ def test_a_wrong_result_fails_and_a_wrong_peer_is_missing() -> None:
     assert rows[1]["relative_error"] == pytest.approx(0.05)
     assert rows[2]["missing"] == "its result differs: relative error 1"
     assert rows[0]["percent_of_ceiling"] == pytest.approx(100 * 1000 / (rows[0]["ms"] * 1e-3) / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("losses", "gradients", "alike", "expected"),
+    [
+        ([100.0, 0.1], [0.6, 0.8], True, 0.0),
+        ([100.0, 0.11], [0.6, 0.8], True, 0.1),  # small ones count as large ones do
+        ([100.0, 0.1], [0.8, 0.6], True, 0.2 * 2**0.5),
+        ([100.0, 0.1], [0.8, 0.6], False, 0.0),  # of other images
+        ([100.0, 0.1], [0.6, float("nan")], True, float("nan")),
+    ],
+)
+def test_iterations_are_compared_by_each_loss_and_by_gradients(
+    losses: list[float], gradients: list[float], alike: bool, expected: float
+) -> None:
+    truth = First(torch.tensor([100.0, 0.1]), torch.tensor([0.6, 0.8]))
+    done = Done(torch.ones(()), First(torch.tensor(losses), torch.tensor(gradients)), alike)
+    work = compared(Settings(), lambda: done, lambda: done, truth, 1e-4)
+    assert work.error(done) == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
 
 
 def test_a_peer_that_cannot_is_missing_with_the_reason() -> None:
@@ -250,7 +270,7 @@ def test_cases_of_a_gpu_on_the_cpu(tmp_path: Path) -> None:
         "KL ", "JSD ", "KL forward only ", "logit_stats ", "crop forward ", "crop backward ", "random_crop_flip ",
         "draw_batch ", "GMM fit ", "select_clean ", "alias build N=", "alias draw 2^18 of N=", "alias IQPR N=",
         "patch discriminator, ", "RKD ", "moments ", "moments of samples ", "moments and gradient ",
-        "TA-DFKD lenet5 to lenet5-half, ", "TA-DFKD ",
+        "TA-DFKD lenet5 to lenet5-half, ", "TA-DFKD ", "MosaicKD lenet5 to lenet5-half, ", "MosaicKD ",
     }  # fmt: skip
     ours = [row for row in rows if row["contender"] == "fastkd" and "not_measured" not in row]
     assert all(row["ms"] > 0 and row["relative_error"] < 1e-2 for row in ours)
@@ -367,9 +387,9 @@ def test_a_file_is_shown_and_compared_without_measuring(
     ("arguments", "message"),
     [
         (
-            ["mosaic"],
-            "nothing is measured for 'mosaic'; choose from alias, batch, collections, crop, datafree, divergence, gmm, "
-            "moments, relation, training",
+            ["tiles"],
+            "nothing is measured for 'tiles'; choose from alias, batch, collections, crop, datafree, divergence, gmm, "
+            "moments, mosaic, relation, training",
         ),
         (["--device", "tpu"], "--device is 'tpu', must be cpu, cuda or cuda:<n>"),
         (["--output", "here.txt"], "--output is here.txt, must be a name that ends in .json"),
