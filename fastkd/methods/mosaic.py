@@ -109,7 +109,6 @@ class Mosaic(DataFree):
             channels, self.patch_size, width=discriminator_width, padded=self.patch_mode == "conv"
         )
         self.batches = self.student_steps
-        self.batches = self.student_steps
         self._shift: list[float] | None = None
         """From normalised images to such whose black is 0, of each channel."""
         if self.maker.mean is not None and self.maker.std is not None:

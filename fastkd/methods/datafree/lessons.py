@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastkd import _checks
 from fastkd.methods.datafree.judged import Glanced, own_losses
+from fastkd.methods.datafree.terms import shares
 from fastkd.selection import select_clean
 
 __all__ = ["Chosen", "Lesson", "Lessons", "choose"]
@@ -109,9 +110,23 @@ class Lessons(nn.Module):
         return select_clean(own_losses(batches), self.threshold)[0]
 
     @torch.no_grad()
+    def whole(self, batch: Glanced) -> Lesson:
+        """A lesson of all that is usable of a batch. In the places of other images is the first of these, which does not count
+        there, or 0: nothing else gets into a batch norm."""
+        usable = batch.usable
+        self.count(usable, usable, usable.float().mean())
+        first = usable.to(torch.uint8).argmax(0, keepdim=True)
+
+        def filled(rows: Tensor) -> Tensor:
+            filler = rows.index_select(0, first).where(usable.any(), 0.0)
+            return rows.where(usable.view(-1, *[1] * (rows.dim() - 1)), filler)
+
+        return Lesson(filled(batch.images), filled(batch.logits), shares(usable))
+
+    @torch.no_grad()
     def forward(self, batches: Sequence[Glanced]) -> Iterator[Lesson]:
-        """The lessons of an iteration, each made when it is asked for, so that not all of their images are there twice.
-        All are by the same generator: what one lesson leaves, the next one takes."""
+        """The lessons of an iteration of what is selected, each made when it is asked for, so that not all of their images are
+        there twice. All are by the same generator: what one lesson leaves, the next one takes."""
         usable, mask = torch.stack([batch.usable for batch in batches]), self.mask(batches)
         size = self.steps * self.batch_size
         rank = mask.flatten().cumsum(0).view_as(mask) - 1
@@ -125,7 +140,7 @@ class Lessons(nn.Module):
         return (Lesson(images[index], logits[index], weight / self.batch_size) for index, weight in parts)
 
     def count(self, usable: Tensor, mask: Tensor, filled: Tensor) -> None:
-        """One iteration more: which of its images were usable and which were taken, and the share of the places filled."""
+        """One iteration more, or lesson: which of its images were usable, which were taken, and the share of places filled."""
         shares = torch.stack([usable.float().mean(), mask.float().mean(), filled])
         self.tally += torch.cat([shares, (shares[2:] < 1.0).float(), torch.ones_like(shares[:1])])
 

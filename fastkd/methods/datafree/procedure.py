@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -19,7 +20,7 @@ from fastkd.data.batch import Batches
 from fastkd.methods.datafree import terms
 from fastkd.methods.datafree.bank import Bank
 from fastkd.methods.datafree.contrast import Contrast
-from fastkd.methods.datafree.judged import Judged, glance, judge, own_losses
+from fastkd.methods.datafree.judged import Glanced, Judged, glance, judge, own_losses
 from fastkd.methods.datafree.lessons import Lesson, Lessons, choose
 from fastkd.methods.datafree.maker import Maker, Source, Squash
 from fastkd.methods.datafree.replay import Replay
@@ -392,14 +393,23 @@ class DataFree(Procedure):
     @torch.no_grad()
     def _lessons_of(self, made: Judged, given: Tensor | None) -> Iterator[Lesson]:
         """One for each of the student's steps, each made when it is asked for."""
+        shared = [made] if self.share_images else []
+        lessons: Iterator[Lesson]
         if self.bank is not None:
             weight = torch.full((self.batch_size,), 1.0 / self.batch_size, device=self.maker.device)
             lessons = (Lesson(**self.bank.draw(self.batch_size), weight=weight) for _ in range(self.student_steps))
+        elif self.lessons.select:
+            rounds = self.lessons.rounds - len(shared)
+            lessons = self.lessons([*shared, *(self._fresh() for _ in range(rounds))])
         else:
-            shared = [made] if self.share_images else []
-            fresh = [glance(self.teacher, self.maker().images) for _ in range(self.lessons.rounds - len(shared))]
-            lessons = self.lessons([*shared, *fresh])
+            rounds = self.student_steps - len(shared)
+            lessons = map(self.lessons.whole, chain(shared, (self._fresh() for _ in range(rounds))))
         return (self._with_others(lesson, given, number) for number, lesson in enumerate(lessons))
+
+    @torch.no_grad()
+    def _fresh(self) -> Glanced:
+        """New images of the generator."""
+        return glance(self.teacher, self.maker().images)
 
     @torch.no_grad()
     def _with_others(self, lesson: Lesson, given: Tensor | None, number: int) -> Lesson:
