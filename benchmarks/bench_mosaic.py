@@ -109,9 +109,8 @@ class Theirs:
         step.update(self.discriminator_loss(made.detach(), real, step.source), "discriminator")
         step.update(self.generator_loss(made, step.source), "generator")
         losses = []
-        noises = [self.noise_of() for _ in self.batches]  # before any crops are drawn, as in ours
-        for noise, stored in zip(noises, self.batches, strict=True):
-            loss = self.student_loss(noise, stored, step.source)
+        for stored in self.batches:
+            loss = self.student_loss(self.noise_of(), stored, step.source)
             step.update(loss, "student")
             losses.append(loss.detach())
         return torch.stack(losses).mean()

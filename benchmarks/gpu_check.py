@@ -379,10 +379,8 @@ def stages_for(python: str, output: Path, environment: Mapping[str, str]) -> lis
     watched = ["env", "CUDA_LAUNCH_BLOCKING=1", python, "-m", "benchmarks.watchdog", "--seconds", "{seconds}"]
     watched += ["--output", str(output), "--worker", shlex.join([python, "tests/cuda_truth.py"])]
     # ends by itself: begins no case that it cannot finish in the time it has; the headlines first
-    suites = [
-        f"benchmarks/bench_{name}.py"
-        for name in ("divergence", "alias", "gmm", "batch", "relation", "moments", "crop", "training", "collections")
-    ]
+    headlines = ("divergence", "alias", "gmm", "batch", "relation", "moments", "crop", "training", "collections")
+    suites = [f"benchmarks/bench_{name}.py" for name in (*headlines, "mosaic", "datafree")]
     measured = [
         "-q",
         "--benchmark-quiet",
