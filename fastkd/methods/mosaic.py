@@ -129,7 +129,8 @@ class Mosaic(DataFree):
         if self.patch_mode == "crop":
             patches, _ = random_patches(images, self.patch_size, self.patches_per_image)
         logits: Tensor = self.discriminator(patches)
-        return logits.view(len(images), -1)
+        exact = torch.promote_types(logits.dtype, torch.float32)  # many are summed
+        return logits.to(exact).view(len(images), -1)
 
     def images_of(self, batch: Batches) -> Tensor:
         size = self.batches * self.batch_size

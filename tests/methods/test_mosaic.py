@@ -318,6 +318,15 @@ def test_killed_and_gone_on_with_equals_not_killed(tmp_path: Path) -> None:
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_in_bfloat16() -> None:
+    """The patches of an image are summed in float32."""
+    trainer = fit(mosaic(), Foreign(), make_settings(epochs=2, amp="bf16"), evaluate=evaluated)
+    history = trainer._state.history  # type: ignore[union-attr]
+    assert all(math.isfinite(value) for value in history[-1].values())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mosaic().patch_logits(foreign(1)).dtype == torch.float32
+
+
 @pytest.mark.forks
 def test_two_processes_stay_equal(tmp_path: Path) -> None:
     """Of other images and noise each, and the same weights, the discriminator's, too."""
