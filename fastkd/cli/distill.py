@@ -14,7 +14,8 @@ from rich.table import Table
 from fastkd.cli._errors import UsageError, usage_errors
 from fastkd.cli._output import check_writable
 from fastkd.methods import registry as methods
-from fastkd.studies.distillation import Experiment, run
+from fastkd.studies.distillation import MEAN_IOU, Experiment, run
+from fastkd.studies.result import Result
 from fastkd.studies.settings import Distillation
 from fastkd.training import process_group
 
@@ -60,7 +61,7 @@ class Distill(Distillation):
         with usage_errors(), process_group(None if self.device == "auto" else self.device) as process:
             result = run(settings, self.output, process, pictures_every=self.pictures_every)
             if process.rank == 0:
-                console.print(_table(settings, result.accuracy, result.teacher_accuracy))
+                console.print(_table(settings, result))
                 console.print(f"\nresults  {self.output}", highlight=False, soft_wrap=True)
 
     def _settings(self) -> Distillation:
@@ -134,9 +135,17 @@ def check_device(device: str) -> None:
         raise UsageError("--device cuda cannot be used: torch finds no CUDA device; take --device cpu")
 
 
-def _table(settings: Distillation, accuracy: float, teacher_accuracy: float | None) -> Table:
-    table = Table("network", "learned by", "test accuracy", box=None, pad_edge=False)
-    if teacher_accuracy is not None:
-        table.add_row(f"teacher {settings.teacher}", "labels", f"{100 * teacher_accuracy:.2f} %")
-    table.add_row(f"student {settings.student}", settings.method, f"{100 * accuracy:.2f} %")
+def _table(settings: Distillation, result: Result) -> Table:
+    """Accuracies in %, of dense networks those of pixels, and their mean IoU."""
+    figures = result.figures
+    rows = [
+        (f"teacher {settings.teacher}", "labels", result.teacher_accuracy, figures.get("teacher_mean_iou")),
+        (f"student {settings.student}", settings.method, result.accuracy, figures.get(MEAN_IOU)),
+    ]
+    heads = ("pixel accuracy", "mean IoU") if MEAN_IOU in figures else ("test accuracy",)
+    table = Table("network", "learned by", *heads, box=None, pad_edge=False)
+    for network, way, *shares in rows:
+        shown = [f"{100 * share:.2f} %" for share in shares if share is not None]
+        if shown:
+            table.add_row(network, way, *shown)
     return table

@@ -37,9 +37,9 @@ class ImageBatches:
         views: of each image, 1 or more: the same images, cropped and mirrored independently.
 
     Raises:
-        TypeError, ValueError: a batch_size below 1, or more than the images with drop_last; a negative padding; a rank
-        outside [0, world_size); several ranks without drop_last, as their last batches would differ; another dtype;
-        flags that are neither True nor False.
+        TypeError, ValueError: a batch_size below 1, or more than the images with drop_last; a negative padding; crops or flips
+        of a dense set; a rank outside [0, world_size); several ranks without drop_last, as their last batches would differ;
+        another dtype; flags that are neither True nor False.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class ImageBatches:
             )
         padding = image_set.padding if padding is None else padding_of(padding)
         flip = image_set.flip if flip is None else check_flag("flip", flip)
+        image_set.check_moves(padding, flip)
         channels_last = check_flag("channels_last", channels_last)
         check_augmentation(0.0, dtype)
         self.views = check_count("views", views, 1)

@@ -22,7 +22,8 @@ class ImageSet:
 
     Attributes:
         images: uint8 ``[N, C, H, W]``, N >= 1, NCHW or channels-last.
-        target: int64 ``[N]``, in [0, num_classes), on the device of the images.
+        target: int64 ``[N]``, in [0, num_classes), on the device of the images; of a dense set, as for segmentation,
+            ``[N, H, W]``, a class for each pixel.
         class_names: one a class; their number is ``num_classes``.
         mean, std: of each channel, in units of x / 255: those of the training images, for a test set, too. Given as C
             numbers, or one for all.
@@ -31,7 +32,8 @@ class ImageSet:
 
     Raises:
         TypeError, ValueError: other dtypes, shapes and devices, no images, a label that is no class, mean or std of another
-        length than C, std not positive. To look at the labels waits for their device, at construction only.
+        length than C, std not positive, crops or flips of a dense set, whose classes would stay where they are. To look at the
+        labels waits for their device, at construction only.
     """
 
     images: Tensor
@@ -51,9 +53,11 @@ class ImageSet:
             raise ValueError(
                 f"fastkd: images has shape {tuple(self.images.shape)}, must be [N, C, H, W] with at least one image"
             )
-        if self.target.shape != self.images.shape[:1]:
+        count, _, *sides = self.images.shape
+        if tuple(self.target.shape) not in ((count,), (count, *sides)):
             raise ValueError(
-                f"fastkd: target has shape {tuple(self.target.shape)}, must be ({len(self.images)},), one label an image"
+                f"fastkd: target has shape {tuple(self.target.shape)}, must be ({count},), one label an image, or "
+                f"{(count, *sides)}, one a pixel"
             )
         if self.target.device != self.images.device:
             raise ValueError(f"fastkd: target is on {self.target.device}, must be with images on {self.images.device}")
@@ -70,6 +74,7 @@ class ImageSet:
             ("padding", padding_of(self.padding)),
         ):
             object.__setattr__(self, field, plain)
+        self.check_moves(self.padding, self.flip)
         normalisation(self.mean, self.std, channels, byte=True)
         check_labels(self.target, self.num_classes)
 
@@ -79,6 +84,24 @@ class ImageSet:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def dense(self) -> bool:
+        """Whether each pixel has a class, and not each image."""
+        return self.target.dim() > 1
+
+    def check_moves(self, padding: int, flip: bool) -> None:
+        """Whether images may be cropped and mirrored so.
+
+        Raises:
+            ValueError: those of a dense set, which are not moved.
+        """
+        for name, value, still in (("padding", padding, 0), ("flip", flip, False)):
+            if self.dense and value != still:
+                raise ValueError(
+                    f"fastkd: {name} is {value}, must be {still} where each pixel has a class: images would move, and not "
+                    "their classes"
+                )
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +121,7 @@ class ImageSet:
             chosen = torch.as_tensor(indices, device=self.device)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"fastkd: {name} is {type(indices).__name__}, must be ints [n] or a mask") from None
-        if chosen.dtype == torch.bool and chosen.shape == self.target.shape:
+        if chosen.dtype == torch.bool and chosen.shape == (len(self),):
             chosen = chosen.nonzero().flatten()
         elif chosen.dim() != 1 or (chosen.numel() and chosen.dtype not in (*INTEGERS, torch.uint16, torch.uint32)):
             raise ValueError(
@@ -194,9 +217,9 @@ def check_labels(target: Tensor, num_classes: int, source: str = "") -> None:
     """Raises a ValueError that names the first label outside [0, num_classes), its index, and the source."""
     outside = (target < 0) | (target >= num_classes)
     if bool(outside.any()):
-        first = int(outside.to(torch.uint8).argmax())  # the first of equal ones
+        first = tuple(outside.nonzero()[0].tolist())
         where = f" of {source}" if source else ""
         raise ValueError(
-            f"fastkd: target[{first}]{where} is {int(target[first])}, must be in [0, {num_classes}): "
+            f"fastkd: target[{', '.join(map(str, first))}]{where} is {int(target[first])}, must be in [0, {num_classes}): "
             f"there are {num_classes} classes"
         )

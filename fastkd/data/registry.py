@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from fastkd._checks import check_text
 from fastkd._names import unknown_name
-from fastkd.data import cifar, digits, idx, quickdraw
+from fastkd.data import cifar, digits, idx, quickdraw, segmentation
 from fastkd.data.images import ImageSet
 
 __all__ = ["Outline", "load", "names", "outline"]
@@ -26,12 +26,16 @@ class Outline(NamedTuple):
     """Of the training images."""
     test_size: int | None
     """Test images."""
+    dense: bool = False
+    """Whether each pixel has a class, and not each image."""
 
 
 class _Set(NamedTuple):
     read: Callable[[str | Path | None], tuple[ImageSet, ImageSet]]
     outline: Outline
 
+
+_SCENES = 4_000, 1_000  # to train and to test on; made anew in half a second
 
 _SETS: dict[str, _Set] = {
     "cifar10": _Set(cifar.cifar10, Outline((3, 32, 32), 10, 50_000, 5_000, 10_000)),
@@ -42,6 +46,12 @@ _SETS: dict[str, _Set] = {
     "quickdraw": _Set(quickdraw.quickdraw, Outline((1, 28, 28), None, None, None, None)),
     # inside scikit-learn
     "digits": _Set(lambda root: digits.image_sets(), Outline((1, digits.SIZE, digits.SIZE), 10, None, None, None)),
+    "scenes": _Set(
+        lambda root: segmentation.scene_sets(*_SCENES),
+        Outline(
+            (1, segmentation.SIDE, segmentation.SIDE), segmentation.CLASSES, _SCENES[0], None, _SCENES[1], dense=True
+        ),
+    ),
 }
 
 
@@ -51,7 +61,8 @@ def names() -> tuple[str, ...]:
 
 
 def load(name: str, root: str | Path | None = None) -> tuple[ImageSet, ImageSet]:
-    """Training and test set of a name: cifar10, cifar100, mnist, fashion-mnist, kmnist, quickdraw or digits.
+    """Training and test set of a name: cifar10, cifar100, mnist, fashion-mnist, kmnist, quickdraw, digits or, with a class for
+    each pixel, scenes.
 
     Args:
         name: of the set.

@@ -3,6 +3,8 @@
 Handwritten digits (:mod:`fastkd.data.digits`) lie at random places on patches of photographs; each pixel of ink has the
 class of its digit, every other one is background. Digits to train on are none of those to test on; the two photographs are
 the same.
+
+:func:`scene_sets` has the same scenes as a data set like any other.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from torch import Tensor
 from fastkd._checks import check_count
 from fastkd._seeding import mixed_generator
 from fastkd.data.digits import SIZE, image_sets, photo_patches
-from fastkd.data.images import ImageSet
+from fastkd.data.images import ImageSet, channel_statistics
 
-__all__ = ["BACKGROUND", "CLASSES", "LARGEST", "Scenes", "scenes"]
+__all__ = ["BACKGROUND", "CLASSES", "LARGEST", "SIDE", "Scenes", "scene_sets", "scenes"]
 
 BACKGROUND = 10  # after the digits, which keep their numbers
 CLASSES = 11
+SIDE = 32  # pixels, by default
 LARGEST = 53  # pixels on a side: of the smallest photograph that patches are cut from
 _INK = 64  # of 255: from there on a pixel is of its digit
 _LIGHT = 0.3  # of the photographs, so that ink stands out
@@ -43,7 +46,7 @@ class Scenes(NamedTuple):
 
 
 def scenes(
-    train_size: int = 512, test_size: int = 128, *, side: int = 32, digits: int = 6, seed: int = 0
+    train_size: int = 512, test_size: int = 128, *, side: int = SIDE, digits: int = 6, seed: int = 0
 ) -> tuple[Scenes, Scenes]:
     """Scenes to train and to test on, by the seed alone.
 
@@ -59,6 +62,15 @@ def scenes(
     side, digits = check_count("side", side, SIZE, LARGEST + 1), check_count("digits", digits, 0)
     parts = enumerate(zip(image_sets(seed=seed), sizes, strict=True))
     train, test = (_compose(pool, n, side, digits, mixed_generator("scenes", seed, i)) for i, (pool, n) in parts)
+    return train, test
+
+
+def scene_sets(train_size: int, test_size: int) -> tuple[ImageSet, ImageSet]:
+    """So many scenes of :func:`scenes` to train and to test on, 1 or more of each, in sets with a class for each pixel."""
+    parts = scenes(train_size, test_size)
+    mean, std = channel_statistics(parts[0].images)
+    names = (*map(str, range(BACKGROUND)), "background")
+    train, test = (ImageSet(*part, names, mean, std, flip=False, padding=0) for part in parts)
     return train, test
 
 

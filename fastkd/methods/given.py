@@ -32,6 +32,9 @@ class Given:
     items: int | None = None
     """Images of the training set."""
     num_classes: int | None = None
+    class_dim: int = -1
+    """Dimension of the classes in the networks' logits: 1 for dense networks, ``[B, K, H, W]``, whose targets are
+    ``[B, H, W]``."""
     mean: tuple[float, ...] | None = None
     """Of the images before they are normalised, in [0, 1], a number a channel."""
     std: tuple[float, ...] | None = None

@@ -234,7 +234,7 @@ def create_procedure(name: str, given: Given, **settings: Any) -> Procedure:
     made = find(name).make(given, settings)
     if isinstance(made, Procedure):
         return made
-    return Objective(made, made.build_student(given.network_of_seed), given.teacher)
+    return Objective(made, made.build_student(given.network_of_seed), given.teacher, class_dim=given.class_dim)
 
 
 def load_plugin(path: str | Path) -> None:

@@ -9,13 +9,15 @@ from torch import nn
 __all__ = ["FeatureLayers", "feature_layers"]
 
 MOST_DEPTH, MOST_WIDTH = 2_000, 100  # of the networks here: more is a slip of the finger that would take all memory
+MOST_CHANNELS = 64 * MOST_WIDTH  # as many as the widest has
 
 
 class FeatureLayers(NamedTuple):
     """Names of modules, as ``model.get_submodule`` takes them, each called once in a forward.
 
     Their outputs are read: maps ``[N, C, H, W]`` of ``stem`` (before the first stage) and of each of the ``stages`` (the
-    last one after its activation), and ``embedding``, which has one value a channel, ``[N, C, 1, 1]`` or ``[N, C]``.
+    last one after its activation), and ``embedding``, which has one value a channel, ``[N, C, 1, 1]`` or ``[N, C]``; of a
+    dense network it may be maps, too.
     """
 
     stem: str

@@ -13,8 +13,8 @@ from torch import nn
 from fastkd._checks import check_size, check_text
 from fastkd._names import unknown_name
 from fastkd._seeding import seeded
-from fastkd.models import cifar_resnet, densenet, resnet, shufflenet_v2, vgg, wide_resnet
-from fastkd.models.layers import MOST_DEPTH, MOST_WIDTH
+from fastkd.models import cifar_resnet, densenet, resnet, segmenter, shufflenet_v2, vgg, wide_resnet
+from fastkd.models.layers import MOST_CHANNELS, MOST_DEPTH, MOST_WIDTH
 from fastkd.models.lenet import LeNet5
 from fastkd.models.mobilenet_v2 import MobileNetV2
 from fastkd.models.two_conv_net import TwoConvNet
@@ -45,11 +45,12 @@ NETWORKS: dict[str, Maker] = {
     "lenet5": LeNet5,
     "lenet5-half": partial(LeNet5, half=True),
     "twoconvnet": TwoConvNet,
+    **{"-".join(map(str, ("segmenter", *widths))): partial(segmenter.segmenter, *widths) for widths in segmenter.USUAL},
 }
 
 
 class _Family(NamedTuple):
-    """Networks by numbers, which are the groups of the pattern of their names."""
+    """Networks by numbers, which are in the groups of the pattern of their names, several of one group with - between."""
 
     pattern: str
     has: Callable[..., bool]
@@ -68,6 +69,11 @@ _FAMILIES = (
         lambda depth, growth: 10 <= depth <= MOST_DEPTH and depth % 6 == 4 and 1 <= growth <= MOST_WIDTH,
         densenet.densenet_bc,
     ),
+    _Family(
+        r"segmenter-(\d{1,9}(?:-\d{1,9})+)",
+        lambda *widths: len(widths) <= MOST_DEPTH and all(1 <= width <= MOST_CHANNELS for width in widths),
+        segmenter.segmenter,
+    ),
 )
 
 
@@ -82,13 +88,14 @@ def create(name: str, *, in_channels: int = 3, num_classes: int = 10, seed: int 
     Args:
         name: ``resnet<depth>`` (:func:`fastkd.models.resnet.resnet`), ``wrn-<depth>-<width>``
             (:func:`fastkd.models.wide_resnet.wide_resnet`), ``densenet-bc-<depth>-<growth>``
-            (:func:`fastkd.models.densenet.densenet_bc`), another of :func:`names`, or a classification network of torchvision
-            by its name there, with ``torchvision/`` before it where fastkd has the name, too. resnet50 and resnet152, which
-            could be depths of either family, are torchvision's; ``cifar-resnet18``, ``cifar-vgg11``, ... are fastkd's for
-            images of 32 x 32 pixels.
+            (:func:`fastkd.models.densenet.densenet_bc`), ``segmenter-<width>-<width>-...``, a width for each of two stages or
+            more (:class:`fastkd.models.segmenter.Segmenter`, a dense network), another of :func:`names`, or a classification
+            network of torchvision by its name there, with ``torchvision/`` before it where fastkd has the name, too. resnet50
+            and resnet152, which could be depths of either family, are torchvision's; ``cifar-resnet18``, ``cifar-vgg11``, ...
+            are fastkd's for images of 32 x 32 pixels.
         in_channels: channels of the images. Where it is not 3, the first convolution of a network of torchvision is
             replaced by one that takes them.
-        num_classes: number of logits K.
+        num_classes: number of logits K, of a dense network for each pixel.
         seed: of the initial weights; torch's global generator stays as it is.
 
     Raises:
@@ -111,7 +118,7 @@ def _maker(name: str) -> Maker | None:
     for family in _FAMILIES:
         match = re.fullmatch(family.pattern, name)
         if match and name not in TORCHVISION_RESNETS:
-            numbers = [int(group) for group in match.groups()]
+            numbers = [int(number) for group in match.groups() for number in group.split("-")]
             if family.has(*numbers):
                 return partial(family.make, *numbers)
     return None
@@ -121,8 +128,8 @@ def _from_torchvision(name: str, in_channels: int, num_classes: int, seed: int) 
     theirs = name.lower().removeprefix(TORCHVISION)
     known = name.lower().startswith(TORCHVISION) or theirs in TORCHVISION_RESNETS
     hint = (
-        f"wrn and densenet-bc depths are 6 n + 4, resnet depths 6 n + 2, up to {MOST_DEPTH}, "
-        f"and densenet-bc growths and wrn widths up to {MOST_WIDTH}"
+        f"segmenters have two widths or more, up to {MOST_CHANNELS}; wrn and densenet-bc depths are 6 n + 4, resnet depths "
+        f"6 n + 2, up to {MOST_DEPTH}, and densenet-bc growths and wrn widths up to {MOST_WIDTH}"
     )
     try:
         models: Any = importlib.import_module("torchvision.models")

@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 from fastkd._checks import check_size
 from fastkd._seeding import seeded
+from fastkd.models.layers import FeatureLayers
 
-__all__ = ["Segmenter"]
+__all__ = ["USUAL", "Segmenter", "segmenter"]
+
+USUAL = ((8, 16, 16), (16, 32, 32), (32, 64, 64, 64))
 
 
 class Segmenter(nn.Module):
@@ -17,7 +20,8 @@ class Segmenter(nn.Module):
 
     The second stage halves the image: those after it then cost a quarter, and see twice as far, four stages 13 x 13 pixels. The
     classifier, a 1x1 convolution, says four pixels of each place (sub-pixel convolution: Shi et al., CVPR 2016,
-    arXiv:1609.05158). The children run in their order, so :class:`fastkd.methods.ONE` can split it.
+    arXiv:1609.05158). The children run in their order, so :class:`fastkd.methods.ONE` can split it. Methods look into the first
+    stage, the last of the whole size, and into the last one, of half the size, so that networks of any depths compare.
 
     Args:
         widths: channels of each stage, two or more of them.
@@ -41,6 +45,8 @@ class Segmenter(nn.Module):
                 convolution = nn.Conv2d(before, width, 3, stride=2 if i == 2 else 1, padding=1, bias=False)
                 self.add_module(f"layer{i}", nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU()))
             self.classifier = nn.Sequential(nn.Conv2d(widths[-1], 4 * classes, 1), nn.PixelShuffle(2))
+        last = f"layer{len(widths)}"
+        self.feature_layers = FeatureLayers("layer1.0", ("layer1", last), last)
 
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[-1] % 2 or images.shape[-2] % 2:
@@ -48,3 +54,8 @@ class Segmenter(nn.Module):
         for stage in self.children():
             images = stage(images)
         return images
+
+
+def segmenter(*widths: int, in_channels: int = 3, num_classes: int = 10, seed: int = 0) -> Segmenter:
+    """The network of these stages, by the arguments that all networks with a name have."""
+    return Segmenter(widths, in_channels=in_channels, classes=num_classes, seed=seed)

@@ -25,13 +25,13 @@ class DataSettings:
     """Which images, how many, and what is wrong with them."""
 
     data: str = "cifar10"
-    """cifar10, cifar100, mnist, fashion-mnist, kmnist, quickdraw or digits."""
+    """cifar10, cifar100, mnist, fashion-mnist, kmnist, quickdraw, digits or, with a class for each pixel, scenes."""
     classes: tuple[int, ...] = ()
     """Classes of the task, by their numbers in the set; images of the others are left out. By default all."""
     data_root: Path | None = None
     """The folder of the data sets; $FASTKD_DATA or ~/.cache/fastkd/data by default. Nothing is downloaded."""
     train_size: int = 0
-    """Training images, the same number of each class, chosen by the seed; 0: all."""
+    """Training images, the same number of each class, chosen by the seed; of scenes any number; 0: all."""
     test_size: int = 0
     """Test images, chosen at random, the same for every seed; 0: all."""
     shrink: int = 1
@@ -66,25 +66,29 @@ def check(settings: DataSettings) -> Outline:
     """What the images of these settings will be, without a look at the files.
 
     Raises:
-        ValueError: an unknown name; more images than the set has, or smaller ones than of a pixel.
+        ValueError: an unknown name; more images than the set has, or smaller ones than of a pixel; what a set with a class for
+            each pixel cannot be.
     """
     try:
         outline = data_sets.outline(settings.data)
     except ValueError as error:
         raise ValueError(str(error).replace("fastkd: name", "fastkd: data name", 1)) from None
+    if outline.dense:
+        _check_dense(settings)
     outline = _of_classes(settings, outline)
     classes, train_size, smallest = (
         outline.num_classes,
         settings.train_size or outline.train_size,
         outline.smallest_class,
     )
-    if classes is not None and settings.train_size:
+    if outline.dense:
+        _check_size("train_size", settings.train_size, outline.train_size, "training")
+    elif classes is not None and settings.train_size:
         _check_train_size(settings.train_size, classes, None if smallest is None else smallest * classes)
         smallest = settings.train_size // classes
     if classes is not None and smallest is not None and settings.imbalance:
         train_size = sum(_class_sizes(settings, classes, smallest))
-    if outline.test_size is not None:
-        _check_test_size(settings.test_size, outline.test_size)
+    _check_size("test_size", settings.test_size, outline.test_size, "test")
     channels, height, width = outline.shape
     _check_shrink(settings.shrink, height, width)
     return Outline(
@@ -93,7 +97,18 @@ def check(settings: DataSettings) -> Outline:
         train_size=train_size,
         smallest_class=None if settings.imbalance else smallest,
         test_size=settings.test_size or outline.test_size,
+        dense=outline.dense,
     )
+
+
+def _check_dense(settings: DataSettings) -> None:
+    """Whether what is said of the classes of images is said of none."""
+    for name in ("classes", "shrink", "label_noise", "imbalance"):
+        value, usual = (getattr(of, name) for of in (settings, DataSettings))
+        if value != usual:
+            raise ValueError(
+                f"fastkd: {name} is {value}, must be {usual} for {settings.data}, where each pixel has a class"
+            )
 
 
 def _of_classes(settings: DataSettings, outline: Outline) -> Outline:
@@ -116,9 +131,9 @@ def _check_train_size(size: int, num_classes: int, most: int | None) -> None:
         raise ValueError(f"fastkd: train_size is {size}, must be a multiple of the {num_classes} classes{at_most}")
 
 
-def _check_test_size(size: int, there: int) -> None:
-    if size > there:
-        raise ValueError(f"fastkd: test_size is {size}, must be at most the {there} test images")
+def _check_size(name: str, size: int, there: int | None, part: str) -> None:
+    if there is not None and size > there:
+        raise ValueError(f"fastkd: {name} is {size}, must be at most the {there} {part} images")
 
 
 def _check_shrink(factor: int, height: int, width: int) -> None:
@@ -132,13 +147,16 @@ def prepare(settings: DataSettings, seed: int) -> tuple[ImageSet, ImageSet]:
     """Training and test set on the CPU; the seed says which images are taken and which labels are wrong.
 
     Raises:
-        ValueError, FileNotFoundError: as :func:`fastkd.data.registry.load`; more images than there are.
+        ValueError, FileNotFoundError: as :func:`fastkd.data.registry.load`; more images than there are; what a set with a
+            class for each pixel cannot be.
     """
+    if data_sets.outline(settings.data).dense:
+        _check_dense(settings)
     train, test = (_only(part, settings.classes) for part in data_sets.load(settings.data, settings.data_root))
     if settings.train_size:
-        train = _equal_part(train, settings.train_size, seed)
+        train = train.subset(_part(train, settings.train_size, seed))
     if settings.test_size:
-        _check_test_size(settings.test_size, len(test))
+        _check_size("test_size", settings.test_size, len(test), "test")
         # the same ones for every seed
         order = torch.randperm(len(test), generator=mixed_generator("test part", settings.test_size), device="cpu")
         test = test.subset(order[: settings.test_size].sort().values)
@@ -189,15 +207,16 @@ def rest(settings: DataSettings, seed: int) -> Tensor:
             f"fastkd: train_size is {settings.train_size}, must be less than the {len(train)} training images, for a rest"
         )
     left = torch.ones(len(train), dtype=torch.bool, device="cpu")
-    left[_equal_indices(train, settings.train_size, seed)] = False
+    left[_part(train, settings.train_size, seed)] = False
     return _shrunk(train.subset(left), settings.shrink).images
 
 
-def _equal_part(images: ImageSet, size: int, seed: int) -> ImageSet:
-    return images.subset(_equal_indices(images, size, seed))
-
-
-def _equal_indices(images: ImageSet, size: int, seed: int) -> Tensor:
+def _part(images: ImageSet, size: int, seed: int) -> Tensor:
+    """Which training images are taken, int64 ``[size]``, ascending: as many of each class, of a dense set any."""
+    if images.dense:
+        _check_size("train_size", size, len(images), "training")
+        order = torch.randperm(len(images), generator=mixed_generator("training part", seed), device="cpu")
+        return order[:size].sort().values
     classes = images.num_classes
     smallest = int(torch.bincount(images.target, minlength=classes).min())
     _check_train_size(size, classes, smallest * classes)

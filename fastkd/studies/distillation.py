@@ -1,4 +1,8 @@
-"""One distillation, from data to test accuracy: a teacher trained on the same images and labels, then a student by a method."""
+"""One distillation, from data to test accuracy: a teacher trained on the same images and labels, then a student by a method.
+
+Networks are classifiers, or dense, as the data set says: then a class is of a pixel, and so is the accuracy, beside which there
+is the mean IoU.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from fastkd.methods import registry as methods
 from fastkd.methods.registry import Given
 from fastkd.models.modes import evaluating
 from fastkd.studies import data as images
-from fastkd.studies.collected import Collected, make_collection, scores_of
+from fastkd.studies.collected import Collected, CollectionSettings, make_collection, scores_of
 from fastkd.studies.data import prepare
 from fastkd.studies.networks import check_network, first_line, make_network, read_state, take_weights
 from fastkd.studies.result import Result, read_result, write_result
@@ -43,6 +47,7 @@ FRECHET_IMAGES = 2000  # at most
 MADE_UP_CLASSES = 10  # where only the files tell
 FEW_MADE = 4  # images that a method makes for itself where one step is only tried
 CONVERGING = 10  # epochs whose mean accuracy is that to which a training converges
+MEAN_IOU = "test_mean_iou"  # of the figures of a dense network
 COURSE_STEP = 5  # %, of the course of a method without images, which is evaluated often
 
 
@@ -91,6 +96,15 @@ class _Data(NamedTuple):
         """Number of classes, channels, height, width: what networks depend on."""
         return (self.train.num_classes, *self.train.images.shape[1:])
 
+    @property
+    def class_dim(self) -> int:
+        """Of the networks' logits."""
+        return 1 if self.train.dense else -1
+
+    def evaluator(self) -> Callable[[nn.Module], dict[str, float]]:
+        """Of networks, on the test images."""
+        return evaluator(self.test_images, self.test_target, class_dim=self.class_dim)
+
 
 class _Scored(NamedTuple):
     """Of images without labels."""
@@ -134,6 +148,8 @@ class Experiment:
         for role in self.roles:
             make_network(getattr(settings, role), role, channels=1, classes=2, seed=0)
         outline = images.check(settings.data)
+        if outline.dense:
+            self._check_dense()
         self._check_batches(outline.train_size)
         if self.entry.needs_teacher:
             settings.of_teacher()  # the schedule must fit its epochs, too
@@ -145,7 +161,8 @@ class Experiment:
         next(self._images(made_up.train, 2, ALONE).epoch(0))  # whether crops can be that large
         for role in self.roles:
             network = self._network(role, made_up, 0)
-            check_network(network, getattr(settings, role), role, made_up.test_images, made_up.train.num_classes)
+            name, train = getattr(settings, role), made_up.train
+            check_network(network, name, role, made_up.test_images, train.num_classes, dense=train.dense)
         if step:
             self._check_step(made_up)
 
@@ -193,14 +210,16 @@ class Experiment:
         data = self._load()
         if data.outline != self._made_up().outline:  # files of another kind than the usual ones of that name
             self._check_step(data)
-        teacher, teacher_accuracy = None, None
+        teacher, taught = None, None
         if self.entry.needs_teacher:
-            teacher, teacher_accuracy = self._teacher(teachers, data, show)
+            teacher, taught = self._teacher(teachers, data, show)
         scored = self._scored(data, teacher, teachers) if self.settings.collection.collection else None
         result = self._train(folder, data, teacher, show, self.settings.training.seed, scored)
-        if teacher_accuracy is not None:
-            gap = teacher_accuracy - result.figures["peak_accuracy"]
-            result = replace(result, figures={**result.figures, "teacher_gap": gap}, teacher_accuracy=teacher_accuracy)
+        if taught is not None:
+            figures = {**result.figures, "teacher_gap": taught.accuracy - result.figures["peak_accuracy"]}
+            if MEAN_IOU in taught.figures:
+                figures["teacher_mean_iou"] = taught.figures[MEAN_IOU]
+            result = replace(result, figures=figures, teacher_accuracy=taught.accuracy)
         on_first_rank(lambda: write_result(self.settings, folder, result))
         return result
 
@@ -212,7 +231,7 @@ class Experiment:
 
     def train_teacher(self, teachers: Path, show: Show) -> Result:
         """Trains the teacher alone, or goes on, or reads its result."""
-        return Result(self._teacher(teachers, self._load(), show)[1], None)
+        return self._teacher(teachers, self._load(), show)[1]
 
     def _check_needs(self) -> None:
         if OUT_OF_DOMAIN in self.entry.needs and not self.settings.collection.collection:
@@ -227,6 +246,22 @@ class Experiment:
                 f"fastkd: method {self.entry.name!r} needs {' and '.join(missing)}, which no option gives yet: train it in "
                 "Python, fastkd.training.Trainer(procedure, batches, settings)"
             )
+
+    def _check_dense(self) -> None:
+        """Whether what is said of images that have a class is said of none."""
+        settings = self.settings
+        if settings.padding:
+            raise ValueError(
+                f"fastkd: padding is {settings.padding}, must be 0 for {settings.data.data}, where each pixel has a class: "
+                "crops would move the images, and not their classes"
+            )
+        for name in ("iqpr", "least_alike", "balanced", "scores"):
+            value, usual = (getattr(of, name) for of in (settings.collection, CollectionSettings))
+            if value != usual:
+                raise ValueError(
+                    f"fastkd: {name} is {value}, must be {usual} for {settings.data.data}: its teacher has a class for each "
+                    "pixel, and images are scored by classifiers"
+                )
 
     def _check_batches(self, train_size: int | None) -> None:
         """Whether the training images fill one, of the student and of the teacher."""
@@ -290,7 +325,10 @@ class Experiment:
         channels = outline.shape[0]
         noise = torch.randint(256, (4, *outline.shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         names = tuple(str(i) for i in range(classes))
-        few = ImageSet(noise, torch.arange(4) % classes, names, (0.5,) * channels, (0.25,) * channels)
+        target, padding = torch.arange(4) % classes, ImageSet.padding
+        if outline.dense:
+            target, padding = noise[:, 0].long() % classes, 0
+        few = ImageSet(noise, target, names, (0.5,) * channels, (0.25,) * channels, padding=padding)
         return _Data(few, few.normalised(), few.target)
 
     @property
@@ -342,6 +380,7 @@ class Experiment:
             batch_size=batch_size,
             items=items,
             num_classes=data.train.num_classes,
+            class_dim=data.class_dim,
             mean=data.train.mean,
             std=data.train.std,
             padding=data.train.padding if self.settings.padding is None else self.settings.padding,
@@ -398,14 +437,15 @@ class Experiment:
                 f"fastkd: method {settings.method!r} does not take the {pair}: {first_line(error)}"
             ) from error
 
-    def _teacher(self, folder: Path, data: _Data, show: Show) -> tuple[nn.Module, float]:
+    def _teacher(self, folder: Path, data: _Data, show: Show) -> tuple[nn.Module, Result]:
         """Trained, or read: its weights from a file of the user's, or from the folder."""
         own = self.settings.of_teacher()
         seed = TEACHER_SEED + own.training.seed
         network = self._network("teacher", data, seed)
         if (path := self.settings.teacher_weights) is not None:
             take_weights(network, read_state(path), path)
-            return network, evaluator(data.test_images, data.test_target)(network)["test_accuracy"]
+            figures = data.evaluator()(network)
+            return network, Result(figures["test_accuracy"], None, figures)
         folder = folder / f"teacher-{own.student}-{own.digest()}"
         done = on_first_rank(lambda: read_result(own, folder))
         if done is None:
@@ -414,7 +454,7 @@ class Experiment:
             done = result = alone._train(folder, of_its_seed, None, show, seed)
             on_first_rank(lambda: write_result(own, folder, result))
         take_weights(network, read_state(folder / MODEL), folder / MODEL)
-        return network, done.accuracy
+        return network, done
 
     def _train(
         self,
@@ -436,7 +476,7 @@ class Experiment:
             self._source(data) if collected is None else collected.batches,
             settings.training,
             validate=collected.held_out if collected is not None and plateau else None,
-            evaluate=evaluator(data.test_images, data.test_target),
+            evaluate=data.evaluator(),
             folder=folder,
             show=show,
             pictures_every=self._pictures_every,

@@ -31,20 +31,27 @@ def make_network(name: str, role: str, *, channels: int, classes: int, seed: int
         raise ValueError(f"fastkd: {role} {name!r} cannot be made: {first_line(error)}") from None
 
 
-def check_network(network: nn.Module, name: str, role: str, images: Tensor, classes: int) -> None:
-    """Whether it takes the images, and has a logit for each class.
+def check_network(
+    network: nn.Module, name: str, role: str, images: Tensor, classes: int, *, dense: bool = False
+) -> None:
+    """Whether it takes the images, and has a logit for each class, ``[n, K]``; a dense one at each pixel, ``[n, K, H, W]``.
 
     Raises:
         ValueError: it does not.
     """
+    count, _, *sides = images.shape
+    shapes = {False: (count, classes), True: (count, classes, *sides)}
     try:
         with torch.no_grad(), evaluating(network):
-            logits = network(images)
-        fits = getattr(logits, "shape", None) == (len(images), classes)
-        why = "" if fits else "its output is not one logit for each class"
+            shape = getattr(network(images), "shape", None)
+        why = "its output is not one logit for each class" + (" of each pixel" if dense else "")
     except Exception as error:  # what torch says of maps that have become too small, for instance
-        why = first_line(error)
-    if why:
+        shape, why = None, first_line(error)
+    if shape == shapes[not dense]:
+        kinds = ("a classifier", "a dense network, as segmenter-8-16-16,", "pixel")
+        kinds = kinds if dense else ("a dense network", "a classifier", "image")
+        raise ValueError("fastkd: {} {!r} is {}, must be {} where each {} has a class".format(role, name, *kinds))
+    if shape != shapes[dense]:
         size = "x".join(map(str, images.shape[1:]))
         raise ValueError(f"fastkd: {role} {name!r} does not take images of {size}: {why}")
 

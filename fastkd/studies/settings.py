@@ -41,7 +41,8 @@ class Networks:
     batch_size: int = 128
     """Images of a batch, in each process."""
     padding: int | None = None
-    """Pixels of zeros that random crops may reach into; by default those of the set, 4 for sides of 32 and 28. 0: no crops."""
+    """Pixels of zeros that random crops may reach into; by default those of the set, 4 for sides of 32 and 28, none where each
+    pixel has a class. 0: no crops."""
     flip: bool = True
     """Mirror half of the images, where a mirrored one is still one of its class."""
     iterations: int = 0

@@ -195,6 +195,26 @@ def test_sizes_of_a_set_are_known_without_it(
     assert named in refused([*command, *wrong.split()], capsys)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ("--padding 2", "padding is 2, must be 0 for scenes, where each pixel has a class"),
+        ("--label-noise 0.2", "label_noise is 0.2, must be 0.0 for scenes"),
+        ("--train-size 4001", "train_size is 4001, must be at most the 4000 training images"),
+        ("--method ood-kd --collection nowhere --iqpr 5", "iqpr is 5.0, must be 1.0 for scenes"),
+        ("--student resnet8", "student 'resnet8' is a classifier, must be a dense network"),
+        (
+            "--method dafl",
+            "activation is asked of a Segmenter whose logits come out of no linear layer, must be 0 for it",
+        ),
+    ],
+)
+def test_what_a_class_for_each_pixel_rules_out(wrong: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """None of the images are made, and no collection is looked for."""
+    command = ["distill", "--data", "scenes", "--teacher", "segmenter-4-4", "--student", "segmenter-4-4"]
+    assert named in refused([*command, *wrong.split()], capsys)
+
+
 @pytest.mark.parametrize("command", [["distill"], ["study", "zoo"]], ids=lambda command: command[-1])
 @pytest.mark.parametrize("name", ["cifar10", "CIFAR10", "cifar100", "mnist", "fashion-mnist", "kmnist", "quickdraw"])
 def test_data_that_is_not_there_is_all_that_is_wrong(

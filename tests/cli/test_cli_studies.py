@@ -38,6 +38,28 @@ def test_distill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is of other settings; choose another folder, or delete it" in capsys.readouterr().err
 
 
+DENSE = ["--data", "scenes", "--train-size", "24", "--test-size", "8", "--batch-size", "6", "--epochs", "1"]
+DENSE += ["--teacher", "segmenter-6-8-8", "--student", "segmenter-4-6", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("method", ["hinton", "baseline"])
+def test_distill_of_dense_networks(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the mean IoU beside the accuracy of pixels; nothing needs to be said of crops and flips."""
+    assert main(["distill", *DENSE, "--method", method, "--output", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    result = json.loads((tmp_path / "result.json").read_text())
+    figures = result["figures"]
+    rows = [["student", "segmenter-4-6", method, figures["test_accuracy"], figures["test_mean_iou"]]]
+    if method == "hinton":
+        teacher = result["teacher_accuracy"], figures["teacher_mean_iou"]
+        rows.insert(0, ["teacher", "segmenter-6-8-8", "labels", *teacher])
+    head, *lines = (
+        line.split() for line in shown[shown.index("network") : shown.index("results")].splitlines() if line
+    )
+    assert " ".join(head) == "network learned by pixel accuracy mean IoU"
+    assert lines == [[*row[:3], f"{100 * row[3]:.2f}", "%", f"{100 * row[4]:.2f}", "%"] for row in rows]
+
+
 def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["study", "zoo", *TINY, "--methods", "baseline", "hinton", "--settings", "clean", "noise-0.4"]
     assert main([*command, "--seeds", "1", "--output", str(tmp_path)]) == 0

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fastkd.data import registry as data
+from fastkd.methods import FeatureTap
 from fastkd.methods import registry as methods
 from fastkd.models import FeatureLayers, create, feature_layers, names
 from fastkd.models.cifar_resnet import CifarResNet
@@ -22,6 +23,7 @@ from fastkd.models.densenet import DenseNet, cifar_densenet, densenet_bc
 from fastkd.models.lenet import LeNet5
 from fastkd.models.mobilenet_v2 import MobileNetV2
 from fastkd.models.resnet import ResNet, resnet
+from fastkd.models.segmenter import Segmenter
 from fastkd.models.shufflenet_v2 import ShuffleNetV2
 from fastkd.models.two_conv_net import TwoConvNet
 from fastkd.models.vgg import VGG
@@ -128,7 +130,9 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in names() if not name.startswith(("resnet", "wrn", "torchvision"))])
+@pytest.mark.parametrize(
+    "name", [name for name in names() if not name.startswith(("resnet", "wrn", "torchvision", "segmenter"))]
+)
 def test_other_networks(name: str) -> None:
     with torch.device("meta"):
         model = create(name.upper(), in_channels=1, num_classes=7)
@@ -136,6 +140,27 @@ def test_other_networks(name: str) -> None:
     assert type(model) is kind
     assert model.fc.out_features == 7
     assert next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels == 1
+
+
+@pytest.mark.parametrize("name", [*(name for name in names() if name.startswith("segmenter")), "Segmenter-3-7-5-6-6"])
+def test_dense_networks(name: str) -> None:
+    """Their names are the widths of their stages, of which there may be any number."""
+    model = create(name, in_channels=2, num_classes=7, seed=3)
+    assert isinstance(model, Segmenter)
+    widths = [int(width) for width in name.split("-")[1:]]
+    expected = Segmenter(widths, in_channels=2, classes=7, seed=3)
+    assert [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)][:-1] == widths
+    assert all(
+        torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True)
+    )
+    images = torch.randn(2, 2, 12, 8)
+    tap = FeatureTap(model, (layers := feature_layers(model)).stages)
+    assert tap(images).logits.shape == (2, 7, 12, 8)
+    assert [tuple(tap(images).features[stage].shape[1:]) for stage in layers.stages] == [
+        (widths[0], 12, 8),
+        (widths[-1], 6, 4),
+    ]
+    assert (layers.stem, layers.embedding) == ("layer1.0", layers.stages[-1])
 
 
 def test_names_of_torchvision_stay_its_own() -> None:
@@ -202,6 +227,10 @@ def test_only_classification_networks() -> None:
         ("densenet-bc-100-101", "densenet-bc-100-12"),
         ("lenet", "lenet5"),
         ("two-conv-net", "twoconvnet"),
+        ("segmenter-8", "segmenter-8-16-16"),
+        ("segmenter-8-0", "segmenter-8-16-16"),
+        ("segmenter-8-16-", "segmenter-8-16-16"),
+        ("segmenter-8-6401", "segmenter-8-16-16"),
     ],
 )
 @pytest.mark.parametrize("having", ["torchvision", "broken", "absent"])

@@ -81,7 +81,15 @@ class WatchedTeacher:
             for norm in self._norms:
                 norm.register_forward_pre_hook(self._measure)
         if latents or (instances and not self._norms):
-            linear_head(teacher, images).layer.register_forward_pre_hook(self._keep_latents)
+            try:
+                head = linear_head(teacher, images)
+            except ValueError as error:
+                asked = "activation" if latents else "contrast"
+                raise ValueError(
+                    f"fastkd: {asked} is asked of a {type(teacher).__name__} whose logits come out of no linear layer, must be "
+                    "0 for it"
+                ) from error
+            head.layer.register_forward_pre_hook(self._keep_latents)
 
     def __call__(self, images: Tensor) -> Tensor:
         """The logits alone."""
