@@ -28,10 +28,11 @@ __all__ = ["Mosaic", "PatchMode", "told_apart"]
 PatchMode = Literal["crop", "conv"]
 
 
-def told_apart(made: Tensor, real: Tensor) -> Tensor:
+def told_apart(made: Tensor, real: Tensor, weight: Tensor) -> Tensor:
     """The loss of a discriminator, of logits ``[B, n]`` of n patches of each image: binary cross-entropy, summed over the
-    patches, the mean over the images and over made and real ones (Fang et al., Eq. 3)."""
-    return 0.5 * (F.softplus(made).sum(1).mean() + F.softplus(-real).sum(1).mean())
+    patches, the mean over the images and over made and real ones (Fang et al., Eq. 3). ``weight`` is ``[B]``, the share of each
+    made image."""
+    return 0.5 * ((F.softplus(made).sum(1) * weight).sum() + F.softplus(-real).sum(1).mean())
 
 
 @register(
@@ -146,12 +147,13 @@ class Mosaic(DataFree):
         self._seen = (batch.images[: self.batch_size].detach(),)
         return batch.images
 
-    def before_terms(self, images: Tensor, given: Tensor | None, step: Step) -> dict[str, Tensor]:
+    def before_terms(self, made: Judged, given: Tensor | None, step: Step) -> dict[str, Tensor]:
         """An update of the discriminator, on these and on out-of-domain images."""
         assert given is not None
         if not self.weights["local"]:
             return {}
-        loss = told_apart(self.patch_logits(images.detach()), self.patch_logits(given[: self.batch_size]))
+        logits = self.patch_logits(made.images.detach()), self.patch_logits(given[: self.batch_size])
+        loss = told_apart(*logits, shares(made.usable))
         step.update(loss, "discriminator")
         return {"discriminator_loss": loss.detach()}
 

@@ -21,6 +21,7 @@ from training_processes import start_ranks
 
 from fastkd._seeding import seeded
 from fastkd.data import Batch
+from fastkd.methods.datafree.terms import shares
 from fastkd.methods.mosaic import told_apart
 from fastkd.methods.registry import find
 from fastkd.models.patch_discriminator import PatchDiscriminator
@@ -124,7 +125,7 @@ def test_the_discriminators_loss() -> None:
     pair = made.requires_grad_(), real.requires_grad_()
     theirs = F.binary_cross_entropy_with_logits(made, torch.zeros_like(made), reduction="sum")
     theirs = (theirs + F.binary_cross_entropy_with_logits(real, torch.ones_like(real), reduction="sum")) / 10
-    ours = told_apart(*pair)
+    ours = told_apart(*pair, torch.full((5,), 0.2, dtype=torch.float64))
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(torch.autograd.grad(ours, pair), torch.autograd.grad(theirs, pair), strict=True):
         torch.testing.assert_close(a, b)
@@ -289,9 +290,9 @@ def test_steps_compile_into_one_graph(patch_mode: str) -> None:
     def losses(noise: Tensor) -> Tensor:
         generator = procedure.maker.generator
         assert generator is not None
-        images = generator(noise)
-        found = [told_apart(procedure.patch_logits(images.detach()), procedure.patch_logits(given[:BATCH]))]
-        made = procedure.judge(images)
+        made = procedure.judge(generator(noise))
+        logits = procedure.patch_logits(made.images.detach()), procedure.patch_logits(given[:BATCH])
+        found = [told_apart(*logits, shares(made.usable))]
         found += procedure.generator_terms(made).values()
         lessons = list(procedure._lessons_of(made, given))
         found += [procedure.student_loss(x.images, x.logits, x.weight) for x in lessons]

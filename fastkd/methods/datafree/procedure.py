@@ -312,9 +312,9 @@ class DataFree(Procedure):
         """Those that are given for an iteration: none, to methods without data."""
         return None
 
-    def before_terms(self, images: Tensor, given: Tensor | None, step: Step) -> dict[str, Tensor]:
-        """Called with each batch of images before its terms are asked for: updates what else learns from it, and returns terms
-        of its own to log."""
+    def before_terms(self, made: Judged, given: Tensor | None, step: Step) -> dict[str, Tensor]:
+        """Called with each batch before its terms are asked for: updates what else learns from it, and returns terms of its
+        own to log."""
         return {}
 
     def other_images(self, given: Tensor | None, number: int) -> Tensor | None:
@@ -367,9 +367,8 @@ class DataFree(Procedure):
         # a batch that is made for long is made against a student that stays as it is
         with evaluating(self.student) if self.generator_steps > 1 else nullcontext():
             for _ in range(self.generator_steps):
-                images = self.maker()
-                others = self.before_terms(images.images, given, step)
-                made = self.judge(*images)
+                made = self.judge(*self.maker())
+                others = self.before_terms(made, given, step)
                 found = self.generator_terms(made)
                 step.update(torch.stack(list(found.values())).sum(), *self._making)
                 self.maker.keep_in_range()
