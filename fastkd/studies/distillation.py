@@ -6,7 +6,6 @@ is the mean IoU.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,38 +14,35 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastkd._names import unknown_name
 from fastkd._seeding import mixed_seed, seeded
 from fastkd.data import Batch, BatchSource, Collection, ImageBatches, ImageSet, NoBatches
 from fastkd.methods import Procedure
 from fastkd.methods import registry as methods
 from fastkd.methods.registry import Given
-from fastkd.models.modes import evaluating
 from fastkd.studies import data as images
 from fastkd.studies.collected import Collected, CollectionSettings, make_collection, scores_of
 from fastkd.studies.data import prepare
+from fastkd.studies.figures import course, distances, stability
 from fastkd.studies.networks import check_network, first_line, make_network, read_state, take_weights
 from fastkd.studies.result import Result, read_result, write_result
 from fastkd.studies.settings import Distillation
-from fastkd.training import Process, Trainer, evaluator, frechet_distance, latents
+from fastkd.studies.trial import NoUpdates
+from fastkd.training import Process, Trainer, evaluator
 from fastkd.training.distributed import on_first_rank, sum_of_ranks
 from fastkd.training.folder import MODEL
-from fastkd.training.frechet import patches_enlarged
-from fastkd.training.metrics import EpochMetrics, Running, check_terms
+from fastkd.training.metrics import Running, check_terms
 from fastkd.training.pictures import check_pictures_every
 from fastkd.training.progress import Show
 from fastkd.training.randomness import everything_seeded
-from fastkd.training.update import TrainedPart, trained_parts
+from fastkd.training.update import trained_parts
 
 __all__ = ["Experiment", "run"]
 
 OUT_OF_DOMAIN = "out-of-domain images"  # of the needs of a method
 ALONE = Process(0, 1, torch.device("cpu"))
 TEACHER_SEED = 1 << 20  # seeds of their weights begin here, away from those of students and of the others of a cohort
-FRECHET_IMAGES = 2000  # at most
 MADE_UP_CLASSES = 10  # where only the files tell
 FEW_MADE = 4  # images that a method makes for itself where one step is only tried
-CONVERGING = 10  # epochs whose mean accuracy is that to which a training converges
 MEAN_IOU = "test_mean_iou"  # of the figures of a dense network
 COURSE_STEP = 5  # %, of the course of a method without images, which is evaluated often
 
@@ -426,7 +422,7 @@ class Experiment:
             ) from error
         try:
             with everything_seeded(0, 0):
-                updates = _NoUpdates(procedure, trained_parts(procedure, settings.training, 1))
+                updates = NoUpdates(procedure, trained_parts(procedure, settings.training, 1))
                 terms = check_terms(procedure, procedure.iteration(batch, updates))
                 Running(data.test_images.device).add(terms, 1)
         except Exception as error:
@@ -485,57 +481,14 @@ class Experiment:
         history = trainer.fit(resume="auto")
         last = history[-1]
         figures = {name: value for name, value in last.items() if name not in ("epoch", "step", "seconds")}
-        figures |= _stability(history)
+        figures |= stability(history)
         if collected is not None:
-            figures |= {**collected.figures(sum_of_ranks(collected.batches.counts)), **_course(history)}
+            figures |= {**collected.figures(sum_of_ranks(collected.batches.counts)), **course(history)}
         elif not self.entry.needs_images:
-            figures |= _course(history, COURSE_STEP)
+            figures |= course(history, COURSE_STEP)
         if teacher is not None:
-            figures |= _distances(procedure, teacher, data.test_images, collected)
+            figures |= distances(procedure, teacher, data.test_images, collected)
         return Result(last["test_accuracy"], None, figures)
-
-
-def _stability(history: list[EpochMetrics]) -> dict[str, float]:
-    """The highest accuracy of the epochs that were evaluated, the mean of the last of them, and the difference."""
-    accuracies = [line["test_accuracy"] for line in history if "test_accuracy" in line]
-    peak, converging = max(accuracies), statistics.fmean(accuracies[-CONVERGING:])
-    return {"peak_accuracy": peak, "converging_accuracy": converging, "instability": peak - converging}
-
-
-def _distances(
-    procedure: Procedure, teacher: nn.Module, images: Tensor, collected: Collected | None
-) -> dict[str, float]:
-    """How far what a procedure makes, and what it learns on, is from the test images, as the teacher sees them; and patches of
-    these, where it has some."""
-    images = images[:FRECHET_IMAGES]
-    pairs: dict[str, tuple[Tensor | None, Tensor]] = {}
-    with everything_seeded(0, 0), evaluating(procedure):
-        pairs["frechet_distance"] = procedure.samples(len(images)), images
-        if collected is not None:
-            others = collected.some(FRECHET_IMAGES)
-            pairs["collection_frechet_distance"] = others, images
-            size = getattr(procedure, "patch_size", None)
-            if size is not None:
-                pairs["patch_frechet_distance"] = patches_enlarged(others, size), patches_enlarged(images, size)
-    found = {}
-    for name, (ours, theirs) in pairs.items():
-        if ours is None or not ours.isfinite().all():
-            continue
-        try:
-            found[name] = float(frechet_distance(latents(teacher, ours), latents(teacher, theirs)))
-        except ValueError:  # a teacher that does not end in a linear layer
-            continue
-    return found
-
-
-def _course(history: list[EpochMetrics], step: int = 1) -> dict[str, float]:
-    """Test accuracies on the way, by the share of the training in %, at multiples of ``step``."""
-    found = {}
-    for line in history:
-        done = 100 * line["epoch"] / len(history)
-        if "test_accuracy" in line and done % step == 0:
-            found[f"test_accuracy_at_{int(done)}"] = line["test_accuracy"]
-    return found
 
 
 class _Unlabeled:
@@ -549,21 +502,3 @@ class _Unlabeled:
 
     def epoch(self, epoch: int, /, start: int = 0) -> Iterator[Batch]:
         return (Batch(batch.images, index=batch.index) for batch in self._source.epoch(epoch, start))
-
-
-class _NoUpdates:
-    """The first step of a training, of an iteration that is only to be seen to work."""
-
-    epoch, epochs, iteration, iterations, rank, world_size, progress = 0, 1, 0, 1, 0, 1, 0.0
-
-    def __init__(self, procedure: Procedure, parts: Mapping[str, TrainedPart]) -> None:
-        self.run: Callable[..., Any] = procedure
-        self._parts = parts
-
-    def update(self, loss: Tensor, *parts: str) -> None:
-        self.restart(*parts)
-
-    def restart(self, *parts: str) -> None:
-        for name in parts:
-            if name not in self._parts:
-                raise unknown_name("part", name, self._parts)

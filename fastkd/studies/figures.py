@@ -1,0 +1,63 @@
+"""What a training came to, beside its last accuracy: figures by name."""
+
+from __future__ import annotations
+
+import statistics
+
+from torch import Tensor, nn
+
+from fastkd.methods import Procedure
+from fastkd.models.modes import evaluating
+from fastkd.studies.collected import Collected
+from fastkd.training import frechet_distance, latents
+from fastkd.training.frechet import patches_enlarged
+from fastkd.training.metrics import EpochMetrics
+from fastkd.training.randomness import everything_seeded
+
+__all__ = ["course", "distances", "stability"]
+
+FRECHET_IMAGES = 2000  # at most
+CONVERGING = 10  # epochs whose mean accuracy is that to which a training converges
+
+
+def stability(history: list[EpochMetrics]) -> dict[str, float]:
+    """The highest accuracy of the epochs that were evaluated, the mean of the last of them, and the difference."""
+    accuracies = [line["test_accuracy"] for line in history if "test_accuracy" in line]
+    peak, converging = max(accuracies), statistics.fmean(accuracies[-CONVERGING:])
+    return {"peak_accuracy": peak, "converging_accuracy": converging, "instability": peak - converging}
+
+
+def distances(
+    procedure: Procedure, teacher: nn.Module, images: Tensor, collected: Collected | None
+) -> dict[str, float]:
+    """How far what a procedure makes, and what it learns on, is from the test images, as the teacher sees them; and patches of
+    these, where it has some."""
+    images = images[:FRECHET_IMAGES]
+    pairs: dict[str, tuple[Tensor | None, Tensor]] = {}
+    with everything_seeded(0, 0), evaluating(procedure):
+        pairs["frechet_distance"] = procedure.samples(len(images)), images
+        if collected is not None:
+            others = collected.some(FRECHET_IMAGES)
+            pairs["collection_frechet_distance"] = others, images
+            size = getattr(procedure, "patch_size", None)
+            if size is not None:
+                pairs["patch_frechet_distance"] = patches_enlarged(others, size), patches_enlarged(images, size)
+    found = {}
+    for name, (ours, theirs) in pairs.items():
+        if ours is None or not ours.isfinite().all():
+            continue
+        try:
+            found[name] = float(frechet_distance(latents(teacher, ours), latents(teacher, theirs)))
+        except ValueError:  # a teacher that does not end in a linear layer
+            continue
+    return found
+
+
+def course(history: list[EpochMetrics], step: int = 1) -> dict[str, float]:
+    """Test accuracies on the way, by the share of the training in %, at multiples of ``step``."""
+    found = {}
+    for line in history:
+        done = 100 * line["epoch"] / len(history)
+        if "test_accuracy" in line and done % step == 0:
+            found[f"test_accuracy_at_{int(done)}"] = line["test_accuracy"]
+    return found
