@@ -19,7 +19,7 @@ from fastkd.methods.method import Loss, Method, WeightedMethod
 from fastkd.methods.mosaic import Mosaic
 from fastkd.methods.objective import Objective
 from fastkd.methods.online import DML, ONE, Cohort, MultiBranch
-from fastkd.methods.out_of_domain import COMPARED as COMPARED
+from fastkd.methods.out_of_domain import BASELINES as BASELINES
 from fastkd.methods.procedure import Part, Procedure, Step
 from fastkd.methods.relational import RKD, SP
 from fastkd.methods.representation import AT, FSP, SRD, FitNet

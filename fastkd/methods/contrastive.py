@@ -170,8 +170,11 @@ class CRD(ChannelMethod):
 
     @torch.no_grad()
     def _remember(self, index: Tensor, ours: Tensor, theirs: Tensor) -> None:
+        # an item that is there twice is written twice, in any order: both times by its last embedding
+        place = torch.arange(len(index), device=index.device)
+        last = torch.where(index[:, None] == index, place, -1).amax(1)
         for memory, v in ((self.student_memory, ours), (self.teacher_memory, theirs)):
-            mixed = torch.lerp(v, memory[index].to(v.dtype), self.memory_momentum)
+            mixed = torch.lerp(v[last], memory[index].to(v.dtype), self.memory_momentum)
             memory.index_copy_(0, index, F.normalize(mixed).to(memory.dtype))
 
     def _check_index(self, index: Tensor | None, images: int) -> Tensor:

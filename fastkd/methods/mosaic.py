@@ -18,17 +18,17 @@ from fastkd.methods.datafree.terms import shares
 from fastkd.methods.procedure import Step
 from fastkd.methods.registry import register
 from fastkd.models.patch_discriminator import PatchDiscriminator
-from fastkd.patches import check_augmentation, padding_of, random_crop_flip, random_patches
+from fastkd.patches import padding_of, random_crop_flip, random_patches
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Mosaic", "PatchMode", "told_apart"]
+__all__ = ["Mosaic", "PatchMode", "discriminator_loss"]
 
 PatchMode = Literal["crop", "conv"]
 
 
-def told_apart(made: Tensor, real: Tensor, weight: Tensor) -> Tensor:
+def discriminator_loss(made: Tensor, real: Tensor, weight: Tensor) -> Tensor:
     """The loss of a discriminator, of logits ``[B, n]`` of n patches of each image: binary cross-entropy, summed over the
     patches, the mean over the images and over made and real ones (Fang et al., Eq. 3). ``weight`` is ``[B]``, the share of each
     made image."""
@@ -71,7 +71,7 @@ class Mosaic(DataFree):
         patch_mode: crop: patches of random places, drawn for each image anew, are given to the discriminator. conv: it is given
             whole images, padded with zeros, and sees the patches at regular places, as in the authors' code.
         patch_size: of a patch, in pixels.
-        patches_per_image: with crop.
+        patches_per_image: with crop. Where an image has fewer places than that, each patch counts for several.
         local: weight of the patches in the generator's loss, a sum over those of an image.
         discriminator_width: maps of its first convolution.
 
@@ -97,7 +97,7 @@ class Mosaic(DataFree):
         super().__init__(*given, **options)
         self.patch_mode = _checks.check_choice("patch_mode", patch_mode, get_args(PatchMode))
         self.padding = padding_of(padding)
-        self.flip_probability = check_augmentation(0.5 if _checks.check_flag("flip", flip) else 0.0, torch.float32)
+        self.flip_probability = 0.5 if _checks.check_flag("flip", flip) else 0.0
         self.patch_size = _checks.check_size("patch_size", patch_size, 1)
         self.patches_per_image = _checks.check_size("patches_per_image", patches_per_image, 1)
         self.weights["local"] = _checks.check_not_negative("local", local)
@@ -106,6 +106,10 @@ class Mosaic(DataFree):
             raise ValueError(
                 f"fastkd: patch_size is {self.patch_size}, must be at most the side of the images, {min(height, width)}"
             )
+        places = (height - self.patch_size + 1) * (width - self.patch_size + 1)
+        self._drawn = min(self.patches_per_image, places)
+        self._counts = self.patches_per_image / self._drawn if self.patch_mode == "crop" else 1.0
+        """How much each patch counts."""
         self.discriminator = PatchDiscriminator(
             channels, self.patch_size, width=discriminator_width, padded=self.patch_mode == "conv"
         )
@@ -128,7 +132,7 @@ class Mosaic(DataFree):
         """The discriminator's, ``[B, n]``: of n patches of each image ``[B, C, H, W]``; differentiable in the images."""
         patches = images
         if self.patch_mode == "crop":
-            patches, _ = random_patches(images, self.patch_size, self.patches_per_image)
+            patches, _ = random_patches(images, self.patch_size, self._drawn)
         logits: Tensor = self.discriminator(patches)
         exact = torch.promote_types(logits.dtype, torch.float32)  # many are summed
         return logits.to(exact).view(len(images), -1)
@@ -144,7 +148,7 @@ class Mosaic(DataFree):
                 f"fastkd: images has shape {tuple(batch.images.shape)}, must be {(size, *self.maker.shape)}: batch_size, "
                 f"{self.batch_size}, out-of-domain images of the task's shape for each of {self.student_steps} student_steps"
             )
-        self._seen = (batch.images[: self.batch_size].detach(),)
+        self._seen = (batch.images[: min(self.batch_size, SHOWN)].detach().clone(),)
         return batch.images
 
     def before_terms(self, made: Judged, given: Tensor | None, step: Step) -> dict[str, Tensor]:
@@ -153,7 +157,7 @@ class Mosaic(DataFree):
         if not self.weights["local"]:
             return {}
         logits = self.patch_logits(made.images.detach()), self.patch_logits(given[: self.batch_size])
-        loss = told_apart(*logits, shares(made.usable))
+        loss = self._counts * discriminator_loss(*logits, shares(made.usable))
         step.update(loss, "discriminator")
         return {"discriminator_loss": loss.detach()}
 
@@ -165,7 +169,7 @@ class Mosaic(DataFree):
         found = dict(super().pictures(step))
         if not self._seen:
             return found
-        shown = self._seen[0][:SHOWN].float().cpu()
+        shown = self._seen[0].float().cpu()
         found["out-of-domain"] = pictures.image_grid(shown, mean=self.maker.mean, std=self.maker.std)
         kinds = {"made": self.judge(self.samples(len(self._seen[0]))), "out-of-domain": self.judge(self._seen[0])}
         classes = {name: judged.stats.argmax.flatten().cpu() for name, judged in kinds.items()}
@@ -180,13 +184,14 @@ class Mosaic(DataFree):
 
     def fooling(self, images: Tensor, weight: Tensor) -> Tensor:
         """The generator's part of Eq. 3, a sum over the patches: lowest where the discriminator takes all for real."""
-        return (F.softplus(-self.patch_logits(images)).sum(1) * weight).sum()
+        return self._counts * (F.softplus(-self.patch_logits(images)).sum(1) * weight).sum()
 
     def other_images(self, given: Tensor | None, number: int) -> Tensor:
-        """Out-of-domain images, cropped and mirrored."""
+        """Out-of-domain images, cropped and mirrored; and those of the memory, if there is one."""
         assert given is not None
-        images = given[number * self.batch_size :][: self.batch_size]
-        if self.black is None:
-            return random_crop_flip(images, self.padding, flip_probability=self.flip_probability)
-        moved = images + self.black  # there 0 is black, with which crops are padded
-        return random_crop_flip(moved, self.padding, flip_probability=self.flip_probability, mean=self._shift)
+        images, mean = given[number * self.batch_size :][: self.batch_size], None
+        if self.black is not None:  # then, 0 is black, with which crops are padded
+            images, mean = images + self.black, self._shift
+        cropped = random_crop_flip(images, self.padding, flip_probability=self.flip_probability, mean=mean)
+        replayed = super().other_images(given, number)
+        return cropped if replayed is None else torch.cat([cropped, replayed])

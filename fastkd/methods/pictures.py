@@ -14,14 +14,15 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from fastkd._checks import check_count, check_dtype
-from fastkd._figures import BLUE, DASHED, GREEN, GREY, INK, ORANGE, PALE, canvas, plain_axes
+from fastkd._figures import BLUE, DASHED, GREEN, GREY, INK, ORANGE, PALE, RED, canvas, plain_axes
 from fastkd.patches import channel_values
 from fastkd.selection import TwoGaussianMixture
 
 __all__ = ["class_bars", "image_grid", "loss_histogram"]
 
 SELECTED, REJECTED = BLUE, ORANGE
-COLOURS = (BLUE, ORANGE, GREEN, GREY)  # of kinds of samples
+COLOURS = (BLUE, ORANGE, GREEN, RED, GREY)  # of kinds of samples
+MOST_TICKS = 20  # that can be read
 MOST_COLUMNS = 16
 WIDTH, LEAST_TILE, LARGEST_TILE = 10.0, 0.6, 1.0  # inches: of the grid, and of a tile
 GAP = 0.06  # between tiles, in widths of one
@@ -157,13 +158,14 @@ def loss_histogram(losses: Tensor, mixture: TwoGaussianMixture | None = None, se
     return figure
 
 
-def class_bars(classes: Mapping[str, Tensor], count: int) -> Figure:
+def class_bars(classes: Mapping[str, Tensor], count: int, title: str = "classes that the teacher predicts") -> Figure:
     """How samples of several kinds are distributed over the classes, side by side: those that a teacher predicts of images
     that were made and of others, for instance.
 
     Args:
         classes: by name of the kind, int64 ``[N]`` in [0, count), N >= 1.
         count: of the classes.
+        title: of the figure.
 
     Raises:
         TypeError, ValueError: no kind, other dtypes or shapes, a class out of range.
@@ -183,8 +185,8 @@ def class_bars(classes: Mapping[str, Tensor], count: int) -> Figure:
         colour = COLOURS[number % len(COLOURS)]
         axes.bar(places.tolist(), shares.tolist(), 0.9 * width, color=colour, label=f"{name} ({len(values)})")
     axes.axhline(100 / count, color=GREY, linewidth=1, linestyle=DASHED)
-    axes.set_xticks(range(count) if count <= MOST_COLUMNS else [])
-    plain_axes(axes, "classes that the teacher predicts", "class (dashed: all alike)", "share, %")
+    axes.set_xticks(range(count) if count <= MOST_TICKS else [])
+    plain_axes(axes, title, "class (dashed: all alike)", "share, %")
     axes.legend(frameon=False, fontsize=9)
     return figure
 

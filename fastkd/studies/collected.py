@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -53,7 +53,7 @@ class CollectionSettings:
     iqpr: float = 1.0
     """Inter-quartile sampling probability ratio: how many times as often an image at the third quartile of the scores is drawn
     as one at the first. 1: all are drawn equally often, and nothing is scored."""
-    least_alike: float = 1.0
+    lowest_share: float = 1.0
     """Share of the collection that is drawn from: its images of the lowest scores. With the score "entropy", those of which the
     teacher is least sure, as MosaicKD takes them out of ImageNet and Places365."""
     balanced: bool = False
@@ -68,7 +68,7 @@ class CollectionSettings:
     def __post_init__(self) -> None:
         for name, good, allowed in (
             ("iqpr", 1.0 <= self.iqpr < float("inf"), "1 (all alike) or more, and finite"),
-            ("least_alike", 0.0 < self.least_alike <= 1.0, "above 0, and at most 1"),
+            ("lowest_share", 0.0 < self.lowest_share <= 1.0, "above 0, and at most 1"),
             ("draws", self.draws >= 1, "1 or more"),
             ("held_out", 0.0 <= self.held_out < 1.0, "from 0 to below 1"),
         ):
@@ -89,12 +89,12 @@ class CollectionSettings:
     @property
     def looked_at(self) -> tuple[str, ...]:
         """By which scores of the teacher the images are drawn."""
-        by_score = self.iqpr != 1.0 or self.least_alike != 1.0
+        by_score = self.iqpr != 1.0 or self.lowest_share != 1.0
         return (*([self.score] if by_score else []), *([PREDICTION] if self.balanced else []))
 
     def drawn_from(self, images: int) -> int:
         """How many of so many images are drawn from, at most: some may be unreadable."""
-        return max(1, round(self.least_alike * (images - int(self.held_out * images))))
+        return max(1, round(self.lowest_share * (images - int(self.held_out * images))))
 
     @property
     def relevant(self) -> tuple[str, ...]:
@@ -126,10 +126,14 @@ def make_collection(settings: CollectionSettings, data: DataSettings, task: Imag
 
 
 def scores_of(
-    settings: CollectionSettings, collection: Collection, task: ImageSet, teacher: nn.Module, folder: Path
+    settings: CollectionSettings,
+    collection: Collection,
+    task: ImageSet,
+    teacher: nn.Module,
+    folder: Path,
+    names: Iterable[str],
 ) -> dict[str, Tensor]:
-    """By name, those that are asked for, float64 ``[N]``: those that are given, or those of the folder, made where they are not
-    there yet.
+    """By name, float64 ``[N]``: those that are given, or those of the folder, made where they are not there yet.
 
     Raises:
         ValueError, FileNotFoundError: scores of another collection or teacher, or none.
@@ -137,7 +141,7 @@ def scores_of(
     found: dict[str, Tensor] = {}
     if settings.scores is not None:
         found[settings.score] = open_scores(settings.scores, collection=collection, teacher=teacher).tensor()
-    for score in settings.looked_at:
+    for score in names:
         if score not in found:
             name = f"{score}-{collection.fingerprint()[:10]}-{weights_digest(teacher)[:10]}.npy"
             scorer = LogitScore(teacher, _prediction) if score == PREDICTION else make_scorer(score, teacher)
@@ -188,8 +192,8 @@ class Collected:
         self.drawn_from = torch.zeros(len(collection), dtype=torch.bool, device=device)
         self.drawn_from[kept.to(device)] = True
         self.drawn_from &= found.isfinite()
-        if settings.least_alike != 1.0:
-            self.drawn_from &= _lowest(found, self.drawn_from, settings.least_alike)
+        if settings.lowest_share != 1.0:
+            self.drawn_from &= _lowest(found, self.drawn_from, settings.lowest_share)
         # lambda follows from the quartiles of what is drawn from alone
         found = found.masked_fill(~self.drawn_from, -torch.inf)
         if settings.balanced:
@@ -257,7 +261,7 @@ def _lowest(scores: Tensor, counted: Tensor, share: float) -> Tensor:
 
 def _balancing(predictions: Tensor, counted: Tensor) -> Tensor:
     """Scores whose softmax gives each class that is predicted the same probability, and its images equal parts of it."""
-    classes = predictions.long()
+    classes = predictions.masked_fill(~counted, 0.0).long()  # images that cannot be read have none
     often = torch.bincount(classes[counted], minlength=int(classes.max()) + 1)
     return (-often[classes].double().log()).masked_fill(~counted, -torch.inf)
 
@@ -293,7 +297,7 @@ def described(settings: CollectionSettings) -> dict[str, Any]:
         found["score"] = hashlib.sha256(about.read_bytes()).hexdigest() if about.is_file() else str(settings.scores)
     elif settings.score not in settings.looked_at:
         del found["score"]
-    for name in ("least_alike", "balanced"):  # descriptions are those of the time before there was this option
+    for name in ("lowest_share", "balanced"):  # descriptions are those of the time before there was this option
         if (value := getattr(settings, name)) != getattr(CollectionSettings, name):
             found[name] = value
     return found

@@ -59,7 +59,7 @@ class DataSettings:
         if self.classes and (
             len(set(self.classes)) != len(self.classes) or len(self.classes) < 2 or min(self.classes) < 0
         ):
-            raise ValueError(f"fastkd: classes is {self.classes}, must be two different numbers, from 0 on, or more")
+            raise ValueError(f"fastkd: classes is {self.classes}, must be two or more different numbers, 0 or above")
 
 
 def check(settings: DataSettings) -> Outline:
@@ -117,7 +117,8 @@ def _of_classes(settings: DataSettings, outline: Outline) -> Outline:
         return outline
     if outline.num_classes is not None:
         _check_classes(settings.classes, outline.num_classes)
-    return outline._replace(num_classes=len(settings.classes), train_size=None, test_size=None)
+    of_files = {"train_size": None, "smallest_class": None, "test_size": None}
+    return Outline(**{**outline._asdict(), **of_files, "num_classes": len(settings.classes)})
 
 
 def _check_classes(classes: tuple[int, ...], there: int) -> None:
@@ -172,8 +173,8 @@ def _only(images: ImageSet, classes: tuple[int, ...]) -> ImageSet:
     if not classes:
         return images
     _check_classes(classes, images.num_classes)
-    number = torch.full((images.num_classes,), -1)
-    number[list(classes)] = torch.arange(len(classes))
+    number = torch.full((images.num_classes,), -1, device="cpu")
+    number[list(classes)] = torch.arange(len(classes), device="cpu")
     kept = images.subset(number[images.target] >= 0)
     names = tuple(images.class_names[label] for label in classes)
     return replace(kept, target=number[kept.target], class_names=names)
@@ -186,7 +187,7 @@ def others(settings: DataSettings) -> Tensor:
         ValueError: there are none.
     """
     train, _ = data_sets.load(settings.data, settings.data_root)
-    left = torch.ones(train.num_classes, dtype=torch.bool)
+    left = torch.ones(train.num_classes, dtype=torch.bool, device="cpu")
     left[list(settings.classes)] = False
     if not settings.classes or not left.any():
         raise ValueError(
@@ -241,9 +242,17 @@ def _mislabelled(images: ImageSet, settings: DataSettings, seed: int) -> ImageSe
     if settings.noise == "symmetric":
         noisy, _ = labels.symmetric_noise(images.target, rate, classes, seed)
     else:
-        mapping = labels.CIFAR10_CONFUSIONS if settings.data.lower() == "cifar10" else None
+        mapping = _confusions(settings) if settings.data.lower() == "cifar10" else None
         noisy, _ = labels.asymmetric_noise(images.target, rate, classes, seed, mapping)
     return images.with_target(noisy)
+
+
+def _confusions(settings: DataSettings) -> dict[int, int]:
+    """Of CIFAR-10's classes, by the numbers that they have in the task; of those alone whose both are in it."""
+    classes = settings.classes or tuple(range(10))
+    number = {label: i for i, label in enumerate(classes)}
+    pairs = labels.CIFAR10_CONFUSIONS.items()
+    return {number[a]: number[b] for a, b in pairs if a in number and b in number}
 
 
 def _shrunk(images: ImageSet, factor: int) -> ImageSet:

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastkd._checks import check_count
 from fastkd._seeding import mixed_seed, seeded
 from fastkd.data import Batch, BatchSource, Collection, ImageBatches, ImageSet, NoBatches
-from fastkd.methods import Procedure
+from fastkd.methods import DataFree, Procedure
 from fastkd.methods import registry as methods
 from fastkd.methods.registry import Given
 from fastkd.studies import data as images
@@ -42,7 +43,7 @@ OUT_OF_DOMAIN = "out-of-domain images"  # of the needs of a method
 ALONE = Process(0, 1, torch.device("cpu"))
 TEACHER_SEED = 1 << 20  # seeds of their weights begin here, away from those of students and of the others of a cohort
 MADE_UP_CLASSES = 10  # where only the files tell
-FEW_MADE = 4  # images that a method makes for itself where one step is only tried
+FEW = 4  # images of a batch where one step is only tried
 MEAN_IOU = "test_mean_iou"  # of the figures of a dense network
 COURSE_STEP = 5  # %, of the course of a method without images, which is evaluated often
 
@@ -192,7 +193,7 @@ class Experiment:
             kept, least = self.settings.collection.drawn_from(len(collection)), self.settings.batch_size
             if kept < least:
                 raise ValueError(
-                    f"fastkd: collection has {kept} images to draw from, must have those of a batch or more, {least}"
+                    f"fastkd: collection has {kept} images to draw from, must have at least as many as a batch, {least}"
                 )
             held_out = int(self.settings.collection.held_out * len(collection))
             if self.settings.training.schedule == "plateau" and not held_out:
@@ -209,7 +210,9 @@ class Experiment:
         teacher, taught = None, None
         if self.entry.needs_teacher:
             teacher, taught = self._teacher(teachers, data, show)
-        scored = self._scored(data, teacher, teachers) if self.settings.collection.collection else None
+        scored = None
+        if self.settings.collection.collection:
+            scored = self._scored(data, teacher, teachers, self.settings.collection.looked_at)
         result = self._train(folder, data, teacher, show, self.settings.training.seed, scored)
         if taught is not None:
             figures = {**result.figures, "teacher_gap": taught.accuracy - result.figures["peak_accuracy"]}
@@ -219,11 +222,11 @@ class Experiment:
         on_first_rank(lambda: write_result(self.settings, folder, result))
         return result
 
-    def score(self, teachers: Path) -> None:
-        """Scores the collection, where that is needed and not done."""
+    def score(self, teachers: Path, name: str) -> None:
+        """Scores the collection by this score, if that is not done."""
         data = self._load()
         teacher, _ = self._teacher(teachers, data, "off")
-        self._scored(data, teacher, teachers)
+        self._scored(data, teacher, teachers, (name,))
 
     def train_teacher(self, teachers: Path, show: Show) -> Result:
         """Trains the teacher alone, or goes on, or reads its result."""
@@ -251,7 +254,7 @@ class Experiment:
                 f"fastkd: padding is {settings.padding}, must be 0 for {settings.data.data}, where each pixel has a class: "
                 "crops would move the images, and not their classes"
             )
-        for name in ("iqpr", "least_alike", "balanced", "scores"):
+        for name in ("iqpr", "lowest_share", "balanced", "scores"):
             value, usual = (getattr(of, name) for of in (settings.collection, CollectionSettings))
             if value != usual:
                 raise ValueError(
@@ -279,17 +282,19 @@ class Experiment:
             raise ValueError(
                 f"fastkd: method {settings.method!r} {what}, must be another with a collection, as fixed-linear"
             )
-        if settings.collection.iqpr != 1.0 and not self.entry.needs_teacher:
-            raise ValueError(f"fastkd: iqpr is {settings.collection.iqpr}, must be 1 without a teacher to score by")
+        for name in ("iqpr", "lowest_share", "balanced", "scores"):
+            value, usual = (getattr(of, name) for of in (settings.collection, CollectionSettings))
+            if value != usual and not self.entry.needs_teacher:
+                raise ValueError(f"fastkd: {name} is {value}, must be {usual} without a teacher to score by")
 
-    def _scored(self, data: _Data, teacher: nn.Module | None, folder: Path) -> _Scored:
-        """The collection, with the scores that are needed."""
+    def _scored(self, data: _Data, teacher: nn.Module | None, folder: Path, names: tuple[str, ...]) -> _Scored:
+        """The collection, with these scores, and those that were given."""
         settings = self.settings.collection
         collection = make_collection(settings, self.settings.data, data.train, self._data_seed)
         scores: dict[str, Tensor] = {}
-        if settings.looked_at or settings.scores is not None:
+        if names or settings.scores is not None:
             assert teacher is not None
-            scores = scores_of(settings, collection, data.train, teacher, folder / "scores")
+            scores = scores_of(settings, collection, data.train, teacher, folder / "scores", names)
         return _Scored(collection, scores)
 
     def _collected(self, data: _Data, scored: _Scored, procedure: Procedure) -> Collected:
@@ -339,21 +344,25 @@ class Experiment:
         test = test.to(self.process.device)
         return _Data(train.to(self.process.device), test.normalised(), test.target)
 
-    def _images(self, train: ImageSet, batch_size: int, process: Process) -> ImageBatches:
+    def _images(
+        self, train: ImageSet, batch_size: int, process: Process, procedure: Procedure | None = None
+    ) -> ImageBatches:
+        """Batches, as the procedure takes them."""
+        batches, as_they_are = (1, False) if procedure is None else (procedure.batches, procedure.augments)
         return ImageBatches(
             train,
-            batch_size,
+            batch_size * batches,
             seed=self.settings.training.seed,
-            padding=self.settings.padding,
-            flip=None if self.settings.flip else False,
+            padding=0 if as_they_are else self.settings.padding,
+            flip=None if self.settings.flip and not as_they_are else False,
             rank=process.rank,
             world_size=process.world_size,
         )
 
-    def _source(self, data: _Data) -> BatchSource:
+    def _source(self, data: _Data, procedure: Procedure) -> BatchSource:
         if not self.entry.needs_images and self.settings.iterations:
             return NoBatches(self.settings.iterations)
-        batches = self._images(data.train, self.settings.batch_size, self.process)
+        batches = self._images(data.train, self.settings.batch_size, self.process, procedure)
         if "labels" in self.entry.needs:
             return batches
         return _Unlabeled(batches) if self.entry.needs_images else NoBatches(len(batches))
@@ -399,16 +408,14 @@ class Experiment:
 
     @property
     def _makes_images(self) -> bool:
-        """Whether the method may make images of its own."""
-        return not self.entry.needs_images or OUT_OF_DOMAIN in self.entry.needs
+        """Whether the method makes images of its own."""
+        return not self.entry.needs_images or issubclass(self.entry.kind, DataFree)
 
     def _check_step(self, data: _Data) -> None:
         """One iteration of the method, without an update."""
         settings = self.settings
         teacher = self._network("teacher", data, 0) if self.entry.needs_teacher else None
-        few = Batch(data.test_images[:4], data.test_target[:4], torch.arange(len(data.test_target[:4])))
-        batch = few if self.entry.needs_images else None
-        batch_size = min(settings.batch_size, FEW_MADE) if self._makes_images else settings.batch_size
+        batch_size = min(settings.batch_size, FEW) if self._makes_images else settings.batch_size
         try:
             with everything_seeded(0, 0):
                 options = self._tried_options()
@@ -422,7 +429,14 @@ class Experiment:
             ) from error
         try:
             with everything_seeded(0, 0):
+                self._check_validation(procedure)
                 updates = NoUpdates(procedure, trained_parts(procedure, settings.training, 1))
+                batch = None
+                if self.entry.needs_images:
+                    size = check_count("batches of the procedure", procedure.batches, 1)
+                    size *= batch_size if self._makes_images else FEW
+                    few = torch.arange(size, device=data.test_images.device) % len(data.test_images)
+                    batch = Batch(data.test_images[few], data.test_target[few], few)
                 terms = check_terms(procedure, procedure.iteration(batch, updates))
                 Running(data.test_images.device).add(terms, 1)
         except Exception as error:
@@ -432,6 +446,14 @@ class Experiment:
             raise ValueError(
                 f"fastkd: method {settings.method!r} does not take the {pair}: {first_line(error)}"
             ) from error
+
+    def _check_validation(self, procedure: Procedure) -> None:
+        plateau = self.settings.training.schedule == "plateau"
+        if plateau and type(procedure).validation is Procedure.validation:
+            raise ValueError(
+                f"fastkd: schedule is 'plateau', must be another for {self.settings.method!r}, which has no loss of images "
+                "that are held out"
+            )
 
     def _teacher(self, folder: Path, data: _Data, show: Show) -> tuple[nn.Module, Result]:
         """Trained, or read: its weights from a file of the user's, or from the folder."""
@@ -469,7 +491,7 @@ class Experiment:
         collected = None if scored is None else self._collected(data, scored, procedure)
         trainer = Trainer(
             procedure,
-            self._source(data) if collected is None else collected.batches,
+            self._source(data, procedure) if collected is None else collected.batches,
             settings.training,
             validate=collected.held_out if collected is not None and plateau else None,
             evaluate=data.evaluator(),

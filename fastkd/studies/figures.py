@@ -6,7 +6,7 @@ import statistics
 
 from torch import Tensor, nn
 
-from fastkd.methods import Procedure
+from fastkd.methods import Mosaic, Procedure
 from fastkd.models.modes import evaluating
 from fastkd.studies.collected import Collected
 from fastkd.training import frechet_distance, latents
@@ -39,8 +39,8 @@ def distances(
         if collected is not None:
             others = collected.some(FRECHET_IMAGES)
             pairs["collection_frechet_distance"] = others, images
-            size = getattr(procedure, "patch_size", None)
-            if size is not None:
+            if isinstance(procedure, Mosaic):
+                size = procedure.patch_size
                 pairs["patch_frechet_distance"] = patches_enlarged(others, size), patches_enlarged(images, size)
     found = {}
     for name, (ours, theirs) in pairs.items():
@@ -48,7 +48,7 @@ def distances(
             continue
         try:
             found[name] = float(frechet_distance(latents(teacher, ours), latents(teacher, theirs)))
-        except ValueError:  # a teacher that does not end in a linear layer
+        except ValueError:  # a teacher that does not end in a linear layer, or one image
             continue
     return found
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from fastkd._names import unknown_name
 from fastkd.methods import registry as methods
 
-__all__ = ["check_options", "iterations_of", "options_of"]
+__all__ = ["check_known", "check_options", "iterations_of", "options_of"]
 
 _OPTION = re.compile(r"(?:[\w-]+\.)?\w+=\S+")
 
@@ -22,19 +22,34 @@ def check_options(texts: Iterable[str]) -> None:
             raise ValueError(f"fastkd: method_options has {text!r}, must be NAME=VALUE or ROW.NAME=VALUE")
 
 
-def options_of(texts: Iterable[str], row: str, method: str, fixed: dict[str, Any]) -> dict[str, Any]:
-    """The options of a row: what the texts say of all rows, of those that its method has, then of this one, then what it is.
+def check_known(texts: Iterable[str], rows: Mapping[str, tuple[str, Collection[str]]]) -> None:
+    """Whether what the texts say is of a row that there is, and of an option that its method has, or for all rows one of any.
+
+    Args:
+        rows: by name, the method, and options that the row itself sets.
 
     Raises:
-        ValueError: an option of this row that its method does not have.
+        ValueError: an unknown name, answered with the nearest; an option that a row sets itself.
     """
+    options = {row: set(methods.find(method).options()) for row, (method, _) in rows.items()}
+    for text in texts:
+        row, dot, name = text.partition("=")[0].rpartition(".")
+        if dot and row not in rows:
+            raise unknown_name("row", row, rows)
+        of = options[row] if dot else set().union(*options.values())
+        if name not in of:
+            raise unknown_name(f"{row}'s option" if dot else "option of the methods", name, of)
+        if dot and name in rows[row][1]:
+            raise ValueError(f"fastkd: method_options has {text!r}, must not have {name}, by which {row} is what it is")
+
+
+def options_of(texts: Iterable[str], row: str, method: str, fixed: dict[str, Any]) -> dict[str, Any]:
+    """The options of a row: what the texts say of all rows, of those that its method has, then of this one, then what it is."""
     found: dict[str, Any] = {}
     known = set(methods.find(method).options())
     for text in sorted(texts, key=lambda text: "." in text.partition("=")[0]):
         place, _, value = text.partition("=")
-        whose, dot, name = place.rpartition(".")
-        if dot and whose == row and name not in known:
-            raise unknown_name(f"{row}'s option", name, known)
+        whose, _, name = place.rpartition(".")
         if name in known and whose in ("", row):
             found[name] = _value(value)
     return {**found, **fixed}

@@ -221,20 +221,17 @@ def run_all(runs: list[Run], folder: Path, device: torch.device, jobs: int) -> I
         for one in missing
         if methods.find(one.distillation.method).needs_teacher
     }
-    # and of these the scores of each collection
+    # and of these each score of each collection
     scored = {
-        (
-            one.distillation.of_teacher().digest(),
-            one.distillation.collection.collection,
-            one.distillation.collection.looked_at,
-        ): one
+        (one.distillation.of_teacher().digest(), one.distillation.collection.collection, score): (one, score)
         for one in missing
-        if one.distillation.collection.looked_at
+        for score in one.distillation.collection.looked_at
     }
     with Pool(min(jobs, len(missing)), device).open() as pool:
-        for work, of in ((_train_teacher, teachers), (_score, scored)):
-            for _ in pool.outcomes(partial(work, folder=folder, device=device), list(of.values())):
-                pass
+        for _ in pool.outcomes(partial(_train_teacher, folder=folder, device=device), list(teachers.values())):
+            pass
+        for _ in pool.outcomes(partial(_score, folder=folder, device=device), list(scored.values())):
+            pass
         yield from pool.outcomes(partial(_run, folder=folder, device=device), missing)
 
 
@@ -243,8 +240,9 @@ def _run(one: Run, folder: Path, device: torch.device) -> Result:
     return run(one.distillation, one.folder(folder), process, teachers=folder / TEACHERS, show="off")
 
 
-def _score(one: Run, folder: Path, device: torch.device) -> None:
-    Experiment(one.distillation, Process(0, 1, device)).score(folder / TEACHERS)
+def _score(one: tuple[Run, str], folder: Path, device: torch.device) -> None:
+    run, score = one
+    Experiment(run.distillation, Process(0, 1, device)).score(folder / TEACHERS, score)
 
 
 def _train_teacher(one: Run, folder: Path, device: torch.device) -> Result:

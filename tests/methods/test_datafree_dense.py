@@ -17,7 +17,7 @@ from fastkd.data import NoBatches
 from fastkd.functional import logit_stats
 from fastkd.methods.datafree import DataFree, Judged, terms
 from fastkd.methods.datafree.judged import own_losses
-from fastkd.methods.mosaic import Mosaic, told_apart
+from fastkd.methods.mosaic import Mosaic, discriminator_loss
 from fastkd.methods.registry import Given, create_procedure
 from fastkd.models.segmenter import Segmenter
 from fastkd.selection import select_clean
@@ -198,7 +198,7 @@ def test_the_patches_of_mosaic() -> None:
     torch.testing.assert_close(found["local"], 0.5 * expected)
     real = torch.randn_like(said)
     by_hand = -((1 - said.sigmoid()).log().sum() + real.sigmoid().log().sum()) / (2 * BATCH)
-    torch.testing.assert_close(told_apart(said, real, torch.full((BATCH,), 1 / BATCH)), by_hand)
+    torch.testing.assert_close(discriminator_loss(said, real, torch.full((BATCH,), 1 / BATCH)), by_hand)
 
 
 @pytest.mark.parametrize("method", ["ta-dfkd", "dfq", "mosaic"])

@@ -22,7 +22,7 @@ from training_processes import start_ranks
 from fastkd._seeding import seeded
 from fastkd.data import Batch
 from fastkd.methods.datafree.terms import shares
-from fastkd.methods.mosaic import told_apart
+from fastkd.methods.mosaic import discriminator_loss
 from fastkd.methods.registry import find
 from fastkd.models.patch_discriminator import PatchDiscriminator
 from fastkd.patches import crop_patches, random_patches
@@ -125,7 +125,7 @@ def test_the_discriminators_loss() -> None:
     pair = made.requires_grad_(), real.requires_grad_()
     theirs = F.binary_cross_entropy_with_logits(made, torch.zeros_like(made), reduction="sum")
     theirs = (theirs + F.binary_cross_entropy_with_logits(real, torch.ones_like(real), reduction="sum")) / 10
-    ours = told_apart(*pair, torch.full((5,), 0.2, dtype=torch.float64))
+    ours = discriminator_loss(*pair, torch.full((5,), 0.2, dtype=torch.float64))
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(torch.autograd.grad(ours, pair), torch.autograd.grad(theirs, pair), strict=True):
         torch.testing.assert_close(a, b)
@@ -260,6 +260,28 @@ def test_what_is_published() -> None:
     assert parts["generator"].settings["schedule"] == "cosine"
 
 
+def test_fewer_places_than_patches() -> None:
+    """Each counts for several: the sum is that of as many patches."""
+    procedure = mosaic(patch_size=SIDE, patches_per_image=5).eval()
+    images = foreign(1)[:BATCH]
+    said = procedure.patch_logits(images)
+    assert said.shape == (BATCH, 1)
+    weight = torch.full((BATCH,), 1 / BATCH)
+    torch.testing.assert_close(procedure.fooling(images, weight), -5 * said.sigmoid().log().mean())
+    assert mosaic(patch_size=SIDE - 1, patches_per_image=5).patch_logits(images).shape == (BATCH, 4)
+
+
+def test_a_memory_beside_other_images() -> None:
+    """The student sees both; together they count for a half."""
+    procedure = mosaic(memory="replay")
+    assert procedure.replay is not None
+    made = procedure.judge(procedure.maker().images)
+    lesson = next(iter(procedure._lessons_of(made, foreign(1))))
+    assert len(lesson.images) == 3 * BATCH
+    torch.testing.assert_close(lesson.weight[:BATCH].sum(), torch.tensor(0.5))
+    assert mosaic(adversarial=0.0, entropy=0.0, balance=0.0).weights["local"] == 1.0  # patches alone
+
+
 # ---- trainings -----------------------------------------------------------------------------------------
 
 
@@ -292,7 +314,7 @@ def test_steps_compile_into_one_graph(patch_mode: str) -> None:
         assert generator is not None
         made = procedure.judge(generator(noise))
         logits = procedure.patch_logits(made.images.detach()), procedure.patch_logits(given[:BATCH])
-        found = [told_apart(*logits, shares(made.usable))]
+        found = [discriminator_loss(*logits, shares(made.usable))]
         found += procedure.generator_terms(made).values()
         lessons = list(procedure._lessons_of(made, given))
         found += [procedure.student_loss(x.images, x.logits, x.weight) for x in lessons]

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastkd import AliasTable, statistics
 from fastkd.__main__ import main
 from fastkd.data import ArrayCollection, ImageSet
+from fastkd.data.collection import Unreadable
 from fastkd.models.resnet import resnet
 from fastkd.scoring import open_scores
 from fastkd.studies.collected import LONG_RUN, PREDICTION, Collected, CollectionSettings, make_collection
@@ -70,11 +71,11 @@ def test_lambda_is_of_what_is_drawn_from() -> None:
     torch.testing.assert_close(p[kept], torch.softmax(slope * scores[kept], 0), rtol=1e-6, atol=1e-12)
 
 
-def test_the_least_alike_alone_are_drawn() -> None:
+def test_the_lowest_share_alone_are_drawn() -> None:
     """A share of those that can be drawn, by the lowest scores."""
     scores = torch.randn(ITEMS, generator=torch.Generator().manual_seed(4)).double()
     scores[:3] = -math.inf  # could not be read
-    settings = CollectionSettings(collection="here", score="entropy", least_alike=0.25, draws=600, held_out=0.0)
+    settings = CollectionSettings(collection="here", score="entropy", lowest_share=0.25, draws=600, held_out=0.0)
     made = collected(1.0, scores, settings)
     kept = made.drawn_from
     assert int(kept.sum()) == round(0.25 * (ITEMS - 3))
@@ -88,10 +89,14 @@ def test_the_least_alike_alone_are_drawn() -> None:
 def test_balanced_draws_are_of_all_classes_alike() -> None:
     """Of those that the teacher predicts, however rare; images of a class are drawn equally often."""
     predictions = torch.tensor([0.0] * 150 + [2.0] * 45 + [5.0] * 5, dtype=torch.float64)
+    predictions[:2] = -math.inf  # could not be read
     settings = CollectionSettings(collection="here", balanced=True, draws=600, held_out=0.1)
     pixels = torch.zeros(ITEMS, 3, 8, 8, dtype=torch.uint8)
     given = {PREDICTION: predictions}
-    made = Collected(settings, ArrayCollection(pixels), given, task(), batch_size=20, padding=None, flip=None, seed=3)
+    collection = ArrayCollection(pixels)
+    collection._missing = {i: Unreadable(i, str(i), "broken") for i in range(2)}
+    collection.unreadable = "skip"
+    made = Collected(settings, collection, given, task(), batch_size=20, padding=None, flip=None, seed=3)
     p, kept = made.batches.table.probabilities(), made.drawn_from
     assert p[~kept].eq(0).all()
     for label in (0, 2, 5):
@@ -224,9 +229,9 @@ def test_settings_that_cannot_be() -> None:
         ({"collection": "a", "held_out": 1.0}, "held_out is 1.0"),
         ({"iqpr": 5.0}, "collection is empty, must be given where there are scores, an iqpr"),
         ({"balanced": True}, "collection is empty, must be given where"),
-        ({"least_alike": 0.5}, "collection is empty, must be given where"),
-        ({"collection": "a", "least_alike": 0.0}, "least_alike is 0.0, must be above 0, and at most 1"),
-        ({"collection": "a", "least_alike": 1.5}, "least_alike is 1.5"),
+        ({"lowest_share": 0.5}, "collection is empty, must be given where"),
+        ({"collection": "a", "lowest_share": 0.0}, "lowest_share is 0.0, must be above 0, and at most 1"),
+        ({"collection": "a", "lowest_share": 1.5}, "lowest_share is 1.5"),
         ({"collection": "a", "balanced": True, "iqpr": 5.0}, "balanced is True, must be False with an iqpr, 5.0"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -357,11 +362,11 @@ def test_distill_on_a_collection_that_was_scored(
         ("--method fixed-linear --collection mnist:5000", "mnist has 30 images"),
         (
             "--method fixed-linear --collection mnist:10",
-            "collection has 9 images to draw from, must have those of a batch",
+            "collection has 9 images to draw from, must have at least as many",
         ),
         (
             "--method mosaic --patch-size 4 --collection mnist:9 --held-out 0",
-            "collection has 9 images to draw from, must have those of a",
+            "collection has 9 images to draw from, must have at least as",
         ),
         (
             "--method mosaic --patch-size 9 --collection mnist",
@@ -370,8 +375,15 @@ def test_distill_on_a_collection_that_was_scored(
         ("--method mosaic --patch-size 4", "collection is empty, must be the out-of-domain images that 'mosaic' needs"),
         ("--method ood-kd --collection others", "classes is (), must be some of the 10, for images of the others"),
         ("--method ood-kd --collection others --classes 0 12", "classes is (0, 12), must be below 10"),
-        ("--method ood-kd --collection mnist --classes 3 3", "classes is (3, 3), must be two different numbers"),
+        (
+            "--method ood-kd --collection mnist --classes 3 3",
+            "classes is (3, 3), must be two or more different numbers",
+        ),
         ("--method hinton --collection mnist --balanced", "method 'hinton' learns from labels"),
+        (
+            "--method mosaic --patch-size 4 --collection mnist --schedule plateau",
+            "schedule is 'plateau', must be another for 'mosaic', which has no loss of images that are held out",
+        ),
         ("--method fixed-linear --schedule plateau", "schedule is 'plateau', must be another without images held out"),
         ("--method fixed-linear --iqpr 5", "collection is empty"),
         ("--method vanilla --collection nothing/here", "nothing/here"),

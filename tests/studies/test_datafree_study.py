@@ -87,7 +87,7 @@ def test_options_of_the_methods_and_as_many_updates_of_each() -> None:
     }
     assert DataFree().distillation("dafl", "T1", 0).iterations == 36
     with pytest.raises(ValueError, match=r"cmi's option 'widht' is unknown, did you mean width\?"):
-        DataFree(method_options=("cmi.widht=3",)).distillation("cmi", "T1", 0)
+        DataFree(method_options=("cmi.widht=3",)).grid(["dafl"], ["T1"], 1)
     with pytest.raises(ValueError, match=r"method_options has 'width', must be NAME=VALUE or ROW.NAME=VALUE"):
         DataFree(method_options=("width",))
     with pytest.raises(ValueError, match="student_updates is -1, must be 0"):

@@ -229,7 +229,7 @@ def test_what_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -
             {"iqpr": 5.0},
             "iqpr is 5.0, must be 1.0 for scenes: its teacher has a class for each pixel, and images are scored",
         ),
-        ({"least_alike": 0.5, "score": "entropy"}, "least_alike is 0.5, must be 1.0 for scenes"),
+        ({"lowest_share": 0.5, "score": "entropy"}, "lowest_share is 0.5, must be 1.0 for scenes"),
         ({"balanced": True}, "balanced is True, must be False for scenes"),
         ({"scores": Path("scores.npy")}, "scores is scores.npy, must be None for scenes"),
     ],

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 from fastkd.methods import registry as methods
 from fastkd.studies.datafree import published
-from fastkd.studies.method_options import check_options, iterations_of, options_of
+from fastkd.studies.method_options import check_known, check_options, iterations_of, options_of
 from fastkd.studies.settings import Distillation, Networks
-from fastkd.studies.study import Figure, Spread, Study, register
+from fastkd.studies.study import Figure, Run, Spread, Study, register
 from fastkd.training import TrainingSettings
 
 __all__ = ["ROWS", "TEACHERS", "DataFree", "Row"]
@@ -91,6 +92,12 @@ class DataFree(Study):
         there = methods.names()
         ours = [name for name, row in ROWS.items() if row.method in there]
         return (*ours, *(name for name in there if methods.find(name).needs == ("teacher",) and name not in ours))
+
+    def grid(self, rows: Iterable[str], columns: Iterable[str], seeds: int) -> list[Run]:
+        """As of all studies; what is said of a row must be of one that there is."""
+        ways = {name: ROWS.get(name, Row(name, {})) for name in self.row_names()}
+        check_known(self.method_options, {name: (way.method, way.options) for name, way in ways.items()})
+        return super().grid(rows, columns, seeds)
 
     def distillation(self, row: str, column: str, seed: int) -> Distillation:
         way = ROWS.get(row, Row(row, {}))

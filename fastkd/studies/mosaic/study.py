@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from fastkd.methods import registry as methods
+from fastkd.studies import data as data_sets
 from fastkd.studies.collected import OTHERS, TASK, CollectionSettings
 from fastkd.studies.data import DataSettings
-from fastkd.studies.method_options import check_options, iterations_of, options_of
+from fastkd.studies.method_options import check_known, check_options, iterations_of, options_of
 from fastkd.studies.mosaic import published
 from fastkd.studies.settings import Distillation
-from fastkd.studies.study import Figure, Published, Study, register
+from fastkd.studies.study import Figure, Published, Run, Study, register
 from fastkd.training import TrainingSettings
 
 __all__ = ["DOMAINS", "PATCHES", "ROWS", "Domain", "MosaicStudy", "Row"]
@@ -41,7 +42,7 @@ class Domain(NamedTuple):
 _DATA_FREE = ("dafl", "zskt", "deep-inversion", "dfq")
 PATCHES = {f"patches-{size}": size for size in published.SIZES}
 """Rows of the ablation: MosaicKD by the size of its patches, in pixels of images of 32 x 32."""
-FULL_SIDE = 32
+FULL_SIDE, PATCH = 32, 10  # pixels of the paper's images, and of its patches
 ROWS: dict[str, Row] = {
     **{name: Row(name) for name in _DATA_FREE},
     "kd": Row("ood-kd"),
@@ -55,7 +56,7 @@ DOMAINS: dict[str, Domain] = {
     "task": Domain(TASK, "cifar-100"),
     "others": Domain(OTHERS, "cifar-10"),
     "uncertain": Domain(OTHERS, "imagenet", uncertain=True),
-    "cifar10": Domain("cifar10", "places365"),
+    "cifar10": Domain("cifar10", "cifar-10"),
     "fashion-mnist": Domain("fashion-mnist", "svhn"),
     "mnist": Domain("mnist", "svhn"),
     "quickdraw": Domain("quickdraw", "svhn"),
@@ -72,7 +73,8 @@ class MosaicStudy(Study):
     The teacher learns some classes of a data set; students learn from it on images of others, without labels. A row is a
     method: kd, balanced, fitnet, rkd, crd, sskd and mosaic; those without data, as dafl; and, for the ablation, patches-1 to
     patches-32, MosaicKD by the size of its patches, in pixels of images of 32 x 32, or no-patches, without them. A column is
-    where the images are from. Students of a row make as many updates. Writes tables of the accuracy and of Frechet distances
+    where the images are from. All rows make the same number of updates of the student; those without data do not depend on the
+    column. Writes tables of the accuracy and of Frechet distances
     beside the paper's, and the course of the accuracy. The same command goes on where it was interrupted.
     """
 
@@ -97,16 +99,22 @@ class MosaicStudy(Study):
     data: DataSettings = field(default_factory=lambda: DataSettings(classes=(2, 3, 4, 5, 6, 7)))
     """The teacher's task: by default the animals of CIFAR-10; its vehicles are the others."""
     collection: CollectionSettings = field(default_factory=lambda: CollectionSettings(draws=50000, held_out=0.0))
-    """How many images are drawn in an epoch, each for one update of the student."""
-    training: TrainingSettings = field(default_factory=lambda: TrainingSettings(learning_rate=0.1, nesterov=False))
+    """How many images are drawn in an epoch; a batch of them is for one update of the student."""
+    batch_size: int = 256
+    """Images of a batch, in each process."""
+    training: TrainingSettings = field(
+        default_factory=lambda: TrainingSettings(learning_rate=0.1, weight_decay=1e-4, nesterov=False)
+    )
     """The training of the student, and, but for what teacher_... says, of the teacher."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         given = self.collection
-        for name in ("collection", "iqpr", "least_alike", "balanced", "scores"):
+        for name in ("collection", "score", "iqpr", "lowest_share", "balanced", "scores"):
             if (value := getattr(given, name)) != getattr(CollectionSettings, name):
                 raise ValueError(f"fastkd: {name} is {value!r}, must not be given: domains says which images")
+        if self.iterations:
+            raise ValueError(f"fastkd: iterations is {self.iterations}, must not be given: draws says how many")
         if self.images < 0:
             raise ValueError(f"fastkd: images is {self.images}, must be 0 (all) or more")
         if not 0.0 < self.uncertain_share < 1.0:
@@ -115,21 +123,46 @@ class MosaicStudy(Study):
 
     def row_names(self) -> tuple[str, ...]:
         there = methods.names()
-        ours = [name for name, row in ROWS.items() if row.method in there]
+        ours = [name for name, row in ROWS.items() if row.method in there and self._fixed(name).get("patch_size", 1)]
         known = {row.method for row in ROWS.values()}
         return (*ours, *(name for name in there if _may_be(name) and name not in known))
 
     def column_names(self) -> tuple[str, ...]:
-        """Not the task's own set; and others, where the task has not all classes of it."""
-        own = (self.data.data.lower(), *(() if self.data.classes else (OTHERS,)))
-        return tuple(name for name, domain in DOMAINS.items() if domain.place not in own)
+        return tuple(name for name in DOMAINS if not self._why_not(name))
+
+    def grid(self, rows: Iterable[str], columns: Iterable[str], seeds: int) -> list[Run]:
+        """As of all studies; what is said of a row must be of one that there is, and a domain must suit the task."""
+        ways = {name: (ROWS.get(name, Row(name)).method, self._fixed(name)) for name in self.row_names()}
+        check_known(self.method_options, ways)
+        columns = list(columns)
+        for name in columns:
+            if name in DOMAINS and (why := self._why_not(name)):
+                raise ValueError(f"fastkd: domains has {name!r}, must be others: {why}")
+        return super().grid(rows, columns, seeds)
+
+    def _why_not(self, domain: str) -> str:
+        """Why a domain does not suit the task, if so."""
+        place = DOMAINS[domain].place
+        if place == self.data.data.lower():
+            return "it is the task's own data set"
+        if place == OTHERS and not self.data.classes:
+            return "the task has all classes of its data set, as --classes says none"
+        return ""
+
+    def _fixed(self, row: str) -> dict[str, Any]:
+        """Options by which a row is what it is."""
+        sizes = {"patch_size": self._pixels(PATCHES[row])} if row in PATCHES else {}
+        return {**ROWS.get(row, Row(row)).options, **sizes}
+
+    def _pixels(self, size: int) -> int:
+        """Of a patch, for images of this task, where it has so many of images of the paper's."""
+        return round(size * min(data_sets.check(self.data).shape[1:]) / FULL_SIDE)
 
     def distillation(self, row: str, column: str, seed: int) -> Distillation:
         way, domain = ROWS.get(row, Row(row)), DOMAINS[column]
-        fixed = dict(way.options)
-        if row in PATCHES:
-            fixed["patch_size"] = max(1, round(PATCHES[row] / self.data.shrink))
-        options = options_of(self.method_options, row, way.method, fixed)
+        options = options_of(self.method_options, row, way.method, self._fixed(row))
+        if way.method == "mosaic":
+            options.setdefault("patch_size", self._pixels(PATCH))
         common: dict[str, Any] = {**self.common(), "training": replace(self.training, seed=seed)}
         if methods.find(way.method).needs_images:
             few = self.images and domain.place != TASK
@@ -137,7 +170,7 @@ class MosaicStudy(Study):
                 self.collection,
                 collection=f"{domain.place}:{self.images}" if few else domain.place,
                 score="entropy",
-                least_alike=self.uncertain_share if domain.uncertain else 1.0,
+                lowest_share=self.uncertain_share if domain.uncertain else 1.0,
                 balanced=way.balanced,
             )
         else:
