@@ -98,6 +98,15 @@ def quickdraw(root: Path) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
+def several_sets(root: Path) -> Path:
+    """CIFAR-10 of 100 + 20 images, and digits, clothes and sketches."""
+    cifar10_binary(root, 20)
+    idx_set(root / "mnist" / "raw")
+    idx_set(root / "fashion-mnist" / "raw")
+    quickdraw(root)
+    return root
+
+
 def python2_pickle(value: object) -> bytes:
     """What cPickle of Python 2 writes at protocol 2: text as bytes, arrays by the old module of numpy."""
     return b"\x80\x02" + _python2(value) + b"."

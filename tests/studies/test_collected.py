@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from image_files import cifar10_binary, idx_set, quickdraw
+from image_files import several_sets
 from torch import Tensor
 
 from fastkd import AliasTable, statistics
@@ -30,13 +30,7 @@ ITEMS = 200
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """CIFAR-10 of 100 + 20 images, and digits, clothes and sketches."""
-    root = tmp_path / "data"
-    cifar10_binary(root, 20)
-    idx_set(root / "mnist" / "raw")
-    idx_set(root / "fashion-mnist" / "raw")
-    quickdraw(root)
-    return root
+    return several_sets(tmp_path / "data")
 
 
 def task() -> ImageSet:

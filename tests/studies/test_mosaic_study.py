@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from image_files import cifar10_binary, idx_set, quickdraw
+from image_files import several_sets
 
 from fastkd.__main__ import main
 from fastkd.methods import registry
@@ -22,13 +22,7 @@ pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread", "no_
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """CIFAR-10 of 100 + 20 images, and digits, clothes and sketches."""
-    root = tmp_path / "data"
-    cifar10_binary(root, 20)
-    idx_set(root / "mnist" / "raw")
-    idx_set(root / "fashion-mnist" / "raw")
-    quickdraw(root)
-    return root
+    return several_sets(tmp_path / "data")
 
 
 # ---- classes of a set --------------------------------------------------------------------------------
