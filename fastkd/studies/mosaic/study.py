@@ -74,8 +74,8 @@ class MosaicStudy(Study):
     method: kd, balanced, fitnet, rkd, crd, sskd and mosaic; those without data, as dafl; and, for the ablation, patches-1 to
     patches-32, MosaicKD by the size of its patches, in pixels of images of 32 x 32, or no-patches, without them. A column is
     where the images are from. All rows make the same number of updates of the student; those without data do not depend on the
-    column. Writes tables of the accuracy and of Frechet distances
-    beside the paper's, and the course of the accuracy. The same command goes on where it was interrupted.
+    column. Writes tables of the accuracy and of Frechet distances beside the paper's, and the course of the accuracy. The same
+    command goes on where it was interrupted.
     """
 
     all_rows: ClassVar[tuple[str, ...]] = tuple(ROWS)
