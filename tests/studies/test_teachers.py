@@ -134,7 +134,7 @@ def test_the_rest_of_a_collection_is_what_its_teacher_has_not_seen() -> None:
     settings = replace(TINY, method="fixed-linear", collection=CollectionSettings(collection="rest"))
     of_seed = {name: Experiment(one) for name, one in (("own", seeded(settings, 2)), ("other", seeded(settings, 0, 2)))}
     assert torch.equal(of_seed["own"]._load().train.images, of_seed["other"]._load().train.images)
-    collections = [one._scored(one._load(), None, Path()).collection for one in of_seed.values()]
+    collections = [one._scored(one._load(), None, Path(), ()).collection for one in of_seed.values()]
     assert len({made.fingerprint() for made in collections}) == 1
 
 
