@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,7 +34,7 @@ def save(
     figures: Mapping[str, Accuracies] | None = None,
 ) -> list[Path]:
     """Writes ``results.json`` (each run), ``table.md`` and ``accuracy.png``; ``course.png`` where accuracies on the way are
-    known, and ``spread.png`` where the study asks for it.
+    known, ``spread.png`` where the study asks for it, and figures of its own.
 
     Args:
         teachers: of the runs' teachers.
@@ -58,6 +59,8 @@ def save(
     if study.spread and study.spread.figure in shown:
         spread = spread_figure(study, study.spread, shown[study.spread.figure])
         parts["spread.png"] = lambda file: spread.savefig(file, format="png")
+    for name, picture in study.pictures(accuracies, shown).items():
+        parts[f"{name}.png"] = partial(picture.savefig, format="png")
     for name, write in parts.items():
         write_whole(folder / name, write)
     return [folder / name for name in parts]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
 
 import torch
 
@@ -22,6 +22,9 @@ from fastkd.studies.pool import Pool
 from fastkd.studies.result import Result, read_result
 from fastkd.studies.settings import Distillation, Networks
 from fastkd.training import Process
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Picture
 
 __all__ = [
     "Accuracies",
@@ -122,6 +125,15 @@ class Study(Networks):
     def figures_shown(self) -> tuple[Figure, ...]:
         """Those of the class, or what they are with these options."""
         return self.figures
+
+    def pictures(self, accuracies: Accuracies, figures: Mapping[str, Accuracies]) -> Mapping[str, Picture]:
+        """Figures of its own by the name of their file, without its ending. They need matplotlib, which is to be imported in
+        here.
+
+        Args:
+            figures: by name, what the runs came to beside the accuracy.
+        """
+        return {}
 
     def row_names(self) -> tuple[str, ...]:
         """Those that may be asked for."""

@@ -15,7 +15,7 @@ from fastkd.studies.collected import CollectionSettings
 from fastkd.studies.data import DataSettings, check, others, prepare
 from fastkd.studies.mosaic import MosaicStudy, published
 from fastkd.studies.mosaic.study import DOMAINS, PATCHES, ROWS
-from fastkd.studies.study import find
+from fastkd.studies.study import Accuracies, find
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread", "no_figures")]
 
@@ -144,6 +144,25 @@ def test_published_figures() -> None:
     assert {domain.published for domain in DOMAINS.values()} <= {*published.ACCURACY}
     for rows in published.ACCURACY.values():
         assert set(rows) <= set(ROWS)
+
+
+def test_the_figure_of_the_patches() -> None:
+    """Ours and the paper's; of one size there is none."""
+    accuracies: Accuracies = {
+        "others": {"patches-2": {0: 0.5, 1: 0.6}, "patches-8": {0: 0.7}, "kd": {0: 0.4}},
+        "quickdraw": {"patches-8": {0: 0.3}},
+        "mnist": {"kd": {0: 0.2}},
+    }
+    distances: Accuracies = {"others": {"patches-2": {0: 3.0, 1: 5.0}, "patches-8": {0: 9.0}}}
+    (figure,) = MosaicStudy().pictures(accuracies, {"patch_frechet_distance": distances}).values()
+    left, right = figure.axes
+    curves = {line.get_label(): line for line in left.lines if not str(line.get_label()).startswith("_")}
+    assert set(curves) == {"others", "quickdraw", "others: the paper's, CIFAR-10", "quickdraw: the paper's, SVHN"}
+    assert list(curves["others"].get_xdata()) == [2, 8]
+    assert list(curves["others"].get_ydata()) == pytest.approx([55, 70])
+    assert list(curves["others: the paper's, CIFAR-10"].get_ydata())[3] == 61.01
+    assert list(right.lines[0].get_ydata()) == pytest.approx([4, 9])
+    assert MosaicStudy().pictures({"others": {"patches-2": {0: 0.5}}}, {}) == {}
 
 
 # ---- the command -------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from fastkd.methods import registry as methods
 from fastkd.studies import data as data_sets
@@ -14,8 +14,11 @@ from fastkd.studies.data import DataSettings
 from fastkd.studies.method_options import check_known, check_options, iterations_of, options_of
 from fastkd.studies.mosaic import published
 from fastkd.studies.settings import Distillation
-from fastkd.studies.study import Figure, Published, Run, Study, register
+from fastkd.studies.study import Accuracies, Figure, Published, Run, Study, register
 from fastkd.training import TrainingSettings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Picture
 
 __all__ = ["DOMAINS", "PATCHES", "ROWS", "Domain", "MosaicStudy", "Row"]
 
@@ -120,6 +123,18 @@ class MosaicStudy(Study):
         if not 0.0 < self.uncertain_share < 1.0:
             raise ValueError(f"fastkd: uncertain_share is {self.uncertain_share}, must be above 0 and below 1")
         check_options(self.method_options)
+
+    def pictures(self, accuracies: Accuracies, figures: Mapping[str, Accuracies]) -> Mapping[str, Picture]:
+        """Of the ablation, where two sizes or more were run."""
+        if len({row for rows in accuracies.values() for row in rows} & set(PATCHES)) < 2:
+            return {}
+        from fastkd.studies.mosaic.figure import patch_sizes  # matplotlib takes a second to import
+
+        names = {column: domain.published for column, domain in DOMAINS.items()}
+        theirs = {
+            c: (name.upper(), published.ABLATION[name]) for c, name in names.items() if name in published.ABLATION
+        }
+        return {"patches": patch_sizes(PATCHES, accuracies, figures.get("patch_frechet_distance", {}), theirs)}
 
     def row_names(self) -> tuple[str, ...]:
         there = methods.names()
