@@ -20,8 +20,9 @@ from fastkd.data import Batch, BatchSource, Collection, ImageBatches, ImageSet, 
 from fastkd.methods import DataFree, Procedure
 from fastkd.methods import registry as methods
 from fastkd.methods.registry import Given
+from fastkd.studies import checks
 from fastkd.studies import data as images
-from fastkd.studies.collected import Collected, CollectionSettings, make_collection, scores_of
+from fastkd.studies.collected import Collected, make_collection, scores_of
 from fastkd.studies.data import prepare
 from fastkd.studies.figures import course, distances, stability
 from fastkd.studies.networks import check_network, first_line, make_network, read_state, take_weights
@@ -39,7 +40,6 @@ from fastkd.training.update import trained_parts
 
 __all__ = ["Experiment", "run"]
 
-OUT_OF_DOMAIN = "out-of-domain images"  # of the needs of a method
 ALONE = Process(0, 1, torch.device("cpu"))
 TEACHER_SEED = 1 << 20  # seeds of their weights begin here, away from those of students and of the others of a cohort
 MADE_UP_CLASSES = 10  # where only the files tell
@@ -141,17 +141,17 @@ class Experiment:
                 networks that do not take its images, or that the method cannot compare.
         """
         settings = self.settings
-        self._check_needs()
+        checks.check_needs(settings, self.entry)
         for role in self.roles:
             make_network(getattr(settings, role), role, channels=1, classes=2, seed=0)
         outline = images.check(settings.data)
         if outline.dense:
-            self._check_dense()
-        self._check_batches(outline.train_size)
+            checks.check_dense(settings)
+        checks.check_batches(settings, self.entry, outline.train_size, self.process.world_size)
         if self.entry.needs_teacher:
             settings.of_teacher()  # the schedule must fit its epochs, too
         if settings.collection.collection:
-            self._check_collection()
+            checks.check_collection(settings, self.entry)
         elif settings.training.schedule == "plateau":
             raise ValueError("fastkd: schedule is 'plateau', must be another without images held out of a collection")
         made_up = self._made_up()
@@ -232,61 +232,6 @@ class Experiment:
         """Trains the teacher alone, or goes on, or reads its result."""
         return self._teacher(teachers, self._load(), show)[1]
 
-    def _check_needs(self) -> None:
-        if OUT_OF_DOMAIN in self.entry.needs and not self.settings.collection.collection:
-            raise ValueError(
-                f"fastkd: collection is empty, must be the out-of-domain images that {self.entry.name!r} needs: a folder, an "
-                ".npy or the name of a data set"
-            )
-        given = ("labels", "images", "teacher", OUT_OF_DOMAIN)
-        missing = [need for need in self.entry.needs if need not in given]
-        if missing:
-            raise ValueError(
-                f"fastkd: method {self.entry.name!r} needs {' and '.join(missing)}, which no option gives yet: train it in "
-                "Python, fastkd.training.Trainer(procedure, batches, settings)"
-            )
-
-    def _check_dense(self) -> None:
-        """Whether what is said of images that have a class is said of none."""
-        settings = self.settings
-        if settings.padding:
-            raise ValueError(
-                f"fastkd: padding is {settings.padding}, must be 0 for {settings.data.data}, where each pixel has a class: "
-                "crops would move the images, and not their classes"
-            )
-        for name in ("iqpr", "lowest_share", "balanced", "scores"):
-            value, usual = (getattr(of, name) for of in (settings.collection, CollectionSettings))
-            if value != usual:
-                raise ValueError(
-                    f"fastkd: {name} is {value}, must be {usual} for {settings.data.data}: its teacher has a class for each "
-                    "pixel, and images are scored by classifiers"
-                )
-
-    def _check_batches(self, train_size: int | None) -> None:
-        """Whether the training images fill one, of the student and of the teacher."""
-        settings, sizes = self.settings, {}
-        if self.entry.needs_images or not settings.iterations:  # else they are made, as many as one likes
-            sizes["batch_size"] = settings.batch_size
-        if self.entry.needs_teacher and settings.teacher_weights is None:
-            name = "teacher_batch_size" if settings.teacher_batch_size else "batch_size"
-            sizes[name] = settings.of_teacher().batch_size
-        for name, size in sizes.items():
-            if train_size is not None and size * self.process.world_size > train_size:
-                ranks = f" on each of {self.process.world_size} ranks" if self.process.world_size > 1 else ""
-                raise ValueError(f"fastkd: {name} is {size}{ranks}, must be at most the {train_size} images")
-
-    def _check_collection(self) -> None:
-        settings = self.settings
-        if "labels" in self.entry.needs or not self.entry.needs_images:
-            what = "learns from labels" if "labels" in self.entry.needs else "makes its own images"
-            raise ValueError(
-                f"fastkd: method {settings.method!r} {what}, must be another with a collection, as fixed-linear"
-            )
-        for name in ("iqpr", "lowest_share", "balanced", "scores"):
-            value, usual = (getattr(of, name) for of in (settings.collection, CollectionSettings))
-            if value != usual and not self.entry.needs_teacher:
-                raise ValueError(f"fastkd: {name} is {value}, must be {usual} without a teacher to score by")
-
     def _scored(self, data: _Data, teacher: nn.Module | None, folder: Path, names: tuple[str, ...]) -> _Scored:
         """The collection, with these scores, and those that were given."""
         settings = self.settings.collection
@@ -306,8 +251,7 @@ class Experiment:
             scored.scores,
             data.train,
             batch_size=settings.batch_size * procedure.batches,
-            padding=0 if procedure.augments else settings.padding,
-            flip=None if settings.flip and not procedure.augments else False,
+            **self._moves(as_they_are=procedure.augments),
             seed=settings.training.seed,
             rank=self.process.rank,
             world_size=self.process.world_size,
@@ -344,6 +288,12 @@ class Experiment:
         test = test.to(self.process.device)
         return _Data(train.to(self.process.device), test.normalised(), test.target)
 
+    def _moves(self, *, as_they_are: bool) -> dict[str, Any]:
+        """How images are cropped and mirrored; None is as their set says."""
+        if as_they_are:
+            return {"padding": 0, "flip": False}
+        return {"padding": self.settings.padding, "flip": None if self.settings.flip else False}
+
     def _images(
         self, train: ImageSet, batch_size: int, process: Process, procedure: Procedure | None = None
     ) -> ImageBatches:
@@ -353,8 +303,7 @@ class Experiment:
             train,
             batch_size * batches,
             seed=self.settings.training.seed,
-            padding=0 if as_they_are else self.settings.padding,
-            flip=None if self.settings.flip and not as_they_are else False,
+            **self._moves(as_they_are=as_they_are),
             rank=process.rank,
             world_size=process.world_size,
         )
