@@ -57,7 +57,7 @@ class Generator(nn.Module):
         latent: dimensions of the noise.
         shape: (C, H, W) of the images.
         width: maps of the second stage; the last has half as many.
-        first_stage: maps of the first stage, in widths.
+        first_stage: maps of the first stage, over width.
         mean, std: as of :class:`ToImages`, a number a channel.
 
     Raises:

@@ -78,8 +78,8 @@ class CollectionSettings:
             places_of(self.collection)
         elif self.scores is not None or self.looked_at:
             raise ValueError(
-                "fastkd: collection is empty, must be given where there are scores, an iqpr, a share that is least alike, or "
-                "balanced draws"
+                "fastkd: collection is empty, must be given where there are scores, an iqpr, a lowest share or balanced "
+                "draws"
             )
         if self.balanced and self.iqpr != 1.0:
             raise ValueError(
@@ -92,7 +92,7 @@ class CollectionSettings:
         by_score = self.iqpr != 1.0 or self.lowest_share != 1.0
         return (*([self.score] if by_score else []), *([PREDICTION] if self.balanced else []))
 
-    def drawn_from(self, images: int) -> int:
+    def most_drawn_from(self, images: int) -> int:
         """How many of so many images are drawn from, at most: some may be unreadable."""
         return max(1, round(self.lowest_share * (images - int(self.held_out * images))))
 

@@ -190,7 +190,7 @@ class Experiment:
         train, _ = prepare(self.settings.data, seed)
         if self.settings.collection.collection:
             collection = make_collection(self.settings.collection, self.settings.data, train, seed)
-            kept, least = self.settings.collection.drawn_from(len(collection)), self.settings.batch_size
+            kept, least = self.settings.collection.most_drawn_from(len(collection)), self.settings.batch_size
             if kept < least:
                 raise ValueError(
                     f"fastkd: collection has {kept} images to draw from, must have at least as many as a batch, {least}"

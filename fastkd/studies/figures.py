@@ -30,27 +30,28 @@ def stability(history: list[EpochMetrics]) -> dict[str, float]:
 def distances(
     procedure: Procedure, teacher: nn.Module, images: Tensor, collected: Collected | None
 ) -> dict[str, float]:
-    """How far what a procedure makes, and what it learns on, is from the test images, as the teacher sees them; and patches of
-    these, where it has some."""
+    """Frechet distances, in what the teacher sees: of what a procedure makes, and of what it learns on, to the test images; and
+    of patches of these, where it has some."""
     images = images[:FRECHET_IMAGES]
+    try:
+        seen = latents(teacher, images)
+    except ValueError:  # a teacher that does not end in a linear layer
+        return {}
     pairs: dict[str, tuple[Tensor | None, Tensor]] = {}
     with everything_seeded(0, 0), evaluating(procedure):
-        pairs["frechet_distance"] = procedure.samples(len(images)), images
+        pairs["frechet_distance"] = procedure.samples(len(images)), seen
         if collected is not None:
             others = collected.some(FRECHET_IMAGES)
-            pairs["collection_frechet_distance"] = others, images
+            pairs["collection_frechet_distance"] = others, seen
             if isinstance(procedure, Mosaic):
                 size = procedure.patch_size
-                pairs["patch_frechet_distance"] = patches_enlarged(others, size), patches_enlarged(images, size)
-    found = {}
-    for name, (ours, theirs) in pairs.items():
-        if ours is None or not ours.isfinite().all():
-            continue
-        try:
-            found[name] = float(frechet_distance(latents(teacher, ours), latents(teacher, theirs)))
-        except ValueError:  # a teacher that does not end in a linear layer, or one image
-            continue
-    return found
+                pair = [patches_enlarged(whole, size) for whole in (others, images)]
+                pairs["patch_frechet_distance"] = pair[0], latents(teacher, pair[1])
+    return {
+        name: float(frechet_distance(latents(teacher, ours), theirs))
+        for name, (ours, theirs) in pairs.items()
+        if ours is not None and ours.isfinite().all() and min(len(ours), len(theirs)) > 1
+    }
 
 
 def course(history: list[EpochMetrics], step: int = 1) -> dict[str, float]:

@@ -40,7 +40,7 @@ class Maker(nn.Module):
         classes: K, where each image is asked to be of a class, all classes alike; 0: none is.
         latent: dimensions of noise and latents.
         width: maps of the generator.
-        first_stage: of its first stage, in widths.
+        first_stage: maps of the generator's first stage, over width.
         jitter: pixels, up to which images that are optimised are shifted each time, at random.
     """
 

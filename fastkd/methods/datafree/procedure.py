@@ -86,7 +86,7 @@ class DataFree(Procedure):
         capacity: images in the bank, or negatives of the contrastive term.
         latent: dimensions of the noise.
         width: maps of the generator.
-        first_stage: of its first stage, in widths.
+        first_stage: maps of the generator's first stage, over width.
         generator_learning_rate: of Adam, for what makes the images.
         generator_betas: of Adam.
         generator_schedule: of its learning rate: constant or cosine.
