@@ -14,8 +14,8 @@ from rich.table import Table
 from fastkd.cli._errors import UsageError, usage_errors
 from fastkd.cli._output import check_writable
 from fastkd.methods import registry as methods
-from fastkd.studies.distillation import MEAN_IOU, Experiment, run
-from fastkd.studies.result import Result
+from fastkd.studies.distillation import Experiment, run
+from fastkd.studies.result import ACCURACY, MEAN_IOU, Result
 from fastkd.studies.settings import Distillation
 from fastkd.training import process_group
 
@@ -137,14 +137,16 @@ def check_device(device: str) -> None:
 
 def _table(settings: Distillation, result: Result) -> Table:
     """Accuracies in %, of dense networks those of pixels, and their mean IoU."""
-    figures = result.figures
-    rows = [
-        (f"teacher {settings.teacher}", "labels", result.teacher_accuracy, figures.get("teacher_mean_iou")),
-        (f"student {settings.student}", settings.method, result.accuracy, figures.get(MEAN_IOU)),
-    ]
-    heads = ("pixel accuracy", "mean IoU") if MEAN_IOU in figures else ("test accuracy",)
+    dense = MEAN_IOU.student in result.figures
+    measures, heads = (
+        ((ACCURACY, MEAN_IOU), ("pixel accuracy", "mean IoU")) if dense else ((ACCURACY,), ("test accuracy",))
+    )
+    student, teacher = zip(*(result.by(measure) for measure in measures), strict=True)
     table = Table("network", "learned by", *heads, box=None, pad_edge=False)
-    for network, way, *shares in rows:
+    for network, way, shares in (
+        (f"teacher {settings.teacher}", "labels", teacher),
+        (f"student {settings.student}", settings.method, student),
+    ):
         shown = [f"{100 * share:.2f} %" for share in shares if share is not None]
         if shown:
             table.add_row(network, way, *shown)

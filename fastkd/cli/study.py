@@ -101,14 +101,16 @@ class StudyCommand(_Base):
         accuracies: dict[str, dict[str, dict[int, float]]] = {}
         teachers: dict[str, dict[str, dict[int, float]]] = {}
         figures: dict[str, dict[str, dict[str, dict[int, float]]]] = {}
+        measure = self.measure
         for run, result in results:
             for name, value in result.figures.items():
                 figures.setdefault(name, {}).setdefault(run.column, {}).setdefault(run.row, {})[run.seed] = value
-            accuracies.setdefault(run.column, {}).setdefault(run.row, {})[run.seed] = result.accuracy
-            if result.teacher_accuracy is not None:
+            student, teacher = result.by(measure)
+            accuracies.setdefault(run.column, {}).setdefault(run.row, {})[run.seed] = student
+            if teacher is not None:
                 of_column = teachers.setdefault(run.column, {})
                 seed = run.distillation.of_teacher().training.seed  # one that students of all seeds share is one
-                of_column.setdefault(run.distillation.teacher, {})[seed] = result.teacher_accuracy
+                of_column.setdefault(run.distillation.teacher, {})[seed] = teacher
         rows = report.in_order(self, {row for of_rows in accuracies.values() for row in of_rows})
         changes: dict[str, Any] = {self.row_option: tuple(rows), self.column_option: tuple(accuracies)}
         asked = replace(self, seeds=1 + max(run.seed for run, _ in results), **changes)
@@ -140,7 +142,7 @@ class StudyCommand(_Base):
                     failures.append((run, result))
                     came_to = "failed"
                 else:
-                    came_to = f"{100 * result.accuracy:.1f} %"
+                    came_to = f"{100 * result.by(self.measure)[0]:.1f} %"
                 progress.update(bar, advance=1, description=f"{run.column} {run.row} {run.seed}: {came_to}")
         return failures
 

@@ -26,7 +26,7 @@ from fastkd.studies.collected import Collected, make_collection, scores_of
 from fastkd.studies.data import prepare
 from fastkd.studies.figures import course, distances, stability
 from fastkd.studies.networks import check_network, first_line, make_network, read_state, take_weights
-from fastkd.studies.result import Result, read_result, write_result
+from fastkd.studies.result import MEAN_IOU, Result, read_result, write_result
 from fastkd.studies.settings import Distillation
 from fastkd.studies.trial import NoUpdates
 from fastkd.training import Process, Trainer, evaluator
@@ -44,7 +44,6 @@ ALONE = Process(0, 1, torch.device("cpu"))
 TEACHER_SEED = 1 << 20  # seeds of their weights begin here, away from those of students and of the others of a cohort
 MADE_UP_CLASSES = 10  # where only the files tell
 FEW = 4  # images of a batch where one step is only tried
-MEAN_IOU = "test_mean_iou"  # of the figures of a dense network
 COURSE_STEP = 5  # %, of the course of a method without images, which is evaluated often
 
 
@@ -216,8 +215,8 @@ class Experiment:
         result = self._train(folder, data, teacher, show, self.settings.training.seed, scored)
         if taught is not None:
             figures = {**result.figures, "teacher_gap": taught.accuracy - result.figures["peak_accuracy"]}
-            if MEAN_IOU in taught.figures:
-                figures["teacher_mean_iou"] = taught.figures[MEAN_IOU]
+            if MEAN_IOU.student in taught.figures:
+                figures[MEAN_IOU.teacher] = taught.figures[MEAN_IOU.student]
             result = replace(result, figures=figures, teacher_accuracy=taught.accuracy)
         on_first_rank(lambda: write_result(self.settings, folder, result))
         return result

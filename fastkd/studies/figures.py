@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastkd.methods import Mosaic, Procedure
 from fastkd.models.modes import evaluating
 from fastkd.studies.collected import Collected
+from fastkd.studies.result import ACCURACY, MEAN_IOU
 from fastkd.training import frechet_distance, latents
 from fastkd.training.frechet import patches_enlarged
 from fastkd.training.metrics import EpochMetrics
@@ -55,10 +56,11 @@ def distances(
 
 
 def course(history: list[EpochMetrics], step: int = 1) -> dict[str, float]:
-    """Test accuracies on the way, by the share of the training in %, at multiples of ``step``."""
+    """Test accuracies on the way, and mean IoUs, by the share of the training in %, at multiples of ``step``."""
     found = {}
     for line in history:
         done = 100 * line["epoch"] / len(history)
-        if "test_accuracy" in line and done % step == 0:
-            found[f"test_accuracy_at_{int(done)}"] = line["test_accuracy"]
+        for name in (ACCURACY.student, MEAN_IOU.student):
+            if name in line and done % step == 0:
+                found[f"{name}_at_{int(done)}"] = line[name]
     return found

@@ -18,7 +18,6 @@ from fastkd.studies.study import Accuracies, Figure, Published, Spread, Study
 
 __all__ = ["as_markdown", "markdown", "overview", "save"]
 
-COURSE = "test_accuracy_at_"
 COURSE_COLOURS = (BLUE, ORANGE, GREEN)  # three to a kind of line
 STYLES = ("-", "--", ":", "-.")
 COLUMN_COLOURS = (BLUE, ORANGE, GREEN, RED, GREY)
@@ -34,26 +33,34 @@ def save(
     figures: Mapping[str, Accuracies] | None = None,
 ) -> list[Path]:
     """Writes ``results.json`` (each run), ``table.md`` and ``accuracy.png``; ``course.png`` where accuracies on the way are
-    known, ``spread.png`` where the study asks for it, and figures of its own.
+    known, ``spread.png`` where the study asks for it, and figures of its own. Of dense networks, mean IoU stands where the
+    accuracy does, in ``mean-iou.png``, too.
 
     Args:
         teachers: of the runs' teachers.
         about: what was run, for the JSON; ``what`` and ``command`` are needed.
-        figures: by name, what else the runs came to: those that the study shows, and ``test_accuracy_at_<percent>``.
+        figures: by name, what else the runs came to: those that the study shows, and those on the way, as
+            ``test_accuracy_at_10``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {figure.name for figure in study.figures_shown()} | ({study.spread.figure} if study.spread else set())
-    shown = {name: of for name, of in (figures or {}).items() if name in wanted or name.startswith(COURSE)}
-    document = {**about, "accuracies": accuracies, "teachers": teachers, **({"figures": shown} if shown else {})}
+    shown = {name: of for name, of in (figures or {}).items() if name in wanted or name.startswith(_course(study))}
+    document = {
+        **about,
+        "measure": study.measure.heading,
+        "accuracies": accuracies,
+        "teachers": teachers,
+        **({"figures": shown} if shown else {}),
+    }
     figure = _figure(study, accuracies, teachers)
     table = markdown(study, accuracies, teachers, about, shown)
     numbers = json.dumps(document, indent=1, default=str) + "\n"
     parts: dict[str, Callable[[BinaryIO], object]] = {
         "table.md": lambda file: file.write(table.encode()),
-        "accuracy.png": lambda file: figure.savefig(file, format="png"),
+        f"{study.measure.heading.lower().replace(' ', '-')}.png": lambda file: figure.savefig(file, format="png"),
         "results.json": lambda file: file.write(numbers.encode()),
     }
-    if any(name.startswith(COURSE) for name in shown):
+    if any(name.startswith(_course(study)) for name in shown):
         course = course_figure(study, shown)
         parts["course.png"] = lambda file: course.savefig(file, format="png")
     if study.spread and study.spread.figure in shown:
@@ -64,6 +71,11 @@ def save(
     for name, write in parts.items():
         write_whole(folder / name, write)
     return [folder / name for name in parts]
+
+
+def _course(study: Study) -> str:
+    """How figures on the way are called, before the share of the training in %."""
+    return f"{study.measure.student}_at_"
 
 
 def summary(seeds: Mapping[int, float], scale: float = 100.0) -> str:
@@ -86,7 +98,7 @@ def markdown(
     lines = [f"{about['what']}", "", f"`{about['command']}`", "", as_markdown(overview(study, accuracies, teachers))]
     for column, rows in accuracies.items():
         where, published = study.published(column)
-        head = ["", "test accuracy, %", "to the baseline", "seeds", f"published: {where}"]
+        head = ["", f"test {study.measure.heading}, %", "to the baseline", "seeds", f"published: {where}"]
         head[0] = study.row_name or study.row_option.removesuffix("s")
         shown = [True, True, study.baseline in rows, True, bool(where)]  # no column that nothing is in
         lines += [f"## {column}", "", _line(head, shown), "|---" * sum(shown) + "|"]
@@ -113,7 +125,7 @@ def _spread_tables(
     """What each row comes to over the columns: of the accuracy, and of the study's figure."""
     what = f"Mean and deviation are of the means of the {spread.over}; lowest and highest are single runs."
     yield f"\n## Over the {spread.over}\n\n{what}\n"
-    yield _spread_table(study, spread.over, "test accuracy", accuracies, {})
+    yield _spread_table(study, spread.over, f"test {study.measure.heading}", accuracies, {})
     if spread.figure in figures:
         published = next((one.published for one in study.figures_shown() if one.name == spread.figure), {})
         yield _spread_table(study, spread.over, spread.heading, figures[spread.figure], published)
@@ -180,9 +192,10 @@ def _published(figure: Published) -> str:
 
 def course_figure(study: Study, figures: Mapping[str, Accuracies]) -> Figure_:
     """The accuracy on the way: a panel for each column, the mean of the seeds of each row."""
-    places = sorted(int(name.removeprefix(COURSE)) for name in figures if name.startswith(COURSE))
-    columns = [c for c in study.all_columns if any(c in figures[f"{COURSE}{place}"] for place in places)]
-    at = {place: figures[f"{COURSE}{place}"] for place in places}
+    way = _course(study)
+    places = sorted(int(name.removeprefix(way)) for name in figures if name.startswith(way))
+    columns = [c for c in study.all_columns if any(c in figures[f"{way}{place}"] for place in places)]
+    at = {place: figures[f"{way}{place}"] for place in places}
     names = in_order(study, {row for of_columns in at.values() for rows in of_columns.values() for row in rows})
     figure = canvas(2.4 + 4.2 * len(columns), 3.8)
     axes = None
@@ -198,7 +211,7 @@ def course_figure(study: Study, figures: Mapping[str, Accuracies]) -> Figure_:
         axes.set_xlabel("share of the training, %", fontsize=8, color=INK)
         axes.tick_params(labelsize=8)
         if i == 0:
-            axes.set_ylabel("test accuracy, %", fontsize=8, color=INK)
+            axes.set_ylabel(f"test {study.measure.heading}, %", fontsize=8, color=INK)
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
     return figure
 
@@ -320,5 +333,5 @@ def _panel(
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_title(column, fontsize=10, loc="left", color=INK)
     axes.tick_params(axis="x", labelsize=8)
-    axes.set_xlabel("test accuracy, % (dashed: the teacher)", fontsize=8, color=INK)
+    axes.set_xlabel(f"test {study.measure.heading}, % (dashed: the teacher)", fontsize=8, color=INK)
     axes.margins(x=0.06)

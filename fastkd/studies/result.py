@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -12,9 +13,24 @@ from fastkd._build_info import build_info
 from fastkd._files import write_whole
 from fastkd.studies.settings import Distillation
 
-__all__ = ["RESULT", "Result", "read_result", "write_result"]
+__all__ = ["ACCURACY", "MEAN_IOU", "RESULT", "Measure", "Result", "read_result", "write_result"]
 
 RESULT = "result.json"
+
+
+class Measure(NamedTuple):
+    """How good a network is: a share of the test images, or of their pixels; more is better."""
+
+    student: str
+    """The name of its figure."""
+    teacher: str
+    """And of the teacher's."""
+    heading: str
+
+
+ACCURACY = Measure("test_accuracy", "teacher_accuracy", "accuracy")
+MEAN_IOU = Measure("test_mean_iou", "teacher_mean_iou", "mean IoU")
+"""Of dense networks."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +42,12 @@ class Result:
     """None where the method has no teacher."""
     figures: dict[str, float] = field(default_factory=dict)
     """All numbers of the last epoch, by name, as the trainer and the procedure have them."""
+
+    def by(self, measure: Measure) -> tuple[float, float | None]:
+        """Of the student, and of the teacher if there is one."""
+        if measure == ACCURACY:
+            return self.accuracy, self.teacher_accuracy
+        return self.figures[measure.student], self.figures.get(measure.teacher)
 
 
 def read_result(settings: Distillation, folder: Path) -> Result | None:

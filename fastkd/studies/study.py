@@ -17,9 +17,10 @@ import torch
 
 from fastkd._names import unknown_name
 from fastkd.methods import registry as methods
+from fastkd.studies import data as images
 from fastkd.studies.distillation import Experiment, run
 from fastkd.studies.pool import Pool
-from fastkd.studies.result import Result, read_result
+from fastkd.studies.result import ACCURACY, MEAN_IOU, Measure, Result, read_result
 from fastkd.studies.settings import Distillation, Networks
 from fastkd.training import Process
 
@@ -41,13 +42,13 @@ __all__ = [
 ]
 
 Accuracies = Mapping[str, Mapping[str, Mapping[int, float]]]
-"""Column -> row, or teacher -> seed -> test accuracy."""
+"""Column -> row, or teacher -> seed -> test accuracy, or whatever the study goes by."""
 
 TEACHERS = "teachers"  # the folder of theirs
 
 
 class Published(NamedTuple):
-    """Test accuracy in %."""
+    """In %, test accuracy or whatever the study goes by."""
 
     mean: float
     std: float
@@ -113,6 +114,11 @@ class Study(Networks):
     """What a row is, for the head of the table; the option without its s by default."""
     of_the_grid: ClassVar[Mapping[str, str]] = {}
     """Options that the grid sets, and what says so instead: they must not be given."""
+
+    @property
+    def measure(self) -> Measure:
+        """The mean IoU of dense networks, the accuracy of others."""
+        return MEAN_IOU if images.check(self.data).dense else ACCURACY
 
     def distillation(self, row: str, column: str, seed: int) -> Distillation:
         """The run of a cell."""

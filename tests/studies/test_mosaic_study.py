@@ -214,6 +214,46 @@ def test_the_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (output / "results.json").read_bytes() == before
 
 
+def test_the_command_on_dense_networks(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The mean IoU stands where the accuracy does, beside the paper's of NYUv2."""
+    output = tmp_path / "out"
+    command = ["study", "mosaic", "--data", "scenes", "--classes", "--train-size", "24", "--test-size", "8"]
+    command += [
+        "--batch-size",
+        "6",
+        "--teacher",
+        "segmenter-4-4",
+        "--student",
+        "segmenter-2-4",
+        "--teacher-epochs",
+        "1",
+    ]
+    command += ["--epochs", "2", "--draws", "12", "--images", "12", "--seeds", "1", "--methods", "kd", "mosaic"]
+    command += ["--domains", "mnist", "--data-root", str(root), "--output", str(output), "--device", "cpu"]
+    command += ["--method-options", "width=4", "latent=4", "discriminator_width=4", "student_steps=1"]
+    assert main(command) == 0, capsys.readouterr()
+    made = {"table.md", "results.json", "mean-iou.png", "course.png", "runs"}
+    assert {path.name for path in output.iterdir()} == made
+    document = json.loads((output / "results.json").read_text())
+    assert document["measure"] == "mean IoU"
+    (folder,) = (output / "runs" / "mnist").glob("kd-*")
+    figures = json.loads((folder / "result.json").read_text())["figures"]
+    iou = figures["test_mean_iou"]
+    assert iou < figures["test_accuracy"]  # most pixels are of the background
+    assert document["accuracies"]["mnist"]["kd"]["0"] == iou == figures["test_mean_iou_at_100"]
+    assert document["figures"]["test_accuracy"]["mnist"]["kd"]["0"] == figures["test_accuracy"]
+    assert document["teachers"]["mnist"]["segmenter-4-4"]["0"] == figures["teacher_mean_iou"]
+    table = (output / "table.md").read_text()
+    assert f"| kd | {100 * iou:.2f} |  | 1 | 40.60 |" in table
+    for said in (
+        "| method | test mean IoU, % |",
+        "| published: NYUv2, images of ImageNet |",
+        "## accuracy of the pixels",
+    ):
+        assert said in table
+    assert "CIFAR" not in table
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

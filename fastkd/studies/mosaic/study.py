@@ -13,6 +13,7 @@ from fastkd.studies.collected import OTHERS, TASK, CollectionSettings
 from fastkd.studies.data import DataSettings
 from fastkd.studies.method_options import check_known, check_options, iterations_of, options_of
 from fastkd.studies.mosaic import published
+from fastkd.studies.result import MEAN_IOU
 from fastkd.studies.settings import Distillation
 from fastkd.studies.study import Accuracies, Figure, Published, Run, Study, register
 from fastkd.training import TrainingSettings
@@ -125,8 +126,8 @@ class MosaicStudy(Study):
         check_options(self.method_options)
 
     def pictures(self, accuracies: Accuracies, figures: Mapping[str, Accuracies]) -> Mapping[str, Picture]:
-        """Of the ablation, where two sizes or more were run."""
-        if len({row for rows in accuracies.values() for row in rows} & set(PATCHES)) < 2:
+        """Of the ablation, where two sizes or more were run, by the accuracy."""
+        if self.measure == MEAN_IOU or len({row for rows in accuracies.values() for row in rows} & set(PATCHES)) < 2:
             return {}
         from fastkd.studies.mosaic.figure import patch_sizes  # matplotlib takes a second to import
 
@@ -195,6 +196,8 @@ class MosaicStudy(Study):
         return Distillation(**common, method=way.method, options=options)
 
     def published(self, column: str) -> tuple[str, Mapping[str, Published]]:
+        if self.measure == MEAN_IOU:
+            return "NYUv2, images of ImageNet", published.SEGMENTATION
         name = DOMAINS[column].published
         rows = dict(published.ACCURACY[name])
         sizes = published.ABLATION.get(name, {})
@@ -210,10 +213,9 @@ class MosaicStudy(Study):
         }
         seen = "in the inputs of the teacher's last layer"
         return (
-            Figure("peak_accuracy", "peak accuracy, %", {}),
-            Figure(
-                "test_mean_iou", "mean IoU, %; published: NYUv2, images of ImageNet", _for_all(published.SEGMENTATION)
-            ),
+            Figure("test_accuracy", "accuracy of the pixels, %", {})
+            if self.measure == MEAN_IOU
+            else Figure("peak_accuracy", "peak accuracy, %", {}),
             Figure(
                 "frechet_distance", f"Frechet distance of the images made to the test images, {seen}", {}, scale=1.0
             ),
@@ -231,10 +233,6 @@ class MosaicStudy(Study):
                 scale=1.0,
             ),
         )
-
-
-def _for_all(rows: Mapping[str, Published]) -> dict[str, Mapping[str, Published]]:
-    return dict.fromkeys(DOMAINS, rows)
 
 
 def _may_be(name: str) -> bool:
