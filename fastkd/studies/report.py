@@ -19,7 +19,7 @@ from fastkd.studies.study import Accuracies, Figure, Published, Spread, Study
 __all__ = ["as_markdown", "markdown", "overview", "save"]
 
 COURSE_COLOURS = (BLUE, ORANGE, GREEN)  # three to a kind of line
-STYLES = ("-", "--", ":", "-.")
+STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 COLUMN_COLOURS = (BLUE, ORANGE, GREEN, RED, GREY)
 MARKERS = ("o", "s", "^", "D")  # each of all colours
 

@@ -42,13 +42,12 @@ def patch_sizes(
             label = f"{column}: the paper's, {name}"
             left.plot(list(theirs), list(theirs.values()), color=colour, linestyle=DASHED, linewidth=1.2, label=label)
     plain_axes(left, "Accuracy by the size of the patches", "pixels, of images of 32 x 32", "test accuracy, %")
-    plain_axes(right, "Distance of patches to those of test images", "pixels, of images of 32 x 32", "Frechet distance")
+    plain_axes(right, "Distance of patches to the task's", "pixels, of images of 32 x 32", "Frechet distance")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator(list(sizes.values())))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticklabels([str(size) for size in sizes.values()])
-        axes.title.set_fontsize(10)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False, labelcolor=INK)
     return figure
