@@ -137,12 +137,11 @@ def check_device(device: str) -> None:
 
 def _table(settings: Distillation, result: Result) -> Table:
     """Accuracies in %, of dense networks those of pixels, and their mean IoU."""
-    dense = MEAN_IOU.student in result.figures
-    measures, heads = (
-        ((ACCURACY, MEAN_IOU), ("pixel accuracy", "mean IoU")) if dense else ((ACCURACY,), ("test accuracy",))
-    )
-    student, teacher = zip(*(result.by(measure) for measure in measures), strict=True)
-    table = Table("network", "learned by", *heads, box=None, pad_edge=False)
+    measures = {"test accuracy": ACCURACY}
+    if MEAN_IOU.student in result.figures:
+        measures = {"pixel accuracy": ACCURACY, "mean IoU": MEAN_IOU}
+    student, teacher = zip(*(result.by(measure) for measure in measures.values()), strict=True)
+    table = Table("network", "learned by", *measures, box=None, pad_edge=False)
     for network, way, shares in (
         (f"teacher {settings.teacher}", "labels", teacher),
         (f"student {settings.student}", settings.method, student),
