@@ -103,6 +103,7 @@ class Updates:
     what networks return is given."""
 
     epoch, epochs, iteration, iterations, rank, world_size, progress = 0, 1, 0, 1, 0, 1, 0.0
+    batches_per_step = 1
     source: Source = None
     """Of the crops of contenders, where all are to have the same; else each draws its own."""
 

@@ -67,6 +67,7 @@ class Steps:
     """What a procedure is given, that makes no step; it counts."""
 
     epoch, epochs, iteration, iterations, rank, world_size, progress = 0, 1, 0, 1, 0, 1, 0.0
+    batches_per_step = 1
 
     def __init__(self) -> None:
         self.updated: Counter[str] = Counter()

@@ -17,6 +17,7 @@ from fastkd.methods.features import FeatureTap, JointLogits, Outputs
 from fastkd.methods.logits import DIST, DKD
 from fastkd.methods.method import Loss, Method, WeightedMethod
 from fastkd.methods.mosaic import Mosaic
+from fastkd.methods.noisy import BLDR
 from fastkd.methods.objective import Objective
 from fastkd.methods.online import DML, ONE, Cohort, MultiBranch
 from fastkd.methods.out_of_domain import BASELINES as BASELINES
@@ -27,6 +28,7 @@ from fastkd.methods.response import BSS, Attacked, Baseline, Hinton
 
 __all__ = [
     "AT",
+    "BLDR",
     "BSS",
     "CRD",
     "DIST",

@@ -70,6 +70,10 @@ class Step(Protocol):
     """Processes."""
 
     @property
+    def batches_per_step(self) -> int:
+        """Batches, of all processes, whose gradients make one step together: for steps that a procedure makes itself."""
+
+    @property
     def progress(self) -> float:
         """Share of the epochs that are done, in [0, 1)."""
 
@@ -105,6 +109,10 @@ class Procedure(nn.Module):
     """Whether it crops and mirrors images itself, and is to be given them as they are."""
     batches: int = 1
     """Batches of images that an iteration takes, side by side in one."""
+    views: int = 1
+    """Of each image that an iteration takes, 1 or more."""
+    strong_views: int = 0
+    """How many of them, the last ones, are to be strongly augmented."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -297,7 +297,9 @@ class Experiment:
         self, train: ImageSet, batch_size: int, process: Process, procedure: Procedure | None = None
     ) -> ImageBatches:
         """Batches, as the procedure takes them."""
-        batches, as_they_are = (1, False) if procedure is None else (procedure.batches, procedure.augments)
+        batches, as_they_are, views = 1, False, 1
+        if procedure is not None:
+            batches, as_they_are, views = procedure.batches, procedure.augments, procedure.views
         return ImageBatches(
             train,
             batch_size * batches,
@@ -305,6 +307,7 @@ class Experiment:
             **self._moves(as_they_are=as_they_are),
             rank=process.rank,
             world_size=process.world_size,
+            views=views,
         )
 
     def _source(self, data: _Data, procedure: Procedure) -> BatchSource:
@@ -384,7 +387,8 @@ class Experiment:
                     size = check_count("batches of the procedure", procedure.batches, 1)
                     size *= batch_size if self._makes_images else FEW
                     few = torch.arange(size, device=data.test_images.device) % len(data.test_images)
-                    batch = Batch(data.test_images[few], data.test_target[few], few)
+                    views = (data.test_images[few],) * check_count("views of the procedure", procedure.views, 1)
+                    batch = Batch(views[0], data.test_target[few], few, views[1:])
                 terms = check_terms(procedure, procedure.iteration(batch, updates))
                 Running(data.test_images.device).add(terms, 1)
         except Exception as error:

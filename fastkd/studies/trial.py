@@ -18,6 +18,7 @@ class NoUpdates:
     """The first step of a training, of an iteration that is only to be seen to work."""
 
     epoch, epochs, iteration, iterations, rank, world_size, progress = 0, 1, 0, 1, 0, 1, 0.0
+    batches_per_step = 1
 
     def __init__(self, procedure: Procedure, parts: Mapping[str, TrainedPart]) -> None:
         self.run: Callable[..., Any] = procedure

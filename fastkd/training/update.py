@@ -145,6 +145,10 @@ class Updates:
         return self.epoch / self.epochs
 
     @property
+    def batches_per_step(self) -> int:
+        return self._group()[1] * self.world_size
+
+    @property
     def whole(self) -> bool:
         """Whether no gradient waits for further batches."""
         return not self._pending

@@ -1,0 +1,101 @@
+"""Terms of the losses of learning with noisy labels. Logits ``[B, K]`` go in raw; sums run in float32 or better."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd import functional
+
+__all__ = [
+    "Mixed",
+    "balance",
+    "consistency",
+    "mixup",
+    "negative_learning",
+    "one_hot",
+    "probabilities",
+    "sharpened",
+    "soft_label_loss",
+    "weighted_mean",
+]
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Softmax, in float32 or better."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+
+
+def one_hot(target: Tensor, like: Tensor) -> Tensor:
+    """``[B, K]`` of classes ``[B]``, in the shape and dtype of ``like``."""
+    return torch.zeros_like(like).scatter_(1, target[:, None], 1.0)
+
+
+def negative_learning(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """``-mean_i w_i sum_k log(1 - p_ik)`` over the classes of which the sample is none: all but the given label and the one
+    that is predicted, the corrected label (Zong et al., Eq. 2).
+
+    Args:
+        target: int64 ``[B]``, the given labels.
+        weight: ``[B]``.
+    """
+    p = probabilities(logits)
+    wrong = torch.ones_like(p).scatter_(1, torch.stack([target, logits.argmax(-1)], 1), 0.0)
+    rows = -(wrong * torch.log((1 - p).clamp(1e-5, 1.0))).sum(-1)
+    return (rows if weight is None else weight * rows).mean()
+
+
+def balance(p: Tensor) -> Tensor:
+    """``-mean_k log mean_i p_ik`` of probabilities ``[B, K]``: lowest, log K, where all classes are predicted alike."""
+    return -p.mean(0).clamp(1e-4, 1.0).log().mean()
+
+
+def consistency(logits: Tensor, other: Tensor) -> Tensor:
+    """``KL(p || p')`` of the predictions for two views of the same images, the first taken as given."""
+    return functional.kl_div(other, logits.detach())
+
+
+def sharpened(p: Tensor, temperature: float) -> Tensor:
+    """``p^(1/T)`` over its sum (Berthelot et al., "MixMatch", 2019, Eq. 7)."""
+    powers = p ** (1.0 / temperature)
+    return powers / powers.sum(-1, keepdim=True)
+
+
+def soft_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """``-sum_k y_ik log p_ik``, ``[B]``, of labels ``[B, K]`` that sum to 1."""
+    return functional.soft_cross_entropy(logits, labels.log(), reduction="none")
+
+
+def weighted_mean(rows: Tensor, weight: Tensor) -> Tensor:
+    """Of rows ``[B]``; 0 where all weights are."""
+    total = weight.sum()
+    return (rows * weight).sum() / total.clamp(min=torch.finfo(total.dtype).tiny)
+
+
+class Mixed(NamedTuple):
+    """Images that are mixed in pairs."""
+
+    images: Tensor
+    labels: Tensor
+    order: Tensor
+    """The second of each pair, int64 ``[B]``."""
+    share: float
+    """Of the first, 0.5 or more."""
+
+    def mix(self, rows: Tensor) -> Tensor:
+        """Other rows of these images, mixed alike."""
+        return self.share * rows + (1.0 - self.share) * rows[self.order]
+
+
+def mixup(images: Tensor, labels: Tensor, alpha: float) -> Mixed:
+    """Each image with another, and their labels ``[B, K]``: ``l x + (1 - l) x'``, with one l for all of Beta(alpha, alpha),
+    or 1 - l if that is more (Zhang et al., "mixup", 2018, as MixMatch has it). alpha 0: as they are."""
+    order = torch.randperm(len(images), device=images.device)
+    share = 1.0
+    if alpha:
+        share = float(torch.distributions.Beta(alpha, alpha).sample())  # on the CPU: nothing is waited for
+        share = max(share, 1.0 - share)
+    mixed = Mixed(images, labels, order, share)
+    return mixed._replace(images=mixed.mix(images), labels=mixed.mix(labels))
