@@ -3,8 +3,9 @@
 The zoo of Sarfraz et al., "Knowledge Distillation Beyond Model Compression" (ICPR 2020): Hinton and BSS (:mod:`.response`),
 FitNet, FSP and AT (:mod:`.representation`), RKD and SP (:mod:`.relational`), ONE and DML (:mod:`.online`). Beside them DKD and
 DIST (:mod:`.logits`), SRD (:mod:`.representation`), CRD and SSKD (:mod:`.contrastive`), fixed-linear distillation on
-unlabeled collections (:mod:`.collections`), distillation without data (:mod:`.datafree`), and from images of another domain,
-MosaicKD (:mod:`.mosaic`) and what it is compared with (:mod:`.out_of_domain`).
+unlabeled collections (:mod:`.collections`), distillation without data (:mod:`.datafree`), from images of another domain,
+MosaicKD (:mod:`.mosaic`) and what it is compared with (:mod:`.out_of_domain`), and learning with noisy labels, BLDR and what
+it is compared with (:mod:`.noisy`).
 
 A method with its networks is an
 :class:`Objective`, one of the procedures (:mod:`.procedure`) that a trainer trains.
@@ -17,7 +18,7 @@ from fastkd.methods.features import FeatureTap, JointLogits, Outputs
 from fastkd.methods.logits import DIST, DKD
 from fastkd.methods.method import Loss, Method, WeightedMethod
 from fastkd.methods.mosaic import Mosaic
-from fastkd.methods.noisy import BLDR
+from fastkd.methods.noisy import BLDR, CORES, ELR, NLNL, SOP, CrossValidation, NoisyLabels
 from fastkd.methods.objective import Objective
 from fastkd.methods.online import DML, ONE, Cohort, MultiBranch
 from fastkd.methods.out_of_domain import BASELINES as BASELINES
@@ -30,19 +31,24 @@ __all__ = [
     "AT",
     "BLDR",
     "BSS",
+    "CORES",
     "CRD",
     "DIST",
     "DKD",
     "DML",
+    "ELR",
     "FSP",
+    "NLNL",
     "ONE",
     "RKD",
+    "SOP",
     "SP",
     "SRD",
     "SSKD",
     "Attacked",
     "Baseline",
     "Cohort",
+    "CrossValidation",
     "DataFree",
     "FeatureTap",
     "FitNet",
@@ -53,6 +59,7 @@ __all__ = [
     "Method",
     "Mosaic",
     "MultiBranch",
+    "NoisyLabels",
     "Objective",
     "Outputs",
     "Part",

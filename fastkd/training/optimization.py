@@ -1,12 +1,8 @@
-"""Optimizer, learning rates and moving average of the weights, as the settings say: torch's."""
+"""Optimizer and learning rates, as the settings say: torch's."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
-
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import (
     ConstantLR,
@@ -17,11 +13,10 @@ from torch.optim.lr_scheduler import (
     ReduceLROnPlateau,
     SequentialLR,
 )
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastkd.training.settings import TrainingSettings
 
-__all__ = ["Average", "make_optimizer", "make_plateau", "make_schedule"]
+__all__ = ["make_optimizer", "make_plateau", "make_schedule"]
 
 
 def make_optimizer(parameters: list[nn.Parameter], settings: TrainingSettings) -> Optimizer:
@@ -72,31 +67,3 @@ def make_plateau(optimizer: Optimizer, settings: TrainingSettings) -> ReduceLROn
         return None
     # torch counts the epochs that are waited out, not the one that is one too many
     return ReduceLROnPlateau(optimizer, factor=settings.decay, patience=settings.patience - 1, threshold=0.0)
-
-
-class Average(nn.Module):
-    """The moving average of a network's weights and statistics, a network, too.
-
-    As ``torch.optim.swa_utils.AveragedModel``, whose function it calls, which waits for the device in each update.
-    """
-
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        super().__init__()
-        self.network = copy.deepcopy(network).requires_grad_(False)
-        self._decay = decay
-
-    @torch.no_grad()
-    def update(self, network: nn.Module, step: int) -> None:
-        """Takes the network in as it is after ``step`` steps, from 1 on."""
-        ours, theirs = (list(_values(n)) for n in (self.network, network))
-        floats = [i for i, value in enumerate(ours) if value.is_floating_point()]
-        decay = min(self._decay, (1 + step) / (10 + step))
-        get_ema_multi_avg_fn(decay)([ours[i] for i in floats], [theirs[i] for i in floats], None)
-        for mine, its in zip(ours, theirs, strict=True):
-            if not mine.is_floating_point():
-                mine.copy_(its)
-
-
-def _values(network: nn.Module) -> Iterable[Tensor]:
-    yield from (p.detach() for p in network.parameters())
-    yield from network.buffers()

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from fastkd._checks import check_state
 from fastkd.data.source import BatchSource
 from fastkd.methods import Procedure
-from fastkd.training import distributed, optimization, randomness
+from fastkd.models.average import Average
+from fastkd.training import distributed, randomness
 from fastkd.training.metrics import EpochMetrics, Running
 from fastkd.training.settings import TrainingSettings
 from fastkd.training.update import Updates, trained_parts
@@ -46,7 +47,7 @@ class TrainingState:
         self.parts = trained_parts(procedure, settings, self.steps_per_epoch)
         self.device = next(iter(self.parts.values())).parameters[0].device
         # before networks are compiled and wrapped: a copy shall be neither
-        self.average = optimization.Average(procedure.network(), settings.ema) if settings.ema else None
+        self.average = Average(procedure.network()) if settings.ema else None
         if settings.compile:
             for network in (*procedure.networks().values(), *procedure.frozen.values()):
                 network.compile()
@@ -77,9 +78,20 @@ class TrainingState:
             f"{name}_learning_rate" if several else "learning_rate": p.learning_rate for name, p in self.parts.items()
         }
 
+    def network(self) -> nn.Module:
+        """What the training is for: the averaged one, where there is one."""
+        return self.procedure.network() if self.average is None else self.average.network
+
     def deployed(self) -> nn.Module:
         """The network to evaluate and to keep."""
-        return self.procedure.deployed(self.procedure.network() if self.average is None else self.average.network)
+        return self.procedure.deployed(self.network())
+
+    def take_average(self) -> None:
+        """After a step: of the weights as they are now. At first the average is short, so that the initial weights are soon
+        forgotten."""
+        if self.average is not None:
+            decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
+            self.average.update(self.procedure.network(), decay)
 
     def share_statistics(self) -> None:
         """Lets all ranks have the same batch norm statistics, those of rank 0; their weights always are the same."""

@@ -267,8 +267,7 @@ class Trainer:
             terms = check_terms(state.procedure, state.procedure.iteration(batch, state.updates))
         state.updates.end_iteration()
         state.batch += 1
-        if state.average is not None:
-            state.average.update(state.procedure.network(), state.step)
+        state.take_average()
         state.running.add(terms, images_of(batch))
 
     def _autocast(self, state: TrainingState) -> torch.autocast:

@@ -12,8 +12,9 @@ import tyro
 from torch import nn
 from training_cases import BATCHES, Batches, make_objective, make_settings
 
+from fastkd.models.average import Average
 from fastkd.training import Trainer, TrainingSettings
-from fastkd.training.optimization import Average, make_optimizer, make_schedule
+from fastkd.training.optimization import make_optimizer, make_schedule
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
 
@@ -159,9 +160,9 @@ def test_average_of_weights(decay: float) -> None:
 
 def test_average_is_no_second_student() -> None:
     network = nn.Linear(2, 2)
-    average = Average(network, 0.9)
+    average = Average(network)
     assert not any(parameter.requires_grad for parameter in average.parameters())
-    average.update(network, 1)
+    average.update(network, 0.9)
     assert all(parameter.requires_grad for parameter in network.parameters())
 
 

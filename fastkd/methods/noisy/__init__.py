@@ -1,6 +1,11 @@
 """Learning with noisy labels: a file a method, on what they have in common (:mod:`.learner`)."""
 
 from fastkd.methods.noisy.bldr import BLDR
+from fastkd.methods.noisy.cores import CORES
+from fastkd.methods.noisy.cross_validation import CrossValidation
+from fastkd.methods.noisy.elr import ELR
 from fastkd.methods.noisy.learner import NoisyLabels
+from fastkd.methods.noisy.nlnl import NLNL
+from fastkd.methods.noisy.sop import SOP
 
-__all__ = ["BLDR", "NoisyLabels"]
+__all__ = ["BLDR", "CORES", "ELR", "NLNL", "SOP", "CrossValidation", "NoisyLabels"]

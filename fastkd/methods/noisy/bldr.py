@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastkd import _checks, functional
 from fastkd.data.batch import Batches
 from fastkd.methods.noisy import terms
-from fastkd.methods.noisy.learner import NoisyLabels
+from fastkd.methods.noisy.learner import NoisyLabels, chosen
 from fastkd.methods.noisy.over_parameters import OverParameters, corrected_losses
 from fastkd.methods.noisy.two_heads import Heads, SelfDistilled, TwoHeads
 from fastkd.methods.procedure import Part, Step
@@ -76,9 +76,8 @@ class BLDR(NoisyLabels):
         hint: float = 1e-6,
         agreement: float = 0.0,
     ) -> None:
-        options = {name: value for name, value in locals().items() if name not in _GIVEN}
-        super().__init__(student, items, num_classes)
-        self._options = options
+        options = chosen(locals())
+        super().__init__(student, items, num_classes, options)
         self.warmup_share, self.first_ratio, self.doubt = (
             _checks.check_share(name, options[name]) for name in ("warmup_share", "ratio", "doubt")
         )
@@ -123,8 +122,8 @@ class BLDR(NoisyLabels):
         step.update(loss)
         given = terms.probabilities(first.negative.detach()).gather(1, target[:, None])[:, 0]
         self.known.write(index, probability=given)
-        right = (first.positive.argmax(-1) == target).float().mean()
-        return {"loss": loss, **losses, "weight": weight.mean(), "accuracy": right}
+        accuracy = terms.accuracy(first.positive, target)
+        return {"loss": loss, **losses, "weight": weight.mean(), "accuracy": accuracy}
 
     def positive_loss(
         self, logits: Tensor, other: Tensor, target: Tensor, rows: tuple[Tensor, Tensor], weight: Tensor
@@ -158,7 +157,7 @@ class BLDR(NoisyLabels):
         super().after_epoch(step)
         if step.epoch >= self.warmup_share * step.epochs:
             self.reweight()
-        return {"ratio": self.ratio.clone()}
+        return {"ratio": self.ratio}
 
     @torch.no_grad()
     def reweight(self) -> None:
@@ -169,6 +168,3 @@ class BLDR(NoisyLabels):
         weight = torch.where(high > low, (found - low) / (high - low).clamp(min=torch.finfo(found.dtype).tiny), 1.0)
         self.known["weight"].copy_(weight)
         self.ratio.copy_((found < self.doubt).float().mean())
-
-
-_GIVEN = ("self", "__class__", "student", "images", "items", "num_classes")  # what is no option, of the arguments

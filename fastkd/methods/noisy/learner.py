@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,14 @@ from fastkd.methods.noisy.samples import Samples
 from fastkd.methods.noisy.terms import probabilities
 from fastkd.methods.procedure import Part, Procedure, Step
 
-__all__ = ["NoisyLabels"]
+__all__ = ["NoisyLabels", "chosen"]
+
+_GIVEN = ("self", "__class__", "student", "images", "items", "num_classes", "make_student")  # what is no option
+
+
+def chosen(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The options among the arguments (``locals()``) of a method."""
+    return {name: value for name, value in arguments.items() if name not in _GIVEN}
 
 
 class NoisyLabels(Procedure):
@@ -27,17 +35,18 @@ class NoisyLabels(Procedure):
         student: images to logits ``[B, K]``.
         items: samples of the training set.
         num_classes: K.
+        options: of the subclass, by name: two trainings go on from each other where they are the same.
     """
 
     rule: ClassVar[str] = "mixture"
     """How wrong labels are told in the end, of :meth:`probabilities`: one of :func:`fastkd.noise.find`."""
 
-    def __init__(self, student: nn.Module, items: int, num_classes: int) -> None:
+    def __init__(self, student: nn.Module, items: int, num_classes: int, options: Mapping[str, Any]) -> None:
         super().__init__()
         self.student = check_module("student", student)
         self.items = _checks.check_count("items", items, 1)
         self.num_classes = _checks.check_count("num_classes", num_classes, 2)
-        self._options: dict[str, Any] = {}
+        self._options = dict(options)
 
     def keep(self, **initial: Tensor) -> Samples:
         """State of the samples, by name the first value of every row, on the student's device."""

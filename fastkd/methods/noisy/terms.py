@@ -11,6 +11,7 @@ from fastkd import functional
 
 __all__ = [
     "Mixed",
+    "accuracy",
     "balance",
     "consistency",
     "mixup",
@@ -26,6 +27,11 @@ __all__ = [
 def probabilities(logits: Tensor) -> Tensor:
     """Softmax, in float32 or better."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+
+
+def accuracy(logits: Tensor, target: Tensor) -> Tensor:
+    """Share of the given labels that are predicted."""
+    return (logits.detach().argmax(-1) == target).float().mean()
 
 
 def one_hot(target: Tensor, like: Tensor) -> Tensor:

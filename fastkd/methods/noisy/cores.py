@@ -1,0 +1,97 @@
+"""CORES*: a regularizer that makes predictions sure, a sieve of samples by their loss, then consistency."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import _checks
+from fastkd.data.batch import Batches
+from fastkd.methods.method import cross_entropy
+from fastkd.methods.noisy import terms
+from fastkd.methods.noisy.learner import NoisyLabels, chosen
+from fastkd.methods.procedure import Step
+from fastkd.methods.registry import register
+
+__all__ = ["CORES", "mean_loss"]
+
+
+def mean_loss(logits: Tensor) -> Tensor:
+    """``mean_k -log(p_k + 1e-8)``, ``[B]``: the loss of each class as the label, on average. The small number keeps the
+    regularizer, which raises it, from going on for ever."""
+    return -(terms.probabilities(logits) + 1e-8).log().mean(-1)
+
+
+@register("cores", family="noisy labels", needs=("labels",), trains="student", paper="Cheng et al., ICLR 2021")
+class CORES(NoisyLabels):
+    """CORES*: cross-entropy minus ``beta`` times the mean loss of all classes, of the samples whose label is likelier than the
+    average; from some point on these are as they are, and two views of every image agree.
+
+    Cheng et al., "Learning with Instance-Dependent Label Noise: A Sample Sieve Approach" (ICLR 2021), Eq. 3 to 5, with the
+    schedule of the authors' code, as shares. There the second part is a training of its own, here the same one goes on.
+
+    Args:
+        beta: of the regularizer, in the end.
+        plain_share: of the training, by plain cross-entropy.
+        ramp_share: of the training, over which beta then grows.
+        sieve_share: of the training, after which samples are sieved.
+        second_share: of the training, after which the sieve is left as it is and views are to agree; 1: never (CORES).
+        consistency: weight of the divergence between two views, in the second part.
+    """
+
+    rule = "mixture"
+
+    def __init__(
+        self,
+        student: nn.Module,
+        items: int,
+        num_classes: int,
+        *,
+        beta: float = 2.0,
+        plain_share: float = 0.1,
+        ramp_share: float = 0.3,
+        sieve_share: float = 0.3,
+        second_share: float = 0.5,
+        consistency: float = 1.0,
+    ) -> None:
+        options = chosen(locals())
+        super().__init__(student, items, num_classes, options)
+        self.beta, self.consistency = (
+            _checks.check_not_negative(name, options[name]) for name in ("beta", "consistency")
+        )
+        self.plain_share, self.ramp_share, self.sieve_share, self.second_share = (
+            _checks.check_share(f"{name}_share", options[f"{name}_share"])
+            for name in ("plain", "ramp", "sieve", "second")
+        )
+        if second_share < sieve_share:
+            raise ValueError(
+                f"fastkd: second_share is {second_share}, must be at least sieve_share, {sieve_share}, as it keeps the sieve"
+            )
+        self.known = self.keep(kept=torch.ones(()))
+        if consistency and second_share < 1.0:
+            self.views, self.strong_views = 2, 1
+
+    def iteration(self, batch: Batches, step: Step) -> dict[str, Tensor]:
+        target, index, views = self.checked(batch)
+        second = step.progress >= self.second_share
+        views = views if second else views[:1]
+        logits, *others = self.student(torch.cat(views)).chunk(len(views))
+        task, regular = cross_entropy(logits, target, reduction="none"), mean_loss(logits)
+        kept = self.known["kept"][index]
+        if not second:
+            kept = torch.ones_like(task)
+            if step.progress >= self.sieve_share:
+                kept = (task <= regular).to(task.dtype)
+            self.known.write(index, kept=kept)
+        loss = terms.weighted_mean(task - self.beta * self.ramp(step.progress) * regular, kept.detach())
+        found = {"task_loss": loss}
+        if others:
+            found["consistency_loss"] = self.consistency * terms.consistency(logits, others[0])
+            loss = loss + found["consistency_loss"]
+        step.update(loss)
+        return {"loss": loss, **found, "kept": kept.mean(), "accuracy": terms.accuracy(logits, target)}
+
+    def ramp(self, progress: float) -> float:
+        """From 0 to 1."""
+        over = progress - self.plain_share
+        return min(1.0, max(0.0, over / self.ramp_share)) if self.ramp_share else float(over >= 0.0)

@@ -1,0 +1,132 @@
+"""ELR+: early-learning regularization with two networks, their averages, and mixup."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import _checks
+from fastkd.data.batch import Batches
+from fastkd.methods.noisy import terms
+from fastkd.methods.noisy.ensemble import Ensemble
+from fastkd.methods.noisy.learner import NoisyLabels, chosen
+from fastkd.methods.procedure import Part, Step
+from fastkd.methods.registry import register
+from fastkd.models.average import Average
+from fastkd.models.modes import evaluating
+
+__all__ = ["ELR", "early_learning"]
+
+LEAST = 1e-4  # of probabilities, as in the authors' code
+
+
+def early_learning(logits: Tensor, remembered: Tensor) -> Tensor:
+    """``mean_i log(1 - <p_i, t_i>)``: lowest where predictions are as they were remembered (Liu et al., Eq. 6).
+
+    Args:
+        remembered: ``[B, K]``, t.
+    """
+    p = terms.probabilities(logits).clamp(LEAST, 1.0 - LEAST)
+    return (1.0 - (remembered * p).sum(-1)).log().mean()
+
+
+@register(
+    "elr+",
+    family="noisy labels",
+    needs=("labels",),
+    trains="two networks, their averages",
+    paper="Liu et al., NeurIPS 2020",
+)
+class ELR(NoisyLabels):
+    """ELR+: what a network said of a sample early on, before it learnt wrong labels by heart, is held against it later.
+
+    Liu et al., "Early-Learning Regularization Prevents Memorization of Noisy Labels" (NeurIPS 2020), with the weights of the
+    authors' code for CIFAR-10. Two networks learn from mixed images and labels; the average of the weights of each says what
+    the other one is to remember. What is kept is both averages. They run in evaluation mode here, whose batch norms are
+    averages, too; in the authors' code in training mode.
+
+    Args:
+        regularization: weight of the term, lambda; 3 for CIFAR-10, 7 for CIFAR-100.
+        memory: share of what was remembered that stays, beta; 0.7 for CIFAR-10, 0.9 for CIFAR-100.
+        mixup_alpha: of the Beta distribution of the shares that images are mixed by; 0: none are.
+        average: decay of the averages of weights, in the end.
+        ramp_share: of the training, over which it grows to that.
+        refine: whether labels are multiplied with what is remembered, as the authors' code does for 100 classes.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        items: int,
+        num_classes: int,
+        make_student: Callable[[int], nn.Module],
+        *,
+        regularization: float = 3.0,
+        memory: float = 0.7,
+        mixup_alpha: float = 1.0,
+        average: float = 0.997,
+        ramp_share: float = 0.5,
+        refine: bool = False,
+    ) -> None:
+        options = chosen(locals())
+        super().__init__(student, items, num_classes, options)
+        self.regularization = _checks.check_not_negative("regularization", regularization)
+        self.memory, self.average_decay, self.ramp_share = (
+            _checks.check_share(name, options[name]) for name in ("memory", "average", "ramp_share")
+        )
+        self.mixup_alpha = _checks.check_not_negative("mixup_alpha", mixup_alpha)
+        self.refine = _checks.check_flag("refine", refine)
+        self.peer = make_student(1).to(next(student.parameters()).device)
+        self.averages = Ensemble(*(Average(network) for network in (self.student, self.peer)))
+        nothing = torch.zeros(num_classes)
+        self.known = self.keep(student=nothing, peer=nothing)
+
+    def parts(self) -> dict[str, Part]:
+        return {"student": Part(self.student), "peer": Part(self.peer)}
+
+    def network(self) -> nn.Module:
+        return self.averages
+
+    def iteration(self, batch: Batches, step: Step) -> dict[str, Tensor]:
+        target, index, (images,) = self.checked(batch)
+        losses = []
+        first, second = self.averages.networks
+        assert isinstance(first, Average)
+        assert isinstance(second, Average)
+        for name, network, average_of_other in (("student", self.student, second), ("peer", self.peer, first)):
+            said = terms.probabilities(_in_evaluation(average_of_other, images))
+            remembered = self.memory * self.known[name][index] + (1.0 - self.memory) * said
+            self.known.write(index, **{name: remembered})
+            labels = terms.one_hot(target, said)
+            mixed = terms.mixup(images, labels, self.mixup_alpha)
+            losses.append(self.loss(network(mixed.images), mixed.labels, mixed.mix(remembered)))
+            step.update(losses[-1], name)
+        decay = self.average_decay * self.ramp(step)
+        first.update(self.student, decay)
+        second.update(self.peer, decay)
+        loss = torch.stack([one.detach() for one in losses]).mean()
+        return {"loss": loss}
+
+    def loss(self, logits: Tensor, labels: Tensor, remembered: Tensor) -> Tensor:
+        """Of one network: logits of mixed images, their labels ``[B, K]``, and what is remembered of them."""
+        if self.refine:
+            labels = labels * remembered
+            labels = labels / labels.sum(-1, keepdim=True)
+        task = terms.soft_label_loss(logits, labels).mean()
+        return task + self.regularization * early_learning(logits, remembered)
+
+    def ramp(self, step: Step) -> float:
+        """From exp(-5) to 1."""
+        done = (step.epoch + (step.iteration + 1) / step.iterations) / step.epochs
+        left = max(0.0, 1.0 - done / self.ramp_share) if self.ramp_share else 0.0
+        return math.exp(-5.0 * left**2)
+
+
+@torch.no_grad()
+def _in_evaluation(network: nn.Module, images: Tensor) -> Tensor:
+    with evaluating(network):
+        logits: Tensor = network(images)
+    return logits
