@@ -68,6 +68,31 @@ def make(method: str, seed: int = 0, network: Any = None, **options: Any) -> Noi
     return made
 
 
+class Caught:
+    """A step that keeps the losses of the parts and their gradients, and moves nothing."""
+
+    epoch, epochs, iteration, iterations, rank, world_size, batches_per_step = 0, 10, 0, 4, 0, 1, 1
+
+    def __init__(self, epoch: int = 0, **parameters: list[Tensor]) -> None:
+        self.epoch, self.parameters = epoch, parameters
+        self.progress = epoch / self.epochs
+        self.losses: dict[str, Tensor] = {}
+        self.gradients: dict[str, tuple[Tensor, ...]] = {}
+
+    def update(self, loss: Tensor, *parts: str) -> None:
+        for part in parts or self.parameters:
+            self.losses[part] = loss.detach()
+            self.gradients[part] = torch.autograd.grad(loss, self.parameters[part], retain_graph=True)
+
+
+def caught(procedure: NoisyLabels, batch: Batch, epoch: int = 0) -> tuple[Caught, dict[str, Tensor]]:
+    """An iteration of it in this epoch of ten, without a step; and its terms."""
+    parameters = {name: list(part.parameters) for name, part in procedure.parts().items()}
+    step = Caught(epoch, **parameters)
+    terms = dict(procedure.iteration(batch, step))  # type: ignore[arg-type]
+    return step, terms
+
+
 def whole_and_in_parts(method: str, folder: Path, **options: Any) -> None:
     """A training that was stopped twice ends as one that was not, with the state of every sample."""
     settings = make_settings(epochs=4, learning_rate=0.02, checkpoint_every=2, ema=0.9)

@@ -40,16 +40,17 @@ def same(ours: Tensor, theirs: Tensor, *inputs: Tensor) -> None:
 # ---- terms ---------------------------------------------------------------------------------------------
 
 
-def test_negative_learning() -> None:
+@pytest.mark.parametrize("correct", [True, False])
+def test_negative_learning(correct: bool) -> None:
     """Sample by sample and class by class."""
     torch.manual_seed(0)
     z, target, weight = logits(7, 5), torch.randint(5, (7,)), torch.rand(7, dtype=torch.float64)
     rows = []
     for i in range(7):
         p = z[i].exp() / z[i].exp().sum()
-        left_out = {int(target[i]), int(z[i].argmax())}
+        left_out = {int(target[i]), int(z[i].argmax()) if correct else -1}
         rows.append(-weight[i] * sum(torch.log(1 - p[k]) for k in range(5) if k not in left_out))
-    same(terms.negative_learning(z, target, weight), torch.stack(rows).mean(), z)  # type: ignore[arg-type]
+    same(terms.negative_learning(z, target, weight, correct=correct), torch.stack(rows).mean(), z)  # type: ignore[arg-type]
 
 
 def test_negative_learning_of_a_sure_prediction_is_finite() -> None:

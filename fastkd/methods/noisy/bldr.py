@@ -36,6 +36,9 @@ class BLDR(NoisyLabels):
 
     Args:
         warmup_share: of the training, in which all samples have a weight of 1.
+        correction_share: of the training, in which the negative head learns that a sample is none of the classes but the given
+            one; after it, but the predicted one, too. 0: at once, as in the authors' code, whose negative head first predicts
+            one class for all images, and takes thousands of updates to leave that.
         learning_rate_u: of the correction at the given label.
         learning_rate_v: of the correction at other classes.
         squared: weight of the squared error that v learns from, times ratio^2.
@@ -63,6 +66,7 @@ class BLDR(NoisyLabels):
         num_classes: int,
         *,
         warmup_share: float = 20 / 320,
+        correction_share: float = 0.0,
         learning_rate_u: float = 10.0,
         learning_rate_v: float = 10.0,
         squared: float = 50.0,
@@ -78,8 +82,8 @@ class BLDR(NoisyLabels):
     ) -> None:
         options = chosen(locals())
         super().__init__(student, items, num_classes, options)
-        self.warmup_share, self.first_ratio, self.doubt = (
-            _checks.check_share(name, options[name]) for name in ("warmup_share", "ratio", "doubt")
+        self.warmup_share, self.correction_share, self.first_ratio, self.doubt = (
+            _checks.check_share(name, options[name]) for name in ("warmup_share", "correction_share", "ratio", "doubt")
         )
         names = ("squared", "balance", "consistency", "response", "hint", "agreement")
         self.weights = {name: _checks.check_not_negative(name, options[name]) for name in names}
@@ -111,7 +115,9 @@ class BLDR(NoisyLabels):
         first, second = self.student(torch.cat(views)).halves()
         pairs = zip((first.positive, *first.middle), (second.positive, *second.middle), strict=True)
         positive, *middle = (self.positive_loss(ours, other, target, rows, weight) for ours, other in pairs)
-        losses = {"positive_loss": positive, "negative_loss": self.negative_loss(first, second, target, weight)}
+        correct = step.progress >= self.correction_share
+        negative = self.negative_loss(first, second, target, weight, correct=correct)
+        losses = {"positive_loss": positive, "negative_loss": negative}
         if middle:
             losses |= {"middle_loss": torch.stack(middle).sum(), "distilled_loss": self.distilled_loss(first)}
         if self.weights["agreement"]:
@@ -133,9 +139,11 @@ class BLDR(NoisyLabels):
         loss = cross_entropy + self.weights["squared"] * self.ratio.square() * squared
         return loss + self._of_views(logits, other, balance)
 
-    def negative_loss(self, first: Heads, second: Heads, target: Tensor, weight: Tensor) -> Tensor:
+    def negative_loss(
+        self, first: Heads, second: Heads, target: Tensor, weight: Tensor, *, correct: bool = True
+    ) -> Tensor:
         """Of the head that learns what they are not, L_nl."""
-        loss = terms.negative_learning(first.negative, target, weight)
+        loss = terms.negative_learning(first.negative, target, weight, correct=correct)
         balance = terms.balance(terms.probabilities(first.negative))
         return loss + self._of_views(first.negative, second.negative, balance)
 

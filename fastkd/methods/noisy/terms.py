@@ -39,16 +39,18 @@ def one_hot(target: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(like).scatter_(1, target[:, None], 1.0)
 
 
-def negative_learning(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+def negative_learning(logits: Tensor, target: Tensor, weight: Tensor | None = None, *, correct: bool = True) -> Tensor:
     """``-mean_i w_i sum_k log(1 - p_ik)`` over the classes of which the sample is none: all but the given label and the one
     that is predicted, the corrected label (Zong et al., Eq. 2).
 
     Args:
         target: int64 ``[B]``, the given labels.
         weight: ``[B]``.
+        correct: whether there is a corrected label.
     """
     p = probabilities(logits)
-    wrong = torch.ones_like(p).scatter_(1, torch.stack([target, logits.argmax(-1)], 1), 0.0)
+    labels = torch.stack([target, logits.argmax(-1)], 1) if correct else target[:, None]
+    wrong = torch.ones_like(p).scatter_(1, labels, 0.0)
     rows = -(wrong * torch.log((1 - p).clamp(1e-5, 1.0))).sum(-1)
     return (rows if weight is None else weight * rows).mean()
 

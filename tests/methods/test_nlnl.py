@@ -1,0 +1,60 @@
+"""NLNL: complementary labels, and the loss in each of its three steps."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from noisy_cases import BATCH, Noisy, caught, make
+from training_cases import CLASSES
+
+from fastkd._seeding import seeded
+from fastkd.methods.noisy.nlnl import complementary
+
+pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread", "no_figures")]
+
+
+def test_complementary_labels() -> None:
+    """Never the label, all others alike."""
+    torch.manual_seed(0)
+    target = torch.arange(5).repeat_interleave(4000)
+    others = complementary(target, 5)
+    counts = torch.zeros(5, 5).index_put_((target, others), torch.ones(()), accumulate=True)
+    assert not counts.diagonal().any()
+    left = counts[~torch.eye(5, dtype=torch.bool)]
+    assert left.min() > 850
+    assert left.max() < 1150
+
+
+@pytest.mark.parametrize("epoch", [0, 5, 8])
+def test_losses(epoch: int) -> None:
+    procedure = make("nlnl").double()
+    with torch.no_grad():
+        procedure.student.classifier.weight.mul_(8)  # type: ignore[union-attr,operator]
+    batch = Noisy(views=1).batch(torch.arange(BATCH))
+    batch = type(batch)(batch.images.double(), batch.target, batch.index)
+    twin = copy.deepcopy(procedure)
+    with seeded(2):
+        step, _ = caught(procedure, batch, epoch)
+    with seeded(2):
+        others = complementary(batch.target, CLASSES)  # type: ignore[arg-type]
+    p = twin.student(batch.images).softmax(1)
+    rows = []
+    for i in range(BATCH):
+        label = int(batch.target[i])  # type: ignore[index]
+        given = p[i, label].item()
+        if epoch == 0 or (epoch == 5 and given > 1 / CLASSES):
+            rows.append(-torch.log(1 - p[i, others[i]]))
+        elif epoch == 8 and given > 0.5:
+            rows.append(-torch.log(p[i, label]))
+    assert 0 < len(rows) < BATCH + (epoch == 0)
+    loss = torch.stack(rows).mean()
+    torch.testing.assert_close(step.losses["student"], loss.detach())
+    for a, b in zip(step.gradients["student"], torch.autograd.grad(loss, list(twin.student.parameters())), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_wrong_options() -> None:
+    with pytest.raises(ValueError, match=r"positive_share is 0.2, must be at least selective_share"):
+        make("nlnl", positive_share=0.2)
