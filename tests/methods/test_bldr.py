@@ -133,7 +133,7 @@ def test_losses_of_an_iteration() -> None:
     found_loss: list[Tensor] = []
 
     class Step:
-        batches_per_step = 1
+        batches_per_step, progress = 1, 0.0
 
         def update(self, loss: Tensor) -> None:
             found_loss.append(loss)
