@@ -24,6 +24,7 @@ from fastkd.studies import checks
 from fastkd.studies import data as images
 from fastkd.studies.collected import Collected, make_collection, scores_of
 from fastkd.studies.data import prepare
+from fastkd.studies.detection import judged
 from fastkd.studies.figures import course, distances, stability
 from fastkd.studies.networks import check_network, first_line, make_network, read_state, take_weights
 from fastkd.studies.result import MEAN_IOU, Result, read_result, write_result
@@ -460,6 +461,10 @@ class Experiment:
             figures |= {**collected.figures(sum_of_ranks(collected.batches.counts)), **course(history)}
         elif not self.entry.needs_images:
             figures |= course(history, COURSE_STEP)
+        if "labels" in self.entry.needs and not data.train.dense:
+            figures |= judged(trainer, data.train, settings.data, self._data_seed, folder)
+            if not images.clean(settings.data):
+                figures |= course(history, COURSE_STEP)
         if teacher is not None:
             figures |= distances(procedure, teacher, data.test_images, collected)
         return Result(last["test_accuracy"], None, figures)

@@ -136,11 +136,14 @@ class Trainer:
         self._state: TrainingState | None = None
 
     @property
+    def network(self) -> nn.Module:
+        """What the training is for, as the procedure has it: the averaged one where ``settings.ema`` says so."""
+        return self.procedure.network() if self._state is None else self._state.network()
+
+    @property
     def deployed(self) -> nn.Module:
-        """The network, images to logits, that the training was for: the averaged one where ``settings.ema`` says so."""
-        if self._state is None:
-            return self.procedure.deployed(self.procedure.network())
-        return self._state.deployed()
+        """What is kept of it: a network, images to logits."""
+        return self.procedure.deployed(self.network)
 
     def fit(self, *, resume: bool | Literal["auto"] = False, overwrite: bool = False) -> list[EpochMetrics]:
         """Trains to the end; the networks are then in evaluation mode. Once: a second call is for a resume only, as the
