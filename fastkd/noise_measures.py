@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,18 +90,20 @@ def sweep(score: Values, truth: Values, thresholds: Values | None = None) -> Swe
     """
     data = _vector("score", _checks.as_tensor("score", score), _checks.FLOATS).detach()
     wrong = _truth(truth, data, "score")
+    asked = None
+    if thresholds is not None:
+        if not isinstance(thresholds, Tensor):
+            thresholds = np.asarray(thresholds)  # of a list, torch makes float32
+        asked = _vector("thresholds", _checks.as_tensor("thresholds", thresholds, data.device), _checks.FLOATS)
+        asked = _together("thresholds", asked, data, "score").detach().double()
     ordered, order = data.double().sort(stable=True)
     if len(data) and bool(ordered[-1].isnan()):  # which sort puts last
         raise ValueError(f"fastkd: score has NaN at {int(data.isnan().nonzero()[0])}, must be numbers")
     wrong_so_far = torch.zeros(len(data) + 1, dtype=torch.int64, device=data.device)
     torch.cumsum(wrong[order], 0, out=wrong_so_far[1:])
     below, upto = (torch.searchsorted(ordered, ordered, right=right) for right in (False, True))
-    if thresholds is None:
-        at, found = ordered, upto
-    else:
-        at = _vector("thresholds", _checks.as_tensor("thresholds", thresholds, data.device), _checks.FLOATS)
-        at = at.detach().double()
-        found = torch.searchsorted(ordered, _together("thresholds", at, data, "score").contiguous(), right=True)
+    at = ordered if asked is None else asked
+    found = upto if asked is None else torch.searchsorted(ordered, asked.contiguous(), right=True)
     all_wrong = wrong_so_far[-1]
     precision, recall, f1 = _shares(wrong_so_far[found], found, all_wrong)
 
@@ -108,7 +111,7 @@ def sweep(score: Values, truth: Values, thresholds: Values | None = None) -> Swe
     if len(at):
         highest, index = f1.nan_to_num(-1.0).max(0)
         threshold = at[index]
-        if thresholds is None:
+        if asked is None:
             threshold = (threshold + ordered[upto[index].clamp(max=len(data) - 1)]) / 2
         best = torch.where(highest > 0, threshold, best)
 
