@@ -55,10 +55,12 @@ def score_histogram(
     highest = 1.0
     for name, colour, rows in groups:
         heights, _, _ = axes.hist(
-            values[rows].numpy(), bins=edges, color=colour, alpha=0.55, label=f"{name} ({int(rows.sum()):,})"
+            values[rows & values.isfinite()].numpy(), bins=edges, color=colour, alpha=0.55, label=f"{name} ({int(rows.sum()):,})"
         )
         highest = max(highest, float(torch.as_tensor(heights).max()))
-    axes.set(xlim=(0, 1), yscale="log", ylim=(0.7, 2 * highest))
+    axes.set(xlim=(0, 1), ylim=(0.7, 2 * highest))
+    if axes.dataLim.ymax > 0:  # there are bars
+        axes.set_yscale("log")
     _draw_threshold(axes, threshold)
     _legend(figure, axes)
     return figure
