@@ -54,9 +54,9 @@ def score_histogram(
     edges = torch.linspace(0, 1, BINS + 1, dtype=torch.float64).tolist()
     highest = 1.0
     for name, colour, rows in groups:
-        heights, _, _ = axes.hist(
-            values[rows & values.isfinite()].numpy(), bins=edges, color=colour, alpha=0.55, label=f"{name} ({int(rows.sum()):,})"
-        )
+        label = f"{name} ({int(rows.sum()):,})"
+        finite = values[rows & values.isfinite()].numpy()
+        heights, _, _ = axes.hist(finite, bins=edges, color=colour, alpha=0.55, label=label)
         highest = max(highest, float(torch.as_tensor(heights).max()))
     axes.set(xlim=(0, 1), ylim=(0.7, 2 * highest))
     if axes.dataLim.ymax > 0:  # there are bars
