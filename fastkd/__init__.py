@@ -1,6 +1,6 @@
 """fastkd: fused losses, patch crops, mixtures and weighted sampling for knowledge distillation."""
 
-from fastkd import functional, scores, statistics
+from fastkd import functional, noise, scores, statistics
 from fastkd._build_info import build_info
 from fastkd.alias_table import AliasTable
 from fastkd.collection_samplers import CollectionBatchSampler, CollectionSampler
@@ -30,6 +30,7 @@ __all__ = [
     "draw_batch",
     "functional",
     "logit_stats",
+    "noise",
     "random_crop_flip",
     "random_patches",
     "scores",

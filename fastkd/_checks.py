@@ -33,6 +33,18 @@ def check_tensor(name: str, value: object) -> Tensor:
     return value
 
 
+def as_tensor(name: str, values: Any, device: torch.device | str = "cpu") -> Tensor:
+    """A tensor as it is; what has no device, such as a list or an array, on ``device``."""
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.as_tensor(values, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"fastkd: {name} is {type(values).__name__}, must be a tensor or an array of numbers: {error}"
+        ) from None
+
+
 def check_dtype(name: str, value: object, allowed: Sequence[torch.dtype] = FLOATS) -> Tensor:
     """A tensor of one of these dtypes."""
     tensor = check_tensor(name, value)

@@ -110,13 +110,13 @@ class TwoGaussianMixture:
             ValueError, TypeError, RuntimeError: shapes or dtypes that do not fit, lengths or offsets out of range,
                 a negative sample weight; on a GPU numbers in tensors never raise, see FitStatus.INVALID.
         """
-        data = _tensor("values", values)
+        data = _checks.as_tensor("values", values)
         single = data.dim() == 1 and offsets is None
         start = None
         if init is not None:
             if not isinstance(init, (tuple, list)) or len(init) != 3:
                 raise ValueError("fastkd: init must be three tensors, of weights, means and variances")
-            weights, means, variances = (_rows(_tensor("init", t, data.device), single) for t in init)
+            weights, means, variances = (_rows(_checks.as_tensor("init", t, data.device), single) for t in init)
             start = (weights, means, _deviations(variances))
         elif self.warm_start and self._mixtures is not None:
             last = self._mixtures
@@ -153,7 +153,7 @@ class TwoGaussianMixture:
     def _posterior(self, values: Values, lengths: Values | None, offsets: Values | None) -> tuple[Tensor, Tensor]:
         if self._mixtures is None:
             raise RuntimeError("fastkd: this TwoGaussianMixture is not fitted, must be: call fit first")
-        data = _tensor("values", values)
+        data = _checks.as_tensor("values", values)
         return _ops.gmm_posterior(
             data,
             self._mixtures,
@@ -250,7 +250,7 @@ def select_clean(
     Raises:
         ValueError, TypeError, RuntimeError: as :meth:`TwoGaussianMixture.fit`.
     """
-    data = _tensor("losses", losses)
+    data = _checks.as_tensor("losses", losses)
     return _ops.gmm_select(
         data,
         sample_weight=_optional("sample_weight", sample_weight, data),
@@ -265,20 +265,8 @@ def select_clean(
     )
 
 
-def _tensor(name: str, values: Values, device: torch.device | str = "cpu") -> Tensor:
-    """A tensor as it is; what has no device, such as a list or an array, on ``device``."""
-    if isinstance(values, Tensor):
-        return values
-    try:
-        return torch.as_tensor(values, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"fastkd: {name} is {type(values).__name__}, must be a tensor or an array of numbers: {error}"
-        ) from None
-
-
 def _optional(name: str, values: Values | None, data: Tensor) -> Tensor | None:
-    return None if values is None else _tensor(name, values, data.device)
+    return None if values is None else _checks.as_tensor(name, values, data.device)
 
 
 def _deviations(variances: Tensor) -> Tensor:

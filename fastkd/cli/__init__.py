@@ -16,6 +16,7 @@ from fastkd.cli._config import expand
 from fastkd.cli._errors import UsageError
 from fastkd.cli.bench import Bench
 from fastkd.cli.demo import Demo
+from fastkd.cli.detect_noise import DetectNoise
 from fastkd.cli.distill import command_for, load_plugin_of
 from fastkd.cli.info import Info
 from fastkd.cli.methods import Methods
@@ -59,6 +60,7 @@ def _parse(name: str, arguments: list[str]) -> Callable[[Console], int | None]:
                 "demo": Demo,
                 "distill": distill,
                 "score": Score,
+                "detect-noise": DetectNoise,
                 "methods": Methods,
                 "study": Studies,
                 "bench": Bench,
