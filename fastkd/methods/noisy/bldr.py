@@ -128,8 +128,9 @@ class BLDR(NoisyLabels):
         step.update(loss)
         given = terms.probabilities(first.negative.detach()).gather(1, target[:, None])[:, 0]
         self.known.write(index, probability=given)
-        accuracy = terms.accuracy(first.positive, target)
-        return {"loss": loss, **losses, "weight": weight.mean(), "accuracy": accuracy}
+        right = {"accuracy": first.positive, "negative_accuracy": first.negative}
+        shares = {name: terms.accuracy(logits, target) for name, logits in right.items()}
+        return {"loss": loss, **losses, "weight": weight.mean(), **shares}
 
     def positive_loss(
         self, logits: Tensor, other: Tensor, target: Tensor, rows: tuple[Tensor, Tensor], weight: Tensor
