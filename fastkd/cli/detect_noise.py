@@ -1,11 +1,10 @@
-"""``fastkd detect-noise``: which labels of a file are probably wrong."""
+"""``fastkd detect-noise``: which labels are probably wrong."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,30 +15,60 @@ from fastkd import noise
 from fastkd.cli import _noise_report
 from fastkd.cli._errors import UsageError, usage_errors
 from fastkd.cli._output import check_writable
+from fastkd.data.label_files import read_labels
+from fastkd.methods import NoisyLabels
+from fastkd.methods import registry as methods
+from fastkd.studies.data import DataSettings, wrong_labels
+from fastkd.studies.detection import LABELS, PROBABILITIES
+from fastkd.studies.distillation import run
+from fastkd.studies.settings import Distillation
+from fastkd.training import TrainingSettings, process_group
 
-TEXT = (".csv", ".txt")
+TRAINING = "training"  # in the folder of the results
 
 
 @dataclass(frozen=True)
 class DetectNoise:
-    """Say which labels are probably wrong, by what a network said of the samples.
+    """Say which labels are probably wrong: by what a network has said of the samples, or of a network that is trained for it.
 
-    The network should not know the labels by heart: take probabilities of folds that it was not trained on, or losses of early
-    epochs. Writes labels.csv (index, label, suggested, score, noisy), noisy.npy, report.json and histogram.png; where the truth
-    is given, also how many of the wrong labels were found, and sweep.png.
+    With --values, the network should not know the labels by heart: take probabilities of folds that it was not trained on, or
+    losses of early epochs. With --data, one is trained on the set's images by a method that withstands wrong labels; the same
+    command goes on where it was interrupted. Writes labels.csv (index, label, suggested, score, noisy), noisy.npy, report.json
+    and histogram.png; where the truth is known, also how many of the wrong labels were found, and sweep.png.
     """
 
-    values: Path
+    values: Path | None = None
     """An .npy of what the network said: floats, a row a sample, or for losses a number a sample."""
-    labels: Path
-    """The given labels: an .npy of integers, a .csv or .txt of one a line, or a .json list."""
+    labels: Path | None = None
+    """The given labels: .npy, .pt, .json, .csv or .txt, also those of CIFAR-10N. With --data those of the set by default; where
+    they are given, the set's own are taken for the truth."""
+    label_key: str = ""
+    """Which labels of the file, where it has several: worst, aggre, random1, noisy, or a name as it has them."""
     kind: Literal["probabilities", "logits", "losses"] = "probabilities"
     """What the values are."""
     truth: Path | None = None
-    """The true labels, as --labels, or an .npy of bools, True where a label is wrong; not needed to find them."""
-    rule: noise.Rule = "mixture"
+    """With --values: the true labels, as --labels, or an .npy of bools, True where a label is wrong; not needed to find them."""
+    data: str = ""
+    """Instead of --values: cifar10, mnist or another data set; a network is trained on its training images."""
+    data_root: Path | None = None
+    """The folder of the data sets; $FASTKD_DATA or ~/.cache/fastkd/data by default. Nothing is downloaded."""
+    method: str = "bldr"
+    """By which it is trained: one for noisy labels, as `fastkd methods` lists them. `fastkd distill` has more options for the
+    training, and leaves probabilities.npy for --values, and labels.npy for --labels."""
+    student: str = "resnet14"
+    """The network: resnet<6n+2>, wrn-<6n+4>-<width>, cifar-resnet34, or another name of fastkd.models.names()."""
+    epochs: int = 100
+    """Of its training."""
+    batch_size: int = 128
+    """Images of a batch."""
+    learning_rate: float = 0.1
+    """The highest."""
+    seed: int = 0
+    """Of weights and batches."""
+    rule: noise.Rule | None = None
     """mixture: of two Gaussians of the losses (DivideMix); probability: that of the label is low (BLDR); confident: another
-    class is above its own mean (confident learning, cleanlab); disagreement: another class is the most probable."""
+    class is above its own mean (confident learning, cleanlab); disagreement: another class is the most probable. By default
+    mixture, or that of the method."""
     threshold: float | None = None
     """Of the score, below which a label is called wrong: 0.5 for a mixture, 0.05 for a probability by default."""
     by_class: bool = False
@@ -52,36 +81,71 @@ class DetectNoise:
     """A TOML or YAML file with any of these options; those of the command line come before them."""
 
     def __call__(self, console: Console) -> None:
+        if (self.values is None) == (not self.data):
+            raise UsageError("one of --values, what a network said, and --data, images to train one on, must be given")
+        rule = self.rule or ("mixture" if self.values is not None else self._kind().rule)
         with usage_errors():
-            noise.check_options(self.rule, self.threshold, self.by_class, self.kind)
-        if self.values.suffix != ".npy":
-            raise UsageError(f"--values is {self.values}, must end with .npy")
-        for option, path in (("--labels", self.labels), ("--truth", self.truth)):
-            if path is not None and path.suffix not in (".npy", ".json", *TEXT):
-                raise UsageError(f"{option} is {path}, must end with .npy, .csv, .txt or .json")
+            noise.check_options(rule, self.threshold, self.by_class, self.kind)
         _noise_report.check_folder(self.output, self.overwrite)
         check_writable("--output", self.output, *_noise_report.files(self.output))
+        values, labels, wrong = self._read() if self.values is not None else self._train()
+        with usage_errors():
+            found = noise.find(
+                labels, **{self.kind: values}, rule=rule, threshold=self.threshold, by_class=self.by_class
+            )
+        _noise_report.report(found, labels, wrong, self.output, console)
+
+    def _read(self) -> _Given:
+        """What is in the files."""
+        assert self.values is not None
+        if self.values.suffix != ".npy":
+            raise UsageError(f"--values is {self.values}, must end with .npy")
+        if self.labels is None:
+            raise UsageError("--labels is missing, must be the file of the labels with --values")
         values = _read_array("--values", self.values)
-        labels = _read_labels("--labels", self.labels)
-        truth = None if self.truth is None else _read_labels("--truth", self.truth, bools=True)
+        with usage_errors():
+            labels = read_labels(self.labels, self.label_key or None)
+            truth = None if self.truth is None else _read_truth(self.truth)
         if truth is not None and truth.shape != labels.shape:
             raise UsageError(
                 f"--truth {self.truth} has {len(truth):,} labels, must have as many as --labels, {len(labels):,}"
             )
-        if truth is not None and truth.dtype != torch.bool and bool((truth < 0).any()):
-            raise UsageError(
-                f"--truth {self.truth} has {int(truth.min())}, must be 0 or more: leave out what is not known"
-            )
+        return _Given(values, labels, None if truth is None else truth if truth.dtype == torch.bool else truth != labels)
+
+    def _train(self) -> _Given:
+        """What a network says that is trained now; the folder of the training is in that of the results."""
+        if self.truth is not None:
+            raise UsageError("--truth must not be given with --data, whose own labels are the truth where --labels are others")
+        if self.kind != "probabilities":
+            raise UsageError(f"--kind is {self.kind}, must be probabilities with --data")
+        folder = self.output / TRAINING
         with usage_errors():
-            found = noise.find(
-                labels,
-                **{self.kind: values},
-                rule=self.rule,
-                threshold=self.threshold,
-                by_class=self.by_class,
+            data = DataSettings(self.data, data_root=self.data_root)
+            if self.labels is not None:
+                data = replace(data, noise="file", label_file=self.labels, label_key=self.label_key)
+            training = TrainingSettings(epochs=self.epochs, learning_rate=self.learning_rate, seed=self.seed)
+            settings = Distillation(
+                method=self.method, student=self.student, batch_size=self.batch_size, data=data, training=training
             )
-        wrong = None if truth is None else truth if truth.dtype == torch.bool else truth != labels
-        _noise_report.report(found, labels, wrong, self.output, console)
+            with process_group("cuda" if torch.cuda.is_available() else "cpu") as process:
+                run(settings, folder, process)
+            labels = torch.from_numpy(np.load(folder / LABELS))
+            wrong = None if self.labels is None else wrong_labels(data, self.seed)
+        return _Given(np.load(folder / PROBABILITIES), labels, wrong)
+
+    def _kind(self) -> type[NoisyLabels]:
+        with usage_errors():
+            kind = methods.find(self.method).kind
+        if not issubclass(kind, NoisyLabels):
+            raise UsageError(f"--method is {self.method}, must be one for noisy labels, as bldr or dividemix")
+        return kind
+
+
+class _Given(NamedTuple):
+    values: np.ndarray
+    labels: Tensor
+    wrong: Tensor | None
+    """Bool, where it is known."""
 
 
 def _read_array(option: str, path: Path) -> np.ndarray:
@@ -98,59 +162,10 @@ def _read_array(option: str, path: Path) -> np.ndarray:
     return array
 
 
-def _read_labels(option: str, path: Path, *, bools: bool = False) -> Tensor:
-    """Labels of a file, int64 ``[N]``; an array of bools as it is, where they may be.
-
-    Raises:
-        UsageError: it cannot be read, or holds something else.
-    """
+def _read_truth(path: Path) -> Tensor:
+    """True labels, int64 ``[N]``; or an array of bools as it is."""
     if path.suffix == ".npy":
-        array = _read_array(option, path)
-        if array.dtype.kind not in ("iub" if bools else "iu"):
-            raise UsageError(f"{option} {path} holds {array.dtype}, must be integers")
-        if array.ndim != 1:
-            raise UsageError(f"{option} {path} has shape {array.shape}, must have one dimension, a label a sample")
-        if array.dtype.kind == "b":
+        array = _read_array("--truth", path)
+        if array.dtype == np.bool_:
             return torch.from_numpy(array)
-        if array.size and array.max() > np.iinfo(np.int64).max:
-            raise UsageError(f"{option} {path} holds {array.max()}, must be labels")
-        return torch.from_numpy(array.astype(np.int64))
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise UsageError(f"{option} {path} cannot be read: {why}") from None
-    items: list[object]
-    if path.suffix == ".json":
-        where, first = "item", 0
-        items = _json_list(option, path, text)
-    else:
-        where, first = "line", 1
-        items = [*text.rstrip().split("\n")] if text.strip() else []
-    labels = []
-    for number, item in enumerate(items, first):
-        label = _integer(item)
-        if label is None:
-            raise UsageError(f"{option} {path} has {str(item)[:40]!r} in {where} {number}, must be an integer")
-        labels.append(label)
-    return torch.tensor(labels, dtype=torch.int64)
-
-
-def _json_list(option: str, path: Path, text: str) -> list[object]:
-    try:
-        items = json.loads(text)
-    except (ValueError, RecursionError):
-        raise UsageError(f"{option} {path} is no JSON") from None
-    if not isinstance(items, list):
-        raise UsageError(f"{option} {path} holds {type(items).__name__}, must be a list of integers")
-    return items
-
-
-def _integer(item: object) -> int | None:
-    """Of a line or of JSON; None for anything else, and for what 64 bits do not hold."""
-    try:
-        number = int(item.strip()) if isinstance(item, str) else item
-    except ValueError:
-        return None
-    good = isinstance(number, int) and not isinstance(number, bool) and -(2**63) <= number < 2**63
-    return number if good else None  # type: ignore[return-value]
+    return read_labels(path)

@@ -20,15 +20,15 @@ from fastkd.studies.data import DataSettings, clean, wrong_labels
 from fastkd.training import Trainer
 from fastkd.training.distributed import on_first_rank
 
-__all__ = ["PROBABILITIES", "detection", "find_wrong", "judged", "probabilities_of"]
+__all__ = ["LABELS", "PROBABILITIES", "detection", "find_wrong", "judged", "probabilities_of"]
 
-PROBABILITIES = "probabilities.npy"
+PROBABILITIES, LABELS = "probabilities.npy", "labels.npy"
 AT_ONCE = 1024  # images
 
 
 def judged(trainer: Trainer, train: ImageSet, settings: DataSettings, seed: int, folder: Path) -> dict[str, float]:
-    """How well the labels of a training that are known to be wrong are told. What a method for noisy labels says of the labels is
-    in the folder then.
+    """How well the labels of a training that are known to be wrong are told. What a method for noisy labels says of the labels,
+    and the labels, are in the folder then.
 
     Args:
         settings, seed: that the training set was made by.
@@ -38,8 +38,9 @@ def judged(trainer: Trainer, train: ImageSet, settings: DataSettings, seed: int,
         return {}
     probabilities = probabilities_of(trainer.procedure, trainer.network, train)
     if keeps:
-        array = probabilities.float().cpu().numpy()
-        on_first_rank(lambda: write_whole(folder / PROBABILITIES, lambda file: np.save(file, array)))
+        for name, rows in ((PROBABILITIES, probabilities.float()), (LABELS, train.target)):
+            array = rows.cpu().numpy()
+            on_first_rank(lambda: write_whole(folder / name, lambda file: np.save(file, array)))  # noqa: B023
     if clean(settings):
         return {}
     wrong = wrong_labels(settings, seed).to(train.device)
