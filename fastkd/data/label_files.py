@@ -186,7 +186,8 @@ def _chosen(every: Mapping[Any, Any], key: str | None, path: Path) -> str:
     for name in (key, SHORT_KEYS.get(key.lower())):
         if name in every:
             return str(name)
-    raise unknown_name("key", key, names, f"of {path}", listed=True)
+    short = [name for name, whole in SHORT_KEYS.items() if whole in names]
+    raise unknown_name("key", key, [*names, *short], f"of {path}", listed=True)
 
 
 def _as_labels(value: Any, whose: str) -> Tensor:
