@@ -149,6 +149,8 @@ class StudyCommand(_Base):
     def _about(self) -> dict[str, object]:
         """What was run, without the folders of this machine."""
         said = self if self.plugin is None else replace(self, plugin=Path(self.plugin.name))
+        if (file := said.data.label_file) is not None:
+            said = replace(said, data=replace(said.data, label_file=Path(file.name)))
         settings = asdict(said)
         for name in _OF_THE_MACHINE:
             settings.pop(name, None)

@@ -12,6 +12,7 @@ from fastkd._seeding import mixed_generator, mixed_seed
 from fastkd.data.batch import Batch
 from fastkd.data.images import ImageSet
 from fastkd.data.source import check_start
+from fastkd.data.strong import changed, draw_changes, most_degrees
 from fastkd.patches import check_augmentation, padding_of, seeded_crop_flip
 
 __all__ = ["ImageBatches"]
@@ -35,11 +36,14 @@ class ImageBatches:
         dtype: of the views: float32, float64, bfloat16 or float16.
         channels_last: memory format of the views; the set is copied to it once.
         views: of each image, 1 or more: the same images, cropped and mirrored independently.
+        strong_views: how many of the views, the last ones, are then changed strongly: turned, shifted and sheared, other in
+            colour, with a square cut out (:mod:`fastkd.data.strong`). ``views=2, strong_views=1`` is a weak and a strong one.
+            The crops and flips are those without it.
 
     Raises:
-        TypeError, ValueError: a batch_size below 1, or more than the images with drop_last; a negative padding; crops or flips
-        of a dense set; a rank outside [0, world_size); several ranks without drop_last, as their last batches would differ;
-        another dtype; flags that are neither True nor False.
+        TypeError, ValueError: a batch_size below 1, or more than the images with drop_last; a negative padding; crops, flips or
+        strong views of a dense set; more strong views than views; a rank outside [0, world_size); several ranks without
+        drop_last, as their last batches would differ; another dtype; flags that are neither True nor False.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class ImageBatches:
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
         views: int = 1,
+        strong_views: int = 0,
     ) -> None:
         if not isinstance(image_set, ImageSet):
             raise TypeError(f"fastkd: image_set is {type(image_set).__name__}, must be an ImageSet")
@@ -78,6 +83,12 @@ class ImageBatches:
         channels_last = check_flag("channels_last", channels_last)
         check_augmentation(0.0, dtype)
         self.views = check_count("views", views, 1)
+        self.strong_views = check_count("strong_views", strong_views, 0, self.views + 1)
+        if image_set.dense and self.strong_views:
+            raise ValueError(
+                f"fastkd: strong_views is {strong_views}, must be 0 where each pixel has a class: images would move, and not "
+                "their classes"
+            )
         self.image_set = image_set
         self.batch_size = batch_size
         self.seed = seed
@@ -120,11 +131,17 @@ class ImageBatches:
             chosen = self._images.index_select(0, index)
             chosen = chosen.permute(0, 3, 1, 2) if self._channels_last else chosen
             place = (self.seed, epoch, number, self.rank)
-            # the number of the first view is left out: its crops are those that there are without further ones
-            seeds = [mixed_seed("crops", *place, *([view] if view else [])) for view in range(self.views)]
-            images, *views = (self._augmented(chosen, seed) for seed in seeds)
+            images, *views = (self._view(chosen, place, view) for view in range(self.views))
             yield Batch(images, data.target[index], index, tuple(views))
 
-    def _augmented(self, images: Tensor, seed: int) -> Tensor:
-        data = self.image_set
-        return seeded_crop_flip(images, seed, self.padding, 0.5 if self.flip else 0.0, data.mean, data.std, self.dtype)
+    def _view(self, images: Tensor, place: tuple[int, int, int, int], view: int) -> Tensor:
+        # the number of the first view is left out: its crops are those that there are without further ones
+        seed = mixed_seed("crops", *place, *([view] if view else []))
+        data, flips = self.image_set, 0.5 if self.flip else 0.0
+        if view < self.views - self.strong_views:
+            return seeded_crop_flip(images, seed, self.padding, flips, data.mean, data.std, self.dtype)
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        cropped = seeded_crop_flip(images, seed, self.padding, flips, None, None, dtype)
+        changes = draw_changes(len(images), most_degrees(data), *place, view)
+        layout = torch.channels_last if self._channels_last else torch.contiguous_format
+        return changed(cropped, changes, data.mean, data.std).to(self.dtype).contiguous(memory_format=layout)

@@ -11,9 +11,17 @@ from fastkd._checks import check_between, check_count, check_dtype, check_number
 from fastkd._seeding import mixed_generator
 from fastkd.data.images import check_labels
 
-__all__ = ["CIFAR10_CONFUSIONS", "asymmetric_noise", "imbalanced", "power_law_counts", "symmetric_noise"]
+__all__ = [
+    "CIFAR10_CONFUSIONS",
+    "asymmetric_noise",
+    "imbalanced",
+    "instance_noise",
+    "power_law_counts",
+    "symmetric_noise",
+]
 
 _MOST_CLASSES = 2**24  # of which a list of sizes is made
+_SUM_OFF = 1e-3  # by which probabilities may miss 1: more than the rounding of float32
 
 # truck -> automobile, bird -> airplane, deer -> horse, cat <-> dog: Patrini et al., "Making Deep Neural Networks Robust
 # to Label Noise" (CVPR 2017), section 5
@@ -86,6 +94,62 @@ def asymmetric_noise(
         changed[shuffled[: round(rate * len(members))]] = True
         confused[members] = other
     return _changed(target, changed, confused)
+
+
+def instance_noise(target: Tensor, probabilities: Tensor, rate: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Labels that depend on the image: ``round(rate N)`` are replaced, as a weak classifier errs.
+
+    Which ones are drawn without replacement, an image with odds in proportion to ``p(most likely other class) / p(true
+    class)``; the new label is drawn from the classifier's probabilities of the other classes. So noise lies where classes
+    look alike, as that of people does. It is unlike the noise of Xia et al., "Part-dependent Label Noise" (NeurIPS 2020),
+    whose flip rates follow from random projections of the pixels.
+
+    Draws are by the Gumbel-max trick, and top-k for those without replacement (Kool et al., "Stochastic Beams and Where to
+    Find Them", ICML 2019, Section 3): ``log odds - log(-log u)``, the largest of them.
+
+    Args:
+        target: int64 ``[N]``, in [0, K).
+        probabilities: float32 or float64 ``[N, K]``, K >= 2, of a classifier that has not seen the labels of these images,
+            as of :func:`fastkd.data.weak_classifier.weak_classifier`; each row sums to 1. They may be 0 and 1.
+        rate: share of the labels to change, in [0, 1].
+        seed: of the choice.
+
+    Returns:
+        noisy: int64 ``[N]``.
+        changed: bool ``[N]``, where noisy and target differ.
+
+    Raises:
+        TypeError, ValueError: other dtypes and shapes, a label or a rate out of range, rows that are no probabilities.
+    """
+    check_dtype("probabilities", probabilities, (torch.float32, torch.float64))
+    if probabilities.dim() != 2 or probabilities.shape[1] < 2:
+        raise ValueError(
+            f"fastkd: probabilities has shape {tuple(probabilities.shape)}, must be [N, K] of two classes or more"
+        )
+    rate, num_classes = _check(target, rate, probabilities.shape[1])
+    if len(probabilities) != len(target):
+        raise ValueError(
+            f"fastkd: probabilities has shape {tuple(probabilities.shape)}, must be ({len(target)}, {num_classes}), "
+            "a row a label"
+        )
+    rows = probabilities.detach().cpu().double()
+    wrong = ~((rows >= 0).all(1) & ((rows.sum(1) - 1).abs() <= _SUM_OFF))
+    if bool(wrong.any()):
+        first = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"fastkd: probabilities[{first}] sums to {float(rows[first].sum()):g} and has {float(rows[first].min()):g} as "
+            "its least, must sum to 1 and be 0 or more"
+        )
+    generator = mixed_generator("instance noise", seed)
+    labels = target.cpu()[:, None]
+    # finite for 0, too, so that chance decides between images of the same odds, and between classes that none is like
+    logits = rows.clamp(min=torch.finfo(torch.float64).tiny).log()
+    true = logits.gather(1, labels)[:, 0]
+    others = logits.scatter(1, labels, -torch.inf)
+    keys = others.amax(1) - true + _gumbel((len(rows),), generator)
+    changed = torch.zeros(len(rows), dtype=torch.bool, device="cpu")
+    changed[keys.argsort(descending=True, stable=True)[: round(rate * len(rows))]] = True
+    return _changed(target, changed, (others + _gumbel(rows.shape, generator)).argmax(1))
 
 
 def power_law_counts(num_classes: int, gamma: float, largest: int, smallest: int) -> list[int]:
@@ -164,6 +228,12 @@ def _check(target: Tensor, rate: float, num_classes: int) -> tuple[float, int]:
     rate, num_classes = check_between("rate", rate, 0.0, 1.0), check_count("num_classes", num_classes, 2, 2**63)
     check_labels(target, num_classes)
     return rate, num_classes
+
+
+def _gumbel(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """``-log(-log u)``, float64, finite."""
+    uniform = torch.rand(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
+    return -(-uniform.clamp(min=torch.finfo(torch.float64).tiny).log()).log()
 
 
 def _changed(target: Tensor, changed: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:

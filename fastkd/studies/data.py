@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,13 @@ from fastkd._seeding import mixed_generator
 from fastkd.data import labels
 from fastkd.data import registry as data_sets
 from fastkd.data.images import ImageSet
+from fastkd.data.label_files import read_labels
 from fastkd.data.registry import Outline
+from fastkd.data.weak_classifier import weak_classifier
 
-__all__ = ["DataSettings", "check", "others", "prepare", "rest"]
+__all__ = ["DataSettings", "check", "check_label_file", "others", "prepare", "rest", "wrong_labels"]
+
+_KEPT = 4  # probabilities of weak classifiers: of the images of a teacher and of its student, with seeds of their own
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,14 @@ class DataSettings:
     """Images are averaged over squares of so many pixels: 2 is half the size, and a quarter of the time."""
     label_noise: float = 0.0
     """Share of the training labels that are wrong."""
-    noise: Literal["symmetric", "asymmetric"] = "symmetric"
-    """Wrong labels: any other class, or one that is mistaken for it."""
+    noise: Literal["symmetric", "asymmetric", "instance", "file"] = "symmetric"
+    """Wrong labels: any other class; one that is mistaken for it; instance: on images that a weak classifier errs on, of the
+    classes that it takes them for; file: those of a label file, without a label_noise."""
+    label_file: Path | None = None
+    """With the noise "file": the labels of all training images of the set, in its order, as .npy, .pt, .json, .csv or .txt,
+    CIFAR-10_human.pt of CIFAR-10N for instance. Images are chosen by their true classes."""
+    label_key: str = ""
+    """Which labels of the file, where it has several: worst, aggre, random1, noisy, or a name as it has them."""
     imbalance: float = 0.0
     """gamma of the power law of the classes' sizes; the smaller, the more unequal they are. 0: as they are."""
     imbalance_ratio: float = 20.0
@@ -56,6 +67,15 @@ class DataSettings:
         ):
             if not good:
                 raise ValueError(f"fastkd: {name} is {getattr(self, name)}, must be {allowed}")
+        for name in ("label_file", "label_key"):
+            if getattr(self, name) and self.noise != "file":
+                raise ValueError(f"fastkd: noise is {self.noise!r}, must be 'file' with a {name}")
+        if self.noise == "file" and self.label_file is None:
+            raise ValueError("fastkd: label_file is None, must be given with the noise 'file'")
+        if self.noise == "file" and self.label_noise:
+            raise ValueError(
+                f"fastkd: label_noise is {self.label_noise}, must be 0 with the noise 'file': its labels are as they are"
+            )
         if self.classes and (
             len(set(self.classes)) != len(self.classes) or len(self.classes) < 2 or min(self.classes) < 0
         ):
@@ -73,8 +93,7 @@ def check(settings: DataSettings) -> Outline:
         outline = data_sets.outline(settings.data)
     except ValueError as error:
         raise ValueError(str(error).replace("fastkd: name", "fastkd: data name", 1)) from None
-    if outline.dense:
-        _check_dense(settings)
+    _check_noise(settings, outline)
     outline = _of_classes(settings, outline)
     classes, train_size, smallest = (
         outline.num_classes,
@@ -101,14 +120,42 @@ def check(settings: DataSettings) -> Outline:
     )
 
 
+def _check_noise(settings: DataSettings, outline: Outline) -> None:
+    """Whether there is as much noise as its kind needs, and of dense sets nothing that is said of the classes of images."""
+    if outline.dense:
+        _check_dense(settings)
+    if settings.noise == "instance" and not settings.label_noise:
+        raise ValueError(f"fastkd: label_noise is {settings.label_noise}, must be above 0 with the noise 'instance'")
+
+
 def _check_dense(settings: DataSettings) -> None:
     """Whether what is said of the classes of images is said of none."""
-    for name in ("classes", "shrink", "label_noise", "imbalance"):
+    names = ["classes", "shrink", "label_noise", "imbalance", "label_file", "label_key"]
+    if settings.noise in ("instance", "file"):
+        names.append("noise")
+    for name in names:
         value, usual = (getattr(of, name) for of in (settings, DataSettings))
         if value != usual:
             raise ValueError(
                 f"fastkd: {name} is {value}, must be {usual} for {settings.data}, where each pixel has a class"
             )
+
+
+def check_label_file(settings: DataSettings) -> None:
+    """The label file, where there is one: whether it is there, and as many labels in it as the set has training images, as far
+    as that is known without these.
+
+    Raises:
+        ValueError, FileNotFoundError: it is not there, damaged, or of another set.
+    """
+    if settings.label_file is not None:
+        outline = data_sets.outline(settings.data)
+        read_labels(
+            settings.label_file,
+            settings.label_key or None,
+            num_classes=outline.num_classes,
+            count=outline.train_size,
+        )
 
 
 def _of_classes(settings: DataSettings, outline: Outline) -> Outline:
@@ -148,24 +195,50 @@ def prepare(settings: DataSettings, seed: int) -> tuple[ImageSet, ImageSet]:
     """Training and test set on the CPU; the seed says which images are taken and which labels are wrong.
 
     Raises:
-        ValueError, FileNotFoundError: as :func:`fastkd.data.registry.load`; more images than there are; what a set with a
-            class for each pixel cannot be.
+        ValueError, FileNotFoundError: as :func:`fastkd.data.registry.load`, and of a label file as
+            :func:`fastkd.data.label_files.read_labels`; more images than there are; what a set with a class for each pixel
+            cannot be; a label of the file that is none of the task's classes.
     """
-    if data_sets.outline(settings.data).dense:
-        _check_dense(settings)
-    train, test = (_only(part, settings.classes) for part in data_sets.load(settings.data, settings.data_root))
+    train, given, test = _prepared(settings, seed)
+    return train.with_target(given), test
+
+
+def wrong_labels(settings: DataSettings, seed: int) -> Tensor:
+    """Which labels of the training set of :func:`prepare` are not the true ones: bool ``[N]``, on the CPU.
+
+    Raises:
+        ValueError, FileNotFoundError: as :func:`prepare`.
+    """
+    train, given, _ = _prepared(settings, seed)
+    return (given != train.target).flatten(1).any(1) if train.dense else given != train.target
+
+
+def _prepared(settings: DataSettings, seed: int) -> tuple[ImageSet, Tensor, ImageSet]:
+    """The training set with its true labels, the labels that it is to have, and the test set."""
+    _check_noise(settings, data_sets.outline(settings.data))
+    whole, test = data_sets.load(settings.data, settings.data_root)
+    train, test = (_only(part, settings.classes) for part in (whole, test))
+    kept = torch.arange(len(whole), device="cpu")  # of the whole set, those in the training set
+    if settings.classes:
+        kept = kept[_of_task(whole, settings.classes)]
     if settings.train_size:
-        train = train.subset(_part(train, settings.train_size, seed))
+        part = _part(train, settings.train_size, seed)
+        train, kept = train.subset(part), kept[part]
     if settings.test_size:
         _check_size("test_size", settings.test_size, len(test), "test")
         # the same ones for every seed
         order = torch.randperm(len(test), generator=mixed_generator("test part", settings.test_size), device="cpu")
         test = test.subset(order[: settings.test_size].sort().values)
     if settings.imbalance:
-        train = _imbalanced(train, settings, seed)
-    if settings.label_noise:
-        train = _mislabelled(train, settings, seed)
-    return _shrunk(train, settings.shrink), _shrunk(test, settings.shrink)
+        part = _unequal(train, settings, seed)
+        train, kept = train.subset(part), kept[part]
+    train, test = _shrunk(train, settings.shrink), _shrunk(test, settings.shrink)
+    given = train.target
+    if settings.label_file is not None:
+        given = _of_file(settings, whole, kept)
+    elif settings.label_noise:
+        given = _mislabelled(train, settings, seed)
+    return train, given, test
 
 
 def _only(images: ImageSet, classes: tuple[int, ...]) -> ImageSet:
@@ -173,11 +246,21 @@ def _only(images: ImageSet, classes: tuple[int, ...]) -> ImageSet:
     if not classes:
         return images
     _check_classes(classes, images.num_classes)
+    kept = images.subset(_of_task(images, classes))
+    names = tuple(images.class_names[label] for label in classes)
+    return replace(kept, target=_numbers(images, classes)[kept.target], class_names=names)
+
+
+def _of_task(images: ImageSet, classes: tuple[int, ...]) -> Tensor:
+    """Which images are of these classes, bool ``[N]``."""
+    return _numbers(images, classes)[images.target] >= 0
+
+
+def _numbers(images: ImageSet, classes: tuple[int, ...]) -> Tensor:
+    """Of each class of the set, its number in the task, -1 where it is left out."""
     number = torch.full((images.num_classes,), -1, device="cpu")
     number[list(classes)] = torch.arange(len(classes), device="cpu")
-    kept = images.subset(number[images.target] >= 0)
-    names = tuple(images.class_names[label] for label in classes)
-    return replace(kept, target=number[kept.target], class_names=names)
+    return number
 
 
 def others(settings: DataSettings) -> Tensor:
@@ -224,12 +307,13 @@ def _part(images: ImageSet, size: int, seed: int) -> Tensor:
     return labels.imbalanced(images.target, [size // classes] * classes, seed)
 
 
-def _imbalanced(images: ImageSet, settings: DataSettings, seed: int) -> ImageSet:
+def _unequal(images: ImageSet, settings: DataSettings, seed: int) -> Tensor:
+    """Which training images are taken, int64, ascending."""
     largest = int(torch.bincount(images.target, minlength=images.num_classes).min())
     counts = _class_sizes(settings, images.num_classes, largest)
     # which classes are the small ones is chosen by the seed
     places = torch.randperm(len(counts), generator=mixed_generator("class sizes", seed), device="cpu").tolist()
-    return images.subset(labels.imbalanced(images.target, [counts[place] for place in places], seed))
+    return labels.imbalanced(images.target, [counts[place] for place in places], seed)
 
 
 def _class_sizes(settings: DataSettings, num_classes: int, largest: int) -> list[int]:
@@ -237,14 +321,47 @@ def _class_sizes(settings: DataSettings, num_classes: int, largest: int) -> list
     return labels.power_law_counts(num_classes, settings.imbalance, largest, smallest)
 
 
-def _mislabelled(images: ImageSet, settings: DataSettings, seed: int) -> ImageSet:
+def _mislabelled(images: ImageSet, settings: DataSettings, seed: int) -> Tensor:
     rate, classes = settings.label_noise, images.num_classes
+    if settings.noise == "instance":
+        return labels.instance_noise(images.target, _weak_probabilities(images, seed), rate, seed)[0]
     if settings.noise == "symmetric":
-        noisy, _ = labels.symmetric_noise(images.target, rate, classes, seed)
-    else:
-        mapping = _confusions(settings) if settings.data.lower() == "cifar10" else None
-        noisy, _ = labels.asymmetric_noise(images.target, rate, classes, seed, mapping)
-    return images.with_target(noisy)
+        return labels.symmetric_noise(images.target, rate, classes, seed)[0]
+    mapping = _confusions(settings) if settings.data.lower() == "cifar10" else None
+    return labels.asymmetric_noise(images.target, rate, classes, seed, mapping)[0]
+
+
+_weak: dict[str, Tensor] = {}
+
+
+def _weak_probabilities(images: ImageSet, seed: int) -> Tensor:
+    """Of the weak classifier, float64 ``[N, K]``; kept, as a run prepares its images more than once."""
+    of = hashlib.blake2b(f"{tuple(images.images.shape)} {images.num_classes} {seed}".encode())
+    for part in (images.images, images.target):
+        of.update(part.contiguous().numpy().data)
+    found = _weak.pop(of.hexdigest(), None)
+    if found is None:
+        found = weak_classifier(images.images, images.target, images.num_classes, seed)
+    _weak[of.hexdigest()] = found  # the last one used stands last
+    while len(_weak) > _KEPT:
+        del _weak[next(iter(_weak))]
+    return found
+
+
+def _of_file(settings: DataSettings, whole: ImageSet, kept: Tensor) -> Tensor:
+    """The labels that the file has for those that are kept, by their numbers in the task."""
+    assert settings.label_file is not None
+    key = settings.label_key or None
+    given = read_labels(settings.label_file, key, num_classes=whole.num_classes, truth=whole.target)[kept]
+    if not settings.classes:
+        return given
+    given = _numbers(whole, settings.classes)[given]
+    if others := int((given < 0).sum()):
+        raise ValueError(
+            f"fastkd: label_file is {settings.label_file}, which gives {others} of the {len(given)} training images a class "
+            f"that is not in classes, {settings.classes}, must have these alone for them"
+        )
+    return given
 
 
 def _confusions(settings: DataSettings) -> dict[int, int]:

@@ -164,11 +164,12 @@ class Experiment:
             self._check_step(made_up)
 
     def check_files(self, folder: Path) -> None:
-        """The weights of a teacher: whether they are there, and the teacher's.
+        """The weights of a teacher: whether they are there, and the teacher's; and a label file.
 
         Raises:
             ValueError, FileNotFoundError: they are not, or lie in ``folder``, which is written to.
         """
+        images.check_label_file(self.settings.data)
         path = self.settings.teacher_weights
         if path is None or not self.entry.needs_teacher:
             return

@@ -143,8 +143,15 @@ class Distillation(Networks):
             everything["collection"] = described(self.collection)
         if self.plugin is not None and self.plugin.is_file():
             everything["plugin"] = _digest_of(self.plugin)
-        if not self.data.classes:
-            del everything["data"]["classes"]
+        for name in (
+            "classes",
+            "label_file",
+            "label_key",
+        ):  # descriptions are those of the time before there was this option
+            if not getattr(self.data, name):
+                del everything["data"][name]
+        if self.data.label_file is not None and self.data.label_file.is_file():
+            everything["data"]["label_file"] = _digest_of(self.data.label_file)
         del everything["data"]["data_root"]  # the images are the same wherever they lie
         everything["training"]["checkpoint_every"] = 0
         everything["training"]["warmup_epochs"] = float(self.training.warmup_epochs)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
 import torch
 
 from fastkd._names import unknown_name
+from fastkd.data import registry as data_sets
 from fastkd.methods import registry as methods
-from fastkd.studies import data as images
 from fastkd.studies.distillation import Experiment, run
 from fastkd.studies.pool import Pool
 from fastkd.studies.result import ACCURACY, MEAN_IOU, Measure, Result, read_result
@@ -118,7 +118,7 @@ class Study(Networks):
     @property
     def measure(self) -> Measure:
         """The mean IoU of dense networks, the accuracy of others."""
-        return MEAN_IOU if images.check(self.data).dense else ACCURACY
+        return MEAN_IOU if data_sets.outline(self.data.data).dense else ACCURACY
 
     def distillation(self, row: str, column: str, seed: int) -> Distillation:
         """The run of a cell."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 from fastkd.methods import registry as methods
+from fastkd.studies.data import DataSettings
 from fastkd.studies.settings import Distillation
 from fastkd.studies.study import Published, Study, register
 from fastkd.studies.zoo import published
@@ -58,6 +59,7 @@ class Zoo(Study):
     of_the_grid: ClassVar[Mapping[str, str]] = {
         "label_noise": "--settings noise-{:g}",
         "imbalance": "--settings imbalance-{:g}",
+        "label_file": "columns are noise of some rates; fastkd distill takes {}",
     }
 
     methods: tuple[str, ...] = METHODS
@@ -71,7 +73,10 @@ class Zoo(Study):
     def distillation(self, row: str, column: str, seed: int) -> Distillation:
         setting = SETTINGS[column]
         common: dict[str, Any] = self.common()
-        common["data"] = replace(self.data, label_noise=setting.label_noise, imbalance=setting.imbalance)
+        # which needs a rate, and the other columns have none
+        noise = self.data.noise if setting.label_noise or self.data.noise != "instance" else DataSettings.noise
+        rate, imbalance = setting.label_noise, setting.imbalance
+        common["data"] = replace(self.data, noise=noise, label_noise=rate, imbalance=imbalance)
         common["training"] = replace(self.training, seed=seed)
         return Distillation(**common, method=row)
 
