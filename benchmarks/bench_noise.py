@@ -1,5 +1,5 @@
-"""What methods for noisy labels keep of every sample: weights, corrections, mixtures of an epoch, and which labels are wrong; against
-the authors' code, scikit-learn and cleanlab.
+"""What methods for noisy labels keep of every sample: weights, corrections, mixtures of an epoch, and which labels are wrong;
+against the authors' code, scikit-learn and cleanlab.
 
 None of it needs a network: what networks put out is given. An epoch of a network takes seconds or minutes.
 """
@@ -24,7 +24,11 @@ from fastkd.models.resnet import resnet
 
 ITEMS, BATCH = 50_000, 256  # CIFAR-10, and a batch of BLDR
 CLASSES = {"quick": (10,), "full": (10, 100), "gpu": (10, 100)}
-CONFIDENT = {"quick": ((50_000, 10),), "full": ((1_000_000, 10), (50_000, 100)), "gpu": ((1_000_000, 10), (1_000_000, 100))}
+CONFIDENT = {
+    "quick": ((50_000, 10),),
+    "full": ((1_000_000, 10), (50_000, 100)),
+    "gpu": ((1_000_000, 10), (1_000_000, 100)),
+}
 
 
 class OneBatch:
@@ -144,8 +148,10 @@ def _confident(settings: Settings, items: int, classes: int) -> Work:
     """Which labels confident learning calls wrong."""
     generator = torch.Generator().manual_seed(0)
     truth = torch.randint(classes, (items,), generator=generator)
-    logits = torch.randn(items, classes, generator=generator).mul_(1.5).scatter_add_(
-        1, truth[:, None], torch.full((items, 1), 4.0)
+    logits = (
+        torch.randn(items, classes, generator=generator)
+        .mul_(1.5)
+        .scatter_add_(1, truth[:, None], torch.full((items, 1), 4.0))
     )
     wrong = torch.rand(items, generator=generator) < 0.3
     labels = torch.where(wrong, torch.randint(classes, (items,), generator=generator), truth)

@@ -47,7 +47,8 @@ class DetectNoise:
     kind: Literal["probabilities", "logits", "losses"] = "probabilities"
     """What the values are."""
     truth: Path | None = None
-    """With --values: the true labels, as --labels, or an .npy of bools, True where a label is wrong; not needed to find them."""
+    """With --values: the true labels, as --labels, or an .npy of bools, True where a label is wrong; not needed to find
+    them."""
     data: str = ""
     """Instead of --values: cifar10, mnist or another data set; a network is trained on its training images."""
     data_root: Path | None = None
@@ -83,7 +84,7 @@ class DetectNoise:
     def __call__(self, console: Console) -> None:
         if (self.values is None) == (not self.data):
             raise UsageError("one of --values, what a network said, and --data, images to train one on, must be given")
-        rule = self.rule or ("mixture" if self.values is not None else self._kind().rule)
+        rule: noise.Rule = self.rule or ("mixture" if self.values is not None else self._kind().rule)
         with usage_errors():
             noise.check_options(rule, self.threshold, self.by_class, self.kind)
         _noise_report.check_folder(self.output, self.overwrite)
@@ -110,12 +111,16 @@ class DetectNoise:
             raise UsageError(
                 f"--truth {self.truth} has {len(truth):,} labels, must have as many as --labels, {len(labels):,}"
             )
-        return _Given(values, labels, None if truth is None else truth if truth.dtype == torch.bool else truth != labels)
+        return _Given(
+            values, labels, None if truth is None else truth if truth.dtype == torch.bool else truth != labels
+        )
 
     def _train(self) -> _Given:
         """What a network says that is trained now; the folder of the training is in that of the results."""
         if self.truth is not None:
-            raise UsageError("--truth must not be given with --data, whose own labels are the truth where --labels are others")
+            raise UsageError(
+                "--truth must not be given with --data, whose own labels are the truth where --labels are others"
+            )
         if self.kind != "probabilities":
             raise UsageError(f"--kind is {self.kind}, must be probabilities with --data")
         folder = self.output / TRAINING

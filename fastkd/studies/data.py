@@ -20,7 +20,7 @@ from fastkd.data.label_files import read_labels
 from fastkd.data.registry import Outline
 from fastkd.data.weak_classifier import weak_classifier
 
-__all__ = ["DataSettings", "check", "check_label_file", "others", "prepare", "rest", "wrong_labels"]
+__all__ = ["DataSettings", "check", "check_label_file", "clean", "others", "prepare", "rest", "wrong_labels"]
 
 _KEPT = 4  # probabilities of weak classifiers: of the images of a teacher and of its student, with seeds of their own
 
@@ -201,6 +201,11 @@ def prepare(settings: DataSettings, seed: int) -> tuple[ImageSet, ImageSet]:
     """
     train, given, test = _prepared(settings, seed)
     return train.with_target(given), test
+
+
+def clean(settings: DataSettings) -> bool:
+    """Whether all training images have the labels of the set."""
+    return not settings.label_noise and settings.label_file is None
 
 
 def wrong_labels(settings: DataSettings, seed: int) -> Tensor:

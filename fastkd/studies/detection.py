@@ -90,4 +90,3 @@ def detection(procedure: Procedure, probabilities: Tensor, target: Tensor, wrong
         theirs = find_label_issues(target.cpu().numpy(), probabilities.double().cpu().numpy(), n_jobs=1)
         figures["cleanlab_f1"] = float(noise.measure(torch.from_numpy(theirs).to(wrong.device), wrong).f1)
     return {name: value for name, value in figures.items() if value == value}  # not those that are undefined
-

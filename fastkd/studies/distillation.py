@@ -299,9 +299,10 @@ class Experiment:
         self, train: ImageSet, batch_size: int, process: Process, procedure: Procedure | None = None
     ) -> ImageBatches:
         """Batches, as the procedure takes them."""
-        batches, as_they_are, views = 1, False, 1
+        batches, as_they_are, views, strong_views = 1, False, 1, 0
         if procedure is not None:
-            batches, as_they_are, views = procedure.batches, procedure.augments, procedure.views
+            batches, as_they_are = procedure.batches, procedure.augments
+            views, strong_views = procedure.views, procedure.strong_views
         return ImageBatches(
             train,
             batch_size * batches,
@@ -310,6 +311,7 @@ class Experiment:
             rank=process.rank,
             world_size=process.world_size,
             views=views,
+            strong_views=strong_views,
         )
 
     def _source(self, data: _Data, procedure: Procedure) -> BatchSource:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastkd import _checks
+from fastkd import _checks, noise
 from fastkd.data.batch import Batch, Batches
 from fastkd.methods.features import check_module, logits_of, logits_of_one
 from fastkd.methods.noisy.samples import Samples
@@ -38,7 +38,7 @@ class NoisyLabels(Procedure):
         options: of the subclass, by name: two trainings go on from each other where they are the same.
     """
 
-    rule: ClassVar[str] = "mixture"
+    rule: ClassVar[noise.Rule] = "mixture"
     """How wrong labels are told in the end, of :meth:`probabilities`: one of :func:`fastkd.noise.find`."""
 
     def __init__(self, student: nn.Module, items: int, num_classes: int, options: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Published figures of "Noise-Robust Bidirectional Learning with Dynamic Sample Reweighting" (Zong et al.).
 
-Facts, to be shown beside our own: Table 1, test accuracy in %, mean and standard deviation of 5 runs (BLDR: one figure), the others
-as of noisylabels.com; Table 2, how well BLDR finds the wrong labels, in %.
+Facts, to be shown beside our own: Table 1, test accuracy in %, mean and standard deviation of 5 runs (BLDR: one figure), the
+others as of noisylabels.com; Table 2, how well BLDR finds the wrong labels, in %.
 """
 
 from __future__ import annotations
@@ -14,15 +14,33 @@ _METHODS = ("cores", "pes", "elr+", "dividemix", "sop")
 
 ACCURACY: dict[str, dict[str, Published]] = {
     "aggre": {
-        **dict(zip(_METHODS, map(Published, (95.25, 94.66, 94.83, 95.01, 95.61), (0.09, 0.18, 0.10, 0.71, 0.13)), strict=True)),
+        **dict(
+            zip(
+                _METHODS,
+                map(Published, (95.25, 94.66, 94.83, 95.01, 95.61), (0.09, 0.18, 0.10, 0.71, 0.13)),
+                strict=True,
+            )
+        ),
         "bldr": Published(96.16, 0.0),
     },
     "random1": {
-        **dict(zip(_METHODS, map(Published, (94.45, 95.06, 94.43, 95.16, 95.28), (0.14, 0.15, 0.41, 0.19, 0.13)), strict=True)),
+        **dict(
+            zip(
+                _METHODS,
+                map(Published, (94.45, 95.06, 94.43, 95.16, 95.28), (0.14, 0.15, 0.41, 0.19, 0.13)),
+                strict=True,
+            )
+        ),
         "bldr": Published(96.05, 0.0),
     },
     "worse": {
-        **dict(zip(_METHODS, map(Published, (91.66, 92.68, 91.09, 92.56, 93.24), (0.09, 0.22, 1.60, 0.42, 0.21)), strict=True)),
+        **dict(
+            zip(
+                _METHODS,
+                map(Published, (91.66, 92.68, 91.09, 92.56, 93.24), (0.09, 0.22, 1.60, 0.42, 0.21)),
+                strict=True,
+            )
+        ),
         "bldr": Published(94.53, 0.0),
     },
     "noisy": dict(

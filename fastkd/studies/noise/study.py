@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from fastkd.methods import registry as methods
 from fastkd.studies.method_options import check_known, check_options, options_of
@@ -21,7 +21,7 @@ METHODS = ("baseline", "cores", "pes", "elr+", "dividemix", "sop", "bldr", "nlnl
 class Setting(NamedTuple):
     """One column of the study."""
 
-    noise: str = "symmetric"
+    noise: Literal["symmetric", "asymmetric", "instance", "file"] = "symmetric"
     rate: float = 0.0
     key: str = ""
     """Of a label file."""
@@ -59,9 +59,9 @@ class Noise(Study):
     and what it is compared with.
 
     Wrong labels are drawn (symmetric: any other class; asymmetric: one that is mistaken for it; instance: errors of a weak
-    classifier), or those of people, of CIFAR-10N and CIFAR-100N (file-worse, ..., with --label-file). Writes tables of the last,
-    the best and the course of the accuracy, and of how well wrong labels are found (precision, recall, F1), beside the paper's.
-    The same command goes on where it was interrupted.
+    classifier), or those of people, of CIFAR-10N and CIFAR-100N (file-worse, ..., with --noise file --label-file). Writes
+    tables of the last, the best and the course of the accuracy, and of how well wrong labels are found (precision, recall,
+    F1), beside the paper's. The same command goes on where it was interrupted.
     """
 
     all_rows: ClassVar[tuple[str, ...]] = METHODS
@@ -71,7 +71,6 @@ class Noise(Study):
     column_option: ClassVar[str] = "settings"
     of_the_grid: ClassVar[Mapping[str, str]] = {
         "label_noise": "--settings symmetric-{:g}",
-        "noise": "--settings {}-0.4",
         "label_key": "--settings file-{}",
     }
 
@@ -97,7 +96,9 @@ class Noise(Study):
         columns = list(columns)
         files = [name for name in columns if name in SETTINGS and SETTINGS[name].noise == "file"]
         if files and self.data.label_file is None:
-            raise ValueError(f"fastkd: label_file is None, must be the file of the labels for {', '.join(files)}")
+            raise ValueError(
+                f"fastkd: label_file is None, must be the file of the labels, with the noise 'file', for {', '.join(files)}"
+            )
         return super().grid(rows, columns, seeds)
 
     def distillation(self, row: str, column: str, seed: int) -> Distillation:
@@ -134,5 +135,7 @@ class Noise(Study):
             Figure("noise_precision", "wrong labels found: precision, %", found["precision"]),
             Figure("noise_recall", "wrong labels found: recall, %", found["recall"]),
             Figure("noise_auc", "wrong labels found: area under the ROC curve, %", {}),
-            Figure("cleanlab_f1", "wrong labels found by cleanlab: F1, %, of the probabilities of cross-validation", {}),
+            Figure(
+                "cleanlab_f1", "wrong labels found by cleanlab: F1, %, of the probabilities of cross-validation", {}
+            ),
         )
