@@ -146,14 +146,19 @@ def _json(content: bytes, path: Path) -> Any:
 
 
 def _lines(content: bytes, path: Path) -> Any:
-    lines = [line.strip() for line in content.decode("utf-8-sig", "replace").splitlines()]
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"fastkd: {path} is broken: it is no text") from None
+    lines = [line.strip() for line in text.rstrip().splitlines()]
     if lines and not _is_number(lines[0]):
         del lines[0]  # the heading
     labels = []
-    for number, line in enumerate(lines, 1):
-        if line and _int_of(line) is None:
+    for number, line in enumerate(lines, 1):  # an empty line between others may stand for a label that is not known
+        label = _int_of(line)
+        if label is None:
             raise ValueError(f"fastkd: {path} has {line[:40]!r} as its label {number}, must have one integer a line")
-        labels += [_int_of(line)] if line else []
+        labels.append(label)
     return labels
 
 
@@ -178,6 +183,8 @@ def _int_of(text: str) -> int | None:
 def _chosen(every: Mapping[Any, Any], key: str | None, path: Path) -> str:
     """The name of the labels that are meant."""
     names = [str(name) for name in every]
+    if not names:
+        raise ValueError(f"fastkd: {path} is empty, must have labels")
     if key is None:
         others = [name for name in names if name != CLEAN]
         if len(others) == 1:

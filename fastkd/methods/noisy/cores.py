@@ -39,8 +39,6 @@ class CORES(NoisyLabels):
         consistency: weight of the divergence between two views, in the second part.
     """
 
-    rule = "mixture"
-
     def __init__(
         self,
         student: nn.Module,
