@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,8 @@ def detection(procedure: Procedure, probabilities: Tensor, target: Tensor, wrong
     if isinstance(procedure, CrossValidation) and importlib.util.find_spec("cleanlab") is not None:
         from cleanlab.filter import find_label_issues
 
-        theirs = find_label_issues(target.cpu().numpy(), probabilities.double().cpu().numpy(), n_jobs=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of classes with few samples
+            theirs = find_label_issues(target.cpu().numpy(), probabilities.double().cpu().numpy(), n_jobs=1)
         figures["cleanlab_f1"] = float(noise.measure(torch.from_numpy(theirs).to(wrong.device), wrong).f1)
     return {name: value for name, value in figures.items() if value == value}  # not those that are undefined

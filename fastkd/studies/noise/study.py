@@ -90,14 +90,18 @@ class Noise(Study):
     def row_names(self) -> tuple[str, ...]:
         return tuple(name for name in methods.names() if methods.find(name).needs == ("labels",))
 
+    def column_names(self) -> tuple[str, ...]:
+        """Those of people's labels where their file is given."""
+        return tuple(name for name, setting in SETTINGS.items() if setting.noise != "file" or self.data.label_file)
+
     def grid(self, rows: Iterable[str], columns: Iterable[str], seeds: int) -> list[Run]:
         """As of all studies; what is said of a row must be of one that there is, and people's labels need their file."""
         check_known(self.method_options, {name: (name, {}) for name in self.row_names()})
         columns = list(columns)
-        files = [name for name in columns if name in SETTINGS and SETTINGS[name].noise == "file"]
-        if files and self.data.label_file is None:
+        missing = [name for name in columns if name in SETTINGS and name not in self.column_names()]
+        if missing:
             raise ValueError(
-                f"fastkd: label_file is None, must be the file of the labels, with the noise 'file', for {', '.join(files)}"
+                f"fastkd: label_file is None, must be the file of the labels, with the noise 'file', for {', '.join(missing)}"
             )
         return super().grid(rows, columns, seeds)
 
