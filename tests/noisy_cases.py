@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from test_procedures import fit
 from torch import Tensor
-from training_cases import CLASSES, assert_same_end, evaluated, make_settings, small, small_resnet
+from training_cases import CLASSES, assert_same_end, evaluated, fit, make_settings, small, small_resnet
 from training_cases import Batches as Patterns
 
 from fastkd._seeding import seeded

@@ -28,6 +28,7 @@ from fastkd.methods import (
     Hinton,
     Method,
     Objective,
+    Procedure,
 )
 from fastkd.models.convnet import ConvNet
 from fastkd.models.resnet import resnet
@@ -147,6 +148,24 @@ def train(
 
 class InterruptionError(Exception):
     """What befalls a training."""
+
+
+def fit(
+    procedure: Procedure, batches: Any, settings: TrainingSettings, folder: Path | None = None, **how: Any
+) -> Trainer:
+    """Trains it to its end, or to the step ``stop_at``."""
+    stop, resume = how.pop("stop_at", None), how.pop("resume", False)
+
+    def on_step(step: int) -> None:
+        if step == stop:
+            raise InterruptionError
+
+    trainer = Trainer(procedure, batches, settings, folder=folder, show="off", on_step=on_step, **how)
+    try:
+        trainer.fit(resume=resume)
+    except InterruptionError:
+        assert stop is not None
+    return trainer
 
 
 def differences(a: Any, b: Any, name: str = "") -> list[str]:

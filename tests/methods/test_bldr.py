@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from noisy_cases import BATCH, ITEMS, Noisy, make
-from test_procedures import fit
 from torch import Tensor
-from training_cases import CLASSES, evaluated, make_settings, small
+from training_cases import CLASSES, evaluated, fit, make_settings, small
 
 from fastkd.methods import BLDR
 from fastkd.methods.noisy.over_parameters import corrected_losses

@@ -8,9 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from noisy_cases import BATCH, ITEMS, Noisy, caught, make
-from test_procedures import fit
 from torch import Tensor
-from training_cases import Linear, make_settings
+from training_cases import Linear, fit, make_settings
 
 from fastkd.methods import CrossValidation
 

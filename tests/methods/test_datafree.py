@@ -10,19 +10,9 @@ from typing import Any
 import pytest
 import torch
 from datafree_cases import BATCH, ITERATIONS, METHODS, Steps, broken, datafree, in_two, teacher
-from test_procedures import fit
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from training_cases import (
-    CLASSES,
-    Batches,
-    Linear,
-    assert_same_end,
-    differences,
-    evaluated,
-    make_settings,
-    small,
-)
+from training_cases import CLASSES, Batches, Linear, assert_same_end, differences, evaluated, fit, make_settings, small
 from training_processes import start_ranks
 
 from fastkd._seeding import seeded

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from datafree_cases import Steps, broken
 from mosaic_cases import BATCH, MEAN, SIDE, STD, STEPS, Foreign, foreign, in_two, mosaic
-from test_procedures import fit
 from torch import Tensor, nn
-from training_cases import CLASSES, assert_same_end, differences, evaluated, make_settings
+from training_cases import CLASSES, assert_same_end, differences, evaluated, fit, make_settings
 from training_processes import start_ranks
 
 from fastkd._seeding import seeded

@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from noisy_cases import BATCH, ITEMS, Noisy, in_two, make, whole_and_in_parts
-from test_procedures import fit
 from torch import Tensor
-from training_cases import CLASSES, Linear, differences, evaluated, make_settings
+from training_cases import CLASSES, Linear, differences, evaluated, fit, make_settings
 from training_processes import start_ranks
 
 from fastkd.data import Batch

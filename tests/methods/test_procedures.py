@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from training_cases import (
     BATCHES,
     Batches,
-    InterruptionError,
     Linear,
     assert_same_end,
     differences,
     evaluated,
+    fit,
     make_objective,
     make_settings,
     metrics,
@@ -35,27 +35,9 @@ from fastkd.data.batch import Batches as Given
 from fastkd.functional import kl_div
 from fastkd.methods import Objective, Part, Procedure, Step
 from fastkd.methods.method import cross_entropy
-from fastkd.training import Trainer, TrainingSettings, checkpoint, read_metrics
+from fastkd.training import Trainer, checkpoint, read_metrics
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread", "no_figures")]
-
-
-def fit(
-    procedure: Procedure, batches: Any, settings: TrainingSettings, folder: Path | None = None, **how: Any
-) -> Trainer:
-    """To its end, or to the step ``stop_at``."""
-    stop, resume = how.pop("stop_at", None), how.pop("resume", False)
-
-    def on_step(step: int) -> None:
-        if step == stop:
-            raise InterruptionError
-
-    trainer = Trainer(procedure, batches, settings, folder=folder, show="off", on_step=on_step, **how)
-    try:
-        trainer.fit(resume=resume)
-    except InterruptionError:
-        assert stop is not None
-    return trainer
 
 
 # ---- the adversarial example --------------------------------------------------------------------------

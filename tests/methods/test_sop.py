@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from noisy_cases import BATCH, ITEMS, Noisy, caught, make
 from test_bldr import one_sample
-from test_procedures import fit
-from training_cases import CLASSES, Linear, make_settings
+from training_cases import CLASSES, Linear, fit, make_settings
 
 from fastkd.data import Batch
 
