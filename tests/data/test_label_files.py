@@ -69,6 +69,7 @@ def write(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Any], Pat
         ("worse", WORSE),
         ("Worst", WORSE),
         ("random1", RANDOM),
+        ("rand1", RANDOM),
         ("clean", CLEAN),
         ("aggre", CIFAR10N["aggre_label"]),
         ("random3", CIFAR10N["random_label3"]),
