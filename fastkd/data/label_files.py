@@ -2,7 +2,8 @@
 
 CIFAR-10N and CIFAR-100N (Wei et al., "Learning with Noisy Labels Revisited: A Study Using Real-World Human Annotations", ICLR
 2022) are ``CIFAR-10_human.pt`` and ``CIFAR-100_human.pt``, dicts of arrays in the order of the training images; also as
-``.npy``, which may be in that of another copy of the set: their ``clean_label`` tells. The noise files of DivideMix (Li et al., ICLR 2020) are ``.json``, a list of labels.
+``.npy``, which may be in that of another copy of the set: their ``clean_label`` tells. The noise files of DivideMix (Li
+et al., ICLR 2020) are ``.json``, a list of labels.
 """
 
 from __future__ import annotations
