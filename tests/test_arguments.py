@@ -22,6 +22,7 @@ from fastkd.data import LoaderBatches, digits, labels
 from fastkd.data.image_batches import ImageBatches
 from fastkd.data.images import ImageSet, channel_statistics
 from fastkd.data.splits import stratified_split
+from fastkd.data.weak_classifier import weak_classifier
 from fastkd.models.convnet import ConvNet
 
 SCORES = torch.linspace(0, 2, 50)
@@ -29,6 +30,7 @@ TARGET = torch.arange(60) % 3
 IMAGES = torch.randint(256, (60, 1, 6, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 SET = ImageSet(IMAGES, TARGET, ("a", "b", "c"), (0.5,), (0.25,), padding=2)
 TABLE = AliasTable(SCORES, seed=3)
+PROBABILITIES = torch.full((len(TARGET), 3), 1 / 3, dtype=torch.float64)
 
 
 def make_loader_batches(seed: Any) -> LoaderBatches:
@@ -57,6 +59,9 @@ SEEDED: dict[str, Callable[[Any], Any]] = {
     "stratified_split": lambda seed: stratified_split(TARGET, 0.5, seed),
     "symmetric_noise": lambda seed: labels.symmetric_noise(TARGET, 0.5, 3, seed),
     "asymmetric_noise": lambda seed: labels.asymmetric_noise(TARGET, 0.5, 3, seed),
+    "instance_noise": lambda seed: labels.instance_noise(TARGET, PROBABILITIES, 0.5, seed),
+    "weak_classifier": lambda seed: weak_classifier(IMAGES, TARGET, 3, seed),
+    "strong views": lambda seed: next(ImageBatches(SET, 7, seed=seed, strong_views=1).epoch(0)).images,
     "imbalanced": lambda seed: labels.imbalanced(TARGET, [5, 6, 7], seed),
 }
 INTS: dict[str, Callable[[int], Any]] = {
@@ -132,6 +137,10 @@ COUNTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "ImageBatches world_size": (
         "world_size",
         lambda n: next(ImageBatches(SET, 7, seed=1, world_size=n).epoch(0)).images,
+    ),
+    "ImageBatches strong_views": (
+        "strong_views",
+        lambda n: next(ImageBatches(SET, 7, seed=1, views=4, strong_views=n).epoch(0)).images,
     ),
     "ImageBatches epoch": ("epoch", lambda epoch: next(EPOCH.epoch(epoch)).images),
     "ImageBatches start": ("start", lambda start: next(EPOCH.epoch(0, start)).images),
@@ -389,6 +398,8 @@ def _data() -> list[Any]:
         stratified_split(TARGET, 0.5, 1),
         labels.symmetric_noise(TARGET, 0.5, 3, 1),
         labels.asymmetric_noise(TARGET, 0.5, 3, 1),
+        labels.instance_noise(TARGET, PROBABILITIES, 0.5, 1),
+        weak_classifier(IMAGES, TARGET, 3, 1),
         labels.imbalanced(TARGET, [5, 6, 7], 1),
         channel_statistics(IMAGES),
         ImageSet.from_dataset(list(zip(IMAGES, TARGET.tolist(), strict=True))).images,
@@ -402,6 +413,7 @@ def _batches() -> list[Any]:
     of_table = fastkd.draw_batch(table, IMAGES, 6, mean=0.5, std=0.25, generator=fixed())
     return [
         *map(astuple, ImageBatches(SET, 7, seed=1, views=2).epoch(2)),
+        *map(astuple, ImageBatches(SET, 7, seed=1, views=2, strong_views=1).epoch(2)),
         *map(astuple, ImageBatches(SET, 7, seed=1, channels_last=True, dtype=torch.float16).epoch(2)),
         of_table,
         patches(IMAGES, 3, 2, padding=1),

@@ -2,7 +2,8 @@
 
 CIFAR-10N and CIFAR-100N (Wei et al., "Learning with Noisy Labels Revisited: A Study Using Real-World Human Annotations", ICLR
 2022) are ``CIFAR-10_human.pt`` and ``CIFAR-100_human.pt``, dicts of arrays in the order of the training images; also as
-``.npy``. The noise files of DivideMix (Li et al., ICLR 2020) are ``.json``, a list of labels.
+``.npy``, which may be in that of another copy of the set: their ``clean_label`` tells. The noise files of DivideMix (Li
+et al., ICLR 2020) are ``.json``, a list of labels.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ SHORT_KEYS: Mapping[str, str] = {
     "random1": "random_label1",
     "random2": "random_label2",
     "random3": "random_label3",
+    "rand1": "random_label1",
+    "rand2": "random_label2",
+    "rand3": "random_label3",
     "noisy": "noisy_label",
     "clean": CLEAN,
 }
@@ -55,7 +59,7 @@ def read_labels(
             or a dict of such), ``.json`` (a list, or a dict of such), ``.csv`` or ``.txt`` (a label a line, below a heading
             or not). What a pickle names is not run: only arrays, tensors, numbers, text, lists and dicts are read.
         key: which labels, where the file has several: ``worse_label``, ``random_label1``, ``noisy_label``, ...; or ``worst``,
-            ``worse``, ``aggre``, ``random1`` to ``random3``, ``noisy``, ``clean`` for short. None: the only ones beside
+            ``worse``, ``aggre``, ``random1`` or ``rand1``, ..., ``noisy``, ``clean`` for short. None: the only ones beside
             ``clean_label``.
         num_classes: labels are below, if given.
         count: of the labels, if known; that of ``truth`` if None.
@@ -119,7 +123,7 @@ def _npy(content: bytes, path: Path) -> Any:
         shape, _, dtype = read_header(file)
         if not dtype.hasobject:
             return np.load(io.BytesIO(content), allow_pickle=False)
-    except (OSError, EOFError, ValueError, SyntaxError, MemoryError, OverflowError) as error:
+    except Exception as error:  # broken headers raise nearly anything
         raise ValueError(f"fastkd: {path} is broken: no whole .npy file ({_first_line(error)})") from None
     items = unpickled(content[file.tell() :], path, objects=True)
     return items[0] if shape == () and isinstance(items, list) and len(items) == 1 else items

@@ -105,7 +105,7 @@ def instance_noise(target: Tensor, probabilities: Tensor, rate: float, seed: int
     whose flip rates follow from random projections of the pixels.
 
     Draws are by the Gumbel-max trick, and top-k for those without replacement (Kool et al., "Stochastic Beams and Where to
-    Find Them", ICML 2019, Section 3): ``log odds - log(-log u)``, the largest of them.
+    Find Them", ICML 2019): ``log odds - log(-log u)``, the largest of them.
 
     Args:
         target: int64 ``[N]``, in [0, K).

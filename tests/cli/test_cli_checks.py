@@ -90,6 +90,12 @@ DISTILL = [
     ("--method fsp --teacher wrn-10-2", "FSP needs equal numbers of channels"),
     ("--label-noise 1.5", "label_noise is 1.5"),
     ("--label-noise nan", "label_noise is nan"),
+    ("--noise instance", "label_noise is 0.0, must be above 0 with the noise 'instance'"),
+    ("--noise file", "label_file is None, must be given with the noise 'file'"),
+    ("--label-file nowhere.npy", "noise is 'symmetric', must be 'file' with a label_file"),
+    ("--label-key worst", "noise is 'symmetric', must be 'file' with a label_key"),
+    ("--noise file --label-file nowhere.npy --label-noise 0.2", "label_noise is 0.2, must be 0 with the noise 'file'"),
+    ("--label-file=", "--label-file is empty"),
     ("--imbalance -1", "imbalance is -1"),
     ("--seed -1", "seed is -1"),
     ("--threads -1", "--threads is -1"),
@@ -113,6 +119,7 @@ ZOO = [
     ("--seed 1", "--seed has no effect"),
     ("--label-noise 0.2", "--label-noise has no effect"),
     ("--imbalance 1", "--imbalance has no effect"),
+    ("--noise file --label-file nowhere.npy", "--label-file has no effect here"),
     # of those methods that the paper's order has later
     ("--methods baseline hinton --teacher resnet27", "teacher 'resnet27'"),
     ("--methods baseline hintn", "method 'hintn'"),
@@ -240,6 +247,24 @@ def test_weights_are_looked_at_before_the_images(
     # and what is wrong among the options before the weights
     said = refused(["distill", "--data", data, "--teacher-weights", "weights.pt", "--method", "hintn"], capsys)
     assert "method 'hintn'" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (None, "there is no label file labels.csv"),
+        ("1\n2\n", "labels.csv has 2 labels"),
+        ("1\nx\n", "labels.csv has 'x'"),
+    ],
+)
+def test_label_files_are_looked_at_before_the_images(
+    content: str | None, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        Path("labels.csv").write_text(content)
+    command = ["distill", "--data", "cifar10", "--noise", "file", "--label-file", "labels.csv"]
+    assert named in refused(command, capsys)
+    assert "method 'hintn'" in refused([*command, "--method", "hintn"], capsys)
 
 
 @pytest.mark.parametrize("data", ["digits", "cifar10"])

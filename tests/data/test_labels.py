@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from fastkd._seeding import mixed_seed
-from fastkd.data.labels import CIFAR10_CONFUSIONS, asymmetric_noise, imbalanced, power_law_counts, symmetric_noise
+from fastkd.data.labels import (
+    CIFAR10_CONFUSIONS,
+    asymmetric_noise,
+    imbalanced,
+    instance_noise,
+    power_law_counts,
+    symmetric_noise,
+)
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
 
@@ -68,7 +75,13 @@ def test_asymmetric_noise_takes_the_next_class() -> None:
     assert target[changed].bincount(minlength=100).tolist() == [3] * 100
 
 
-@pytest.mark.parametrize("noise", [symmetric_noise, asymmetric_noise])
+def uniform(target: Tensor, rate: float, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Instance noise by a classifier that knows nothing."""
+    probabilities = torch.full((len(target), num_classes), 1 / num_classes, dtype=torch.float64)
+    return instance_noise(target, probabilities, rate, seed)
+
+
+@pytest.mark.parametrize("noise", [symmetric_noise, asymmetric_noise, uniform])
 def test_noise_depends_on_the_seed_alone(noise: Callable[..., tuple[Tensor, Tensor]]) -> None:
     target = labels()
     before, state = target.clone(), torch.random.get_rng_state()
@@ -81,7 +94,7 @@ def test_noise_depends_on_the_seed_alone(noise: Callable[..., tuple[Tensor, Tens
 
 
 def test_no_labels() -> None:
-    for noise in (symmetric_noise, asymmetric_noise):
+    for noise in (symmetric_noise, asymmetric_noise, uniform):
         noisy, changed = noise(torch.empty(0, dtype=torch.int64), 0.5, 10, seed=0)
         assert noisy.shape == changed.shape == (0,)
 
@@ -110,6 +123,102 @@ def test_no_labels() -> None:
 def test_noise_errors(noise: Callable[..., object], target: Any, rate: Any, num_classes: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match="fastkd: " + message):
         noise(target, rate, num_classes, seed=0)
+
+
+def some_probabilities(count: int = 1003, num_classes: int = 5) -> Tensor:
+    logits = torch.randn(count, num_classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (2 * logits).softmax(1)
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(0.0, 0), (0.2, 201), (0.6, 602), (1.0, 1003)])
+def test_instance_noise_changes_the_share_exactly(rate: float, expected: int) -> None:
+    target = labels(1003, 5)
+    noisy, changed = instance_noise(target, some_probabilities().float(), rate, seed=0)
+    assert int(changed.sum()) == expected
+    assert torch.equal(noisy != target, changed)
+    assert (noisy.dtype, int(noisy.min()), int(noisy.max())) == (torch.int64, 0, 4)
+
+
+def test_instance_noise_draws_by_the_odds() -> None:
+    """Of four images two are changed: that a pair is, one after the other, follows from the odds; so do the new labels."""
+    probabilities = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.1, 0.1, 0.8], [0.5, 0.25, 0.25]])
+    target = torch.tensor([0, 0, 2, 1])
+    odds = [0.3 / 0.6, 0.7 / 0.2, 0.1 / 0.8, 0.5 / 0.25]
+    whole, draws = sum(odds), 4000
+    expected = {
+        (i, j): odds[i] / whole * odds[j] / (whole - odds[i]) + odds[j] / whole * odds[i] / (whole - odds[j])
+        for i in range(4)
+        for j in range(i)
+    }
+    seen = dict.fromkeys(expected, 0)
+    ones, changes = 0, 0
+    for seed in range(draws):
+        noisy, changed = instance_noise(target, probabilities, 0.5, seed)
+        low, high = changed.nonzero().flatten().tolist()
+        seen[high, low] += 1
+        changes += int(changed[1])
+        ones += int(noisy[1] == 1)
+    for pair, share in expected.items():
+        assert seen[pair] / draws == pytest.approx(share, abs=5 * (share * (1 - share) / draws) ** 0.5)
+    share = 0.7 / 0.8
+    assert ones / changes == pytest.approx(share, abs=5 * (share * (1 - share) / changes) ** 0.5)
+
+
+def test_instance_noise_of_a_classifier_that_is_sure() -> None:
+    """Its errors come first, and what it is right about last: to any other class then, each as likely."""
+    target = torch.zeros(3000, dtype=torch.int64)
+    probabilities = torch.nn.functional.one_hot(torch.arange(3000) % 3, 3).double()
+    noisy, changed = instance_noise(target, probabilities, 2 / 3, seed=0)
+    assert torch.equal(changed, torch.arange(3000) % 3 != 0)
+    assert torch.equal(noisy, torch.arange(3000) % 3)
+    noisy, changed = instance_noise(target, probabilities, 1.0, seed=0)
+    assert bool(changed.all())
+    assert int((noisy[::3] == 1).sum()) == pytest.approx(500, abs=5 * 250**0.5)
+
+
+@pytest.mark.parametrize(
+    ("target", "probabilities", "rate", "message"),
+    [
+        (labels(4, 3), [[0.5, 0.5]], 0.1, "probabilities is list, must be a tensor"),
+        (
+            labels(4, 3),
+            torch.full((4, 3), 1 / 3).half(),
+            0.1,
+            "probabilities has dtype torch.float16, must be float32 or",
+        ),
+        (
+            labels(4, 3),
+            torch.full((4, 1), 1.0),
+            0.1,
+            r"probabilities has shape \(4, 1\), must be \[N, K\] of two classes",
+        ),
+        (labels(4, 3), torch.full((12,), 1.0), 0.1, r"probabilities has shape \(12,\), must be \[N, K\]"),
+        (
+            labels(4, 3),
+            torch.full((5, 3), 1 / 3),
+            0.1,
+            r"probabilities has shape \(5, 3\), must be \(4, 3\), a row a label",
+        ),
+        (labels(4, 4), torch.full((4, 3), 1 / 3), 0.1, r"target\[3\] is 3, must be in \[0, 3\): there are 3 classes"),
+        (labels(4, 3), torch.full((4, 3), 1 / 3), 1.5, r"rate is 1.5, must be in \[0, 1\]"),
+        (
+            labels(2, 2),
+            torch.tensor([[0.5, 0.5], [0.5, 0.6]]),
+            0.1,
+            r"probabilities\[1\] sums to 1.1 and has 0.5 as its",
+        ),
+        (
+            labels(2, 2),
+            torch.tensor([[1.5, -0.5], [0.5, 0.5]]),
+            0.1,
+            r"probabilities\[0\] sums to 1 and has -0.5 as its",
+        ),
+        (labels(2, 2), torch.tensor([[0.5, 0.5], [torch.nan, 0.5]]), 0.1, r"probabilities\[1\] sums to nan and"),
+    ],
+)
+def test_instance_noise_errors(target: Tensor, probabilities: Any, rate: float, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match="fastkd: " + message):
+        instance_noise(target, probabilities, rate, seed=0)
 
 
 @pytest.mark.parametrize("mapping", [{1: 1}, {10: 1}, {1: 10}, {-1: 1}, {0: 1, 2: -1}, {0: 1.5}, {"0": 1}])
