@@ -164,9 +164,7 @@ def _confident(settings: Settings, items: int, classes: int) -> Work:
     def theirs() -> Any:
         from cleanlab.filter import find_label_issues
 
-        return find_label_issues(
-            labels.numpy(), probabilities.numpy(), filter_by="confident_learning", n_jobs=1, validate=False
-        )
+        return find_label_issues(labels.numpy(), probabilities.numpy(), filter_by="confident_learning", n_jobs=1)
 
     expected = ours().cpu()
 
