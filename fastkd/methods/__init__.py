@@ -17,7 +17,7 @@ from fastkd.methods.features import FeatureTap, JointLogits, Outputs
 from fastkd.methods.logits import DIST, DKD
 from fastkd.methods.method import Loss, Method, WeightedMethod
 from fastkd.methods.mosaic import Mosaic
-from fastkd.methods.noisy import BLDR
+from fastkd.methods.noisy import BLDR, PES, DivideMix
 from fastkd.methods.objective import Objective
 from fastkd.methods.online import DML, ONE, Cohort, MultiBranch
 from fastkd.methods.out_of_domain import BASELINES as BASELINES
@@ -36,6 +36,7 @@ __all__ = [
     "DML",
     "FSP",
     "ONE",
+    "PES",
     "RKD",
     "SP",
     "SRD",
@@ -44,6 +45,7 @@ __all__ = [
     "Baseline",
     "Cohort",
     "DataFree",
+    "DivideMix",
     "FeatureTap",
     "FitNet",
     "FixedLinear",

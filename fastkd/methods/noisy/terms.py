@@ -71,7 +71,7 @@ def soft_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def weighted_mean(rows: Tensor, weight: Tensor) -> Tensor:
     """Of rows ``[B]``; 0 where all weights are."""
     total = weight.sum()
-    return (rows * weight).sum() / total.clamp(min=torch.finfo(total.dtype).tiny)
+    return (rows * weight).sum() / torch.where(total > 0, total, 1)  # over a tiny number gradients would be infinite
 
 
 class Mixed(NamedTuple):
