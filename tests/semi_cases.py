@@ -36,9 +36,10 @@ class Views:
         rank: int = 0,
         world_size: int = 1,
         views: int = 2,
+        seed: int = 5,
     ) -> None:
         self.batch, self.rank, self.world_size, self.views = batch, rank, world_size, views
-        generator = torch.Generator().manual_seed(5)
+        generator = torch.Generator().manual_seed(seed)
         self.truth = torch.arange(items) % CLASSES
         patterns = Batches().patterns
         self.images = patterns[self.truth] + noise * torch.randn(items, *patterns.shape[1:], generator=generator)
