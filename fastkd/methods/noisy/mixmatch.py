@@ -95,7 +95,7 @@ def prior_loss(logits: Tensor) -> Tensor:
 def logits_of_views(network: nn.Module, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """``[B, K]`` for each view, all in one pass, without a graph."""
     logits = _logits(network, torch.cat(tuple(views)))
-    # autocast has kept 16-bit copies of the weights, which the next pass would take, and they have no gradient
+    # autocast may have kept 16-bit copies of the weights, made without a gradient, which the next pass would take
     torch.clear_autocast_cache()
     return logits.chunk(len(views))
 
