@@ -136,6 +136,17 @@ def test_views_go_through_a_network_at_once() -> None:
     assert torch.equal(torch.cat(found), runs[0])
 
 
+def test_statistics_are_those_of_plain_images() -> None:
+    network = small_resnet(0)
+    before = network.bn1.running_mean.clone()
+    views = [torch.randn(4, 1, 8, 8) for _ in range(2)]
+    mixmatch(network, views, torch.full((4, CLASSES), 0.25), torch.ones(4), 4.0)
+    assert torch.equal(network.bn1.running_mean, before)
+    logits_of_views(network, views)
+    theirs = 0.9 * before + 0.1 * network.conv1(torch.cat(views)).mean((0, 2, 3))
+    torch.testing.assert_close(network.bn1.running_mean, theirs)
+
+
 @pytest.mark.parametrize(
     ("share", "epochs", "expected"), [(10 / 300, 300, 10), (0.0, 5, 0), (1.0, 5, 5), (0.25, 5, 2), (1 / 3, 3, 1)]
 )

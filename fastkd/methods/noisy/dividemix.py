@@ -50,8 +50,8 @@ class DivideMix(NoisyLabels):
     iteration, where theirs take turns by epochs. Losses are those of the training, of both views before the step, in the
     warm-up of the first view; theirs are of a pass over all images in evaluation mode at the end of an epoch, which is saved
     here. Networks guess in training mode, also for each other, where the other one's is in evaluation mode there: each runs
-    once for both, and its running statistics see plain images, too, as in their code. Losses are those of the last epoch
-    always; theirs are means over five for 90 % of wrong labels.
+    once for both. Running statistics of batch norm are those of these plain images alone; in their code mixed ones are a
+    quarter of them. Losses are those of the last epoch always; theirs are means over five for 90 % of wrong labels.
 
     Args:
         warmup_share: of the training, by cross-entropy alone, in whole epochs; 30 / 300 in the authors' code for 100 classes.

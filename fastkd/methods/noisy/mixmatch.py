@@ -7,11 +7,13 @@ mean is over these few, or 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fastkd.methods.features import logits_of, logits_of_one
 from fastkd.methods.noisy import terms
@@ -50,6 +52,9 @@ def mixmatch(
     """All views of all samples, each mixed with another (Berthelot et al., "MixMatch", 2019, Algorithm 1). A mixed row is
     labelled where the first of its two images is, which has the greater share.
 
+    Running statistics of batch norm stay as they are: those of mixed images, which vary less, are not those of the images that
+    the network is for. :func:`logits_of_views` moves them.
+
     Args:
         views: V of ``[B, C, H, W]``.
         labels: ``[B, K]``, given or guessed, that sum to 1.
@@ -58,7 +63,8 @@ def mixmatch(
         class_weight: ``[K]``, of the labelled samples' loss.
     """
     mixed = terms.mixup(torch.cat(tuple(views)), labels.repeat(len(views), 1), alpha)
-    logits = _logits(network, mixed.images)
+    with _fixed_statistics(network):
+        logits = _logits(network, mixed.images)
     kind = labelled.repeat(len(views))
     return MixMatch(
         logits,
@@ -115,6 +121,18 @@ def ramp(step: Step, start: int, share: float) -> float:
     length = share * step.epochs
     done = step.epoch - start + step.iteration / step.iterations
     return 1.0 if done >= length else max(0.0, done / length)
+
+
+@contextmanager
+def _fixed_statistics(network: nn.Module) -> Iterator[None]:
+    norms = [(part, part.momentum) for part in network.modules() if isinstance(part, _NormBase)]
+    try:
+        for part, _ in norms:
+            part.momentum = 0.0
+        yield
+    finally:
+        for part, momentum in norms:
+            part.momentum = momentum
 
 
 def _logits(network: nn.Module, images: Tensor) -> Tensor:

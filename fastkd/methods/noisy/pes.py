@@ -37,8 +37,8 @@ class PES(NoisyLabels):
     that both kinds have, half of each at most. Refinement is by the optimizer and schedule of the training, where theirs is
     Adam with 1e-4, and its epochs are some of the training's, where theirs come on top. Predictions are those of the training,
     of both views before the step, and of the first view until then; theirs are of a pass over all images in evaluation mode
-    at the beginning of an epoch, which is saved here. As in their code, batch norm of fixed layers sees the images in training
-    mode.
+    at the beginning of an epoch, which is saved here. Running statistics of batch norm are not those of mixed images. As in
+    their code, batch norm of fixed layers is in training mode.
 
     Args:
         warmup_share: of the training, by cross-entropy alone, in whole epochs, T1; 35 / 300 in the authors' code for 100
