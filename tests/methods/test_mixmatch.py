@@ -12,7 +12,19 @@ from typing import Any
 
 import pytest
 import torch
-from semi_cases import BATCH, ITEMS, QUICK, Gradients, Views, assert_gradients, cut_mixmatch, in_two, mixing, semi
+from semi_cases import (
+    BATCH,
+    ITEMS,
+    QUICK,
+    Gradients,
+    Views,
+    assert_gradients,
+    cut_mixmatch,
+    in_two,
+    mixing,
+    semi,
+    sharp,
+)
 from test_methods_registry import NoWaiting
 from test_procedures import fit
 from torch import Tensor, nn
@@ -21,7 +33,7 @@ from training_processes import start_ranks
 
 from fastkd.data import Batch
 from fastkd.methods import Baseline, Objective, Procedure
-from fastkd.methods.noisy import NoisyLabels
+from fastkd.methods.noisy import NoisyLabels, terms
 from fastkd.methods.noisy.ensemble import Ensemble
 from fastkd.methods.noisy.mixmatch import (
     labelled_loss,
@@ -101,6 +113,15 @@ def test_the_prior() -> None:
     lost = torch.tensor([[200.0, 0.0], [300.0, 0.0]], requires_grad=True)  # of whose second class nothing is left
     (gradient,) = torch.autograd.grad(prior_loss(lost), lost)
     assert (gradient[0, 0] > 0.1) & (gradient[0, 1] < -0.1)
+
+
+def test_sharpened() -> None:
+    p = torch.randn(5, 10, dtype=torch.float64).softmax(1)
+    torch.testing.assert_close(terms.sharpened(p, 0.3), sharp(p, 0.3))
+    one = torch.nn.functional.one_hot(p.argmax(1), 10).float()
+    torch.testing.assert_close(terms.sharpened(p.float(), 1e-6), one)
+    uniform = torch.full((1, 100), 0.01)
+    torch.testing.assert_close(terms.sharpened(uniform, 1e-3), uniform)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -240,6 +261,21 @@ def test_nothing_waits_for_the_device(method: str, epoch: int, monkeypatch: pyte
     with NoWaiting():
         procedure.iteration(next(Views().epoch(0)), step)
         procedure.after_epoch(step)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_networks_that_are_compiled(method: str) -> None:
+    """With and without statistics that move, in one training."""
+    states = []
+    for compiled in (False, True):
+        procedure = semi(method, refine_share=0.0) if method == "pes" else semi(method)
+        torch._dynamo.reset()
+        for network in procedure.networks().values() if compiled else ():
+            network.compile(backend="aot_eager", fullgraph=True)
+        fit(procedure, Views(), make_settings(epochs=2))
+        states.append(procedure.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value)
 
 
 LEARNING: dict[str, dict[str, Any]] = {

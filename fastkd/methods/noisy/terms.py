@@ -59,7 +59,9 @@ def consistency(logits: Tensor, other: Tensor) -> Tensor:
 
 def sharpened(p: Tensor, temperature: float) -> Tensor:
     """``p^(1/T)`` over its sum (Berthelot et al., "MixMatch", 2019, Eq. 7)."""
-    powers = p ** (1.0 / temperature)
+    powers = (p / p.amax(-1, keepdim=True)) ** (
+        1.0 / temperature
+    )  # of a low temperature all others may vanish, but not 1
     return powers / powers.sum(-1, keepdim=True)
 
 
