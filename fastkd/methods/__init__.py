@@ -18,7 +18,7 @@ from fastkd.methods.features import FeatureTap, JointLogits, Outputs
 from fastkd.methods.logits import DIST, DKD
 from fastkd.methods.method import Loss, Method, WeightedMethod
 from fastkd.methods.mosaic import Mosaic
-from fastkd.methods.noisy import BLDR, CORES, ELR, NLNL, SOP, CrossValidation, NoisyLabels
+from fastkd.methods.noisy import BLDR, CORES, ELR, NLNL, PES, SOP, CrossValidation, DivideMix, NoisyLabels
 from fastkd.methods.objective import Objective
 from fastkd.methods.online import DML, ONE, Cohort, MultiBranch
 from fastkd.methods.out_of_domain import BASELINES as BASELINES
@@ -40,6 +40,7 @@ __all__ = [
     "FSP",
     "NLNL",
     "ONE",
+    "PES",
     "RKD",
     "SOP",
     "SP",
@@ -50,6 +51,7 @@ __all__ = [
     "Cohort",
     "CrossValidation",
     "DataFree",
+    "DivideMix",
     "FeatureTap",
     "FitNet",
     "FixedLinear",

@@ -14,7 +14,6 @@ from fastkd import noise
 from fastkd._files import write_whole
 from fastkd.data import ImageSet
 from fastkd.methods import CrossValidation, NoisyLabels, Procedure
-from fastkd.methods.features import logits_of, logits_of_one
 from fastkd.methods.noisy import terms
 from fastkd.models.modes import evaluating
 from fastkd.studies.data import DataSettings, clean, wrong_labels
@@ -59,7 +58,7 @@ def probabilities_of(procedure: Procedure, network: nn.Module, train: ImageSet) 
     def judge(images: Tensor, index: Tensor) -> Tensor:
         if isinstance(procedure, NoisyLabels):
             return procedure.probabilities(network, images, index)
-        return terms.probabilities(logits_of_one("the network's logits", logits_of(deployed(images))))
+        return terms.probabilities(terms.class_logits(deployed, images))
 
     deployed = procedure.deployed(network)
     with evaluating(procedure), evaluating(network):

@@ -3,9 +3,11 @@
 from fastkd.methods.noisy.bldr import BLDR
 from fastkd.methods.noisy.cores import CORES
 from fastkd.methods.noisy.cross_validation import CrossValidation
+from fastkd.methods.noisy.dividemix import DivideMix
 from fastkd.methods.noisy.elr import ELR
 from fastkd.methods.noisy.learner import NoisyLabels
 from fastkd.methods.noisy.nlnl import NLNL
+from fastkd.methods.noisy.pes import PES
 from fastkd.methods.noisy.sop import SOP
 
-__all__ = ["BLDR", "CORES", "ELR", "NLNL", "SOP", "CrossValidation", "NoisyLabels"]
+__all__ = ["BLDR", "CORES", "ELR", "NLNL", "PES", "SOP", "CrossValidation", "DivideMix", "NoisyLabels"]

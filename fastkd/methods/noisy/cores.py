@@ -73,7 +73,7 @@ class CORES(NoisyLabels):
         target, index, views = self.checked(batch)
         second = step.progress >= self.second_share
         views = views if second else views[:1]
-        logits, *others = self.student(torch.cat(views)).chunk(len(views))
+        logits, *others = terms.class_logits(self.student, torch.cat(views)).chunk(len(views))
         task, regular = cross_entropy(logits, target, reduction="none"), mean_loss(logits)
         kept = self.known["kept"][index]
         if not second:

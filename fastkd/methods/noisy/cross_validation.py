@@ -65,7 +65,7 @@ class CrossValidation(NoisyLabels):
         losses = []
         assert isinstance(self.student, Ensemble)
         for number, network in enumerate(self.student.networks):
-            rows = cross_entropy(network(images), target, reduction="none")
+            rows = cross_entropy(terms.class_logits(network, images), target, reduction="none")
             losses.append(terms.weighted_mean(rows, (fold != number).to(rows.dtype)))
         loss = torch.stack(losses).sum()
         step.update(loss)
@@ -74,5 +74,5 @@ class CrossValidation(NoisyLabels):
     def probabilities(self, network: nn.Module, images: Tensor, index: Tensor) -> Tensor:
         """Of each sample, those of the network that has not learnt it."""
         assert isinstance(network, Ensemble)
-        every = torch.stack([terms.probabilities(one(images)) for one in network.networks])
+        every = torch.stack([terms.probabilities(terms.class_logits(one, images)) for one in network.networks])
         return every[self.fold[index], torch.arange(len(index), device=index.device)]

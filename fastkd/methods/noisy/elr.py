@@ -102,7 +102,7 @@ class ELR(NoisyLabels):
             self.known.write(index, **{name: remembered})
             labels = terms.one_hot(target, said)
             mixed = terms.mixup(images, labels, self.mixup_alpha)
-            losses.append(self.loss(network(mixed.images), mixed.labels, mixed.mix(remembered)))
+            losses.append(self.loss(terms.class_logits(network, mixed.images), mixed.labels, mixed.mix(remembered)))
             step.update(losses[-1], name)
         decay = self.average_decay * self.ramp(step)
         first.update(self.student, decay)
@@ -128,5 +128,4 @@ class ELR(NoisyLabels):
 @torch.no_grad()
 def _in_evaluation(network: nn.Module, images: Tensor) -> Tensor:
     with evaluating(network):
-        logits: Tensor = network(images)
-    return logits
+        return terms.class_logits(network, images)

@@ -1,25 +1,28 @@
-"""Several networks that predict together."""
+"""Several networks as one."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from fastkd.methods.features import logits_of, logits_of_one
+from fastkd.methods.features import check_module
+from fastkd.methods.noisy.terms import class_logits
 
 __all__ = ["Ensemble"]
 
 
 class Ensemble(nn.Module):
-    """Shape: images -> the mean of the networks' logits, ``[B, K]``."""
+    """Networks whose logits are averaged, images to ``[B, K]``. It has their parameters: its average is that of each.
+
+    Args:
+        networks: images to logits ``[B, K]``, one or more.
+    """
 
     def __init__(self, *networks: nn.Module) -> None:
         super().__init__()
-        self.networks = nn.ModuleList(networks)
+        if not networks:
+            raise ValueError("fastkd: networks is empty, must be one network or more")
+        self.networks = nn.ModuleList([check_module("networks", network) for network in networks])
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.stack([_logits(network, images) for network in self.networks]).mean(0)
-
-
-def _logits(network: nn.Module, images: Tensor) -> Tensor:
-    return logits_of_one("the logits of a network of the ensemble", logits_of(network(images)))
+        return torch.stack([class_logits(network, images) for network in self.networks]).mean(0)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fastkd import _checks, noise
 from fastkd.data.batch import Batch, Batches
-from fastkd.methods.features import check_module, logits_of, logits_of_one
+from fastkd.methods.features import check_module
+from fastkd.methods.noisy import terms
 from fastkd.methods.noisy.samples import Samples
-from fastkd.methods.noisy.terms import probabilities
 from fastkd.methods.procedure import Part, Procedure, Step
 
 __all__ = ["NoisyLabels", "chosen"]
@@ -76,7 +76,7 @@ class NoisyLabels(Procedure):
             images: of the training set, as they are.
             index: int64 ``[B]``, which of it.
         """
-        return probabilities(logits_of_one("the logits of the network", logits_of(self.deployed(network)(images))))
+        return terms.probabilities(terms.class_logits(self.deployed(network), images))
 
     def checked(self, batch: Batches) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Labels ``[B]``, index ``[B]`` and all views of a batch.

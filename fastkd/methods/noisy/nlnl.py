@@ -57,7 +57,7 @@ class NLNL(NoisyLabels):
 
     def iteration(self, batch: Batches, step: Step) -> dict[str, Tensor]:
         target, _, (images,) = self.checked(batch)
-        logits = self.student(images)
+        logits = terms.class_logits(self.student, images)
         given = terms.probabilities(logits.detach()).gather(1, target[:, None])[:, 0]
         if step.progress >= self.positive_share:
             rows, counted = cross_entropy(logits, target, reduction="none"), given > self.threshold

@@ -60,7 +60,7 @@ class Samples(nn.Module):
             for name in self._names:
                 rows = self[name]
                 shape = (-1,) + (1,) * (rows.dim() - 1)
-                sums = rows * self.written.view(shape)
+                sums = torch.where(self.written.view(shape), rows, 0)  # 0 times a row that is not finite would be none
                 dist.all_reduce(sums)
                 rows.copy_(torch.where(writers.view(shape) > 0, sums / writers.view(shape).clamp(min=1), rows))
         self.written.zero_()

@@ -65,7 +65,7 @@ class SOP(NoisyLabels):
     def iteration(self, batch: Batches, step: Step) -> dict[str, Tensor]:
         target, index, views = self.checked(batch)
         rows = self.correction.rows(index)
-        logits, *others = self.student(torch.cat(views)).chunk(len(views))
+        logits, *others = terms.class_logits(self.student, torch.cat(views)).chunk(len(views))
         cross_entropy, squared, balance = corrected_losses(logits, target, *rows)
         loss = cross_entropy + self.weights["squared"] * squared + self.weights["balance"] * balance
         if others:

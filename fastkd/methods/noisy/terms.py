@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastkd import functional
+from fastkd.methods.features import logits_of, logits_of_one
 
 __all__ = [
     "Mixed",
     "accuracy",
     "balance",
+    "class_logits",
     "consistency",
     "mixup",
     "negative_learning",
@@ -27,6 +29,11 @@ __all__ = [
 def probabilities(logits: Tensor) -> Tensor:
     """Softmax, in float32 or better."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+
+
+def class_logits(network: nn.Module, images: Tensor) -> Tensor:
+    """What a classifier puts out, ``[B, K]``."""
+    return logits_of_one("the logits of the network", logits_of(network(images)))
 
 
 def accuracy(logits: Tensor, target: Tensor) -> Tensor:
@@ -67,7 +74,8 @@ def consistency(logits: Tensor, other: Tensor) -> Tensor:
 
 def sharpened(p: Tensor, temperature: float) -> Tensor:
     """``p^(1/T)`` over its sum (Berthelot et al., "MixMatch", 2019, Eq. 7)."""
-    powers = p ** (1.0 / temperature)
+    highest = p.amax(-1, keepdim=True)  # which stays, whatever vanishes at a low temperature
+    powers = (p / highest) ** (1.0 / temperature)
     return powers / powers.sum(-1, keepdim=True)
 
 
@@ -79,7 +87,7 @@ def soft_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def weighted_mean(rows: Tensor, weight: Tensor) -> Tensor:
     """Of rows ``[B]``; 0 where all weights are."""
     total = weight.sum()
-    return (rows * weight).sum() / total.clamp(min=torch.finfo(total.dtype).tiny)
+    return (rows * weight).sum() / torch.where(total > 0, total, 1)  # over a tiny number gradients would be infinite
 
 
 class Mixed(NamedTuple):
