@@ -40,8 +40,8 @@ def test_losses(epoch: int) -> None:
     loss = sum(r * k for r, k in zip(rows, kept, strict=True)) / sum(kept)
     if second:
         loss = loss + F.kl_div(z[BATCH:].log_softmax(1), first.softmax(1).detach(), reduction="batchmean")
-    torch.testing.assert_close(step.losses["student"], loss.detach())  # type: ignore[union-attr]
-    for a, b in zip(step.gradients["student"], torch.autograd.grad(loss, list(twin.student.parameters())), strict=True):  # type: ignore[arg-type]
+    torch.testing.assert_close(step.losses[0], loss.detach())  # type: ignore[union-attr]
+    for a, b in zip(step.gradients[0], torch.autograd.grad(loss, list(twin.student.parameters())), strict=True):  # type: ignore[arg-type]
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(procedure.known["kept"][:BATCH], torch.tensor(kept, dtype=torch.float64))  # type: ignore[index]
 
@@ -58,8 +58,8 @@ def test_nothing_kept() -> None:
     procedure = make("cores", consistency=0.0)
     procedure.known["kept"].zero_()  # type: ignore[index]
     step, _ = caught(procedure, Noisy().batch(torch.arange(BATCH)), 7)
-    assert step.losses["student"].item() == 0.0
-    assert not any(gradient.any() for gradient in step.gradients["student"])
+    assert step.losses[0].item() == 0.0
+    assert not any(gradient.any() for gradient in step.gradients[0])
 
 
 def test_wrong_options() -> None:

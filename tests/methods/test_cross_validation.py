@@ -40,8 +40,8 @@ def test_losses() -> None:
         for number, network in enumerate(networks)  # type: ignore[arg-type]
     ]
     loss = torch.stack(losses).sum()
-    torch.testing.assert_close(step.losses["student"], loss.detach())
-    for a, b in zip(step.gradients["student"], torch.autograd.grad(loss, list(twin.student.parameters())), strict=True):
+    torch.testing.assert_close(step.losses[0], loss.detach())
+    for a, b in zip(step.gradients[0], torch.autograd.grad(loss, list(twin.student.parameters())), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from semi_cases import BATCH, ITEMS, Gradients, Views, assert_gradients, cut_mixmatch, mixing, semi, sharp
+from mixmatch_cases import cut_mixmatch, mixing, sharp
+from noisy_cases import BATCH, ITEMS, Caught, Noisy, assert_gradients, make
 from sklearn.mixture import GaussianMixture
 from test_procedures import fit
 from torch import Tensor, nn
@@ -28,13 +29,13 @@ pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread", "no_
 
 
 def dividemix(seed: int = 0, **options: Any) -> DivideMix:
-    made = semi("dividemix", seed, **options)
+    made = make("dividemix", seed, **options)
     assert isinstance(made, DivideMix)
     return made
 
 
 def first_batch(dtype: torch.dtype = torch.float64) -> Batch:
-    batch = next(Views().epoch(0))
+    batch = next(Noisy().epoch(0))
     return Batch(batch.images.to(dtype), batch.target, batch.index, tuple(view.to(dtype) for view in batch.views))
 
 
@@ -62,7 +63,7 @@ def test_the_losses_of_both_networks(kind: str) -> None:
     torch.manual_seed(0)
     procedure.known["clean"].uniform_(low, high)
     batch = first_batch()
-    step = Gradients(procedure, epoch=3, iteration=2)  # of 8 epochs: 2 of warm-up, 4 of ramp
+    step = Caught(procedure, epoch=3, iteration=2)  # of 8 epochs: 2 of warm-up, 4 of ramp
     twin = copy.deepcopy(procedure)
     torch.manual_seed(9)
     found = procedure.iteration(batch, step)  # type: ignore[arg-type]
@@ -114,7 +115,7 @@ def test_losses_are_those_of_the_guesses() -> None:
     """The mean over both views, of each network, before its step; of these samples alone."""
     procedure, batch = dividemix().double(), first_batch()
     twin = copy.deepcopy(procedure)
-    procedure.iteration(batch, Gradients(procedure, epoch=2))  # type: ignore[arg-type]
+    procedure.iteration(batch, Caught(procedure, epoch=2))  # type: ignore[arg-type]
     for i, network in enumerate((twin.student, twin.peer)):
         logits = network(torch.cat([batch.images, *batch.views])).chunk(2)
         theirs = sum(F.cross_entropy(view, batch.target, reduction="none") for view in logits) / 2
@@ -128,7 +129,7 @@ def test_losses_are_those_of_the_guesses() -> None:
 @pytest.mark.parametrize("penalty", [0.0, 1.5])
 def test_the_warm_up(penalty: float) -> None:
     procedure, batch = dividemix(penalty=penalty).double(), first_batch()
-    twin, step = copy.deepcopy(procedure), Gradients(procedure, epoch=1)
+    twin, step = copy.deepcopy(procedure), Caught(procedure, epoch=1)
     procedure.iteration(batch, step)  # type: ignore[arg-type]
     assert step.parts == [("student",), ("peer",)]
     for i, network in enumerate((twin.student, twin.peer)):
@@ -150,7 +151,7 @@ def test_each_network_runs_once_for_the_guesses_of_both() -> None:
     for name in ("student", "peer"):
         network = getattr(procedure, name)
         network.register_forward_hook(lambda _, i, o, name=name: seen.append((name, len(i[0]), o.requires_grad)))
-    procedure.iteration(first_batch(torch.float32), Gradients(procedure, epoch=2))  # type: ignore[arg-type]
+    procedure.iteration(first_batch(torch.float32), Caught(procedure, epoch=2))  # type: ignore[arg-type]
     guesses = [(name, 2 * BATCH, False) for name in ("student", "peer")]
     assert seen == [*guesses, *((name, rows, True) for name, rows, _ in guesses)]
 
@@ -242,21 +243,21 @@ def test_losses_that_no_mixture_has(by_class: bool) -> None:
 def test_a_threshold_above_which_nothing_is() -> None:
     """All samples are unlabelled then, in a training, too."""
     procedure = dividemix(threshold=1.0)
-    history = fit(procedure, Views(), make_settings(epochs=3))._state.history  # type: ignore[union-attr]
+    history = fit(procedure, Noisy(), make_settings(epochs=3))._state.history  # type: ignore[union-attr]
     assert history[-1]["labelled"] == history[-1]["labelled_loss"] == 0.0
     assert history[-1]["unlabelled_loss"] > 0.0
 
 
 def test_without_a_warm_up_all_labels_are_taken_at_first() -> None:
     procedure = dividemix(warmup_share=0.0)
-    history = fit(procedure, Views(), make_settings(epochs=2))._state.history  # type: ignore[union-attr]
+    history = fit(procedure, Noisy(), make_settings(epochs=2))._state.history  # type: ignore[union-attr]
     assert history[0]["labelled"] == 1.0
     assert 0.0 < history[1]["labelled"] < 1.0
 
 
 def test_mixtures_by_class_in_a_training() -> None:
     procedure = dividemix(by_class=True)
-    history = fit(procedure, Views(), make_settings(epochs=3))._state.history  # type: ignore[union-attr]
+    history = fit(procedure, Noisy(), make_settings(epochs=3))._state.history  # type: ignore[union-attr]
     clean = procedure.known["clean"].clone()
     assert history[-1]["clean"] == pytest.approx((clean > 0.5).float().mean().item())
     for rows, network in problems(procedure):
@@ -270,11 +271,11 @@ def test_mixtures_by_class_in_a_training() -> None:
 
 def test_both_networks_are_kept() -> None:
     procedure = dividemix()
-    trainer = fit(procedure, Views(), make_settings(epochs=3, ema=0.8), evaluate=evaluated)
+    trainer = fit(procedure, Noisy(), make_settings(epochs=3, ema=0.8), evaluate=evaluated)
     kept = trainer.deployed
     assert isinstance(kept, Ensemble)
     assert len(kept.networks) == 2
-    images = Views().images
+    images = Noisy().images
     with torch.no_grad():
         plain = (procedure.student(images) + procedure.peer(images)) / 2
         torch.testing.assert_close(procedure.network().eval()(images), plain)
@@ -342,4 +343,4 @@ def test_the_second_network_is_another_one() -> None:
     network: nn.Module = small_resnet(0)
     given = Given(network, items=ITEMS, num_classes=CLASSES, make_student=lambda seed: network)
     with pytest.raises(ValueError, match="parts 'student' and 'peer' share parameters"):
-        fit(create_procedure("dividemix", given), Views(), make_settings(epochs=1))
+        fit(create_procedure("dividemix", given), Noisy(), make_settings(epochs=1))

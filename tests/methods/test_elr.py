@@ -47,9 +47,9 @@ def test_an_iteration(refine: bool) -> None:
         step, _ = caught(procedure, batch)
     assert batch.target is not None
     label = torch.eye(CLASSES, dtype=torch.float64)[batch.target]
-    averages = [average.eval() for average in twin.averages.networks]
+    averages = list(twin.averages.networks)
     with seeded(3):
-        for name, other in (("student", averages[1]), ("peer", averages[0])):
+        for i, (name, other) in enumerate((("student", averages[1]), ("peer", averages[0]))):
             network = getattr(twin, name)
             with torch.no_grad():
                 memory = 0.7 * twin.known[name][:BATCH] + 0.3 * other(batch.images).softmax(1)
@@ -62,8 +62,8 @@ def test_an_iteration(refine: bool) -> None:
             z = network(images)
             loss = -(y * z.log_softmax(1)).sum(1).mean() + 3 * torch.log(1 - (t * z.softmax(1)).sum(1)).mean()
             torch.testing.assert_close(procedure.known[name][:BATCH], memory)
-            torch.testing.assert_close(step.losses[name], loss.detach())
-            for a, b in zip(step.gradients[name], torch.autograd.grad(loss, list(network.parameters())), strict=True):
+            torch.testing.assert_close(step.losses[i], loss.detach())
+            for a, b in zip(step.gradients[i], torch.autograd.grad(loss, list(network.parameters())), strict=True):
                 torch.testing.assert_close(a, b)
     decay = 0.8 * math.exp(-5 * (1 - (0.25 / 10) / 0.5) ** 2)
     before, after = (next(p.averages.networks[0].parameters()) for p in (twin, procedure))

@@ -1,39 +1,15 @@
-"""MixMatch by masks against rows that are cut out; the trainings that have it: killed, in two processes, on wrong labels."""
+"""MixMatch by masks, against rows that are cut out."""
 
 from __future__ import annotations
 
-import math
-import random
-import re
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from semi_cases import (
-    BATCH,
-    ITEMS,
-    QUICK,
-    Gradients,
-    Views,
-    assert_gradients,
-    cut_mixmatch,
-    in_two,
-    mixing,
-    semi,
-    sharp,
-)
-from test_methods_registry import NoWaiting
-from test_procedures import fit
+from mixmatch_cases import cut_mixmatch, mixing, sharp
+from noisy_cases import BATCH, QUICK, Caught, Noisy, assert_gradients, make
 from torch import Tensor, nn
-from training_cases import CLASSES, assert_same_end, differences, evaluated, make_settings, small_resnet
-from training_processes import start_ranks
+from training_cases import CLASSES, small_resnet
 
-from fastkd.data import Batch
-from fastkd.methods import Baseline, Objective, Procedure
-from fastkd.methods.noisy import NoisyLabels, terms
+from fastkd.methods.noisy import terms
 from fastkd.methods.noisy.ensemble import Ensemble
 from fastkd.methods.noisy.mixmatch import (
     labelled_loss,
@@ -44,8 +20,6 @@ from fastkd.methods.noisy.mixmatch import (
     unlabelled_loss,
     whole_epochs,
 )
-from fastkd.methods.noisy.samples import Samples
-from fastkd.training import process_group
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread", "no_figures")]
 METHODS = tuple(QUICK)
@@ -177,7 +151,7 @@ def test_shares_in_epochs(share: float, epochs: int, expected: int) -> None:
 
 def test_the_ramp() -> None:
     """As ``clip((epoch + batch / batches - warm_up) / length, 0, 1)``."""
-    step = Gradients(semi("pes"), epochs=300)
+    step = Caught(make("pes"), epochs=300)
     for epoch, iteration in ((9, 3), (10, 0), (10, 2), (17, 3), (26, 0), (200, 1)):
         step.epoch, step.iteration = epoch, iteration
         expected = min(1.0, max(0.0, (epoch + iteration / 4 - 10) / 16))
@@ -199,138 +173,12 @@ def test_an_ensemble() -> None:
         Ensemble(3)  # type: ignore[arg-type]
 
 
-# ---- trainings -----------------------------------------------------------------------------------------
-
-EPOCHS = 4  # a warm-up, and a refinement of PES, of one each
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_killed_and_gone_on_with_equals_not_killed(method: str, tmp_path: Path) -> None:
-    """What is known of the samples is part of it."""
-    settings = make_settings(epochs=EPOCHS, learning_rate=0.02, checkpoint_every=3, ema=0.9)
-    fit(semi(method), Views(), settings, tmp_path / "whole", evaluate=evaluated)
-    stops = sorted(random.Random(1).sample(range(1, 16), 3))
-    for i, stop in enumerate([*stops, None]):  # the weights of seed i are not those of the checkpoint
-        there = (tmp_path / "parts" / "checkpoint.pt").exists()
-        procedure = semi(method, i if there else 0)
-        fit(procedure, Views(), settings, tmp_path / "parts", evaluate=evaluated, resume="auto", stop_at=stop)
-    assert_same_end(tmp_path / "whole", tmp_path / "parts")
-    state = torch.load(tmp_path / "whole" / "checkpoint.pt", weights_only=True)
-    assert state["networks"]["known"]["rows_target"].tolist() == Views().target.tolist()
-
-
-@pytest.mark.forks
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_stay_equal(method: str, tmp_path: Path) -> None:
-    """Each sees one half of the samples, and knows all of them, and has the same weights; from other ones at first."""
-    settings = make_settings(epochs=EPOCHS, learning_rate=0.02, checkpoint_every=0)
-    start_ranks(in_two, tmp_path, settings, method)
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
-    assert not differences(first, second)
-    assert torch.equal(first["known.rows_target"], Views().target.float())
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_in_16_bits(method: str, amp: str) -> None:
-    trainer = fit(semi(method), Views(), make_settings(epochs=EPOCHS, amp=amp), evaluate=evaluated)
-    history = trainer._state.history  # type: ignore[union-attr]
-    assert all(math.isfinite(value) for value in history[-1].values())
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_autocast_keeps_no_weights_of_the_guesses(method: str) -> None:
     """They have no gradient: so would the update not."""
-    procedure = semi(method)
-    step = Gradients(procedure, epoch=4)
+    procedure = make(method)
+    step = Caught(procedure, epoch=4)
     with torch.autocast("cpu", torch.bfloat16):
-        procedure.iteration(next(Views().epoch(0)), step)
+        procedure.iteration(next(Noisy().epoch(0)), step)
     assert step.gradients
     assert all(gradient.any() for gradients in step.gradients for gradient in gradients)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("epoch", [0, 2, 4])
-def test_nothing_waits_for_the_device(method: str, epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labels on a CPU are looked at, and the share of a mixture is drawn there."""
-    checked = NoisyLabels.checked(semi(method), next(Views().epoch(0)))
-    monkeypatch.setattr(NoisyLabels, "checked", lambda *_: checked)
-    monkeypatch.setattr("fastkd._checks.readable", lambda tensor: False)
-    procedure = semi(method, **dict.fromkeys(("alpha", *(["late_alpha"] if method == "pes" else [])), 0.0))
-    step = Gradients(procedure, epoch=epoch)
-    with NoWaiting():
-        procedure.iteration(next(Views().epoch(0)), step)
-        procedure.after_epoch(step)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_networks_that_are_compiled(method: str) -> None:
-    """With and without statistics that move, in one training."""
-    states = []
-    for compiled in (False, True):
-        procedure = semi(method, refine_share=0.0) if method == "pes" else semi(method)
-        torch._dynamo.reset()
-        for network in procedure.networks().values() if compiled else ():
-            network.compile(backend="aot_eager", fullgraph=True)
-        fit(procedure, Views(), make_settings(epochs=2))
-        states.append(procedure.state_dict())
-    for name, value in states[0].items():
-        torch.testing.assert_close(states[1][name], value)
-
-
-LEARNING: dict[str, dict[str, Any]] = {
-    "dividemix": {"warmup_share": 0.15, "lambda_u": 5.0, "ramp_share": 0.1},
-    "pes": {"warmup_share": 0.1, "refine_share": 0.05, "ramp_share": 0.1},
-}
-
-
-def learnt(procedure: Procedure) -> float:
-    """Accuracy on other images, of a training in which 40 % of the labels are wrong."""
-    trainer = fit(procedure, Views(480, 24, noise=1.2), make_settings(epochs=15, learning_rate=0.02))
-    test = Views(512, noise=1.2, seed=6)
-    with torch.no_grad():
-        return (trainer.deployed.eval()(test.images).argmax(1) == test.truth).double().mean().item()
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_it_learns_on_wrong_labels(method: str) -> None:
-    """Well above cross-entropy, which learns them by heart."""
-    plain = learnt(Objective(Baseline(), small_resnet(0), None))
-    assert 0.6 < plain < 0.85
-    assert learnt(semi(method, items=480, **LEARNING[method])) > plain + 0.12
-
-
-def test_a_sample_that_is_not_finite_is_shared(tmp_path: Path) -> None:
-    """By the process that has it: one that has not would make it of all others."""
-    start_ranks(share_in_two, tmp_path)
-    for rank in range(2):
-        rows = torch.load(tmp_path / f"rows{rank}.pt", weights_only=True)
-        assert rows.tolist() == [1.0, 2.0, torch.inf]
-
-
-def share_in_two(rank: int, folder: Path) -> None:
-    with process_group("cpu"):
-        samples = Samples(3, loss=torch.tensor(torch.inf))
-        samples.write(torch.tensor([rank]), loss=torch.tensor([1.0 + rank]))
-        samples.share()
-        torch.save(samples["loss"], folder / f"rows{rank}.pt")
-
-
-# ---- what is wrong -------------------------------------------------------------------------------------
-
-BATCHES: list[tuple[Callable[[Batch], Any], str]] = [
-    (lambda _: None, "batch is NoneType, must be a Batch"),
-    (lambda b: replace(b, target=None), "the batch's target is None, must be int64 [B]"),
-    (lambda b: replace(b, index=None), "the batch's index is None, must be int64 [B]"),
-    (lambda b: replace(b, views=()), "the batch has 1 view of its images, must have 2"),
-    (lambda b: replace(b, target=b.target + CLASSES), f"must be in [0, {CLASSES})"),
-    (lambda b: replace(b, index=b.index + ITEMS), f"must be in [0, {ITEMS})"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), BATCHES)
-@pytest.mark.parametrize("method", METHODS)
-def test_wrong_batches(method: str, change: Callable[[Batch], Any], message: str) -> None:
-    procedure = semi(method)
-    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
-        procedure.iteration(change(next(Views().epoch(0))), Gradients(procedure))

@@ -50,8 +50,8 @@ def test_losses(epoch: int) -> None:
             rows.append(-torch.log(p[i, label]))
     assert 0 < len(rows) < BATCH + (epoch == 0)
     loss = torch.stack(rows).mean()
-    torch.testing.assert_close(step.losses["student"], loss.detach())
-    for a, b in zip(step.gradients["student"], torch.autograd.grad(loss, list(twin.student.parameters())), strict=True):
+    torch.testing.assert_close(step.losses[0], loss.detach())
+    for a, b in zip(step.gradients[0], torch.autograd.grad(loss, list(twin.student.parameters())), strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
-from noisy_cases import BATCH, ITEMS, Noisy, in_two, make, whole_and_in_parts
+from noisy_cases import BATCH, ITEMS, Caught, Noisy, caught, in_two, make, whole_and_in_parts
+from test_methods_registry import NoWaiting
 from torch import Tensor
-from training_cases import CLASSES, Linear, differences, evaluated, fit, make_settings
+from training_cases import CLASSES, Linear, differences, evaluated, fit, make_settings, small_resnet
 from training_processes import start_ranks
 
 from fastkd.data import Batch
-from fastkd.methods import registry
+from fastkd.methods import Baseline, NoisyLabels, Objective, Procedure, registry
 from fastkd.methods.noisy import terms
 from fastkd.methods.noisy.samples import Samples
 from fastkd.training import process_group
@@ -139,12 +140,30 @@ def test_samples_of_two_processes(tmp_path: Path) -> None:
         assert b.tolist() == [[0, 0], [0, 0], [0.5, 0.5], [1, 1], [0, 0]]
 
 
+def test_a_sample_that_is_not_finite_is_shared(tmp_path: Path) -> None:
+    """By the process that has it: one that has not would make it of all others."""
+    start_ranks(share_infinite, tmp_path)
+    for rank in range(2):
+        rows = torch.load(tmp_path / f"rows{rank}.pt", weights_only=True)
+        assert rows.tolist() == [1.0, 2.0, torch.inf]
+
+
+def share_infinite(rank: int, folder: Path) -> None:
+    with process_group("cpu"):
+        samples = Samples(3, loss=torch.tensor(torch.inf))
+        samples.write(torch.tensor([rank]), loss=torch.tensor([1.0 + rank]))
+        samples.share()
+        torch.save(samples["loss"], folder / f"rows{rank}.pt")
+
+
 # ---- all methods ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_and_gone_on_with_equals_not_killed(method: str, tmp_path: Path) -> None:
-    whole_and_in_parts(method, tmp_path)
+    state = whole_and_in_parts(method, tmp_path)
+    known = state["networks"].get("known")
+    assert known is None or known["written"].shape == (ITEMS,)
 
 
 @pytest.mark.forks
@@ -191,13 +210,56 @@ def test_a_checkpoint_is_of_its_options(method: str, tmp_path: Path) -> None:
         fit(other, Noisy(), settings, tmp_path, resume=True)
 
 
-class Steps:
-    """What a procedure is given, that makes no step."""
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("epoch", [0, 2, 3, 9])
+def test_nothing_waits_for_the_device(method: str, epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels on a CPU are looked at, and the share of a mixture is drawn there."""
+    checked = NoisyLabels.checked(make(method), next(Noisy().epoch(0)))
+    monkeypatch.setattr(NoisyLabels, "checked", lambda *_: checked)
+    monkeypatch.setattr("fastkd._checks.readable", lambda tensor: False)
+    shares = {"alpha", "late_alpha", "mixup_alpha"} & set(registry.find(method).options())
+    procedure = make(method, **dict.fromkeys(shares, 0.0))
+    step = Caught(procedure, epoch=epoch)
+    with NoWaiting():
+        procedure.iteration(next(Noisy().epoch(0)), step)
+        procedure.after_epoch(step)
 
-    epoch, epochs, iteration, iterations, rank, world_size, progress, batches_per_step = 0, 1, 0, 1, 0, 1, 0.0, 1
 
-    def update(self, loss: Tensor, *parts: str) -> None:
-        assert loss.requires_grad
+@pytest.mark.parametrize("method", METHODS)
+def test_networks_that_are_compiled(method: str) -> None:
+    """They learn the same."""
+    states = []
+    for compiled in (False, True):
+        procedure = make(method)
+        torch._dynamo.reset()
+        for network in procedure.networks().values() if compiled else ():
+            network.compile(backend="aot_eager", fullgraph=True)
+        fit(procedure, Noisy(), make_settings(epochs=2))
+        states.append(procedure.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value)
+
+
+LEARNING: dict[str, dict[str, Any]] = {
+    "dividemix": {"warmup_share": 0.15, "lambda_u": 5.0, "ramp_share": 0.1},
+    "pes": {"warmup_share": 0.1, "refine_share": 0.05, "ramp_share": 0.1},
+}
+
+
+def learnt(procedure: Procedure) -> float:
+    """Accuracy on other images, of a training in which 40 % of the labels are wrong."""
+    trainer = fit(procedure, Noisy(480, size=24, noise=1.2), make_settings(epochs=15, learning_rate=0.02))
+    test = Noisy(512, noise=1.2, seed=6)
+    with torch.no_grad():
+        return (trainer.deployed.eval()(test.images).argmax(1) == test.truth).double().mean().item()
+
+
+@pytest.mark.parametrize("method", LEARNING)
+def test_it_learns_on_wrong_labels(method: str) -> None:
+    """Well above cross-entropy, which learns them by heart."""
+    plain = learnt(Objective(Baseline(), small_resnet(0), None))
+    assert 0.6 < plain < 0.85
+    assert learnt(make(method, items=480, **LEARNING[method])) > plain + 0.12
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -218,8 +280,9 @@ class Steps:
 def test_wrong_batches(method: str, change: dict[str, Any], error: str) -> None:
     good = Noisy().batch(torch.arange(BATCH))
     batch = Batch(**{"images": good.images, "target": good.target, "index": good.index, "views": good.views, **change})
+    procedure = make(method)
     with pytest.raises(ValueError, match=error):
-        make(method).iteration(batch, Steps())  # type: ignore[arg-type]
+        procedure.iteration(batch, Caught(procedure))
 
 
 def test_too_few_views() -> None:
@@ -227,9 +290,9 @@ def test_too_few_views() -> None:
     with pytest.raises(
         ValueError, match=r"has 1 view of its images, must have 2 for BLDR, as ImageBatches\(\.\.\., views=2"
     ):
-        make("bldr").iteration(batch, Steps())  # type: ignore[arg-type]
+        caught(make("bldr"), batch)
     with pytest.raises(TypeError, match="batch is NoneType, must be a Batch for SOP"):
-        make("sop").iteration(None, Steps())  # type: ignore[arg-type]
+        caught(make("sop"), None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from semi_cases import BATCH, ITEMS, Gradients, Views, assert_gradients, cut_mixmatch, mixing, semi, sharp
+from mixmatch_cases import cut_mixmatch, mixing, sharp
+from noisy_cases import BATCH, ITEMS, Caught, Noisy, assert_gradients, make
 from test_procedures import fit
 from torch import Tensor, nn
 from training_cases import CLASSES, Linear, make_settings, small, small_resnet
@@ -27,13 +28,13 @@ pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread", "no_
 
 
 def pes(seed: int = 0, **options: Any) -> PES:
-    made = semi("pes", seed, **options)
+    made = make("pes", seed, **options)
     assert isinstance(made, PES)
     return made
 
 
 def first_batch() -> Batch:
-    batch = next(Views().epoch(0))
+    batch = next(Noisy().epoch(0))
     return Batch(batch.images.double(), batch.target, batch.index, tuple(view.double() for view in batch.views))
 
 
@@ -50,7 +51,7 @@ def test_the_loss(epoch: int, kind: str) -> None:
     procedure.known["labelled"].copy_((torch.rand(ITEMS) < {"some": 0.5, "all": 1.0, "none": 0.0}[kind]).double())
     procedure.class_weight.copy_(torch.tensor([0.5, 3.0, 0.0, 1.2]))
     batch = first_batch()
-    step = Gradients(procedure, epoch=epoch, epochs=16, iteration=3)  # 4 of warm-up, 4 of refinement, 8 of ramp
+    step = Caught(procedure, epoch=epoch, epochs=16, iteration=3)  # 4 of warm-up, 4 of refinement, 8 of ramp
     procedure.warmup_share, procedure.refine_share = 3 / 16, 1 / 16
     twin = copy.deepcopy(procedure)
     torch.manual_seed(9)
@@ -85,7 +86,7 @@ def test_the_loss(epoch: int, kind: str) -> None:
 @pytest.mark.parametrize(("epoch", "parts"), [(1, ("body", "tail")), (2, ("tail",)), (3, ("tail",))])
 def test_before_that_it_is_cross_entropy(epoch: int, parts: tuple[str, ...]) -> None:
     procedure, batch = pes().double(), first_batch()
-    twin, step = copy.deepcopy(procedure), Gradients(procedure, epoch=epoch)
+    twin, step = copy.deepcopy(procedure), Caught(procedure, epoch=epoch)
     procedure.iteration(batch, step)  # type: ignore[arg-type]
     logits = twin.student(batch.images)
     loss = F.cross_entropy(logits, batch.target)
@@ -106,7 +107,7 @@ def test_phases() -> None:
         return real(step)
 
     procedure.after_epoch = after_epoch  # type: ignore[method-assign]
-    history = fit(procedure, Views(), make_settings(epochs=5))._state.history  # type: ignore[union-attr]
+    history = fit(procedure, Noisy(), make_settings(epochs=5))._state.history  # type: ignore[union-attr]
     moved = [{name for name in after if not torch.equal(after[name], before[name])} for before, after in pairwise(seen)]
     head = {"fc.weight", "fc.bias"}
     assert moved[:2] == [head, head]
@@ -124,7 +125,7 @@ def test_a_renewed_tail() -> None:
         if isinstance(norm, nn.BatchNorm2d):
             norm.running_mean.fill_(7.0)  # type: ignore[union-attr]
     before, fresh = copy.deepcopy(procedure.student.state_dict()), small_resnet(1).state_dict()
-    step = Gradients(procedure, epoch=1)
+    step = Caught(procedure, epoch=1)
     procedure.before_epoch(step)
     assert not step.restarted
     step.epoch = 2
@@ -139,7 +140,7 @@ def test_a_renewed_tail() -> None:
 
 
 def test_without_refinement_nothing_is_renewed() -> None:
-    procedure, step = pes(refine_share=0.0), Gradients(pes(), epoch=2)
+    procedure, step = pes(refine_share=0.0), Caught(pes(), epoch=2)
     before = copy.deepcopy(procedure.student.state_dict())
     procedure.before_epoch(step)
     assert not step.restarted
@@ -175,10 +176,10 @@ def test_the_tail_of_each_network(name: str) -> None:
 
 def test_a_head_is_all_that_a_network_needs() -> None:
     """Where no stages are known: of a ConvNet, and of any with a last linear layer."""
-    assert pes(make=small).tail == ("classifier",)
-    assert pes(make=Linear).tail == ("layers.3",)
+    assert pes(network=small).tail == ("classifier",)
+    assert pes(network=Linear).tail == ("layers.3",)
     with pytest.raises(ValueError, match="model is a ConvNet, whose layers are not known"):
-        pes(make=small, renewed_stages=1)
+        pes(network=small, renewed_stages=1)
 
 
 # ---- which are labelled --------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ def test_no_label_is_predicted() -> None:
     procedure = pes(warmup_share=0.5, refine_share=0.0)
     divide = procedure.divide
     procedure.divide = lambda: (procedure.known["agreed"].zero_(), divide())  # type: ignore[method-assign]
-    history = fit(procedure, Views(), make_settings(epochs=3))._state.history  # type: ignore[union-attr]
+    history = fit(procedure, Noisy(), make_settings(epochs=3))._state.history  # type: ignore[union-attr]
     assert history[-1]["labelled"] == history[-1]["labelled_loss"] == history[-1]["agreed"] == 0.0
 
 

@@ -36,9 +36,9 @@ def test_loss(consistency: float) -> None:
     if consistency:
         first, second = z.chunk(2)
         loss = loss + 0.9 * F.kl_div(second.log_softmax(1), first.softmax(1).detach(), reduction="batchmean")
-    torch.testing.assert_close(step.losses["student"], loss.detach())
+    torch.testing.assert_close(step.losses[0], loss.detach())
     expected = torch.autograd.grad(loss, [*twin.student.parameters(), u, v])
-    for ours, theirs in zip(step.gradients["student"], expected, strict=False):
+    for ours, theirs in zip(step.gradients[0], expected, strict=False):
         torch.testing.assert_close(ours, theirs)
     for name, before, gradient in zip("uv", (u, v), expected[-2:], strict=True):
         moved = procedure.known[name][:BATCH]  # type: ignore[index]

@@ -166,6 +166,17 @@ def test_average_is_no_second_student() -> None:
     assert all(parameter.requires_grad for parameter in network.parameters())
 
 
+@pytest.mark.parametrize("buffers", [True, False])
+def test_average_of_buffers(buffers: bool) -> None:
+    """Or its own, as it runs itself."""
+    network = nn.BatchNorm1d(2)
+    average = Average(network, buffers=buffers)
+    network(torch.full((3, 2), 10.0) + torch.arange(3.0)[:, None])
+    average.update(network, 0.5)
+    assert average.network.running_mean.tolist() == pytest.approx([0.55, 0.55] if buffers else [0.0, 0.0])  # type: ignore[union-attr,operator]
+    assert average.network.num_batches_tracked.item() == int(buffers)  # type: ignore[union-attr,operator]
+
+
 def test_gradient_clip_and_optimizers() -> None:
     settings = make_settings(
         epochs=1,

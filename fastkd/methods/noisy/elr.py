@@ -16,7 +16,6 @@ from fastkd.methods.noisy.learner import NoisyLabels, chosen
 from fastkd.methods.procedure import Part, Step
 from fastkd.methods.registry import register
 from fastkd.models.average import Average
-from fastkd.models.modes import evaluating
 
 __all__ = ["ELR", "early_learning"]
 
@@ -80,7 +79,7 @@ class ELR(NoisyLabels):
         self.mixup_alpha = _checks.check_not_negative("mixup_alpha", mixup_alpha)
         self.refine = _checks.check_flag("refine", refine)
         self.peer = make_student(1).to(next(student.parameters()).device)
-        self.averages = Ensemble(*(Average(network) for network in (self.student, self.peer)))
+        self.averages = Ensemble(*(Average(network, buffers=False) for network in (self.student, self.peer)))
         nothing = torch.zeros(num_classes)
         self.known = self.keep(student=nothing, peer=nothing)
 
@@ -97,7 +96,8 @@ class ELR(NoisyLabels):
         assert isinstance(first, Average)
         assert isinstance(second, Average)
         for name, network, average_of_other in (("student", self.student, second), ("peer", self.peer, first)):
-            said = terms.probabilities(_in_evaluation(average_of_other, images))
+            with torch.no_grad():  # its running statistics are those of plain images, as the network's are not
+                said = terms.probabilities(terms.class_logits(average_of_other, images))
             remembered = self.memory * self.known[name][index] + (1.0 - self.memory) * said
             self.known.write(index, **{name: remembered})
             labels = terms.one_hot(target, said)
@@ -123,9 +123,3 @@ class ELR(NoisyLabels):
         done = (step.epoch + (step.iteration + 1) / step.iterations) / step.epochs
         left = max(0.0, 1.0 - done / self.ramp_share) if self.ramp_share else 0.0
         return math.exp(-5.0 * left**2)
-
-
-@torch.no_grad()
-def _in_evaluation(network: nn.Module, images: Tensor) -> Tensor:
-    with evaluating(network):
-        return terms.class_logits(network, images)
