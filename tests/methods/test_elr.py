@@ -36,7 +36,7 @@ def test_early_learning() -> None:
 @pytest.mark.parametrize("refine", [False, True])
 def test_an_iteration(refine: bool) -> None:
     """Memories by the other's average, mixed as images and labels are; the losses and their gradients."""
-    procedure = elr(refine=refine, average=0.8, ramp_share=0.5).double()
+    procedure = elr(refine=refine, average=0.8, average_share=0.5, regularization_share=0.4).double()
     with torch.no_grad():
         for name in ("student", "peer"):
             procedure.known[name].uniform_(0.0, 0.2)
@@ -48,6 +48,7 @@ def test_an_iteration(refine: bool) -> None:
     assert batch.target is not None
     label = torch.eye(CLASSES, dtype=torch.float64)[batch.target]
     averages = list(twin.averages.networks)
+    weight = 3 * math.exp(-5 * (1 - (0.25 / 10) / 0.4) ** 2)
     with seeded(3):
         for i, (name, other) in enumerate((("student", averages[1]), ("peer", averages[0]))):
             network = getattr(twin, name)
@@ -60,7 +61,7 @@ def test_an_iteration(refine: bool) -> None:
             if refine:
                 y = y * t / (y * t).sum(1, keepdim=True)
             z = network(images)
-            loss = -(y * z.log_softmax(1)).sum(1).mean() + 3 * torch.log(1 - (t * z.softmax(1)).sum(1)).mean()
+            loss = -(y * z.log_softmax(1)).sum(1).mean() + weight * torch.log(1 - (t * z.softmax(1)).sum(1)).mean()
             torch.testing.assert_close(procedure.known[name][:BATCH], memory)
             torch.testing.assert_close(step.losses[i], loss.detach())
             for a, b in zip(step.gradients[i], torch.autograd.grad(loss, list(network.parameters())), strict=True):

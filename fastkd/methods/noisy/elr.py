@@ -49,10 +49,12 @@ class ELR(NoisyLabels):
 
     Args:
         regularization: weight of the term, lambda; 3 for CIFAR-10, 7 for CIFAR-100.
+        regularization_share: of the training, over which it grows to that; 0: it is at once, as for CIFAR-10; 0.4 for
+        CIFAR-100.
         memory: share of what was remembered that stays, beta; 0.7 for CIFAR-10, 0.9 for CIFAR-100.
         mixup_alpha: of the Beta distribution of the shares that images are mixed by; 0: none are.
         average: decay of the averages of weights, in the end.
-        ramp_share: of the training, over which it grows to that.
+        average_share: of the training, over which it grows to that.
         refine: whether labels are multiplied with what is remembered, as the authors' code does for 100 classes.
     """
 
@@ -64,17 +66,19 @@ class ELR(NoisyLabels):
         make_student: Callable[[int], nn.Module],
         *,
         regularization: float = 3.0,
+        regularization_share: float = 0.0,
         memory: float = 0.7,
         mixup_alpha: float = 1.0,
         average: float = 0.997,
-        ramp_share: float = 0.5,
+        average_share: float = 0.5,
         refine: bool = False,
     ) -> None:
         options = chosen(locals())
         super().__init__(student, items, num_classes, options)
         self.regularization = _checks.check_not_negative("regularization", regularization)
-        self.memory, self.average_decay, self.ramp_share = (
-            _checks.check_share(name, options[name]) for name in ("memory", "average", "ramp_share")
+        self.memory, self.average_decay, self.regularization_share, self.average_share = (
+            _checks.check_share(name, options[name])
+            for name in ("memory", "average", "regularization_share", "average_share")
         )
         self.mixup_alpha = _checks.check_not_negative("mixup_alpha", mixup_alpha)
         self.refine = _checks.check_flag("refine", refine)
@@ -92,6 +96,7 @@ class ELR(NoisyLabels):
     def iteration(self, batch: Batches, step: Step) -> dict[str, Tensor]:
         target, index, (images,) = self.checked(batch)
         losses = []
+        weight = self.regularization * _ramp(step, self.regularization_share)
         first, second = self.averages.networks
         assert isinstance(first, Average)
         assert isinstance(second, Average)
@@ -102,24 +107,27 @@ class ELR(NoisyLabels):
             self.known.write(index, **{name: remembered})
             labels = terms.one_hot(target, said)
             mixed = terms.mixup(images, labels, self.mixup_alpha)
-            losses.append(self.loss(terms.class_logits(network, mixed.images), mixed.labels, mixed.mix(remembered)))
+            logits = terms.class_logits(network, mixed.images)
+            losses.append(self.loss(logits, mixed.labels, mixed.mix(remembered), weight))
             step.update(losses[-1], name)
-        decay = self.average_decay * self.ramp(step)
+        decay = self.average_decay * _ramp(step, self.average_share)
         first.update(self.student, decay)
         second.update(self.peer, decay)
         loss = torch.stack([one.detach() for one in losses]).mean()
         return {"loss": loss}
 
-    def loss(self, logits: Tensor, labels: Tensor, remembered: Tensor) -> Tensor:
-        """Of one network: logits of mixed images, their labels ``[B, K]``, and what is remembered of them."""
+    def loss(self, logits: Tensor, labels: Tensor, remembered: Tensor, weight: float) -> Tensor:
+        """Of one network: logits of mixed images, their labels ``[B, K]``, what is remembered of them, and how much that
+        counts."""
         if self.refine:
             labels = labels * remembered
             labels = labels / labels.sum(-1, keepdim=True)
         task = terms.soft_label_loss(logits, labels).mean()
-        return task + self.regularization * early_learning(logits, remembered)
+        return task + weight * early_learning(logits, remembered)
 
-    def ramp(self, step: Step) -> float:
-        """From exp(-5) to 1."""
-        done = (step.epoch + (step.iteration + 1) / step.iterations) / step.epochs
-        left = max(0.0, 1.0 - done / self.ramp_share) if self.ramp_share else 0.0
-        return math.exp(-5.0 * left**2)
+
+def _ramp(step: Step, share: float) -> float:
+    """From exp(-5) to 1, over this share of the training."""
+    done = (step.epoch + (step.iteration + 1) / step.iterations) / step.epochs
+    left = max(0.0, 1.0 - done / share) if share else 0.0
+    return math.exp(-5.0 * left**2)
