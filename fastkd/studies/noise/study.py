@@ -126,7 +126,7 @@ class Noise(Study):
         """With what the paper says of BLDR."""
         found = {
             measure: {
-                column: {"bldr": Published(published.DETECTION[setting.published][measure], 0.0)}
+                column: {"bldr": published.DETECTION[setting.published][measure]}
                 for column, setting in SETTINGS.items()
                 if setting.published in published.DETECTION
             }

@@ -5,30 +5,12 @@ Facts, to be shown beside our own: test accuracy in %, mean and standard deviati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
-
-from fastkd.studies.study import Published
+from fastkd.studies.published import table
 
 __all__ = ["CLASS_IMBALANCE", "CLEAN", "CLEAN_CIFAR100", "LABEL_NOISE"]
 
-
-Column = TypeVar("Column")
-
-
-def _table(columns: Sequence[Column], text: str) -> dict[Column, dict[str, Published]]:
-    """Columns of methods, of lines ``method mean std mean std ...``."""
-    table: dict[Column, dict[str, Published]] = {column: {} for column in columns}
-    for line in text.strip().splitlines():
-        method, *numbers = line.split()
-        pairs = zip(numbers[::2], numbers[1::2], strict=True)
-        for column, (mean, std) in zip(columns, pairs, strict=True):
-            table[column][method] = Published(float(mean), float(std))
-    return table
-
-
 # Table III: CIFAR-10, by student.
-CLEAN = _table(
+CLEAN = table(
     ("resnet8", "resnet14", "resnet20", "resnet26", "wrn-10-2", "wrn-16-2", "wrn-28-2", "wrn-40-2"),
     """
     baseline 87.64 .25  91.44 .15  92.64 .18  93.32 .37  90.62 .15  93.95 .18  94.82 .10  95.01 .11
@@ -47,7 +29,7 @@ CLEAN = _table(
 )
 
 # Table IV: CIFAR-100.
-CLEAN_CIFAR100 = _table(
+CLEAN_CIFAR100 = table(
     tuple(CLEAN),
     """
     baseline 71.78 .26  76.95 .43  77.92 .40  78.82 .24  67.99 .55  72.35 .36  74.93 .39  75.94 .12
@@ -66,7 +48,7 @@ CLEAN_CIFAR100 = _table(
 )
 
 # CIFAR-10, by the share of labels that are wrong (symmetric noise); the column without noise is that of WRN-16-2.
-LABEL_NOISE = _table(
+LABEL_NOISE = table(
     (0.2, 0.4, 0.6),
     """
     baseline 79.44 .29  64.47 1.06  47.84 1.81
@@ -85,7 +67,7 @@ LABEL_NOISE = _table(
 )
 
 # Table VI: CIFAR-10, WRN-16-2, by gamma.
-CLASS_IMBALANCE = _table(
+CLASS_IMBALANCE = table(
     (0.2, 0.6, 1.0, 2.0),
     """
     baseline 78.05 .58  78.83 .41  80.09 .38  83.33 .24
