@@ -198,6 +198,17 @@ def test_probabilities_of_samples(method: str) -> None:
     assert whole.shape == (ITEMS, CLASSES)
 
 
+@pytest.mark.parametrize(("method", "name"), [("bldr", "probabilities"), ("dividemix", "losses")])
+def test_pictures(method: str, name: str) -> None:
+    """Before the training, when all samples are alike, and after it."""
+    procedure = make(method)
+    step = Caught(procedure)
+    assert set(procedure.pictures(step)) == {name}  # type: ignore[arg-type]
+    fit(procedure, Noisy(), make_settings(epochs=2))
+    (axes,) = procedure.pictures(step)[name].axes  # type: ignore[arg-type]
+    assert sum(bar.get_height() > 0 for bar in axes.patches) > 5  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_checkpoint_is_of_its_options(method: str, tmp_path: Path) -> None:
     options = registry.find(method).options().values()

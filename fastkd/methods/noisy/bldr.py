@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +16,9 @@ from fastkd.methods.noisy.over_parameters import OverParameters, corrected_losse
 from fastkd.methods.noisy.two_heads import Heads, SelfDistilled, TwoHeads
 from fastkd.methods.procedure import Part, Step
 from fastkd.methods.registry import register
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["BLDR"]
 
@@ -167,6 +173,12 @@ class BLDR(NoisyLabels):
         if step.epoch >= self.warmup_share * step.epochs:
             self.reweight()
         return {"ratio": self.ratio}
+
+    def pictures(self, step: Step) -> Mapping[str, Figure]:
+        """What the negative head has last said of the labels, from which the weights come (Figure 2 of the paper)."""
+        from fastkd.noise_figures import score_histogram  # matplotlib takes a second to import
+
+        return {"probabilities": score_histogram(self.known["probability"].cpu())}
 
     @torch.no_grad()
     def reweight(self) -> None:

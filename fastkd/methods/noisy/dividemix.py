@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,10 @@ from fastkd.methods.noisy.mixmatch import (
 )
 from fastkd.methods.procedure import Part, Step
 from fastkd.methods.registry import register
-from fastkd.selection import select_clean
+from fastkd.selection import TwoGaussianMixture, select_clean
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["DivideMix"]
 
@@ -165,6 +169,15 @@ class DivideMix(NoisyLabels):
         super().after_epoch(step)
         self.divide()
         return {"clean": (self.known["clean"] > self.threshold).float().mean()}
+
+    def pictures(self, step: Step) -> Mapping[str, Figure]:
+        """The student's losses, the mixture of them, and which samples the second network learns as labelled."""
+        from fastkd.methods import pictures  # matplotlib takes a second to import
+
+        losses = self.known["loss"][:, 0]
+        chosen = self.known["clean"][:, 0] > self.threshold
+        mixture = None if self.by_class else TwoGaussianMixture(normalize=True).fit(losses)
+        return {"losses": pictures.loss_histogram(losses.cpu(), mixture, chosen.cpu())}
 
     @torch.no_grad()
     def divide(self) -> None:
