@@ -22,9 +22,9 @@ from fastkd.studies.data import DataSettings, wrong_labels
 from fastkd.studies.detection import LABELS, PROBABILITIES
 from fastkd.studies.distillation import run
 from fastkd.studies.settings import Distillation
-from fastkd.training import TrainingSettings, process_group
+from fastkd.training import Process, TrainingSettings, process_group
 
-TRAINING = "training"  # in the folder of the results
+TRAINING = "training"  # what its folder begins with
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class DetectNoise:
     student: str = "resnet14"
     """The network: resnet<6n+2>, wrn-<6n+4>-<width>, cifar-resnet34, or another name of fastkd.models.names()."""
     epochs: int = 100
-    """Of its training."""
+    """Of its training; of a few, BLDR knows too little, and calls most labels wrong."""
     batch_size: int = 128
     """Images of a batch."""
     learning_rate: float = 0.1
@@ -89,7 +89,16 @@ class DetectNoise:
             noise.check_options(rule, self.threshold, self.by_class, self.kind)
         _noise_report.check_folder(self.output, self.overwrite)
         check_writable("--output", self.output, *_noise_report.files(self.output))
-        values, labels, wrong = self._read() if self.values is not None else self._train()
+        if self.values is not None:
+            self._report(self._read(), rule, console)
+            return
+        with process_group("cuda" if torch.cuda.is_available() else "cpu") as process:
+            given = self._train(process)
+            if process.rank == 0:
+                self._report(given, rule, console)
+
+    def _report(self, given: _Given, rule: noise.Rule, console: Console) -> None:
+        values, labels, wrong = given
         with usage_errors():
             found = noise.find(
                 labels, **{self.kind: values}, rule=rule, threshold=self.threshold, by_class=self.by_class
@@ -103,6 +112,9 @@ class DetectNoise:
             raise UsageError(f"--values is {self.values}, must end with .npy")
         if self.labels is None:
             raise UsageError("--labels is missing, must be the file of the labels with --values")
+        for name in ("data_root", "method", "student", "epochs", "batch_size", "learning_rate", "seed"):
+            if getattr(self, name) != getattr(DetectNoise, name):
+                raise UsageError(f"--{name.replace('_', '-')} must not be given with --values: nothing is trained")
         values = _read_array("--values", self.values)
         with usage_errors():
             labels = read_labels(self.labels, self.label_key or None)
@@ -115,15 +127,16 @@ class DetectNoise:
             values, labels, None if truth is None else truth if truth.dtype == torch.bool else truth != labels
         )
 
-    def _train(self) -> _Given:
-        """What a network says that is trained now; the folder of the training is in that of the results."""
+    def _train(self, process: Process) -> _Given:
+        """What a network says that is trained now; the folder of the training, one for each, is in that of the results."""
         if self.truth is not None:
             raise UsageError(
                 "--truth must not be given with --data, whose own labels are the truth where --labels are others"
             )
         if self.kind != "probabilities":
             raise UsageError(f"--kind is {self.kind}, must be probabilities with --data")
-        folder = self.output / TRAINING
+        if self.label_key and self.labels is None:
+            raise UsageError(f"--label-key is {self.label_key}, must be given with --labels")
         with usage_errors():
             data = DataSettings(self.data, data_root=self.data_root)
             if self.labels is not None:
@@ -132,8 +145,8 @@ class DetectNoise:
             settings = Distillation(
                 method=self.method, student=self.student, batch_size=self.batch_size, data=data, training=training
             )
-            with process_group("cuda" if torch.cuda.is_available() else "cpu") as process:
-                run(settings, folder, process)
+            folder = self.output / f"{TRAINING}-{settings.digest()}"
+            run(settings, folder, process)
             labels = torch.from_numpy(np.load(folder / LABELS))
             wrong = None if self.labels is None else wrong_labels(data, self.seed)
         return _Given(np.load(folder / PROBABILITIES), labels, wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastkd.methods import NoisyLabels
 from fastkd.methods.registry import Entry
 from fastkd.studies.collected import CollectionSettings
 from fastkd.studies.settings import Distillation
@@ -28,9 +29,13 @@ def check_needs(settings: Distillation, entry: Entry) -> None:
         )
 
 
-def check_dense(settings: Distillation) -> None:
+def check_dense(settings: Distillation, entry: Entry) -> None:
     """Whether what is said of images that have a class is said of none."""
     name = settings.data.data
+    if issubclass(entry.kind, NoisyLabels):
+        raise ValueError(
+            f"fastkd: method {entry.name!r} is for classifiers, must be another where each pixel has a class, as in {name}"
+        )
     if settings.padding:
         raise ValueError(
             f"fastkd: padding is {settings.padding}, must be 0 for {name}, where each pixel has a class: crops would move the "

@@ -146,7 +146,7 @@ class Experiment:
             make_network(getattr(settings, role), role, channels=1, classes=2, seed=0)
         outline = images.check(settings.data)
         if outline.dense:
-            checks.check_dense(settings)
+            checks.check_dense(settings, self.entry)
         checks.check_batches(settings, self.entry, outline.train_size, self.process.world_size)
         if self.entry.needs_teacher:
             settings.of_teacher()  # the schedule must fit its epochs, too

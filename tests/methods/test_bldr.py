@@ -132,7 +132,7 @@ def test_losses_of_an_iteration() -> None:
     found_loss: list[Tensor] = []
 
     class Step:
-        batches_per_step, progress = 1, 0.0
+        batches_per_step, epoch, epochs = 1, 0, 10
 
         def update(self, loss: Tensor) -> None:
             found_loss.append(loss)
@@ -168,6 +168,21 @@ def test_weights_of_samples() -> None:
     assert procedure.ratio.item() == pytest.approx((found < 0.3).sum().item() / ITEMS)
 
 
+def test_samples_that_were_not_seen_say_nothing() -> None:
+    """They count, as in the warm-up, and the others as without them."""
+    procedure = bldr()
+    found = 0.05 + 0.2 * torch.rand(ITEMS, generator=torch.Generator().manual_seed(3))
+    procedure.known.write(torch.arange(1, ITEMS), probability=found[1:])
+    procedure.reweight()
+    least, most = found[1:].min(), found[1:].max()
+    torch.testing.assert_close(procedure.known["weight"][1:], (found[1:] - least) / (most - least))
+    assert procedure.known["weight"][0].item() == 1.0
+    assert procedure.ratio.item() == 1.0
+    fresh = bldr()
+    fresh.reweight()
+    assert fresh.known["weight"].eq(1).all()
+
+
 def test_samples_that_are_all_alike_all_count() -> None:
     procedure = bldr()
     procedure.known["probability"].fill_(0.25)
@@ -179,8 +194,8 @@ def test_samples_that_are_all_alike_all_count() -> None:
 def test_weights_begin_after_the_warmup() -> None:
     trainer = fit(bldr(warmup_share=0.5), Noisy(), make_settings(epochs=4), evaluate=evaluated)
     weights = [line["weight"] for line in trainer._state.history]  # type: ignore[union-attr]
-    assert weights[:3] == [1.0, 1.0, 1.0]
-    assert weights[3] < 1.0
+    assert weights[:2] == [1.0, 1.0]
+    assert max(weights[2:]) < 1.0
 
 
 # ---- the network ---------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from training_cases import CLASSES, small_resnet
 
 from fastkd.methods.noisy import terms
 from fastkd.methods.noisy.ensemble import Ensemble
+from fastkd.methods.noisy.learner import whole_epochs
 from fastkd.methods.noisy.mixmatch import (
     labelled_loss,
     logits_of_views,
@@ -18,7 +19,6 @@ from fastkd.methods.noisy.mixmatch import (
     prior_loss,
     ramp,
     unlabelled_loss,
-    whole_epochs,
 )
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread", "no_figures")]

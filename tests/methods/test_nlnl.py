@@ -19,7 +19,8 @@ def test_complementary_labels() -> None:
     """Never the label, all others alike."""
     torch.manual_seed(0)
     target = torch.arange(5).repeat_interleave(4000)
-    others = complementary(target, 5)
+    others = complementary(target, 5)[:, 0]
+    assert complementary(target, 5, 3).shape == (len(target), 3)
     counts = torch.zeros(5, 5).index_put_((target, others), torch.ones(()), accumulate=True)
     assert not counts.diagonal().any()
     left = counts[~torch.eye(5, dtype=torch.bool)]
@@ -27,9 +28,10 @@ def test_complementary_labels() -> None:
     assert left.max() < 1150
 
 
+@pytest.mark.parametrize("complements", [1, 3])
 @pytest.mark.parametrize("epoch", [0, 5, 8])
-def test_losses(epoch: int) -> None:
-    procedure = make("nlnl").double()
+def test_losses(epoch: int, complements: int) -> None:
+    procedure = make("nlnl", complements=complements).double()
     with torch.no_grad():
         procedure.student.classifier.weight.mul_(8)  # type: ignore[union-attr,operator]
     batch = Noisy(views=1).batch(torch.arange(BATCH))
@@ -38,14 +40,14 @@ def test_losses(epoch: int) -> None:
     with seeded(2):
         step, _ = caught(procedure, batch, epoch)
     with seeded(2):
-        others = complementary(batch.target, CLASSES)  # type: ignore[arg-type]
+        others = complementary(batch.target, CLASSES, complements)  # type: ignore[arg-type]
     p = twin.student(batch.images).softmax(1)
     rows = []
     for i in range(BATCH):
         label = int(batch.target[i])  # type: ignore[index]
         given = p[i, label].item()
         if epoch == 0 or (epoch == 5 and given > 1 / CLASSES):
-            rows.append(-torch.log(1 - p[i, others[i]]))
+            rows.append(-torch.log(1 - p[i, others[i]]).mean())
         elif epoch == 8 and given > 0.5:
             rows.append(-torch.log(p[i, label]))
     assert 0 < len(rows) < BATCH + (epoch == 0)

@@ -95,6 +95,14 @@ def test_sharpened_and_weighted_mean() -> None:
     assert terms.weighted_mean(rows, torch.zeros(3)).item() == 0.0
 
 
+def test_small_alphas_are_refused() -> None:
+    """With them torch's Beta draws halves, not ends."""
+    assert terms.check_mixing("alpha", 0) == 0.0
+    assert terms.check_mixing("alpha", 0.01) == 0.01
+    with pytest.raises(ValueError, match=r"alpha is 0.001, must be 0 \(images are not mixed\) or 0.01 or more"):
+        make("dividemix", alpha=1e-3)
+
+
 def test_mixup() -> None:
     torch.manual_seed(0)
     images, labels = torch.randn(6, 1, 2, 2), torch.eye(6)

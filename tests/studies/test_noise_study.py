@@ -191,14 +191,18 @@ def test_detect_noise_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     wrong = report["truth"]["true_positives"] + report["truth"]["false_negatives"]
     assert wrong == int((labels != truth).sum())
     assert report["truth"]["f1"] > 0.5
-    probabilities = np.load(output / "training" / PROBABILITIES)
+    (training,) = output.glob("training-*")
+    probabilities = np.load(training / PROBABILITIES)
     assert np.array_equal(np.load(output / "noisy.npy"), noise.find(labels, probabilities).noisy.numpy())
-    assert np.array_equal(np.load(output / "training" / LABELS), labels.numpy())
-    assert main([*command, "--epochs", "1", "--rule", "disagreement", "--output", str(tmp_path / "own")]) == 0
-    report = json.loads((tmp_path / "own" / "report.json").read_text())
+    assert np.array_equal(np.load(training / LABELS), labels.numpy())
+    own = [*command, "--epochs", "1", "--rule", "disagreement", "--output", str(output)]
+    assert main(own) == 2
+    assert main([*own, "--overwrite"]) == 0
+    report = json.loads((output / "report.json").read_text())
     assert report["rule"] == "disagreement"
     assert "truth" not in report
-    assert np.array_equal(np.load(tmp_path / "own" / "training" / LABELS), truth.numpy())
+    (other,) = set(output.glob("training-*")) - {training}
+    assert np.array_equal(np.load(other / LABELS), truth.numpy())
 
 
 @pytest.mark.parametrize(
@@ -214,6 +218,9 @@ def test_detect_noise_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("--data mnist --epochs 0", "epochs is 0, must be 1 or more"),
         ("--data mnist --labels nowhere.npy", "there is no label file nowhere.npy"),
         ("--values p.npy", "--labels is missing"),
+        ("--values p.npy --labels y.npy --method sop", "--method must not be given with --values: nothing is trained"),
+        ("--data mnist --label-key worst", "--label-key is worst, must be given with --labels"),
+        ("--data scenes", "method 'bldr' is for classifiers, must be another where each pixel has a class"),
     ],
 )
 def test_what_detect_noise_refuses(

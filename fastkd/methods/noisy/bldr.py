@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastkd import _checks, functional
 from fastkd.data.batch import Batches
 from fastkd.methods.noisy import terms
-from fastkd.methods.noisy.learner import NoisyLabels, chosen
+from fastkd.methods.noisy.learner import NoisyLabels, chosen, whole_epochs
 from fastkd.methods.noisy.over_parameters import OverParameters, corrected_losses
 from fastkd.methods.noisy.two_heads import Heads, SelfDistilled, TwoHeads
 from fastkd.methods.procedure import Part, Step
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["BLDR"]
+
+UNSEEN = -1.0  # in the place of a probability
 
 
 @register(
@@ -41,15 +43,16 @@ class BLDR(NoisyLabels):
     together, and from the last features (self-distillation). What is kept predicts by both heads.
 
     Args:
-        warmup_share: of the training, in which all samples have a weight of 1.
+        warmup_share: of the training, in which all samples have a weight of 1, in whole epochs; 41 / 340 in the authors' code
+            for 100 classes.
         correction_share: of the training, in which the negative head learns that a sample is none of the classes but the given
-            one; after it, but the predicted one, too. 0: at once, as in the authors' code, whose negative head first predicts
-            one class for all images, and takes thousands of updates to leave that.
+            one; after it, but the predicted one, too. 0: at once, as in the authors' code, where the negative head may
+            predict one class for all images at first, and take a thousand updates or more to leave that.
         learning_rate_u: of the correction at the given label.
         learning_rate_v: of the correction at other classes.
         squared: weight of the squared error that v learns from, times ratio^2.
-        ratio: share of the samples that are taken for wrong in the warm-up; then, of those whose label has a probability
-            below ``doubt`` by the negative head.
+        ratio: share of the samples that are taken for wrong in the warm-up, 1 in the authors' code for 100 classes; then it is
+            of those whose label has a probability below ``doubt`` by the negative head.
         doubt: that probability.
         balance: weight of the term that all classes are predicted alike.
         consistency: weight of the divergence between two views.
@@ -71,7 +74,7 @@ class BLDR(NoisyLabels):
         items: int,
         num_classes: int,
         *,
-        warmup_share: float = 20 / 320,
+        warmup_share: float = 21 / 320,
         correction_share: float = 0.0,
         learning_rate_u: float = 10.0,
         learning_rate_v: float = 10.0,
@@ -96,7 +99,7 @@ class BLDR(NoisyLabels):
         self.temperature = _checks.check_positive("temperature", temperature)
         self.student = SelfDistilled(student, images, middle=_checks.check_flag("middle", middle))
         one = torch.ones(())
-        self.known = self.keep(u=torch.zeros(1), v=torch.zeros(num_classes), probability=one, weight=one)
+        self.known = self.keep(u=torch.zeros(1), v=torch.zeros(num_classes), probability=UNSEEN * one, weight=one)
         self.correction = OverParameters(self.known, learning_rate_u, learning_rate_v)
         self.register_buffer("ratio", torch.tensor(self.first_ratio, device=images.device))
 
@@ -121,7 +124,7 @@ class BLDR(NoisyLabels):
         first, second = self.student(torch.cat(views)).halves()
         pairs = zip((first.positive, *first.middle), (second.positive, *second.middle), strict=True)
         positive, *middle = (self.positive_loss(ours, other, target, rows, weight) for ours, other in pairs)
-        correct = step.progress >= self.correction_share
+        correct = step.epoch >= whole_epochs(self.correction_share, step.epochs)
         negative = self.negative_loss(first, second, target, weight, correct=correct)
         losses = {"positive_loss": positive, "negative_loss": negative}
         if middle:
@@ -170,7 +173,7 @@ class BLDR(NoisyLabels):
 
     def after_epoch(self, step: Step) -> dict[str, Tensor | float]:
         super().after_epoch(step)
-        if step.epoch >= self.warmup_share * step.epochs:
+        if step.epoch + 1 >= whole_epochs(self.warmup_share, step.epochs):
             self.reweight()
         return {"ratio": self.ratio}
 
@@ -184,8 +187,9 @@ class BLDR(NoisyLabels):
     def reweight(self) -> None:
         """Weights of all samples, and the ratio, by what the negative head has last said of their labels."""
         found = self.known["probability"]
-        low, high = found.aminmax()
-        # where all are alike, all count
-        weight = torch.where(high > low, (found - low) / (high - low).clamp(min=torch.finfo(found.dtype).tiny), 1.0)
-        self.known["weight"].copy_(weight)
-        self.ratio.copy_((found < self.doubt).float().mean())
+        seen = found >= 0.0
+        low, high = torch.where(seen, found, 1.0).min(), found.max()
+        # where all are alike, all count, and so does what was not seen yet
+        share = (found - low) / (high - low).clamp(min=torch.finfo(found.dtype).tiny)
+        self.known["weight"].copy_(torch.where(seen & (high > low), share, 1.0))
+        self.ratio.copy_(terms.weighted_mean((found < self.doubt).float(), seen.float()))

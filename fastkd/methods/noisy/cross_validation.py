@@ -27,11 +27,11 @@ __all__ = ["CrossValidation"]
     paper="Northcutt et al., JAIR 2021",
 )
 class CrossValidation(NoisyLabels):
-    """Cross-entropy of several networks, each of which leaves its part of the samples out; wrong labels are told by confident
-    learning of what they say there.
+    """Cross-entropy of several networks, each of which leaves its part of the samples out.
 
-    The probabilities that Northcutt et al., "Confident Learning: Estimating Uncertainty in Dataset Labels" (JAIR 2021), and its
-    package cleanlab ask for, in one training. What is kept is all networks together.
+    Wrong labels are told by confident learning of what each network says of the part that it has not learnt: the probabilities
+    that Northcutt et al., "Confident Learning: Estimating Uncertainty in Dataset Labels" (JAIR 2021), and its package cleanlab
+    ask for, in one training. What is kept is all networks together.
 
     Args:
         folds: parts and networks, 2 or more.
@@ -58,6 +58,10 @@ class CrossValidation(NoisyLabels):
         self.register_buffer("fold", fold.to(device))
 
     fold: Tensor
+
+    def networks(self) -> dict[str, nn.Module]:
+        assert isinstance(self.student, Ensemble)
+        return {f"fold{i}": network for i, network in enumerate(self.student.networks)}
 
     def iteration(self, batch: Batches, step: Step) -> dict[str, Tensor]:
         target, index, (images,) = self.checked(batch)

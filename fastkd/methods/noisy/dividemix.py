@@ -14,14 +14,13 @@ from fastkd.methods.features import check_module
 from fastkd.methods.method import cross_entropy
 from fastkd.methods.noisy import terms
 from fastkd.methods.noisy.ensemble import Ensemble
-from fastkd.methods.noisy.learner import NoisyLabels, chosen
+from fastkd.methods.noisy.learner import NoisyLabels, chosen, whole_epochs
 from fastkd.methods.noisy.mixmatch import (
     logits_of_views,
     mean_probabilities,
     mixmatch,
     prior_loss,
     ramp,
-    whole_epochs,
 )
 from fastkd.methods.procedure import Part, Step
 from fastkd.methods.registry import register
@@ -96,11 +95,12 @@ class DivideMix(NoisyLabels):
         self.threshold = _checks.check_share("threshold", threshold)
         self.by_class = _checks.check_flag("by_class", by_class)
         self.temperature = _checks.check_positive("temperature", temperature)
-        self.alpha = _checks.check_not_negative("alpha", alpha)
+        self.alpha = terms.check_mixing("alpha", alpha)
         self.lambda_u = _checks.check_not_negative("lambda_u", lambda_u)
         self.ramp_share = _checks.check_share("ramp_share", ramp_share)
         self.prior = _checks.check_not_negative("prior", prior)
-        self.peer = check_module("make_student(1)", make_student(1))
+        device = next(student.parameters()).device
+        self.peer = check_module("make_student(1)", make_student(1)).to(device)
         # of both networks; labels of samples that were not seen yet are a class of their own, their losses are left out
         both, unseen = torch.ones(2), torch.tensor(float(num_classes))
         self.known = self.keep(loss=both * torch.inf, clean=both, target=unseen)
@@ -110,7 +110,9 @@ class DivideMix(NoisyLabels):
 
     def network(self) -> nn.Module:
         """Both, as one: the mean of their logits."""
-        return Ensemble(self.student, self.peer)
+        both = Ensemble(self.student, self.peer)
+        both.training = self.student.training
+        return both
 
     def iteration(self, batch: Batches, step: Step) -> dict[str, Tensor]:
         target, index, views = self.checked(batch)
@@ -197,7 +199,7 @@ class DivideMix(NoisyLabels):
 
 def negative_entropy(logits: Tensor) -> Tensor:
     """``mean_i sum_k p_ik log p_ik``: high where predictions are confident."""
-    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    log_p = terms.log_probabilities(logits)
     return (log_p.exp() * log_p).sum(-1).mean()
 
 

@@ -44,13 +44,14 @@ class ELR(NoisyLabels):
 
     Liu et al., "Early-Learning Regularization Prevents Memorization of Noisy Labels" (NeurIPS 2020), with the weights of the
     authors' code for CIFAR-10. Two networks learn from mixed images and labels; the average of the weights of each says what
-    the other one is to remember. What is kept is both averages. They run in evaluation mode here, whose batch norms are
-    averages, too; in the authors' code in training mode.
+    the other one is to remember.
+
+    Other than in the authors' code: Both networks see the same batch and make a step in each iteration, where theirs take turns
+    by epochs, with batches of their own. What is kept is both averages; on one GPU theirs are the networks themselves.
 
     Args:
         regularization: weight of the term, lambda; 3 for CIFAR-10, 7 for CIFAR-100.
-        regularization_share: of the training, over which it grows to that; 0: it is at once, as for CIFAR-10; 0.4 for
-        CIFAR-100.
+        regularization_share: of the training, over which it grows to that: 0, at once, for CIFAR-10, 0.4 for CIFAR-100.
         memory: share of what was remembered that stays, beta; 0.7 for CIFAR-10, 0.9 for CIFAR-100.
         mixup_alpha: of the Beta distribution of the shares that images are mixed by; 0: none are.
         average: decay of the averages of weights, in the end.
@@ -80,7 +81,7 @@ class ELR(NoisyLabels):
             _checks.check_share(name, options[name])
             for name in ("memory", "average", "regularization_share", "average_share")
         )
-        self.mixup_alpha = _checks.check_not_negative("mixup_alpha", mixup_alpha)
+        self.mixup_alpha = terms.check_mixing("mixup_alpha", mixup_alpha)
         self.refine = _checks.check_flag("refine", refine)
         self.peer = make_student(1).to(next(student.parameters()).device)
         self.averages = Ensemble(*(Average(network, buffers=False) for network in (self.student, self.peer)))
@@ -92,6 +93,10 @@ class ELR(NoisyLabels):
 
     def network(self) -> nn.Module:
         return self.averages
+
+    def networks(self) -> dict[str, nn.Module]:
+        first, second = self.averages.networks
+        return {**super().networks(), "averages": first, "averages_of_peer": second}
 
     def iteration(self, batch: Batches, step: Step) -> dict[str, Tensor]:
         target, index, (images,) = self.checked(batch)
@@ -111,6 +116,7 @@ class ELR(NoisyLabels):
             losses.append(self.loss(logits, mixed.labels, mixed.mix(remembered), weight))
             step.update(losses[-1], name)
         decay = self.average_decay * _ramp(step, self.average_share)
+        decay **= step.world_size / step.batches_per_step  # of a step, which may take several iterations
         first.update(self.student, decay)
         second.update(self.peer, decay)
         loss = torch.stack([one.detach() for one in losses]).mean()
@@ -120,8 +126,9 @@ class ELR(NoisyLabels):
         """Of one network: logits of mixed images, their labels ``[B, K]``, what is remembered of them, and how much that
         counts."""
         if self.refine:
-            labels = labels * remembered
-            labels = labels / labels.sum(-1, keepdim=True)
+            both = labels * remembered
+            total = both.sum(-1, keepdim=True)
+            labels = torch.where(total > 0, both / total.clamp(min=torch.finfo(total.dtype).tiny), labels)
         task = terms.soft_label_loss(logits, labels).mean()
         return task + weight * early_learning(logits, remembered)
 

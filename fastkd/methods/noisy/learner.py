@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ from fastkd.methods.noisy import terms
 from fastkd.methods.noisy.samples import Samples
 from fastkd.methods.procedure import Part, Procedure, Step
 
-__all__ = ["NoisyLabels", "chosen"]
+__all__ = ["NoisyLabels", "chosen", "whole_epochs"]
 
 _GIVEN = ("self", "__class__", "student", "images", "items", "num_classes", "make_student")  # what is no option
 
@@ -23,6 +24,11 @@ _GIVEN = ("self", "__class__", "student", "images", "items", "num_classes", "mak
 def chosen(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The options among the arguments (``locals()``) of a method."""
     return {name: value for name, value in arguments.items() if name not in _GIVEN}
+
+
+def whole_epochs(share: float, epochs: int) -> int:
+    """Epochs that a share of the training comes to, the last one whole."""
+    return math.ceil(share * epochs - 1e-6)  # 10 / 300 of 300 are not to be 11
 
 
 class NoisyLabels(Procedure):

@@ -27,7 +27,6 @@ __all__ = [
     "prior_loss",
     "ramp",
     "unlabelled_loss",
-    "whole_epochs",
 ]
 
 
@@ -76,7 +75,7 @@ def labelled_loss(logits: Tensor, labels: Tensor, labelled: Tensor, class_weight
     """``-sum_k c_k y_ik log p_ik``, the mean over the rows that are labelled (Eq. 3 of MixMatch, with weights of classes)."""
     if class_weight is None:
         return terms.weighted_mean(terms.soft_label_loss(logits, labels), labelled)
-    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    log_p = terms.log_probabilities(logits)
     return terms.weighted_mean(-(labels * class_weight * log_p).sum(-1), labelled)
 
 
@@ -92,7 +91,7 @@ def prior_loss(logits: Tensor) -> Tensor:
     Of the logarithms, so that a class of which nothing is left has a gradient, too.
     """
     rows, classes = logits.shape
-    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    log_p = terms.log_probabilities(logits)
     return math.log(rows) - math.log(classes) - log_p.logsumexp(0).mean()
 
 
@@ -110,11 +109,6 @@ def mean_probabilities(logits: Sequence[Tensor]) -> Tensor:
     return torch.stack([terms.probabilities(view) for view in logits]).mean(0)
 
 
-def whole_epochs(share: float, epochs: int) -> int:
-    """Epochs that a share of the training comes to, the last one whole."""
-    return math.ceil(share * epochs - 1e-6)  # 10 / 300 of 300 are not to be 11
-
-
 def ramp(step: Step, start: int, share: float) -> float:
     """From 0 at the beginning of epoch ``start`` linearly to 1, in this share of the training."""
     length = share * step.epochs
@@ -124,11 +118,11 @@ def ramp(step: Step, start: int, share: float) -> float:
 
 @contextmanager
 def _fixed_statistics(network: nn.Module) -> Iterator[None]:
-    norms = [(part, part.momentum) for part in network.modules() if isinstance(part, _NormBase)]
+    norms = [part for part in network.modules() if isinstance(part, _NormBase) and part.track_running_stats]
     try:
-        for part, _ in norms:
-            part.momentum = 0.0
+        for part in norms:  # in training mode such a batch norm reads and writes none
+            part.track_running_stats = False
         yield
     finally:
-        for part, momentum in norms:
-            part.momentum = momentum
+        for part in norms:
+            part.track_running_stats = True

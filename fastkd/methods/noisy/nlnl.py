@@ -16,20 +16,25 @@ from fastkd.methods.registry import register
 __all__ = ["NLNL", "complementary"]
 
 
-def complementary(target: Tensor, num_classes: int) -> Tensor:
-    """For each label another class, all alike: int64 ``[B]``, from torch's global generator of the device."""
-    return (target + torch.randint(1, num_classes, target.shape, device=target.device)) % num_classes
+def complementary(target: Tensor, num_classes: int, count: int = 1) -> Tensor:
+    """For each label other classes, all alike: int64 ``[B, count]``, from torch's global generator of the device."""
+    steps = torch.randint(1, num_classes, (len(target), count), device=target.device)
+    return (target[:, None] + steps) % num_classes
 
 
 @register("nlnl", family="noisy labels", needs=("labels",), trains="student", paper="Kim et al., ICCV 2019")
 class NLNL(NoisyLabels):
-    """NLNL: ``-log(1 - p)`` of a random other class; then the same of samples whose label is likelier than by chance; then
-    cross-entropy of those whose label is likely.
+    """NLNL: learns what samples are not, then the same of those whose label is likely, then what these are.
 
-    Kim et al., "NLNL: Negative Learning for Noisy Labels" (ICCV 2019), Eq. 2 and the three steps NL, SelNL and SelPL, a third
-    of the training each. The network that is then trained with labels of its own for the rest is left out.
+    Kim et al., "NLNL: Negative Learning for Noisy Labels" (ICCV 2019), Eq. 2: ``-log(1 - p)`` of a random other class, and the
+    three steps NL, SelNL and SelPL, a third of the training each.
+
+    Other than in the authors' code: Samples are chosen by the probability of now, where theirs are by the mean of ten epochs.
+    Classes weigh the same, where rarer ones weigh more there. The network that is then trained with labels of its own for the
+    rest is left out.
 
     Args:
+        complements: other classes that are drawn for each sample in each iteration; 110 in the authors' code for 100 classes.
         selective_share: of the training, after which samples are chosen (SelNL).
         positive_share: of the training, after which labels are learnt (SelPL).
         threshold: probability of the label above which one is, gamma.
@@ -41,12 +46,14 @@ class NLNL(NoisyLabels):
         items: int,
         num_classes: int,
         *,
+        complements: int = 1,
         selective_share: float = 1 / 3,
         positive_share: float = 2 / 3,
         threshold: float = 0.5,
     ) -> None:
         options = chosen(locals())
         super().__init__(student, items, num_classes, options)
+        self.complements = _checks.check_count("complements", complements, 1)
         self.selective_share, self.positive_share, self.threshold = (
             _checks.check_share(name, options[name]) for name in ("selective_share", "positive_share", "threshold")
         )
@@ -62,7 +69,7 @@ class NLNL(NoisyLabels):
         if step.progress >= self.positive_share:
             rows, counted = cross_entropy(logits, target, reduction="none"), given > self.threshold
         else:
-            rows = self.negative_loss(logits, complementary(target, self.num_classes))
+            rows = self.negative_loss(logits, complementary(target, self.num_classes, self.complements))
             selective = step.progress >= self.selective_share
             counted = given > 1.0 / self.num_classes if selective else torch.ones_like(given, dtype=torch.bool)
         loss = terms.weighted_mean(rows, counted.to(rows.dtype))
@@ -71,6 +78,6 @@ class NLNL(NoisyLabels):
 
     @staticmethod
     def negative_loss(logits: Tensor, others: Tensor) -> Tensor:
-        """``-log(1 - p)``, ``[B]``, of classes ``[B]`` that the samples are not of."""
-        p = terms.probabilities(logits).gather(1, others[:, None])[:, 0]
-        return -torch.log((1.0 - p).clamp(min=1e-7))
+        """``-log(1 - p)``, the mean over classes ``[B, n]`` that the samples are not of, ``[B]``."""
+        p = terms.probabilities(logits).gather(1, others)
+        return -torch.log((1.0 - p).clamp(min=1e-5)).mean(1)

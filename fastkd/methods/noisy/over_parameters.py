@@ -21,8 +21,7 @@ class OverParameters(nn.Module):
     """``u`` and ``v`` of each sample, trained by SGD without momentum and decay, at rates of their own.
 
     Liu et al., "Robust Training under Label Noise by Over-parameterization" (ICML 2022). Only rows of a batch have a
-    gradient, so
-    only these are moved: a step takes as long for a million samples as for a thousand.
+    gradient, so only these are moved: a step takes as long for a million samples as for a thousand.
 
     Args:
         samples: has rows "u", ``[1]``, and "v", ``[K]``.

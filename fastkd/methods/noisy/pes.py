@@ -12,8 +12,8 @@ from fastkd.data.batch import Batches
 from fastkd.methods.features import check_module
 from fastkd.methods.method import cross_entropy
 from fastkd.methods.noisy import terms
-from fastkd.methods.noisy.learner import NoisyLabels, chosen
-from fastkd.methods.noisy.mixmatch import logits_of_views, mean_probabilities, mixmatch, ramp, whole_epochs
+from fastkd.methods.noisy.learner import NoisyLabels, chosen, whole_epochs
+from fastkd.methods.noisy.mixmatch import logits_of_views, mean_probabilities, mixmatch, ramp
 from fastkd.methods.noisy.tail import renew, tail_of
 from fastkd.methods.procedure import Part, Step
 from fastkd.methods.registry import register
@@ -38,7 +38,8 @@ class PES(NoisyLabels):
     Adam with 1e-4, and its epochs are some of the training's, where theirs come on top. Predictions are those of the training,
     of both views before the step, and of the first view until then; theirs are of a pass over all images in evaluation mode
     at the beginning of an epoch, which is saved here. Running statistics of batch norm are not those of mixed images. As in
-    their code, batch norm of fixed layers is in training mode.
+    their code, batch norm of fixed layers is in training mode. Renewed layers learn to the end; those of their code, which are
+    made after the optimizer, learn in the refinement alone.
 
     Args:
         warmup_share: of the training, by cross-entropy alone, in whole epochs, T1; 35 / 300 in the authors' code for 100
@@ -77,7 +78,7 @@ class PES(NoisyLabels):
         self.warmup_share = _checks.check_share("warmup_share", warmup_share)
         self.refine_share = _checks.check_share("refine_share", refine_share)
         self.temperature = _checks.check_positive("temperature", temperature)
-        self.alphas = tuple(_checks.check_not_negative(name, options[name]) for name in ("alpha", "late_alpha"))
+        self.alphas = tuple(terms.check_mixing(name, options[name]) for name in ("alpha", "late_alpha"))
         self.lambda_u = _checks.check_not_negative("lambda_u", lambda_u)
         self.ramp_share = _checks.check_share("ramp_share", ramp_share)
         self.tail = tail_of(student, images, _checks.check_count("renewed_stages", renewed_stages, 0))
@@ -148,7 +149,7 @@ class PES(NoisyLabels):
     def divide(self) -> None:
         """Labelled from now on are those samples whose label was predicted; and how much each class of them weighs."""
         seen = self.known["target"] < self.num_classes
-        labelled = self.known["agreed"] * seen
+        labelled = (self.known["agreed"] > 0.5).float() * seen  # of a sample that several processes have it is a mean
         self.known["labelled"].copy_(labelled)
         counts = labelled.new_zeros(self.num_classes + 1).index_add(0, self.known["target"].long(), labelled)[:-1]
         self.class_weight.copy_(class_weights(counts))

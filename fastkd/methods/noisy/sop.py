@@ -27,12 +27,13 @@ class SOP(NoisyLabels):
     """SOP: cross-entropy with labels that are corrected by u and v of each sample, learnt along with the network.
 
     Liu et al., "Robust Training under Label Noise by Over-parameterization" (ICML 2022), with the regularisers of its SOP+: two
-    views of an image agree, and all classes are predicted alike.
+    views of an image agree, and all classes are predicted alike. As in the paper, u learns from the cross-entropy alone and v
+    from the squared error alone; the authors' code has versions where u learns from both.
 
     Args:
-        learning_rate_u: of the correction at the given label.
+        learning_rate_u: of the correction at the given label; 1 in the authors' code for CIFAR-100.
         learning_rate_v: of the correction at other classes; 10 for symmetric, 100 for asymmetric noise in the paper.
-        squared: weight of the squared error that v learns from.
+        squared: weight of the squared error that v learns from; 1 in the paper, 10 and 100 in versions of the authors' code.
         balance: weight of the term that all classes are predicted alike; 0: SOP without it.
         consistency: weight of the divergence between two views; 0: SOP without it.
     """

@@ -7,15 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastkd import functional
+from fastkd import _checks, functional
 from fastkd.methods.features import logits_of, logits_of_one
 
 __all__ = [
     "Mixed",
     "accuracy",
     "balance",
+    "check_mixing",
     "class_logits",
     "consistency",
+    "log_probabilities",
     "mixup",
     "negative_learning",
     "one_hot",
@@ -25,10 +27,17 @@ __all__ = [
     "weighted_mean",
 ]
 
+LEAST_ALPHA = 0.01
+
 
 def probabilities(logits: Tensor) -> Tensor:
     """Softmax, in float32 or better."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Its logarithm."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def class_logits(network: nn.Module, images: Tensor) -> Tensor:
@@ -103,6 +112,14 @@ class Mixed(NamedTuple):
     def mix(self, rows: Tensor) -> Tensor:
         """Other rows of these images, mixed alike."""
         return self.share * rows + (1.0 - self.share) * rows[self.order]
+
+
+def check_mixing(name: str, alpha: object) -> float:
+    """Of a Beta distribution, 0 or 0.01 and more: of smaller numbers torch draws halves."""
+    number = _checks.check_not_negative(name, alpha)
+    if 0.0 < number < LEAST_ALPHA:
+        raise ValueError(f"fastkd: {name} is {alpha}, must be 0 (images are not mixed) or {LEAST_ALPHA} or more")
+    return number
 
 
 def mixup(images: Tensor, labels: Tensor, alpha: float) -> Mixed:

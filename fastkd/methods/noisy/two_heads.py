@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fastkd.methods.features import FeatureTap
 from fastkd.methods.given import feature_of
-from fastkd.methods.noisy.terms import probabilities
+from fastkd.methods.noisy.terms import log_probabilities
 from fastkd.models.heads import linear_head, with_head
 from fastkd.models.layers import feature_layers
 
@@ -36,8 +38,8 @@ class TwoHeads(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         latents = self.body(images)
-        mean = (probabilities(self.positive(latents)) + probabilities(self.negative(latents))) / 2
-        return mean.log()
+        both = (log_probabilities(head(latents)) for head in (self.positive, self.negative))
+        return torch.logaddexp(*both) - math.log(2.0)
 
     def negative_logits(self, images: Tensor) -> Tensor:
         """``[B, K]``, of the negative head alone."""
