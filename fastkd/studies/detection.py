@@ -73,7 +73,8 @@ def find_wrong(procedure: Procedure, probabilities: Tensor, target: Tensor) -> n
 
 
 def detection(procedure: Procedure, probabilities: Tensor, target: Tensor, wrong: Tensor) -> dict[str, float]:
-    """Precision, recall and F1 of the wrong labels, and the area under the ROC curve of the score.
+    """Precision, recall and F1 of the wrong labels, the area under the ROC curve of the score, and the F1 of a mixture of the
+    losses, which is the same rule for all procedures.
 
     Of cross-validation, where cleanlab is installed, the F1 of its ``find_label_issues``, too.
 
@@ -84,6 +85,8 @@ def detection(procedure: Procedure, probabilities: Tensor, target: Tensor, wrong
     measured = noise.measure(found.noisy, wrong)
     figures = {f"noise_{name}": float(getattr(measured, name)) for name in ("precision", "recall", "f1")}
     figures["noise_auc"] = float(noise.sweep(found.score, wrong).roc_auc)
+    by_mixture = noise.find(target, probabilities, rule="mixture")
+    figures["mixture_f1"] = float(noise.measure(by_mixture.noisy, wrong).f1)
     if isinstance(procedure, CrossValidation) and importlib.util.find_spec("cleanlab") is not None:
         from cleanlab.filter import find_label_issues
 

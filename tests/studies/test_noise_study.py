@@ -93,6 +93,7 @@ def test_detection_of_plain_training(root: Path) -> None:
     figures = detection(objective, found, train.target, wrong)
     theirs = noise.measure(noise.find(train.target, found).noisy, wrong)
     assert figures["noise_f1"] == pytest.approx(theirs.f1.item(), nan_ok=True)
+    assert figures["mixture_f1"] == figures["noise_f1"]
     assert 0.0 <= figures["noise_auc"] <= 1.0
 
 
@@ -108,6 +109,8 @@ def test_detection_of_cross_validation_is_cleanlabs() -> None:
     procedure = CrossValidation(networks[0], 400, 4, networks.__getitem__)
     figures = detection(procedure, probabilities, labels, wrong)
     find_issues = cleanlab.filter.find_label_issues
+    mixture = noise.measure(noise.find(labels, probabilities).noisy, wrong)
+    assert figures["mixture_f1"] == pytest.approx(mixture.f1.item())
     for name, how in (("noise_f1", {"filter_by": "confident_learning"}), ("cleanlab_f1", {})):
         issues = torch.from_numpy(find_issues(labels.numpy(), probabilities.double().numpy(), n_jobs=1, **how))
         assert figures[name] == pytest.approx(noise.measure(issues, wrong).f1.item())
@@ -135,7 +138,7 @@ def test_the_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     table = (output / "table.md").read_text()
     for said in (
         "## symmetric-0.4",
-        "## wrong labels found: F1, %",
+        "## wrong labels found by the method's own rule: F1, %",
         "| published: CIFAR-10N worse, 40 % wrong",
         "95.29",
     ):

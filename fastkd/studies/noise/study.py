@@ -135,10 +135,11 @@ class Noise(Study):
         return (
             Figure("peak_accuracy", "best accuracy, %", {}),
             Figure("instability", "best less the last 10 epochs' mean accuracy, %", {}),
-            Figure("noise_f1", "wrong labels found: F1, %", found["f1"]),
-            Figure("noise_precision", "wrong labels found: precision, %", found["precision"]),
-            Figure("noise_recall", "wrong labels found: recall, %", found["recall"]),
-            Figure("noise_auc", "wrong labels found: area under the ROC curve, %", {}),
+            Figure("noise_f1", "wrong labels found by the method's own rule: F1, %", found["f1"]),
+            Figure("noise_precision", "precision, %", found["precision"]),
+            Figure("noise_recall", "recall, %", found["recall"]),
+            Figure("mixture_f1", "wrong labels found by a mixture of the losses: F1, %", {}),
+            Figure("noise_auc", "area under the ROC curve of the score, %", {}),
             Figure(
                 "cleanlab_f1", "wrong labels found by cleanlab: F1, %, of the probabilities of cross-validation", {}
             ),
