@@ -14,7 +14,7 @@ from fastkd.methods.noisy import terms
 from fastkd.methods.noisy.learner import NoisyLabels, chosen, whole_epochs
 from fastkd.methods.noisy.over_parameters import OverParameters, corrected_losses
 from fastkd.methods.noisy.two_heads import Heads, SelfDistilled, TwoHeads
-from fastkd.methods.procedure import Part, Step
+from fastkd.methods.procedure import Step
 from fastkd.methods.registry import register
 
 if TYPE_CHECKING:
@@ -35,12 +35,12 @@ UNSEEN = -1.0  # in the place of a probability
 class BLDR(NoisyLabels):
     """BLDR: a head learns what a sample is, another what it is not; the second one says how much each sample counts.
 
-    Zong et al., "Noise-Robust Bidirectional Learning with Dynamic Sample Reweighting",
-    with the weights of the authors' code. The negative head learns that a sample is none of the classes but the given and the
-    predicted one (Eq. 2). After each epoch the probability that it gives to each sample's label, from the lowest to the
-    highest, becomes the sample's weight in both heads. The positive head corrects labels as SOP does. Both agree on two views
-    of an image and predict all classes alike; classifiers in the middle of the network learn from the labels, from both heads
-    together, and from the last features (self-distillation). What is kept predicts by both heads.
+    Zong et al., "Noise-Robust Bidirectional Learning with Dynamic Sample Reweighting" (arXiv:2209.01334), with the weights of
+    the authors' code. The negative head learns that a sample is none of the classes but the given and the predicted one (Eq. 2).
+    After each epoch the probability that it gives to each sample's label, from the lowest to the highest, becomes the sample's
+    weight in both heads. The positive head corrects labels as SOP does. Both agree on two views of an image and predict all
+    classes alike; classifiers in the middle of the network learn from the labels, from both heads together, and from the last
+    features (self-distillation). What is kept predicts by both heads.
 
     Args:
         warmup_share: of the training, in which all samples have a weight of 1, in whole epochs; 41 / 340 in the authors' code
@@ -104,9 +104,6 @@ class BLDR(NoisyLabels):
         self.register_buffer("ratio", torch.tensor(self.first_ratio, device=images.device))
 
     ratio: Tensor
-
-    def parts(self) -> dict[str, Part]:
-        return {"student": Part(self.student)}
 
     def deployed(self, network: nn.Module) -> nn.Module:
         """Both heads without the middle."""
