@@ -36,9 +36,9 @@ class BLDR(NoisyLabels):
     """BLDR: a head learns what a sample is, another what it is not; the second one says how much each sample counts.
 
     Zong et al., "Noise-Robust Bidirectional Learning with Dynamic Sample Reweighting" (arXiv:2209.01334), with the weights of
-    the authors' code. The negative head learns that a sample is none of the classes but the given and the predicted one (Eq. 2).
-    After each epoch the probability that it gives to each sample's label, from the lowest to the highest, becomes the sample's
-    weight in both heads. The positive head corrects labels as SOP does. Both agree on two views of an image and predict all
+    the authors' code. The negative head learns that a sample is of no class but the given and the predicted one (Eq. 2). After
+    each epoch the probability that it gives to each sample's label, from the lowest to the highest, becomes the sample's weight
+    in both heads. The positive head corrects labels as SOP does. Both agree on two views of an image and predict all
     classes alike; classifiers in the middle of the network learn from the labels, from both heads together, and from the last
     features (self-distillation). What is kept predicts by both heads.
 
