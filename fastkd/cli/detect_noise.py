@@ -15,7 +15,7 @@ from fastkd import noise
 from fastkd.cli import _noise_report
 from fastkd.cli._errors import UsageError, usage_errors
 from fastkd.cli._output import check_writable
-from fastkd.data.label_files import read_labels
+from fastkd.data.label_files import SUFFIXES, read_labels
 from fastkd.methods import NoisyLabels
 from fastkd.methods import registry as methods
 from fastkd.studies.data import DataSettings, wrong_labels
@@ -84,6 +84,7 @@ class DetectNoise:
     def __call__(self, console: Console) -> None:
         if (self.values is None) == (not self.data):
             raise UsageError("one of --values, what a network said, and --data, images to train one on, must be given")
+        self._check_names()
         rule: noise.Rule = self.rule or ("mixture" if self.values is not None else self._kind().rule)
         with usage_errors():
             noise.check_options(rule, self.threshold, self.by_class, self.kind)
@@ -97,6 +98,16 @@ class DetectNoise:
             if process.rank == 0:
                 self._report(given, rule, console)
 
+    def _check_names(self) -> None:
+        """Of files, before any is looked for."""
+        for option, path, allowed in (
+            ("--values", self.values, (".npy",)),
+            ("--labels", self.labels, SUFFIXES),
+            ("--truth", self.truth, SUFFIXES),
+        ):
+            if path is not None and path.suffix.lower() not in allowed:
+                raise UsageError(f"{option} is {path}, must end with {' or '.join(allowed)}")
+
     def _report(self, given: _Given, rule: noise.Rule, console: Console) -> None:
         values, labels, wrong = given
         with usage_errors():
@@ -108,8 +119,6 @@ class DetectNoise:
     def _read(self) -> _Given:
         """What is in the files."""
         assert self.values is not None
-        if self.values.suffix != ".npy":
-            raise UsageError(f"--values is {self.values}, must end with .npy")
         if self.labels is None:
             raise UsageError("--labels is missing, must be the file of the labels with --values")
         for name in ("data_root", "method", "student", "epochs", "batch_size", "learning_rate", "seed"):

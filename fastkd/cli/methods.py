@@ -34,7 +34,8 @@ class Methods:
 
 def _all() -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for head in ("method", "family", "needs", "trains", "after"):
+    table.add_column("method", no_wrap=True)
+    for head in ("family", "needs", "trains", "after"):
         table.add_column(head, overflow="fold")
     for name in registry.names():
         entry = registry.find(name)

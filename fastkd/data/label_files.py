@@ -24,7 +24,7 @@ from fastkd._names import unknown_name
 from fastkd.data.images import check_labels
 from fastkd.data.pickles import ARRAY_STAND_INS, unpickled, with_arrays
 
-__all__ = ["SHORT_KEYS", "read_labels"]
+__all__ = ["SHORT_KEYS", "SUFFIXES", "read_labels"]
 
 CLEAN = "clean_label"
 SHORT_KEYS: Mapping[str, str] = {

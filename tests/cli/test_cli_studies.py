@@ -72,7 +72,8 @@ def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "--learning-rate 0.02 --methods baseline hinton --settings clean noise-0.4 --seeds 1`" in table
     )
     assert str(tmp_path) not in table + (tmp_path / "results.json").read_text()
-    assert {path.name for path in tmp_path.iterdir()} == {"table.md", "results.json", "accuracy.png", "runs"}
+    made = {"table.md", "results.json", "accuracy.png", "course.png", "runs"}
+    assert {path.name for path in tmp_path.iterdir()} == made
     assert main([*command, "--seeds", "1", "--output", str(tmp_path)]) == 0
     assert (tmp_path / "table.md").read_text() == table
     # one more method joins what is there; one that fails is named, and the rest is there

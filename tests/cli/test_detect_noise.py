@@ -175,7 +175,7 @@ def test_of_what_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         ("--values p.npy --kind logits", "logits has only rows in [0, 1] that sum to 1"),
         ("--values losses.npy", "probabilities has shape (60,), must be [N, K]"),
         ("--labels nowhere.txt", "there is no label file nowhere.txt"),
-        ("--labels y.gz", "label file is y.gz, must be a name that ends in .npy, .pt, .json, .csv, .txt"),
+        ("--labels y.gz", "--labels is y.gz, must end with .npy or .pt or .json or .csv or .txt"),
         ("--labels losses.npy", "losses.npy has float64 (60,), must have integers [N]"),
         ("--labels wrong.npy", "wrong.npy has bool (60,), must have integers [N]"),
         ("--labels p.npy", "p.npy has float64 (60, 3), must have integers [N]"),
@@ -191,7 +191,7 @@ def test_of_what_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         ("--labels unlabelled.npy", "unlabelled.npy has -1 as its least, must have labels of 0 or more"),
         ("--truth few.npy", "--truth few.npy has 2 labels, must have as many as --labels, 60"),
         ("--truth unlabelled.npy", "unlabelled.npy has -1 as its least, must have labels of 0 or more"),
-        ("--truth y.gz", "label file is y.gz, must be a name that ends in"),
+        ("--truth y.gz", "--truth is y.gz, must end with"),
         ("--truth losses.npy", "losses.npy has float64 (60,), must have integers [N]"),
     ],
 )
