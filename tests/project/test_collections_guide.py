@@ -30,6 +30,7 @@ class Images(Dataset[Any]):
 
 def test_the_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)  # of the networks
     random = np.random.default_rng(0)
     np.save("faces.npy", random.integers(0, 256, (30, 3, 32, 32), np.uint8))
     for i in range(12):
