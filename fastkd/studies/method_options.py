@@ -12,7 +12,7 @@ from fastkd.methods import registry as methods
 
 __all__ = ["check_known", "check_options", "iterations_of", "options_of"]
 
-_OPTION = re.compile(r"(?:[\w-]+\.)?\w+=\S+")
+_OPTION = re.compile(r"(?:[\w+-]+\.)?\w+=\S+")  # of elr+, too
 
 
 def check_options(texts: Iterable[str]) -> None:

@@ -49,6 +49,9 @@ def test_options_of_a_row() -> None:
     assert study.distillation("bldr", "clean", 0).options == {"balance": 1.0, "consistency": 0.5}
     assert study.distillation("sop", "clean", 0).options == {"consistency": 0.5}
     assert study.distillation("baseline", "clean", 0).options == {}
+    study = Noise(method_options=("elr+.memory=0.9", "cross-validation.folds=2"))
+    assert study.distillation("elr+", "clean", 0).options == {"memory": 0.9}
+    assert study.distillation("cross-validation", "clean", 0).options == {"folds": 2}
     with pytest.raises(ValueError, match="row 'bldt' is unknown, did you mean bldr"):
         Noise(method_options=("bldt.balance=1",)).grid(["bldr"], ["clean"], 1)
 
