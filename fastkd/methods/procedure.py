@@ -110,7 +110,7 @@ class Procedure(nn.Module):
     batches: int = 1
     """Batches of images that an iteration takes, side by side in one."""
     views: int = 1
-    """Of each image that an iteration takes, 1 or more."""
+    """Views of each image that an iteration takes, 1 or more."""
     strong_views: int = 0
     """How many of them, the last ones, are to be strongly augmented."""
 

@@ -47,6 +47,6 @@ def test_the_tables() -> None:
     for name, _, views, paper in rows:
         entry = registry.find(name)
         assert entry.paper == paper
-        assert getattr(entry.kind, "views", None) == int(views) or name in ("cores",)  # which has two by its options
+        assert getattr(entry.kind, "views", None) == int(views)
     rules = re.findall(r"^\| (\w+) \| [^|]* \| [^|]*\|$", GUIDE, re.MULTILINE)
     assert [rule for rule in rules if rule != "rule"] == list(noise.RULES)

@@ -41,6 +41,9 @@ class CORES(NoisyLabels):
         consistency: weight of the divergence between two views, in the second part.
     """
 
+    views = 2
+    strong_views = 1
+
     def __init__(
         self,
         student: nn.Module,
@@ -70,8 +73,8 @@ class CORES(NoisyLabels):
                 f"fastkd: second_share is {second_share}, must be at least sieve_share, {sieve_share}, as it keeps the sieve"
             )
         self.known = self.keep(kept=torch.ones(()))
-        if consistency and second_share < 1.0:
-            self.views, self.strong_views = 2, 1
+        if not consistency or second_share == 1.0:
+            self.views, self.strong_views = 1, 0
 
     def iteration(self, batch: Batches, step: Step) -> dict[str, Tensor]:
         target, index, views = self.checked(batch)

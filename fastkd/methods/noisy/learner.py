@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -12,18 +13,19 @@ from torch import Tensor, nn
 from fastkd import _checks, noise
 from fastkd.data.batch import Batch, Batches
 from fastkd.methods.features import check_module
+from fastkd.methods.given import Given
 from fastkd.methods.noisy import terms
 from fastkd.methods.noisy.samples import Samples
 from fastkd.methods.procedure import Part, Procedure, Step
 
 __all__ = ["NoisyLabels", "chosen", "whole_epochs"]
 
-_GIVEN = ("self", "__class__", "student", "images", "items", "num_classes", "make_student")  # what is no option
+_NO_OPTIONS = {"self", "__class__", *(f.name for f in fields(Given))}  # arguments that are given, not chosen
 
 
 def chosen(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The options among the arguments (``locals()``) of a method."""
-    return {name: value for name, value in arguments.items() if name not in _GIVEN}
+    return {name: value for name, value in arguments.items() if name not in _NO_OPTIONS}
 
 
 def whole_epochs(share: float, epochs: int) -> int:
