@@ -31,12 +31,6 @@ CONFIDENT = {
 }
 
 
-class OneBatch:
-    """The step of a training on one device, a batch each."""
-
-    batches_per_step = 1
-
-
 def cases(settings: Settings) -> Iterator[Case]:
     """Weights, corrections, mixtures, wrong labels."""
     yield Case(f"weights of {short_count(ITEMS)} samples", partial(_weights, settings), 40 * ITEMS)
@@ -97,7 +91,7 @@ def _corrections(settings: Settings, classes: int) -> Work:
     def rows() -> Tensor:
         samples.write(index, u=start[0][index], v=start[1][index])
         there = correction.rows(index)
-        correction.step(index, there, loss_of(*there), OneBatch())  # type: ignore[arg-type]
+        correction.step(index, there, loss_of(*there))
         return samples["v"][index]
 
     def everything() -> Tensor:

@@ -71,14 +71,11 @@ def test_u_and_v_move_by_gradient_descent() -> None:
     rows = procedure.correction.rows(index)
     z = torch.randn(2, CLASSES)
 
-    class Step:
-        batches_per_step = 4
-
     def loss(u: Tensor, v: Tensor) -> Tensor:
         cross_entropy, squared, _ = corrected_losses(z, target, 0.3 + u, 0.5 + v)
         return cross_entropy + 3 * squared
 
-    procedure.correction.step(index, rows, loss(*rows), Step())  # type: ignore[arg-type]
+    procedure.correction.step(index, rows, loss(*rows), batches_per_step=4)
     for name, rate, gradient in zip("uv", (10.0, 10.0), torch.autograd.grad(loss(*rows), rows), strict=True):
         expected = before[name].clone()
         expected[index] -= rate / 4 * gradient

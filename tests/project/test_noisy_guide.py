@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from noisy_cases import ITEMS, Noisy
+from noisy_cases import BATCH, ITEMS, Noisy
 from training_cases import CLASSES, small_resnet
 
 from fastkd import noise
@@ -30,13 +30,23 @@ def test_the_blocks() -> None:
         "test_images": data.images,
         "test_target": data.truth,
     }
-    first, second = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
-    exec(compile(first, "docs/noisy-labels.md", "exec"), names)
+    train, loop, find = (
+        compile(block, "docs/noisy-labels.md", "exec") for block in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    )
+    exec(train, names)
     with torch.no_grad():
         names["probabilities"] = names["network"](names["train"].normalised()).softmax(1)
-    exec(compile(second, "docs/noisy-labels.md", "exec"), names)
+    exec(find, names)
     assert len(names["found"].noisy) == 2 * ITEMS
     assert len(names["suspects"]) == names["found"].count
+    student = small_resnet(0)
+    index = torch.arange(BATCH)
+    names |= {"torch": torch, "student": student, "num_classes": CLASSES, "labels": data.target}
+    names |= {"loader": 3 * [(data.images[:BATCH], data.target[:BATCH], index)]}
+    names |= {"optimizer": torch.optim.SGD(student.parameters(), lr=0.01)}
+    exec(loop, names)
+    assert names["samples"].written[:BATCH].all()
+    assert not names["samples"].written[BATCH:].any()
 
 
 def test_the_tables() -> None:

@@ -130,7 +130,7 @@ class BLDR(NoisyLabels):
             agreement = functional.kl_div(first.negative, first.positive)
             losses["agreement_loss"] = self.weights["agreement"] * agreement
         loss = torch.stack(list(losses.values())).sum()
-        self.correction.step(index, rows, loss, step)
+        self.correction.step(index, rows, loss, step.batches_per_step)
         step.update(loss)
         given = terms.probabilities(first.negative.detach()).gather(1, target[:, None])[:, 0]
         self.known.write(index, probability=given)

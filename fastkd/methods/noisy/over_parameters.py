@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from fastkd import _checks
 from fastkd.methods.noisy import terms
 from fastkd.methods.noisy.samples import Samples
-from fastkd.methods.procedure import Step
 
 __all__ = ["OverParameters", "corrected_losses"]
 
@@ -22,6 +21,14 @@ class OverParameters(nn.Module):
 
     Liu et al., "Robust Training under Label Noise by Over-parameterization" (ICML 2022). Only rows of a batch have a
     gradient, so only these are moved: a step takes as long for a million samples as for a thousand.
+
+    >>> samples = Samples(50_000, u=torch.zeros(1), v=torch.zeros(10)).to(device)
+    >>> correction = OverParameters(samples, 10.0, 10.0)
+    >>> rows = correction.rows(index)                       # in the loop, with the index of each sample of the batch
+    >>> cross_entropy, squared, balance = corrected_losses(student(images), labels, *rows)
+    >>> loss = cross_entropy + squared + 0.1 * balance
+    >>> correction.step(index, rows, loss)
+    >>> loss.backward()
 
     Args:
         samples: has rows "u", ``[1]``, and "v", ``[K]``.
@@ -44,11 +51,17 @@ class OverParameters(nn.Module):
         u, v = (samples[name][index].requires_grad_() for name in ("u", "v"))
         return u, v
 
-    def step(self, index: Tensor, rows: tuple[Tensor, Tensor], loss: Tensor, step: Step) -> None:
-        """One step of them down the gradient of the loss of a batch; before the network's update, which frees the graph."""
+    def step(self, index: Tensor, rows: tuple[Tensor, Tensor], loss: Tensor, batches_per_step: int = 1) -> None:
+        """One step of them down the gradient of the loss of a batch; before the network's update, which frees the graph.
+
+        Args:
+            index: int64 ``[B]``, and ``rows``, what :meth:`rows` returned for it.
+            loss: their mean over the batch.
+            batches_per_step: of the network, over which its gradient is a mean: so is theirs then.
+        """
         gradients = torch.autograd.grad(loss, rows, retain_graph=True)
         u, v = (
-            row.detach() - (rate / step.batches_per_step) * gradient
+            row.detach() - (rate / batches_per_step) * gradient
             for row, rate, gradient in zip(rows, self.rates, gradients, strict=True)
         )
         self._samples[0].write(index, u=u, v=v)

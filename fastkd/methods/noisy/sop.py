@@ -71,6 +71,6 @@ class SOP(NoisyLabels):
         loss = cross_entropy + self.weights["squared"] * squared + self.weights["balance"] * balance
         if others:
             loss = loss + self.weights["consistency"] * terms.consistency(logits, others[0])
-        self.correction.step(index, rows, loss, step)
+        self.correction.step(index, rows, loss, step.batches_per_step)
         step.update(loss)
         return {"loss": loss, "task_loss": cross_entropy, "accuracy": terms.accuracy(logits, target)}
