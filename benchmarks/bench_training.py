@@ -111,7 +111,8 @@ def cases(settings: Settings) -> Iterator[Case]:
     yield from {case.name: case for case in every}.values()  # sizes that only test the benchmark coincide
 
 
-def _name(step: str, networks: bool) -> str:
+def step_name(step: str, networks: bool) -> str:
+    """Of a case, by whether its networks are in it."""
     return step if networks else f"{step}, data and loss only"
 
 
@@ -216,7 +217,7 @@ def _distillation(settings: Settings, depth: int, teacher_depth: int, most: int,
         return work(settings, student, contenders, contenders["plain torch"])
 
     name = f"KD step ResNet-{depth} from ResNet-{teacher_depth}, batch {batch}"
-    return Case(_name(name, networks), build, batch * BYTES_OF_AN_IMAGE)
+    return Case(step_name(name, networks), build, batch * BYTES_OF_AN_IMAGE)
 
 
 # A patch discriminator: generate images, crop patches, discriminate, gradient back into the generator.
@@ -311,7 +312,7 @@ def _patches(settings: Settings, most: int, k: int, size: int, width: int, judge
         return work(settings, model, contenders, contenders["advanced-index gather"])
 
     name = f"patch discriminator, {batch}x3x{SIDE}x{SIDE} k={k} L={size}"
-    return Case(_name(name, networks), build, batch * BYTES_OF_AN_IMAGE)
+    return Case(step_name(name, networks), build, batch * BYTES_OF_AN_IMAGE)
 
 
 # Samples with clean labels: a loss of each, a mixture of two, the loss of those of the lower component.
@@ -380,7 +381,7 @@ def _selection(settings: Settings, most: int, depth: int | None, *, networks: bo
 
     what = "step" if n <= SELECTION_BATCH else f"epoch in batches of {SELECTION_BATCH}"
     nbytes = min(n, SELECTION_BATCH) * BYTES_OF_AN_IMAGE + 4 * n * (64 if depth is None else 3 * SIDE**2)
-    return Case(_name(f"select clean {n}, {what} of {_student_name(depth)}", networks), build, nbytes)
+    return Case(step_name(f"select clean {n}, {what} of {_student_name(depth)}", networks), build, nbytes)
 
 
 # An epoch on a collection: draw by score, augment, student, KL to the teacher's logits.
@@ -469,7 +470,7 @@ def _collection(
         return work(settings, student.to(settings.device), contenders, truth)
 
     name = f"collection of {short_count(items)}, {draws} draws in batches of {batch}, {_student_name(depth)}"
-    return Case(_name(name, networks), build, items * 3 * SIDE**2 + batch * BYTES_OF_AN_IMAGE)
+    return Case(step_name(name, networks), build, items * 3 * SIDE**2 + batch * BYTES_OF_AN_IMAGE)
 
 
 def test_training(case: Case, contest: Contest) -> None:
