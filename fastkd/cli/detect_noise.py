@@ -18,8 +18,8 @@ from fastkd.cli._output import check_writable
 from fastkd.data.label_files import SUFFIXES, read_labels
 from fastkd.methods import NoisyLabels
 from fastkd.methods import registry as methods
-from fastkd.studies.data import DataSettings, wrong_labels
-from fastkd.studies.detection import LABELS, PROBABILITIES
+from fastkd.studies.data import DataSettings
+from fastkd.studies.detection import LABELS, PROBABILITIES, WRONG
 from fastkd.studies.distillation import run
 from fastkd.studies.settings import Distillation
 from fastkd.training import Process, TrainingSettings, process_group
@@ -55,7 +55,8 @@ class DetectNoise:
     """The folder of the data sets; $FASTKD_DATA or ~/.cache/fastkd/data by default. Nothing is downloaded."""
     method: str = "bldr"
     """By which it is trained: one for noisy labels, as `fastkd methods` lists them. `fastkd distill` has more options for the
-    training, and leaves probabilities.npy for --values, and labels.npy for --labels."""
+    training, and leaves probabilities.npy for --values, labels.npy for --labels and, where it made labels wrong, wrong.npy for
+    --truth."""
     student: str = "resnet14"
     """The network: resnet<6n+2>, wrn-<6n+4>-<width>, cifar-resnet34, or another name of fastkd.models.names()."""
     epochs: int = 100
@@ -157,7 +158,7 @@ class DetectNoise:
             folder = self.output / f"{TRAINING}-{settings.digest()}"
             run(settings, folder, process)
             labels = torch.from_numpy(np.load(folder / LABELS))
-            wrong = None if self.labels is None else wrong_labels(data, self.seed)
+            wrong = None if self.labels is None else torch.from_numpy(np.load(folder / WRONG))
         return _Given(np.load(folder / PROBABILITIES), labels, wrong)
 
     def _kind(self) -> type[NoisyLabels]:

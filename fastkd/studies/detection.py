@@ -20,15 +20,15 @@ from fastkd.studies.data import DataSettings, clean, wrong_labels
 from fastkd.training import Trainer
 from fastkd.training.distributed import on_first_rank
 
-__all__ = ["LABELS", "PROBABILITIES", "detection", "find_wrong", "judged", "probabilities_of"]
+__all__ = ["LABELS", "PROBABILITIES", "WRONG", "detection", "find_wrong", "judged", "probabilities_of"]
 
-PROBABILITIES, LABELS = "probabilities.npy", "labels.npy"
+PROBABILITIES, LABELS, WRONG = "probabilities.npy", "labels.npy", "wrong.npy"
 AT_ONCE = 1024  # images
 
 
 def judged(trainer: Trainer, train: ImageSet, settings: DataSettings, seed: int, folder: Path) -> dict[str, float]:
     """How well the labels of a training that are known to be wrong are told. What a method for noisy labels says of the labels,
-    and the labels, are in the folder then.
+    the labels, and where it is known which are wrong, are in the folder then.
 
     Args:
         settings, seed: that the training set was made by.
@@ -37,14 +37,13 @@ def judged(trainer: Trainer, train: ImageSet, settings: DataSettings, seed: int,
     if clean(settings) and not keeps:
         return {}
     probabilities = probabilities_of(trainer.procedure, trainer.network, train)
+    wrong = None if clean(settings) else wrong_labels(settings, seed).to(train.device)
     if keeps:
-        for name, rows in ((PROBABILITIES, probabilities.float()), (LABELS, train.target)):
-            array = rows.cpu().numpy()
-            on_first_rank(lambda: write_whole(folder / name, lambda file: np.save(file, array)))  # noqa: B023
-    if clean(settings):
-        return {}
-    wrong = wrong_labels(settings, seed).to(train.device)
-    return detection(trainer.procedure, probabilities, train.target, wrong)
+        for name, rows in ((PROBABILITIES, probabilities.float()), (LABELS, train.target), (WRONG, wrong)):
+            if rows is not None:
+                array = rows.cpu().numpy()
+                on_first_rank(lambda: write_whole(folder / name, lambda file: np.save(file, array)))  # noqa: B023
+    return {} if wrong is None else detection(trainer.procedure, probabilities, train.target, wrong)
 
 
 @torch.no_grad()

@@ -17,9 +17,9 @@ from fastkd.methods import Baseline, CrossValidation, Objective, registry
 from fastkd.models.convnet import ConvNet
 from fastkd.models.resnet import resnet
 from fastkd.studies.data import DataSettings, prepare, wrong_labels
-from fastkd.studies.detection import LABELS, PROBABILITIES, detection, find_wrong, probabilities_of
+from fastkd.studies.detection import LABELS, PROBABILITIES, WRONG, detection, find_wrong, probabilities_of
 from fastkd.studies.noise import SETTINGS, Noise
-from fastkd.studies.noise.study import METHODS, WRONG
+from fastkd.studies.noise.study import METHODS, WRONG_PERCENT
 from fastkd.studies.study import find
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread", "no_figures")]
@@ -72,7 +72,7 @@ def test_published_figures() -> None:
     assert (rows["bldr"].mean, rows["sop"].mean, rows["elr+"].std) == (94.53, 93.24, 1.60)
     assert Noise().published("symmetric-0.4") == ("", {})
     assert Noise().published("file-noisy")[1]["dividemix"].mean == 71.13
-    assert set(WRONG) == {setting.published for setting in SETTINGS.values()} - {""}
+    assert set(WRONG_PERCENT) == {setting.published for setting in SETTINGS.values()} - {""}
     found = {figure.name: figure.published for figure in Noise().figures_shown()}
     assert found["noise_f1"]["file-worse"]["bldr"].mean == 95.29
     assert found["noise_recall"]["instance-0.2"]["bldr"].mean == 93.74
@@ -157,6 +157,8 @@ def test_the_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert probabilities.shape == (20, 10)
     settings = DataSettings(data_root=root, train_size=20, test_size=4, shrink=4, label_noise=0.4)
     assert np.array_equal(labels, prepare(settings, 0)[0].target.numpy())
+    truth = prepare(replace(settings, label_noise=0.0), 0)[0].target.numpy()
+    assert np.array_equal(np.load(folder / WRONG), labels != truth)
     before = (output / "results.json").read_bytes()
     assert main([*command, "--method-options", "bldr.balance=1.0"]) == 0
     assert (output / "results.json").read_bytes() == before
@@ -209,6 +211,7 @@ def test_detect_noise_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "truth" not in report
     (other,) = set(output.glob("training-*")) - {training}
     assert np.array_equal(np.load(other / LABELS), truth.numpy())
+    assert not (other / WRONG).exists()
 
 
 @pytest.mark.parametrize(

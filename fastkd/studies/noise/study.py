@@ -49,7 +49,7 @@ SETTINGS = {
         *(Setting("file", key=key, published=key) for key in published.ACCURACY),
     )
 }
-WRONG = {"aggre": 9, "random1": 17, "worse": 40, "noisy": 40}  # % of the labels of CIFAR-N
+WRONG_PERCENT = {"aggre": 9, "random1": 17, "worse": 40, "noisy": 40}  # of the labels of CIFAR-N
 
 
 @register("noise")
@@ -120,7 +120,7 @@ class Noise(Study):
         if not name:
             return "", {}
         of = "CIFAR-100N" if name == "noisy" else "CIFAR-10N"
-        return f"{of} {name}, {WRONG[name]} % wrong, ResNet-34", published.ACCURACY[name]
+        return f"{of} {name}, {WRONG_PERCENT[name]} % wrong, ResNet-34", published.ACCURACY[name]
 
     def figures_shown(self) -> tuple[Figure, ...]:
         """With what the paper says of BLDR."""
