@@ -114,7 +114,7 @@ class StudyCommand(_Base):
         rows = report.in_order(self, {row for of_rows in accuracies.values() for row in of_rows})
         changes: dict[str, Any] = {self.row_option: tuple(rows), self.column_option: tuple(accuracies)}
         asked = replace(self, seeds=1 + max(run.seed for run, _ in results), **changes)
-        files = report.save(output, self, accuracies, teachers, asked._about(), figures)
+        files = report.save(output, self, accuracies, teachers, asked._about(taught=bool(teachers)), figures)
         head, *lines = report.overview(self, accuracies, teachers)
         table = Table(*head, box=None, pad_edge=False)
         for line in lines:
@@ -146,8 +146,13 @@ class StudyCommand(_Base):
                 progress.update(bar, advance=1, description=f"{run.column} {run.row} {run.seed}: {came_to}")
         return failures
 
-    def _about(self) -> dict[str, object]:
-        """What was run, without the folders of this machine."""
+    def _about(self, *, taught: bool) -> dict[str, object]:
+        """What was run, without the folders of this machine.
+
+        Args:
+            taught: whether any run has a teacher.
+        """
+        networks = f"{self.student} from {self.teacher}" if taught else self.student
         said = self if self.plugin is None else replace(self, plugin=Path(self.plugin.name))
         if (file := said.data.label_file) is not None:
             said = replace(said, data=replace(said.data, label_file=Path(file.name)))
@@ -156,7 +161,7 @@ class StudyCommand(_Base):
             settings.pop(name, None)
             settings["data"].pop(name, None)
         return {
-            "what": f"{self.student} from {self.teacher} on {self.data.data}: {self.data.train_size or 'all'} training images",
+            "what": f"{networks} on {self.data.data}: {self.data.train_size or 'all'} training images",
             "command": shlex.join(["fastkd", "study", self.name, *options_of(said, type(self)())]),
             "data": self.data.data.lower(),
             "student": self.student,

@@ -333,5 +333,6 @@ def _panel(
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_title(column, fontsize=10, loc="left", color=INK)
     axes.tick_params(axis="x", labelsize=8)
-    axes.set_xlabel(f"test {study.measure.heading}, % (dashed: the teacher)", fontsize=8, color=INK)
+    hint = " (dashed: the teacher)" if teachers else ""
+    axes.set_xlabel(f"test {study.measure.heading}, %{hint}", fontsize=8, color=INK)
     axes.margins(x=0.06)

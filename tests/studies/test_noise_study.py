@@ -139,6 +139,7 @@ def test_the_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         "runs",
     }
     table = (output / "table.md").read_text()
+    assert table.startswith("resnet8 on cifar10: 20 training images\n")
     for said in (
         "## symmetric-0.4",
         "## wrong labels found by the method's own rule: F1, %",
