@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastkd import noise
 from fastkd._files import write_whole
 from fastkd.data import ImageSet
-from fastkd.methods import CrossValidation, NoisyLabels, Procedure
+from fastkd.methods import NoisyLabels, Procedure
 from fastkd.methods.noisy import terms
 from fastkd.models.modes import evaluating
 from fastkd.studies.data import DataSettings, clean, wrong_labels
@@ -72,10 +72,10 @@ def find_wrong(procedure: Procedure, probabilities: Tensor, target: Tensor) -> n
 
 
 def detection(procedure: Procedure, probabilities: Tensor, target: Tensor, wrong: Tensor) -> dict[str, float]:
-    """Precision, recall and F1 of the wrong labels, the area under the ROC curve of the score, and the F1 of a mixture of the
-    losses, which is the same rule for all procedures.
+    """Precision, recall and F1 of the wrong labels by the procedure's own rule, the area under the ROC curve of the score, and
+    the F1 of each rule, ``mixture_f1`` and so on.
 
-    Of cross-validation, where cleanlab is installed, the F1 of its ``find_label_issues``, too.
+    Of a method for noisy labels, where cleanlab is installed, the F1 of its ``find_label_issues``, too.
 
     Args:
         wrong: bool ``[N]``.
@@ -84,9 +84,10 @@ def detection(procedure: Procedure, probabilities: Tensor, target: Tensor, wrong
     measured = noise.measure(found.noisy, wrong)
     figures = {f"noise_{name}": float(getattr(measured, name)) for name in ("precision", "recall", "f1")}
     figures["noise_auc"] = float(noise.sweep(found.score, wrong).roc_auc)
-    by_mixture = noise.find(target, probabilities, rule="mixture")
-    figures["mixture_f1"] = float(noise.measure(by_mixture.noisy, wrong).f1)
-    if isinstance(procedure, CrossValidation) and importlib.util.find_spec("cleanlab") is not None:
+    for rule in noise.RULES:
+        by_rule = noise.find(target, probabilities, rule=rule)
+        figures[f"{rule}_f1"] = float(noise.measure(by_rule.noisy, wrong).f1)
+    if isinstance(procedure, NoisyLabels) and importlib.util.find_spec("cleanlab") is not None:
         from cleanlab.filter import find_label_issues
 
         with warnings.catch_warnings():

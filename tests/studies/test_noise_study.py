@@ -112,8 +112,9 @@ def test_detection_of_cross_validation_is_cleanlabs() -> None:
     procedure = CrossValidation(networks[0], 400, 4, networks.__getitem__)
     figures = detection(procedure, probabilities, labels, wrong)
     find_issues = cleanlab.filter.find_label_issues
-    mixture = noise.measure(noise.find(labels, probabilities).noisy, wrong)
-    assert figures["mixture_f1"] == pytest.approx(mixture.f1.item())
+    for rule in noise.RULES:
+        found = noise.measure(noise.find(labels, probabilities, rule=rule).noisy, wrong)
+        assert figures[f"{rule}_f1"] == pytest.approx(found.f1.item())
     for name, how in (("noise_f1", {"filter_by": "confident_learning"}), ("cleanlab_f1", {})):
         issues = torch.from_numpy(find_issues(labels.numpy(), probabilities.double().numpy(), n_jobs=1, **how))
         assert figures[name] == pytest.approx(noise.measure(issues, wrong).f1.item())

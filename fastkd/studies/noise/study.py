@@ -75,7 +75,7 @@ class Noise(Study):
     }
 
     methods: tuple[str, ...] = METHODS
-    """Those of the paper, with nlnl and cross-validation (whose probabilities are cleanlab's), or any that `fastkd methods`
+    """Those of the paper, with nlnl and cross-validation (whose probabilities cleanlab wants), or any that `fastkd methods`
     lists and that learns from labels without a teacher."""
     settings: tuple[str, ...] = ("symmetric-0.4", "instance-0.4")
     """clean, symmetric-0.2, -0.4 or -0.6, asymmetric-0.4, instance-0.2 or -0.4; file-aggre, file-random1 or file-worse of
@@ -139,8 +139,9 @@ class Noise(Study):
             Figure("noise_precision", "precision, %", found["precision"]),
             Figure("noise_recall", "recall, %", found["recall"]),
             Figure("mixture_f1", "wrong labels found by a mixture of the losses: F1, %", {}),
+            Figure("probability_f1", "wrong labels found by a probability below 0.05: F1, %", {}),
+            Figure("confident_f1", "wrong labels found by confident learning: F1, %", {}),
+            Figure("disagreement_f1", "labels that are not the most probable class taken for wrong: F1, %", {}),
             Figure("noise_auc", "area under the ROC curve of the score, %", {}),
-            Figure(
-                "cleanlab_f1", "wrong labels found by cleanlab: F1, %, of the probabilities of cross-validation", {}
-            ),
+            Figure("cleanlab_f1", "wrong labels found by cleanlab of the same probabilities: F1, %", {}),
         )
