@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from noisy_cases import BATCH, ITEMS, Noisy, caught, make
 from training_cases import CLASSES
 
-from fastkd.methods.noisy.cores import mean_loss
+from fastkd.methods.noisy.cores import class_losses
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread", "no_figures")]
 
@@ -25,6 +25,9 @@ def test_losses(epoch: int) -> None:
     batch = type(batch)(batch.images.double(), batch.target, batch.index, (batch.views[0].double(),))
     kept_before = torch.arange(ITEMS, dtype=torch.float64) % 2
     procedure.known["kept"].copy_(kept_before)  # type: ignore[index]
+    prior = torch.rand(CLASSES, dtype=torch.float64)
+    prior /= prior.sum()
+    procedure.prior.copy_(prior)  # type: ignore[operator]
     twin = copy.deepcopy(procedure)
     step, _ = caught(procedure, batch, epoch)
     target, second = batch.target, epoch >= 5
@@ -35,7 +38,7 @@ def test_losses(epoch: int) -> None:
     for i in range(BATCH):
         losses = -torch.log(first[i].softmax(0) + 1e-8)
         task = -first[i].log_softmax(0)[target[i]]
-        rows.append(task - BETAS[epoch] * losses.mean())
+        rows.append((task - BETAS[epoch] * prior @ losses) / (1 + BETAS[epoch]))
         kept.append(float(kept_before[i]) if second else float(epoch < 3 or bool(task <= losses.mean())))
     loss = sum(r * k for r, k in zip(rows, kept, strict=True)) / sum(kept)
     if second:
@@ -46,9 +49,23 @@ def test_losses(epoch: int) -> None:
     torch.testing.assert_close(procedure.known["kept"][:BATCH], torch.tensor(kept, dtype=torch.float64))  # type: ignore[index]
 
 
-def test_mean_loss_does_not_go_on_for_ever() -> None:
+def test_prior_is_of_the_labels_that_are_kept() -> None:
+    procedure = make("cores")
+    data = Noisy()
+    step, _ = caught(procedure, data.batch(torch.arange(BATCH)))
+    procedure.known["kept"][: BATCH // 2] = 0.0  # type: ignore[index]
+    procedure.after_epoch(step)  # type: ignore[arg-type]
+    seen = data.target[BATCH // 2 : BATCH]  # what was not seen does not count
+    torch.testing.assert_close(procedure.prior, torch.bincount(seen, minlength=CLASSES) / len(seen))
+    before = procedure.prior.clone()  # type: ignore[operator]
+    procedure.known["kept"].zero_()  # type: ignore[index]
+    procedure.after_epoch(step)  # type: ignore[arg-type]
+    assert torch.equal(procedure.prior, before)  # type: ignore[arg-type]
+
+
+def test_losses_of_the_classes_do_not_go_on_for_ever() -> None:
     z = torch.tensor([[500.0] + [0.0] * (CLASSES - 1)], requires_grad=True)
-    loss = mean_loss(z)
+    loss = class_losses(z).mean(-1)
     assert loss.item() == pytest.approx(18.42 * (CLASSES - 1) / CLASSES, rel=1e-3)
     assert not torch.autograd.grad(loss.sum(), z)[0].any()
 

@@ -36,6 +36,8 @@ def test_losses(epoch: int, complements: int) -> None:
         procedure.student.classifier.weight.mul_(8)  # type: ignore[union-attr,operator]
     batch = Noisy(views=1).batch(torch.arange(BATCH))
     batch = type(batch)(batch.images.double(), batch.target, batch.index)
+    before = torch.rand(BATCH, dtype=torch.float64)  # of the label, an epoch earlier
+    procedure.known["given"][:BATCH, 3] = before  # type: ignore[index]
     twin = copy.deepcopy(procedure)
     with seeded(2):
         step, _ = caught(procedure, batch, epoch)
@@ -45,7 +47,7 @@ def test_losses(epoch: int, complements: int) -> None:
     rows = []
     for i in range(BATCH):
         label = int(batch.target[i])  # type: ignore[index]
-        given = p[i, label].item()
+        given = (p[i, label].item() + float(before[i])) / 2
         if epoch == 0 or (epoch == 5 and given > 1 / CLASSES):
             rows.append(-torch.log(1 - p[i, others[i]]).mean())
         elif epoch == 8 and given > 0.5:
@@ -55,6 +57,22 @@ def test_losses(epoch: int, complements: int) -> None:
     torch.testing.assert_close(step.losses[0], loss.detach())
     for a, b in zip(step.gradients[0], torch.autograd.grad(loss, list(twin.student.parameters())), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_probability_is_kept_for_ten_epochs() -> None:
+    procedure = make("nlnl")
+    batch = Noisy(views=1).batch(torch.arange(BATCH))
+    found = []
+    for epoch in range(12):
+        given = procedure.student(batch.images).softmax(1).gather(1, batch.target[:, None])[:, 0]  # type: ignore[operator,index]
+        found.append(given.detach())
+        caught(procedure, batch, epoch)
+        with torch.no_grad():
+            for parameter in procedure.student.parameters():  # type: ignore[union-attr]
+                parameter.mul_(1.1)
+    kept = procedure.known["given"]  # type: ignore[index]
+    torch.testing.assert_close(kept[:BATCH].sort().values, torch.stack(found[2:], 1).sort().values)
+    assert kept[BATCH:].isnan().all()
 
 
 def test_wrong_options() -> None:

@@ -56,6 +56,12 @@ def test_options_of_a_row() -> None:
         Noise(method_options=("bldt.balance=1",)).grid(["bldr"], ["clean"], 1)
 
 
+def test_learning_rate_of_a_row() -> None:
+    study = Noise(learning_rates=("cores=0.01", "elr+=2e-2"))
+    rates = {row: study.distillation(row, "clean", 0).training.learning_rate for row in ("cores", "elr+", "sop")}
+    assert rates == {"cores": 0.01, "elr+": 0.02, "sop": study.training.learning_rate}
+
+
 def test_labels_of_people_need_their_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="label_file is None, must be the file of the labels"):
         Noise().grid(["bldr"], ["file-worse"], 1)
@@ -175,6 +181,9 @@ def test_the_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("--label-noise 0.2", "--settings symmetric-0.2"),
         ("--method-options sop.balanse=3", "sop's option 'balanse' is unknown, did you mean balance"),
         ("--method-options balance", "method_options has 'balance', must be NAME=VALUE"),
+        ("--learning-rates sopp=0.1", "row 'sopp' is unknown, did you mean sop"),
+        ("--learning-rates sop", "learning_rates has 'sop', must be ROW=NUMBER"),
+        ("--learning-rates sop=-1", "learning_rate is -1"),
     ],
 )
 def test_what_the_command_refuses(

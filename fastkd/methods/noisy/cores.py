@@ -13,13 +13,13 @@ from fastkd.methods.noisy.learner import NoisyLabels, chosen
 from fastkd.methods.procedure import Step
 from fastkd.methods.registry import register
 
-__all__ = ["CORES", "mean_loss"]
+__all__ = ["CORES", "class_losses"]
 
 
-def mean_loss(logits: Tensor) -> Tensor:
-    """``mean_k -log(p_k + 1e-8)``, ``[B]``: the loss of each class as the label, on average. The small number keeps the
-    regularizer, which raises it, from going on for ever."""
-    return -(terms.probabilities(logits) + 1e-8).log().mean(-1)
+def class_losses(logits: Tensor) -> Tensor:
+    """``-log(p_k + 1e-8)``, ``[B, K]``: the loss of each class as the label. The small number keeps the regularizer, which
+    raises them, from going on for ever."""
+    return -(terms.probabilities(logits) + 1e-8).log()
 
 
 @register("cores", family="noisy labels", needs=("labels",), trains="student", paper="Cheng et al., ICLR 2021")
@@ -27,8 +27,10 @@ class CORES(NoisyLabels):
     """CORES*: a regularizer makes predictions sure, a sieve leaves unlikely labels out, then two views are to agree.
 
     Cheng et al., "Learning with Instance-Dependent Label Noise: A Sample Sieve Approach" (ICLR 2021), Eq. 3 to 5, with the
-    schedule of the authors' code, as shares: cross-entropy minus ``beta`` times the mean loss of all classes, of the samples
-    whose loss is not above that mean. There the second part is a training of its own, here the same one goes on.
+    schedule of the authors' code, as shares: cross-entropy minus ``beta`` times the expected loss of a label drawn from the
+    labels that were kept in the last epoch, of the samples whose loss is not above the mean loss of all classes. As their
+    learning rate, this is divided by ``1 + beta``. There the second part is a training of its own, here the same one goes on.
+    They train by SGD without momentum: with it a tenth of their learning rate is alike.
 
     Args:
         beta: of the regularizer, in the end.
@@ -72,29 +74,45 @@ class CORES(NoisyLabels):
             raise ValueError(
                 f"fastkd: second_share is {second_share}, must be at least sieve_share, {sieve_share}, as it keeps the sieve"
             )
-        self.known = self.keep(kept=torch.ones(()))
+        # labels of samples that were not seen yet are a class of their own
+        self.known = self.keep(kept=torch.ones(()), target=torch.tensor(float(num_classes)))
+        prior = torch.full((num_classes,), 1.0 / num_classes, device=next(student.parameters()).device)
+        self.register_buffer("prior", prior)
         if not consistency or second_share == 1.0:
             self.views, self.strong_views = 1, 0
+
+    prior: Tensor
+    """Of the classes, among the labels that were kept: ``[K]``. Uniform in the first epoch."""
 
     def iteration(self, batch: Batches, step: Step) -> dict[str, Tensor]:
         target, index, views = self.checked(batch)
         second = step.progress >= self.second_share
         views = views if second else views[:1]
         logits, *others = terms.class_logits(self.student, torch.cat(views)).chunk(len(views))
-        task, regular = cross_entropy(logits, target, reduction="none"), mean_loss(logits)
+        task, losses = cross_entropy(logits, target, reduction="none"), class_losses(logits)
         kept = self.known["kept"][index]
         if not second:
             kept = torch.ones_like(task)
             if step.progress >= self.sieve_share:
-                kept = (task - regular <= self.threshold).to(task.dtype)
-            self.known.write(index, kept=kept)
-        loss = terms.weighted_mean(task - self.beta * self.ramp(step.progress) * regular, kept.detach())
+                kept = (task - losses.mean(-1) <= self.threshold).to(task.dtype)
+            self.known.write(index, kept=kept, target=target)
+        beta = self.beta * self.ramp(step.progress)
+        loss = terms.weighted_mean(task - beta * (self.prior * losses).sum(-1), kept.detach()) / (1.0 + beta)
         found = {"task_loss": loss}
         if others:
             found["consistency_loss"] = self.consistency * terms.consistency(logits, others[0])
             loss = loss + found["consistency_loss"]
         step.update(loss)
         return {"loss": loss, **found, "kept": kept.mean(), "accuracy": terms.accuracy(logits, target)}
+
+    @torch.no_grad()
+    def after_epoch(self, step: Step) -> dict[str, Tensor | float]:
+        super().after_epoch(step)
+        kept, target = self.known["kept"], self.known["target"].long()
+        counts = kept.new_zeros(self.num_classes + 1).index_add_(0, target, kept)[:-1]
+        total = counts.sum()
+        self.prior.copy_(torch.where(total > 0, counts / total.clamp(min=1), self.prior))
+        return {}
 
     def ramp(self, progress: float) -> float:
         """From 0 to 1."""

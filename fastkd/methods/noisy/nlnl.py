@@ -15,6 +15,8 @@ from fastkd.methods.registry import register
 
 __all__ = ["NLNL", "complementary"]
 
+EPOCHS = 10  # that samples are chosen by
+
 
 def complementary(target: Tensor, num_classes: int, count: int = 1) -> Tensor:
     """For each label other classes, all alike: int64 ``[B, count]``, from torch's global generator of the device."""
@@ -27,11 +29,11 @@ class NLNL(NoisyLabels):
     """NLNL: learns what samples are not, then the same of those whose label is likely, then what these are.
 
     Kim et al., "NLNL: Negative Learning for Noisy Labels" (ICCV 2019), Eq. 2: ``-log(1 - p)`` of a random other class, and the
-    three steps NL, SelNL and SelPL, a third of the training each.
+    three steps NL, SelNL and SelPL, a third of the training each. Samples are chosen by the mean probability of their label in
+    the last ten epochs, as in the authors' code.
 
-    Other than in the authors' code: Samples are chosen by the probability of now, where theirs are by the mean of ten epochs.
-    Classes weigh the same, where rarer ones weigh more there. The network that is then trained with labels of its own for the
-    rest is left out.
+    Other than there, classes weigh the same, where rarer ones weigh more, and the network that is then trained with labels of
+    its own for the rest is left out.
 
     Args:
         complements: other classes that are drawn for each sample in each iteration; 110 in the authors' code for 100 classes.
@@ -61,11 +63,15 @@ class NLNL(NoisyLabels):
             raise ValueError(
                 f"fastkd: positive_share is {positive_share}, must be at least selective_share, {selective_share}"
             )
+        self.known = self.keep(given=torch.full((EPOCHS,), torch.nan))
 
     def iteration(self, batch: Batches, step: Step) -> dict[str, Tensor]:
-        target, _, (images,) = self.checked(batch)
+        target, index, (images,) = self.checked(batch)
         logits = terms.class_logits(self.student, images)
-        given = terms.probabilities(logits.detach()).gather(1, target[:, None])[:, 0]
+        history = self.known["given"][index]
+        history[:, step.epoch % EPOCHS] = terms.probabilities(logits.detach()).gather(1, target[:, None])[:, 0]
+        self.known.write(index, given=history)
+        given = history.nanmean(1)  # of fewer epochs at first
         if step.progress >= self.positive_share:
             rows, counted = cross_entropy(logits, target, reduction="none"), given > self.threshold
         else:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from fastkd._names import unknown_name
 from fastkd.methods import registry as methods
 from fastkd.studies.method_options import check_known, check_options, options_of
 from fastkd.studies.noise import published
@@ -82,6 +83,8 @@ class Noise(Study):
     CIFAR-10N, file-noisy of CIFAR-100N."""
     method_options: tuple[str, ...] = ()
     """Options of all methods that have them, as warmup_share=0.3, or of one row, as bldr.balance=1."""
+    learning_rates: tuple[str, ...] = ()
+    """Of rows whose learning rate is not --learning-rate, as cores=0.01."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,6 +100,7 @@ class Noise(Study):
     def grid(self, rows: Iterable[str], columns: Iterable[str], seeds: int) -> list[Run]:
         """As of all studies; what is said of a row must be of one that there is, and people's labels need their file."""
         check_known(self.method_options, {name: (name, {}) for name in self.row_names()})
+        self._rates()
         columns = list(columns)
         missing = [name for name in columns if name in SETTINGS and name not in self.column_names()]
         if missing:
@@ -107,12 +111,29 @@ class Noise(Study):
 
     def distillation(self, row: str, column: str, seed: int) -> Distillation:
         setting = SETTINGS[column]
-        common: dict[str, Any] = {**self.common(), "training": replace(self.training, seed=seed)}
+        rate = self._rates().get(row, self.training.learning_rate)
+        common: dict[str, Any] = {
+            **self.common(),
+            "training": replace(self.training, seed=seed, learning_rate=rate),
+        }
         file: Path | None = self.data.label_file if setting.noise == "file" else None
         common["data"] = replace(
             self.data, noise=setting.noise, label_noise=setting.rate, label_file=file, label_key=setting.key
         )
         return Distillation(**common, method=row, options=options_of(self.method_options, row, row, {}))
+
+    def _rates(self) -> dict[str, float]:
+        """Learning rates of single rows."""
+        found = {}
+        for text in self.learning_rates:
+            row, _, rate = text.partition("=")
+            if row not in self.row_names():
+                raise unknown_name("row", row, self.row_names())
+            try:
+                found[row] = float(rate)
+            except ValueError:
+                raise ValueError(f"fastkd: learning_rates has {text!r}, must be ROW=NUMBER") from None
+        return found
 
     def published(self, column: str) -> tuple[str, Mapping[str, Published]]:
         """Of people's labels; beside those of a weak classifier, of people's of about as many wrong ones."""
