@@ -13,6 +13,7 @@ from fastkd.data.batch import Batches
 from fastkd.methods.noisy import terms
 from fastkd.methods.noisy.learner import NoisyLabels, chosen, whole_epochs
 from fastkd.methods.noisy.over_parameters import OverParameters, corrected_losses
+from fastkd.methods.noisy.samples import UNSEEN
 from fastkd.methods.noisy.two_heads import Heads, SelfDistilled, TwoHeads
 from fastkd.methods.procedure import Step
 from fastkd.methods.registry import register
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["BLDR"]
-
-UNSEEN = -1.0  # in the place of a probability
 
 
 @register(

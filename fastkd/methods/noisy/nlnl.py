@@ -10,6 +10,7 @@ from fastkd.data.batch import Batches
 from fastkd.methods.method import cross_entropy
 from fastkd.methods.noisy import terms
 from fastkd.methods.noisy.learner import NoisyLabels, chosen
+from fastkd.methods.noisy.samples import UNSEEN
 from fastkd.methods.procedure import Step
 from fastkd.methods.registry import register
 
@@ -63,7 +64,7 @@ class NLNL(NoisyLabels):
             raise ValueError(
                 f"fastkd: positive_share is {positive_share}, must be at least selective_share, {selective_share}"
             )
-        self.known = self.keep(given=torch.full((EPOCHS,), torch.nan))
+        self.known = self.keep(given=torch.full((EPOCHS,), UNSEEN))
 
     def iteration(self, batch: Batches, step: Step) -> dict[str, Tensor]:
         target, index, (images,) = self.checked(batch)
@@ -71,7 +72,8 @@ class NLNL(NoisyLabels):
         history = self.known["given"][index]
         history[:, step.epoch % EPOCHS] = terms.probabilities(logits.detach()).gather(1, target[:, None])[:, 0]
         self.known.write(index, given=history)
-        given = history.nanmean(1)  # of fewer epochs at first
+        seen = history >= 0.0
+        given = torch.where(seen, history, 0.0).sum(1) / seen.sum(1)
         if step.progress >= self.positive_share:
             rows, counted = cross_entropy(logits, target, reduction="none"), given > self.threshold
         else:

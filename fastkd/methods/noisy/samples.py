@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from fastkd._checks import check_count
 
-__all__ = ["Samples"]
+__all__ = ["UNSEEN", "Samples"]
+
+UNSEEN = -1.0  # in the place of a probability
 
 
 class Samples(nn.Module):
