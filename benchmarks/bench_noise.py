@@ -248,6 +248,7 @@ class _Authors:
         self.optimizer = torch.optim.SGD([self.u, self.v], lr=0.0)
         self.weight, self.ratio, self.weights = bldr.known["weight"].clone(), bldr.first_ratio, bldr.weights
         self.index, self.target, self.classes = index, target, bldr.num_classes
+        self.rows = torch.arange(len(index), device=index.device)
         self.probabilities: list[float] = []
         self.indices: list[int] = []
 
@@ -262,7 +263,7 @@ class _Authors:
             loss = loss + self.weights["consistency"] * F.kl_div(other.log_softmax(1), predicted, reduction="batchmean")
         yield loss
         self.optimizer.step()
-        given = first.negative.softmax(1)[torch.arange(len(self.index)), self.target]
+        given = first.negative.softmax(1)[self.rows, self.target]
         self.probabilities.extend(given.detach().cpu().numpy().tolist())
         self.indices.extend(self.index.cpu().numpy().tolist())
         if len(self.indices) >= ITEMS:
@@ -283,9 +284,8 @@ class _Authors:
         """That a sample is of none of the classes but the given and the predicted one, and balance."""
         predicted = logits.softmax(1)
         wrong = torch.ones_like(predicted)
-        rows = torch.arange(len(wrong))
-        wrong[rows, self.target] = 0
-        wrong[rows, logits.argmax(1)] = 0
+        wrong[self.rows, self.target] = 0
+        wrong[self.rows, logits.argmax(1)] = 0
         loss = -(wrong * (1 - predicted).clamp(1e-5, 1).log()).sum(1)
         return (weight * loss).mean() + self.balance(logits.softmax(1))
 
