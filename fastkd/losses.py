@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor, nn
 
 from fastkd import functional
@@ -16,7 +14,7 @@ from fastkd._checks import (
     check_row_reduction,
     check_share,
 )
-from fastkd.functional import Direction, Reduction
+from fastkd.functional.divergence import DIRECTIONS, Direction, Reduction, RowReduction
 from fastkd.ops import divergence as _ops
 
 __all__ = ["JSDivLoss", "KDLoss", "KLDivLoss", "RelationLoss"]
@@ -60,7 +58,7 @@ class KLDivLoss(_Loss):
         dim: int = -1,
     ) -> None:
         super().__init__(temperature, reduction, ignore_index, dim)
-        check_choice("direction", direction, functional.DIRECTIONS)
+        check_choice("direction", direction, DIRECTIONS)
         self.direction: Direction = direction
 
     def forward(
@@ -137,7 +135,7 @@ class KDLoss(_Loss):
         self,
         temperature: float | Tensor = 4.0,
         alpha: float = 0.9,
-        reduction: Literal["none", "sum", "batchmean"] = "batchmean",
+        reduction: RowReduction = "batchmean",
         direction: Direction = "forward",
         ignore_index: int = -100,
         *,
@@ -145,10 +143,10 @@ class KDLoss(_Loss):
     ) -> None:
         super().__init__(temperature, reduction, ignore_index, dim)
         check_row_reduction(reduction)
-        check_choice("direction", direction, functional.DIRECTIONS)
+        check_choice("direction", direction, DIRECTIONS)
         self.alpha = check_share("alpha", alpha)
         self.direction: Direction = direction
-        self.reduction: Literal["none", "sum", "batchmean"]
+        self.reduction: RowReduction
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, weight: Tensor | None = None
