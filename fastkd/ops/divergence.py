@@ -229,6 +229,12 @@ def _divergence_fake(
     )
 
 
+@register_fake("divergence_")
+def _divergence_in_place_fake(student_logits: Tensor, *_: Any) -> Tensor:
+    dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+    return student_logits.new_empty([2, student_logits.shape[0]], dtype=dtype)
+
+
 @register_fake("divergence_backward_")
 def _divergence_backward_fake(gradient: Tensor, grad_loss: Tensor) -> None:
     return None
