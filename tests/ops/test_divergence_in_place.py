@@ -76,7 +76,7 @@ def test_large_vocabularies(
 def test_a_row_is_replaced_only_where_its_gradient_can_lie() -> None:
     wide = torch.randn(3, 8)
     arguments = (None, None, None, 1.0, 0, 0.5, 1.0, 0.0, -100)
-    with pytest.raises(RuntimeError, match="student_logits has shape .3, 5., must be contiguous"):
+    with pytest.raises(RuntimeError, match="must be contiguous, as its gradient replaces it"):
         torch.ops.fastkd.divergence_(wide[:, :5], torch.randn(3, 5), *arguments, True, False)
     before = wide.clone()
     terms = torch.ops.fastkd.divergence_(
