@@ -222,12 +222,12 @@ def _check_logits_dtype(dtype: torch.dtype | None, student: Tensor, teacher: Ten
 @torch.library.impl(_library, "linear_divergence", "CompositeExplicitAutograd")
 def _linear_divergence(*args: Any) -> tuple[Tensor, ...]:
     numbers = args[26] if len(args) > 26 else None
-    tensors, (target, weight, temperatures), floats = args[:6], args[6:9], [args[9], *args[11:18]]
+    (target, weight, temperatures), floats = args[6:9], [args[9], *args[11:18]]
     if numbers is not None:
         floats = numbers.tolist()
     temperature, beta, kd_scale, task_scale, *head_numbers = floats
     kind, (ignore_index, reduction, classes, logits_dtype, memory_budget, skip, entropy, wanted) = args[10], args[18:26]
-    n, device = tensors[0].shape[0], tensors[0].device
+    n, device = args[0].shape[0], args[0].device
     counts = valid = None
     if target is not None:
         valid = target != ignore_index
@@ -238,8 +238,8 @@ def _linear_divergence(*args: Any) -> tuple[Tensor, ...]:
         counts = weight != 0
     if temperatures is not None and device.type == "cpu":
         _check_temperatures(temperatures, counts)
-    student = Side(*tensors[:3], head_numbers[:2], classes, logits_dtype, wanted[:3])
-    teacher = Side(*tensors[3:], head_numbers[2:], classes, logits_dtype, wanted[3:])
+    student = Side(args[0], args[1], args[2], head_numbers[:2], classes, logits_dtype, wanted[:3])
+    teacher = Side(args[3], args[4], args[5], head_numbers[2:], classes, logits_dtype, wanted[3:])
     with torch.autocast(device.type, enabled=False), torch.no_grad():
         scalars = (temperature, kind, beta, kd_scale, task_scale, ignore_index)
         rows = (target, weight, temperatures, counts)

@@ -46,7 +46,7 @@ class Rows:
 
 
 def empty_gradients(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, wanted: Sequence[bool]) -> list[Tensor]:
-    """Of hidden states, weight and bias, in float32 or better; of logits that are ready, in their dtype. Empty if not wanted."""
+    """Of hidden states, weight and bias, float32 or better; of ready logits, in their dtype. Empty where not wanted."""
     dtype = torch.float32 if weight is not None and hidden.dtype in HALF else hidden.dtype
     shapes = (
         x.shape if x is not None and wants else [0] for x, wants in zip((hidden, weight, bias), wanted, strict=True)
