@@ -110,9 +110,8 @@ def _report(cache: TeacherCache, seconds: float, console: Console) -> None:
         f"{seconds:.1f}",
     )
     console.print(table)
-    console.print(
-        f"outside the top {cache.top_k} the teacher sees {100 * cache.tail_mass():.2f} % on average", highlight=False
-    )
+    left_out = f"{100 * cache.tail_mass():.2f} %"
+    console.print(f"probability outside the top {cache.top_k}: {left_out} on average", highlight=False)
     console.print(f"\ncache  {cache.path}", highlight=False, soft_wrap=True)
 
 

@@ -20,7 +20,7 @@ from fastkd.language.cache_files import (
     BEGUN,
     COMPARED,
     FORMAT,
-    READING,
+    OF_READING,
     STORED,
     WHOLE,
     check_same,
@@ -113,7 +113,7 @@ def cache_teacher(
     classes = _classes(model, forward, sequences)
     if top_k > classes:
         raise ValueError(f"fastkd: top_k is {top_k}, must be at most the {classes} tokens of the vocabulary")
-    reading = {**dict.fromkeys(READING), **sequences.reading}
+    reading = {**dict.fromkeys(OF_READING), **sequences.reading}
     folder = Path(folder)
     with ExitStack() as stack:
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastkd import _checks
-from fastkd.language.cache_files import AGAIN, READING, WHOLE, check_same, check_shard, read_about
+from fastkd.language.cache_files import AGAIN, OF_READING, WHOLE, check_same, check_shard, read_about
 from fastkd.language.digests import model_digest, tokenizer_digest
 from fastkd.language.shard_file import Array, map_arrays, payload_digest
 from fastkd.language.token_files import open_tokens
@@ -139,7 +139,7 @@ class TeacherCache(Dataset[dict[str, Tensor]]):
         if data is not None:
             if not isinstance(data, TokenSequences):
                 data = open_tokens(
-                    data, tokenizer, **{name: self.about[name] for name in READING if self.about[name] is not None}
+                    data, tokenizer, **{name: self.about[name] for name in OF_READING if self.about[name] is not None}
                 )
             given["data"] = data.digest()
         if model is not None:
