@@ -49,6 +49,11 @@ def make(folder: Path, model: Any = None, data: Any = None, **options: Any) -> T
     return cache_teacher(Bigram() if model is None else model, sequences() if data is None else data, folder, **options)
 
 
+def content(folder: Path) -> dict[str, bytes]:
+    """Of all but the description."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "cache.json"}
+
+
 def truth(ids: Tensor, model: nn.Module | None = None, temperature: float = 1.0) -> Tensor:
     """float64 log-probabilities ``[S, V]`` of one sequence."""
     with torch.no_grad():
@@ -87,6 +92,7 @@ def make_in_ranks(rank: int, folder: Path) -> None:
         cache = make(folder, on_progress=lambda *numbers: told.append(numbers))
         assert len(cache) == SEQUENCES
         assert bool(told) == (rank == 0)
+        assert told == sorted(told)
 
 
 def refuse_in_ranks(rank: int, folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -16,7 +16,7 @@ from fastkd.cli._errors import UsageError, usage_errors
 from fastkd.cli._output import check_writable
 from fastkd.cli._progress import passing
 from fastkd.cli.distill import check_device
-from fastkd.language import TeacherCache, cache_teacher, open_tokens
+from fastkd.language import TeacherCache, TokenSequences, cache_teacher, open_tokens
 from fastkd.language.cache_pass import SHARD_TOKENS
 from fastkd.language.pretrained import load_model, load_tokenizer, transformers
 from fastkd.language.token_files import check_kind
@@ -80,6 +80,7 @@ class CacheTeacher:
                 self.data, tokenizer, sequence_length=self.sequence_length, packed=self.packed, field=self.field
             )
             model = load_model(self.model, dtype=DTYPES.get(self.dtype, self.dtype), device=process.device)
+            _check_positions(model, sequences)
             begun = time.perf_counter()
             with passing("caching", "tokens", console, shown=process.rank == 0) as tell:
                 cache = cache_teacher(
@@ -97,6 +98,16 @@ class CacheTeacher:
                 )
             if process.rank == 0:
                 _report(cache, time.perf_counter() - begun, console)
+
+
+def _check_positions(model: Any, sequences: TokenSequences) -> None:
+    """Whether the model was made for sequences as long as these."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = sequences.longest
+    if positions is not None and longest > positions:
+        raise UsageError(
+            f"the data has a sequence of {longest} tokens, must be at most the model's {positions}: --sequence-length"
+        )
 
 
 def _report(cache: TeacherCache, seconds: float, console: Console) -> None:

@@ -177,18 +177,19 @@ class _Pass:
         self._tell(0)
         for start in range(0, len(left), self.group.size):
             numbers = left[start : start + self.group.size]
+            tokens = sum(sizes[i] for i in numbers)
             mine = numbers[self.group.rank] if self.group.rank < len(numbers) else None
 
-            def one(number: int | None = mine, ranks: int = len(numbers)) -> None:
+            def one(number: int | None = mine, tokens: int = tokens) -> None:
                 if number is not None:
-                    write_arrays(folder / shard_name(number), self.shard(*shards[number], ranks))
+                    write_arrays(folder / shard_name(number), self._shard(*shards[number], tokens))
 
             self.group.together(one)
-            self._done += sum(sizes[i] for i in numbers)
+            self._done += tokens
             self._tell(0)
 
-    def shard(self, first: int, last: int, ranks: int = 1) -> dict[str, Array]:
-        """Of the sequences from ``first`` on, up to ``last``."""
+    def _shard(self, first: int, last: int, tokens_of_round: int) -> dict[str, Array]:
+        """Of the sequences from ``first`` on, up to ``last``. The other ranks are taken to be as far as this one."""
         offsets = self.sequences.offsets[first : last + 1] - self.sequences.offsets[first]
         arrays = {
             name: np.empty(shape, dtype)
@@ -217,7 +218,7 @@ class _Pass:
                 stored = torch.from_numpy(arrays[name])
                 stored[torch.from_numpy(rows)] = values.to("cpu", stored.dtype)
             ahead += len(rows)
-            self._tell(ahead * ranks)
+            self._tell(tokens_of_round * ahead // int(offsets[-1]))
         return arrays
 
     def _targets(self, ids: list[Array]) -> dict[str, Tensor]:
@@ -242,8 +243,7 @@ class _Pass:
 
     def _tell(self, ahead: int) -> None:
         if self._on_progress is not None:
-            total = self.sequences.num_tokens
-            self._on_progress(min(self._done + ahead, total), total)
+            self._on_progress(self._done + ahead, self.sequences.num_tokens)
 
 
 def _forward(model: Callable[[Tensor], Any], device: torch.device) -> Forward:

@@ -223,9 +223,8 @@ def _examples(texts: Iterable[str], tokenizer: Any, reading: dict[str, Any]) -> 
 
 
 def _check_length(path: Path, found: TokenSequences, length: int) -> None:
-    longest = int(np.diff(found.offsets).max())
-    if longest > length:
+    if found.longest > length:
         raise ValueError(
-            f"fastkd: {path} has a sequence of {longest} tokens, must be at most the sequence_length of {length}: "
+            f"fastkd: {path} has a sequence of {found.longest} tokens, must be at most the sequence_length of {length}: "
             "what is tokenized already is not cut"
         )

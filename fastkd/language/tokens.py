@@ -104,6 +104,11 @@ class TokenSequences:
         return int(self.offsets[-1])
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(np.diff(self.offsets).max())
+
+    @property
     def labelled(self) -> bool:
         """Whether they have labels of their own."""
         return self._labels is not None

@@ -209,6 +209,12 @@ def test_one_line_for_what_is_wrong(folder: Path, texts: list[str], capsys: pyte
         return said
 
     assert "top_k is 301, must be at most the 300 tokens of the vocabulary" in refused(command("--top-k", "301"))
+    config = transformers.AutoConfig.from_pretrained("./teacher")
+    config.max_position_embeddings = 31
+    config.save_pretrained("./teacher")
+    assert "the data has a sequence of 32 tokens, must be at most the model's 31: --seq" in refused(command())
+    config.max_position_embeddings = 2048
+    config.save_pretrained("./teacher")
     Path("empty.jsonl").touch()
     assert "empty.jsonl is empty" in refused(command(data="empty.jsonl"))
     assert "model ./nowhere is not there" in refused([*command(), "--model", "./nowhere", "--tokenizer", "./teacher"])
