@@ -115,6 +115,7 @@ def test_what_is_read_is_what_the_teacher_said(tmp_path: Path, dtype: torch.dtyp
         rest = expected.scatter(-1, indices, -INF).logsumexp(-1)
         torch.testing.assert_close(item["teacher_tail_log_prob"].double(), rest, rtol=0, atol=error)
         # as read, it is a distribution: a KL of the teacher to itself is 0, and never below
+        assert (item["teacher_log_probs"] <= 0).all()
         mass = item["teacher_log_probs"].exp().sum(-1) + item["teacher_tail_log_prob"].exp()
         torch.testing.assert_close(mass, torch.ones(len(mass)), rtol=0, atol=1e-6)
 
