@@ -1,34 +1,12 @@
 // Divergence on the CPU: checks, outputs, threads, and the reduction over rows in a fixed order.
 #include "common/cache.h"
-#include "divergence/operator.h"
+#include "divergence/row_losses.h"
 
 namespace fastkd::divergence {
 namespace {
 
 constexpr int64_t kGrainElements = 16384;  // work worth a thread
 constexpr size_t kRowsInCache = 16;        // two rows of both sides, their exponentials, a gradient, and as much left to others
-constexpr size_t kStreamBytes = size_t{24} << 20;  // gradients beyond this leave the caches before anyone reads them
-
-// A [rows] tensor of any float dtype as doubles.
-std::vector<double> row_values(const std::optional<Tensor>& t, int64_t rows) {
-  if (!t.has_value()) return {};
-  std::vector<double> values(rows);
-  const int64_t stride = rows > 0 ? t->stride(0) : 1;
-  for (int64_t r = 0; r < rows; ++r) {
-    values[r] = t->scalar_type() == ScalarType::Float ? static_cast<const float*>(t->const_data_ptr())[r * stride]
-                                                      : static_cast<const double*>(t->const_data_ptr())[r * stride];
-  }
-  return values;
-}
-
-// Writes values in the dtype of the losses: float64 for float64 logits, else float32.
-void write(const Tensor& out, int64_t index, double value) {
-  if (out.scalar_type() == ScalarType::Double) {
-    static_cast<double*>(out.mutable_data_ptr())[index] = value;
-  } else {
-    static_cast<float*>(out.mutable_data_ptr())[index] = static_cast<float>(value);
-  }
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor teacher, std::optional<Tensor> target,
                                                       std::optional<Tensor> weight, std::optional<Tensor> temperatures,
@@ -40,42 +18,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
   check_arguments(student, teacher, target, weight, temperatures, temperature, kind, beta, kd_scale, reduction);
   const int64_t rows = student.size(0), classes = student.size(1);
 
-  const std::vector<double> row_weight = row_values(weight, rows);
-  const std::vector<double> row_temperature = row_values(temperatures, rows);
-  const int64_t* const labels = data_or_null<int64_t>(target);
-  const auto ignored = [&](int64_t r) { return labels != nullptr && labels[r] == ignore_index; };
-  int64_t valid = rows;
-  for (int64_t r = 0; r < rows && (labels != nullptr || temperatures.has_value()); ++r) {
-    if (ignored(r)) --valid;
-    if (ignored(r) || (weight.has_value() && row_weight[r] == 0)) continue;  // left out: not looked at
-    if (labels != nullptr) {
-      FASTKD_CHECK(labels[r] >= 0 && labels[r] < classes, "target[", r, "] is ", labels[r], ", must be in [0, ", classes,
-                   ") or ignore_index (", ignore_index, ")");
-    }
-    if (temperatures.has_value()) {
-      FASTKD_CHECK(row_temperature[r] > 0 && row_temperature[r] <= std::numeric_limits<double>::max(), "temperature[", r, "] is ",
-                   row_temperature[r], ", must be positive and finite");
-    }
-  }
-
-  const Reduction reduce = static_cast<Reduction>(reduction);
-  double denominator = 1;
-  if (reduce == Reduction::kBatchMean || reduce == Reduction::kMean)
-    denominator = static_cast<double>(std::max<int64_t>(valid, 1));
-  if (reduce == Reduction::kMean) denominator *= static_cast<double>(classes);
+  const CheckedRows checked(rows, classes, target, weight, temperatures, ignore_index);
+  const double denominator = checked.denominator(static_cast<Reduction>(reduction), classes);
 
   const ScalarType type = student.scalar_type();
   Tensor student_out = student_gradient ? empty_cpu({rows, classes}, type) : empty_cpu({0}, type);
   Tensor teacher_out = teacher_gradient ? empty_cpu({rows, classes}, type) : empty_cpu({0}, type);
-  std::vector<double> losses(2 * rows);
+  RowLosses losses(rows);
   RowParams params{row_inputs(student, teacher, target, temperature, kind, beta, task_scale, ignore_index)};
   params.dtype = kernel_dtype(student);
-  params.weight = weight.has_value() ? row_weight.data() : nullptr;
-  params.temperature = temperatures.has_value() ? row_temperature.data() : nullptr;
-  params.kd_scale = kd_scale / denominator;
-  params.task_scale = task_scale / denominator;
-  params.kd_loss = losses.data() + rows;
-  params.task_loss = losses.data();
+  checked.give(params);
+  losses.give(params, kd_scale, task_scale, denominator);
   params.student_gradient = student_gradient ? student_out.mutable_data_ptr() : nullptr;
   params.teacher_gradient = teacher_gradient ? teacher_out.mutable_data_ptr() : nullptr;
   const size_t gradient_bytes = static_cast<size_t>(rows) * classes * student.element_size();
@@ -86,25 +39,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
   const int64_t bytes = scratch_bytes(classes, params.dtype);
   parallel(rows, grain, [&](int64_t begin, int64_t end) { k.rows(params, begin, end, scratch<char>(bytes)); });
 
-  // reduction over rows, in order, in fp64
-  const bool none = reduce == Reduction::kNone;
-  Tensor loss = none ? empty_cpu({rows}, loss_dtype(student)) : empty_cpu({}, loss_dtype(student));
-  Tensor terms = none ? empty_cpu({2, rows}, loss_dtype(student)) : empty_cpu({2}, loss_dtype(student));
-  double task_sum = 0, kd_sum = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    task_sum += params.task_loss[r];
-    kd_sum += params.kd_loss[r];
-    if (none) {
-      write(terms, r, params.task_loss[r]);
-      write(terms, rows + r, params.kd_loss[r]);
-      write(loss, r, (kd_scale != 0 ? kd_scale * params.kd_loss[r] : 0) + task_scale * params.task_loss[r]);
-    }
-  }
-  if (!none) {
-    write(terms, 0, task_sum / denominator);
-    write(terms, 1, kd_sum / denominator);
-    write(loss, 0, ((kd_scale != 0 ? kd_scale * kd_sum : 0) + task_scale * task_sum) / denominator);
-  }
+  auto [loss, terms] = losses.reduced(static_cast<Reduction>(reduction), loss_dtype(student), kd_scale, task_scale, denominator);
   return {loss, terms, student_out, teacher_out};
 }
 
