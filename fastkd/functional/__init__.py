@@ -25,6 +25,7 @@ weight 0 are not looked at. First derivatives only, in reverse mode (``backward`
 
 from fastkd.functional.divergence import js_div, kd_loss, kl_div, soft_cross_entropy
 from fastkd.functional.relation import relation_loss
+from fastkd.functional.sparse import sparse_js_div, sparse_kd_loss, sparse_kl_div
 from fastkd.functional.statistics import ChannelMoments, LogitStats, channel_moments, logit_stats
 
 __all__ = [
@@ -37,4 +38,7 @@ __all__ = [
     "logit_stats",
     "relation_loss",
     "soft_cross_entropy",
+    "sparse_js_div",
+    "sparse_kd_loss",
+    "sparse_kl_div",
 ]
