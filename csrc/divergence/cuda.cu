@@ -1,14 +1,13 @@
-// Divergence on the GPU: checks, outputs, the choice of kernels, the reduction over rows; and the scaling of gradients.
+// Divergence on the GPU: checks, outputs, the choice of kernels; and the scaling of gradients.
 //
 // Launches: one where a cluster can take all rows, or where losses are wanted unreduced; else one for the rows and one that
 // adds up their losses in a fixed order; with labels, one before that counts the valid rows.
-#include <algorithm>
-
 #include "common/device.cuh"
 #include "common/launch.cuh"
 #include "common/reduce.cuh"
 #include "common/row.cuh"
 #include "divergence/cuda.h"
+#include "divergence/cuda_losses.h"
 #include "divergence/cuda_rows.cuh"
 #include "divergence/operator.h"
 
@@ -16,45 +15,7 @@ namespace fastkd::divergence {
 namespace {
 
 using namespace device;
-using FASTKD_ISA::divergence::count_valid;
 using FASTKD_ISA::divergence::number_of;
-using FASTKD_ISA::divergence::write_reduced;
-
-// ---- over all rows: one cluster --------------------------------------------------------------------
-
-struct CountParams {
-  const int64_t* target;
-  int64_t rows;
-  int64_t ignore_index;
-  double* valid;
-};
-
-FASTKD_KERNEL(kMaxRowThreads) count_rows(const CountParams p) {
-  ClusterGroup all;
-  all.arrive();
-  all.start();
-  const double count = count_valid(p.target, p.rows, p.ignore_index, all);
-  if (all.index() == 0) *p.valid = count;
-}
-
-FASTKD_KERNEL(kMaxRowThreads) sum_losses(const DeviceParams p) {
-  ClusterGroup all;
-  all.arrive();
-  all.start();
-  write_reduced(p, all);
-}
-
-Geometry one_cluster(int64_t rows, unsigned reductions, DeviceLimits limits) {
-  const unsigned threads = static_cast<unsigned>(std::clamp<int64_t>((rows + 31) / 32 * 32, 32, kMaxRowThreads));
-  unsigned cluster = 1;
-  while (cluster < kPortableCluster && 2 * cluster <= limits.max_cluster && rows > 8 * kMaxRowThreads * cluster) cluster *= 2;
-  return {cluster, threads, cluster, cluster_shared_bytes(threads, cluster, reductions)};
-}
-
-RowNumbers numbers_of(const std::optional<Tensor>& t) {
-  if (!t.has_value()) return {nullptr, false, 0};
-  return {t->const_data_ptr(), t->scalar_type() == ScalarType::Double, t->numel() > 1 ? t->stride(0) : 0};
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor teacher, std::optional<Tensor> target,
                                                       std::optional<Tensor> weight, std::optional<Tensor> temperatures,
@@ -66,14 +27,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
   check_arguments(student, teacher, target, weight, temperatures, temperature, kind, beta, kd_scale, reduction);
   const int64_t rows = student.size(0), classes = student.size(1);
   const Reduction reduce = static_cast<Reduction>(reduction);
-  const bool none = reduce == Reduction::kNone, mean = reduce == Reduction::kMean || reduce == Reduction::kBatchMean;
   const DeviceContext context(student);
-  const DeviceLimits limits = context.limits();
-  const ScalarType type = student.scalar_type(), loss_type = loss_dtype(student);
+  const ScalarType type = student.scalar_type();
   Tensor student_out = student_gradient ? context.empty({rows, classes}, type) : context.empty({0}, type);
   Tensor teacher_out = teacher_gradient ? context.empty({rows, classes}, type) : context.empty({0}, type);
-  Tensor loss = none ? context.empty({rows}, loss_type) : context.empty({}, loss_type);
-  Tensor terms = none ? context.empty({2, rows}, loss_type) : context.empty({2}, loss_type);
 
   const bool jensen_shannon = static_cast<Kind>(kind) == Kind::kJensenShannon, gradients = student_gradient || teacher_gradient;
   const Dtype dtype = kernel_dtype(student);
@@ -81,39 +38,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
   // faster on chip all the same, in a third to three quarters of the time.
   const bool resident =
       !teacher_gradient && (student_gradient || jensen_shannon || classes <= tuned(Knob::kDivergenceForwardClasses));
-  const Plan plan = plan_rows(rows, classes, static_cast<int>(student.element_size()), jensen_shannon, resident, gradients, !none,
-                              context.limits());
-  DeviceParams params{row_inputs(student, teacher, target, temperature, kind, beta, task_scale, ignore_index)};
-  params.rows = rows;
-  params.weight = numbers_of(weight);
-  params.temperature = numbers_of(temperatures);
-  params.kd_scale = kd_scale;
-  params.task_scale = task_scale;
-  params.denominator = reduce == Reduction::kMean ? static_cast<double>(classes) : 1.0;
-  if (mean && !target.has_value()) params.denominator *= static_cast<double>(std::max<int64_t>(rows, 1));
-  params.inverse_temperature_all = 1.0 / std::clamp(temperature, 0x1p-100, 0x1p100);  // differences of logits stay finite
-  params.gradient_scale_all = kd_scale / params.denominator * temperature;
+  const Plan plan = plan_rows(rows, classes, static_cast<int>(student.element_size()), jensen_shannon, resident, gradients,
+                              reduce != Reduction::kNone, context.limits());
+  DeviceParams params = device_params(row_inputs(student, teacher, target, temperature, kind, beta, task_scale, ignore_index),
+                                      rows, weight, temperatures, kd_scale, task_scale);
   params.student_gradient = student_gradient ? student_out.mutable_data_ptr() : nullptr;
   params.teacher_gradient = teacher_gradient ? teacher_out.mutable_data_ptr() : nullptr;
-  params.each_row = none;
-  params.wide_loss = loss_type == ScalarType::Double;
-  params.loss = loss.mutable_data_ptr();
-  params.terms = terms.mutable_data_ptr();
-
-  std::optional<Tensor> row_losses, valid;
   params.one_launch = plan.one_launch;
-  if (mean && target.has_value()) {
-    valid = context.empty({plan.one_launch ? int64_t{kMaxCluster} : 1}, ScalarType::Double);
-    params.valid = static_cast<double*>(valid->mutable_data_ptr());
-    if (!plan.one_launch) {
-      context.launch("divergence (valid rows)", count_rows, one_cluster(rows, 1, limits),
-                     CountParams{params.target, rows, ignore_index, params.valid});
-    }
-  }
-  if (!none) {
-    row_losses = context.empty({2, rows}, ScalarType::Double);
-    params.row_losses = static_cast<double*>(row_losses->mutable_data_ptr());
-  }
+  const Losses losses = make_losses(context, params, reduce, loss_dtype(student));
   const bool plain = !target.has_value() && !weight.has_value() && !temperatures.has_value();
   if (rows > 0 || plan.one_launch) {
     const RowKernel kernel = [&] {
@@ -124,8 +56,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
     }();
     context.launch("divergence", kernel, plan.geometry, params);
   }
-  if (!none && !plan.one_launch) context.launch("divergence (sum of losses)", sum_losses, one_cluster(rows, 2, limits), params);
-  return {loss, terms, student_out, teacher_out};
+  reduce_losses(context, params);
+  return {losses.loss, losses.terms, student_out, teacher_out};
 }
 
 // ---- divergence_backward_ ----------------------------------------------------------------------------

@@ -50,18 +50,18 @@ std::tuple<Tensor, Tensor, Tensor> sparse_divergence(Tensor student, Tensor indi
   check_arguments(student, indices, log_probs, tail_log_prob, target, weight, temperatures, temperature, kind, tail, beta,
                   reduction);
   const int64_t rows = student.size(0), classes = student.size(1);
-  const divergence::CheckedRows checked(rows, classes, target, weight, temperatures, ignore_index);
+  const dense::CheckedRows checked(rows, classes, target, weight, temperatures, ignore_index);
   const double denominator = checked.denominator(static_cast<Reduction>(reduction), classes);
 
   Tensor gradient = student_gradient ? empty_cpu({rows, classes}, student.scalar_type()) : empty_cpu({0}, student.scalar_type());
-  divergence::RowLosses losses(rows);
+  dense::RowLosses losses(rows);
   std::vector<Fault> faults(rows);
-  RowParams params{{divergence::row_inputs(student, student, target, temperature, kind, beta, task_scale, ignore_index)}};
+  RowParams params{{dense::row_inputs(student, student, target, temperature, kind, beta, task_scale, ignore_index)}};
   params.dtype = kernel_dtype(student);
   checked.give(params);
   losses.give(params, kd_scale, task_scale, denominator);
   params.student_gradient = student_gradient ? gradient.mutable_data_ptr() : nullptr;
-  params.stream = static_cast<size_t>(gradient.numel()) * gradient.element_size() >= divergence::kStreamBytes;
+  params.stream = static_cast<size_t>(gradient.numel()) * gradient.element_size() >= dense::kStreamBytes;
   params.given = teacher_of(tail, indices, log_probs, tail_log_prob);
   params.faults = faults.data();
   const Kernels& k = kernels();
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_divergence(Tensor student, Tensor indi
     if (faults[r].what != Fault::kNone) fail_at(r, faults[r], classes, indices, log_probs, tail_log_prob);
   }
   auto [loss, terms] =
-      losses.reduced(static_cast<Reduction>(reduction), divergence::loss_dtype(student), kd_scale, task_scale, denominator);
+      losses.reduced(static_cast<Reduction>(reduction), dense::loss_dtype(student), kd_scale, task_scale, denominator);
   return {loss, terms, gradient};
 }
 

@@ -21,8 +21,8 @@ using ::fastkd::sparse::Fault;
 using ::fastkd::sparse::Floats;
 using ::fastkd::sparse::Kernels;
 using ::fastkd::sparse::kScratchArrays;
-using ::fastkd::sparse::RowParams;
 using ::fastkd::sparse::padded;
+using ::fastkd::sparse::RowParams;
 using ::fastkd::sparse::scratch_words;
 using ::fastkd::sparse::Teacher;
 

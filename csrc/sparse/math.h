@@ -51,8 +51,8 @@ struct Probabilities {
 // from the sum; tail_empty: every class has an entry. Sums beyond 1 are roundings, and divided by; so is the sum of all with a
 // tail that was given.
 template <class P>
-FASTKD_HOST_DEVICE Probabilities probabilities_of(Tail rule, double top, double sum, double entropy, double given_tail,
-                                                  bool tail_empty, Dtype dtype) {
+FASTKD_OWN_SIDE Probabilities probabilities_of(Tail rule, double top, double sum, double entropy, double given_tail,
+                                               bool tail_empty, Dtype dtype) {
   Probabilities result;
   const bool given = given_tail == given_tail;
   const double all = sum > 0 ? sum * P::exp_one(top) : 0.0, tolerance = sum_tolerance(dtype, entropy);

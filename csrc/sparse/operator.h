@@ -6,13 +6,14 @@
 
 namespace fastkd::sparse {
 
-using divergence::Reduction;
+namespace dense = ::fastkd::divergence;
+using dense::Reduction;
 
 // A tensor of the teacher's, [rows, entries], packed along its rows.
 inline void check_entries(const char* name, Tensor& t, const Tensor& student, int64_t entries) {
   check_shape(name, t, {student.size(0), entries});
   check_device(name, t, "student_logits", student);
-  t = divergence::with_packed_rows(t);
+  t = dense::with_packed_rows(t);
 }
 
 // Checks all arguments that do not need their values; makes rows packed and target contiguous.
@@ -20,7 +21,7 @@ inline void check_arguments(Tensor& student, Tensor& indices, Tensor& log_probs,
                             std::optional<Tensor>& target, const std::optional<Tensor>& weight,
                             const std::optional<Tensor>& temperatures, double temperature, int64_t& kind, int64_t tail,
                             double beta, int64_t reduction) {
-  divergence::check_logits("student_logits", student);
+  dense::check_logits("student_logits", student);
   check_dtype("teacher_indices", indices, {ScalarType::Long, ScalarType::Int});
   check_dim("teacher_indices", indices, 2);
   const int64_t entries = indices.size(1);
@@ -31,14 +32,14 @@ inline void check_arguments(Tensor& student, Tensor& indices, Tensor& log_probs,
   check_entries("teacher_log_probs", log_probs, student, entries);
   FASTKD_CHECK(tail >= 0 && tail <= 2, "tail is ", tail, ", must be 0 to 2");
   FASTKD_CHECK(kind != static_cast<int64_t>(Kind::kSoftCrossEntropy), "kind is ", kind, ", must be 0 to 2");
-  divergence::check_kind(kind, beta);
+  dense::check_kind(kind, beta);
   if (tail_log_prob.has_value()) {
     FASTKD_CHECK(static_cast<Tail>(tail) == Tail::kBucket, "teacher_tail_log_prob is given, must not be where tail is ", tail);
     check_dtype("teacher_tail_log_prob", *tail_log_prob, kFloats);
     check_shape("teacher_tail_log_prob", *tail_log_prob, {student.size(0)});
     check_device("teacher_tail_log_prob", *tail_log_prob, "student_logits", student);
   }
-  divergence::check_rows(student, target, weight, temperatures, temperature, reduction);
+  dense::check_rows(student, target, weight, temperatures, temperature, reduction);
 }
 
 inline Floats floats_of(const Tensor& t) { return {t.const_data_ptr(), kernel_dtype(t), t.size(0) > 0 ? t.stride(0) : 0}; }
