@@ -19,16 +19,17 @@ std::tuple<Tensor, Tensor, Tensor> sparse_divergence(Tensor student, Tensor indi
   const DeviceContext context(student);
   const ScalarType type = student.scalar_type();
   Tensor gradient = student_gradient ? context.empty({rows, classes}, type) : context.empty({0}, type);
+  const Geometry geometry = plan_rows(rows, classes, static_cast<int>(student.element_size()));
   DeviceParams params{
       dense::device_params(dense::row_inputs(student, student, target, temperature, kind, beta, task_scale, ignore_index), rows,
                            weight, temperatures, kd_scale, task_scale),
-      teacher_of(tail, indices, log_probs, tail_log_prob)};
+      teacher_of(tail, indices, log_probs, tail_log_prob), static_cast<unsigned>(reduction_bytes(geometry.threads))};
   params.student_gradient = student_gradient ? gradient.mutable_data_ptr() : nullptr;
   const auto losses = dense::make_losses(context, params, static_cast<Reduction>(reduction), dense::loss_dtype(student));
   if (rows > 0) {
     const RowKernel kernel =
         for_dtype(kernel_dtype(student), []<typename T>() -> RowKernel { return FASTKD_ISA::sparse::sparse_rows<T>; });
-    context.launch("sparse_divergence", kernel, plan_rows(rows, classes, static_cast<int>(student.element_size())), params);
+    context.launch("sparse_divergence", kernel, geometry, params);
   }
   dense::reduce_losses(context, params);
   return {losses.loss, losses.terms, gradient};

@@ -26,7 +26,6 @@ using ::fastkd::sparse::DeviceParams;
 using ::fastkd::sparse::Floats;
 using ::fastkd::sparse::kReducedNumbers;
 using ::fastkd::sparse::kTileClasses;
-using ::fastkd::sparse::reduction_bytes;
 
 struct Wide : divergence::Scalars<double> {
   FASTKD_DEVICE static double exp_one(double x) { return device::exp(x); }
@@ -34,7 +33,8 @@ struct Wide : divergence::Scalars<double> {
 };
 
 constexpr double kNothing = -__builtin_inf();
-constexpr int kPacksAhead = 4;  // of a thread
+template <typename T>
+constexpr int kPacksAhead = sizeof(T) == 8 ? 2 : 4;  // of a thread
 
 FASTKD_DEVICE double value_of(const Floats& floats, int64_t i) {
   return for_dtype(floats.dtype,
@@ -54,7 +54,7 @@ struct SparseRow {
   using Dense = divergence::Row<T, int64_t>;
   using Numbers = typename Dense::Numbers;
   using Group = LoopClusterGroup<kReducedNumbers>;
-  static constexpr int N = kPack<T>;
+  static constexpr int N = kPack<T>, kAhead = kPacksAhead<T>;
 
   const DeviceParams& p;
   const Dense dense;
@@ -130,10 +130,10 @@ struct SparseRow {
   }
 
   template <bool kOne>
-  FASTKD_DEVICE void add(const Words<T> (&words)[kPacksAhead], const unsigned (&bits)[kPacksAhead], S per_logit) {
-    S logits[kPacksAhead][N], top = -kInfinity<S>;
+  FASTKD_DEVICE void add(const Words<T> (&words)[kAhead], const unsigned (&bits)[kAhead], S per_logit) {
+    S logits[kAhead][N], top = -kInfinity<S>;
 #pragma unroll
-    for (int v = 0; v < kPacksAhead; ++v) {
+    for (int v = 0; v < kAhead; ++v) {
       unpack(words[v], logits[v]);
 #pragma unroll
       for (int k = 0; k < N; ++k) {
@@ -145,7 +145,7 @@ struct SparseRow {
     const S reference = peak.reference();
     S sum = 0, one = 0;
 #pragma unroll
-    for (int v = 0; v < kPacksAhead; ++v) {
+    for (int v = 0; v < kAhead; ++v) {
 #pragma unroll
       for (int k = 0; k < N; ++k) {
         const S below = logits[v][k] - reference;
@@ -161,10 +161,10 @@ struct SparseRow {
   template <typename Body>
   FASTKD_DEVICE void each_packs(int64_t begin, int64_t end, const Body& body) const {
 #pragma unroll 1
-    for (int64_t part = begin + self; part < end; part += static_cast<int64_t>(threads) * kPacksAhead) {
-      Words<T> words[kPacksAhead];
+    for (int64_t part = begin + self; part < end; part += static_cast<int64_t>(threads) * kAhead) {
+      Words<T> words[kAhead];
 #pragma unroll
-      for (int v = 0; v < kPacksAhead; ++v) {
+      for (int v = 0; v < kAhead; ++v) {
         const int64_t at = part + static_cast<int64_t>(v) * threads;
         words[v] = student.load_words(at < end ? at : student.parts());  // which lies outside
       }
@@ -180,7 +180,7 @@ struct SparseRow {
     for (int64_t begin = 0; begin < length; begin += kTileClasses) {
       const int64_t end = length - begin < kTileClasses ? length : begin + kTileClasses;
       const unsigned words = static_cast<unsigned>((end - begin + 31) / 32);
-      const Shared<unsigned> map(static_cast<unsigned>(reduction_bytes(threads)), words);
+      const Shared<unsigned> map(p.map_at, words);
       if (begin > 0) block_barrier();
       for (unsigned i = self; i < words; i += threads) map.store(i, 0u);
       block_barrier();
@@ -189,9 +189,9 @@ struct SparseRow {
       if (!sums) continue;
       const int64_t last = (end + N - 1) / N;
       each_packs(begin / N, last, [&](const auto& packs, int64_t part) {
-        unsigned bits[kPacksAhead];
+        unsigned bits[kAhead];
 #pragma unroll
-        for (int v = 0; v < kPacksAhead; ++v) {
+        for (int v = 0; v < kAhead; ++v) {
           const int64_t at = (part + static_cast<int64_t>(v) * threads) * N - begin;
           bits[v] = at < end - begin ? map.load(static_cast<unsigned>(at / 32)) >> (at % 32) : 0u;
         }
@@ -339,7 +339,7 @@ struct SparseRow {
     const auto out = dense.student_gradient();
     each_packs(0, student.parts(), [&](const auto& packs, int64_t part) {
 #pragma unroll
-      for (int v = 0; v < kPacksAhead; ++v) {
+      for (int v = 0; v < kAhead; ++v) {
         S logits[N], values[N];
         unpack(packs[v], logits);
 #pragma unroll
