@@ -325,7 +325,7 @@ struct Row {
   }
 
   void write_gradient() {
-    const double kd_factor = kd ? finite<double>(weight * params.kd_scale * temperature) : 0.0;
+    const double kd_factor = kd ? static_cast<double>(finite<S>(weight * params.kd_scale * temperature)) : 0.0;
     const double task_factor = params.task ? weight * params.task_scale / z_task : 0.0;
     const double tail_task = tail.top > kNothing ? task_factor * Wide::exp_one(tail.top - top) : 0.0;
     const bool shared = !of_all || temperature == 1.0;  // one exponential is for both

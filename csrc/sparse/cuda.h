@@ -14,7 +14,7 @@ struct DeviceParams : ::fastkd::divergence::DeviceParams {
   unsigned map_at;  // byte of the shared memory where the map of entries begins
 };
 
-constexpr unsigned kMaxRowThreads = 256;  // with 128 registers each: entries are worked on in double
+constexpr unsigned kMaxRowThreads = 256;            // with 128 registers each: entries are worked on in double
 constexpr unsigned kReducedNumbers = 9;             // of a row at once, by common/reduce.cuh
 constexpr int64_t kTileClasses = int64_t{1} << 17;  // a tile of the map of a row's entries, a bit a class: 16 KiB
 

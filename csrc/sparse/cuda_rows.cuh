@@ -210,7 +210,7 @@ struct SparseRow {
   struct Sums {
     double tail_top, entries_top, z_tail, z_one, z_entries, z_task, log_z, reference;
     Probabilities of;
-    bool met;  // the label among the entries
+    bool any, met;  // there are entries, the label among them
     FASTKD_DEVICE double top() const { return entries_top > tail_top ? entries_top : tail_top; }
   };
 
@@ -249,6 +249,7 @@ struct SparseRow {
     result.z_tail = sums[0];
     result.z_one = sums[1];
     result.z_entries = sums[4];
+    result.any = sums[6] != 0;
     result.met = sums[8] != 0;
     if (p.task) result.z_task = sums[5] + in_units_of(top, result.tail_top, result.z_one, 1.0);
     if (!kd) return result;
@@ -315,9 +316,9 @@ struct SparseRow {
       totals[1] = terms.slopes(totals[1]);
       const double nothing = sums.log_z - sums.log_z;  // or NaN
       if (sums.of.wrong) totals[0] = static_cast<double>(__builtin_nan(""));
-      tail_slope = of_all && sums.z_tail != 0              ? ((bucket ? tail.term.slope : 0.0) - tail.q * totals[1]) / sums.z_tail
-                   : sums.entries_top > kNothing || bucket ? nothing
-                                                           : 0.0;
+      tail_slope = of_all && sums.z_tail != 0 ? ((bucket ? tail.term.slope : 0.0) - tail.q * totals[1]) / sums.z_tail
+                   : sums.any || bucket       ? nothing
+                                              : 0.0;
     }
     if (self == 0) {
       dense.write_task(device::log(sums.z_task), static_cast<S>(sums.top()));
@@ -329,7 +330,7 @@ struct SparseRow {
   FASTKD_DEVICE void write_gradient(const Terms<Wide>& terms, const Sums& sums, double all_slopes, double tail_slope,
                                     bool wrong) const {
     const double poison = wrong ? static_cast<double>(__builtin_nan("")) : 0.0;
-    const double kd_factor = (kd ? finite<double>(dense.kd_scale(numbers)) : 0.0) + poison;
+    const double kd_factor = (kd ? static_cast<double>(finite<S>(dense.kd_scale(numbers))) : 0.0) + poison;
     const double task_scale = p.task ? dense.task_scale(numbers) : 0.0, task_factor = p.task ? task_scale / sums.z_task : 0.0;
     const bool any_tail = sums.tail_top > kNothing, shared = !of_all || numbers.temperature == 1.0;  // one exponential for both
     const double tail_task = any_tail ? task_factor * Wide::exp_one(sums.tail_top - sums.top()) : 0.0;
