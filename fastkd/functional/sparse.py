@@ -173,8 +173,8 @@ def sparse_kd_loss(
 
     Args:
         target: int64 ``[...]``, classes; rows whose target is ``ignore_index`` are left out of both terms.
-        alpha: weight of the distillation term, in [0, 1]. At 0 neither temperature nor what the teacher's tensors hold is looked
-            at.
+        alpha: weight of the distillation term, in [0, 1]. At 0 neither temperature nor what the teacher's tensors hold is
+            looked at.
         reduction: ``batchmean`` = sum / valid rows for both terms; ``sum``; ``none`` -> ``[...]``.
         return_terms: also return ``{"cross_entropy": ..., "kl_div": ...}``, as :func:`fastkd.functional.kd_loss` does.
         Other arguments as in :func:`sparse_kl_div`.

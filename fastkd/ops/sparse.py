@@ -58,8 +58,8 @@ def sparse_divergence(
     Args:
         student_logits: ``[..., K]``, float32, float64, bfloat16 or float16.
         teacher_indices: ``[..., k]``, int64 or int32, classes that differ within a row, 1 <= k <= K.
-        teacher_log_probs: ``[..., k]``, a float dtype, log softmax of the teacher's logits / T. An entry of -inf is padding, whose
-            index is not looked at: its class, if any, belongs to the tail.
+        teacher_log_probs: ``[..., k]``, a float dtype, log softmax of the teacher's logits / T. An entry of -inf is padding,
+            whose index is not looked at: its class, if any, belongs to the tail.
         kind: one of ``forward``, ``reverse``, ``jensen_shannon``.
         tail: ``bucket``, ``renormalize`` or ``drop``.
         teacher_tail_log_prob: ``[...]``, a float dtype, of all other classes together, where it is known; for ``bucket``.

@@ -27,7 +27,12 @@ def entries_mask(indices: Tensor, log_probs: Tensor, classes: int) -> Tensor:
     """``[..., classes]``, which classes have an entry."""
     given = log_probs > -torch.inf
     index = torch.where(given, indices, 0).long()
-    return torch.zeros(*index.shape[:-1], classes, dtype=torch.int64).scatter_add(-1, index, given.long()) > 0
+    return (
+        torch.zeros(*index.shape[:-1], classes, dtype=torch.int64, device=index.device).scatter_add(
+            -1, index, given.long()
+        )
+        > 0
+    )
 
 
 def outcomes(

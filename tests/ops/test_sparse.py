@@ -279,7 +279,7 @@ def test_rows_left_out_may_hold_anything(device: torch.device, generator: torch.
             assert (part[[0, 3]] != 0).any()
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e3, 1e40])
+@pytest.mark.parametrize("temperature", [1e-3, 1e3, 1e30])
 def test_extreme_temperatures(temperature: float, device: torch.device, generator: torch.Generator) -> None:
     for kind in KINDS.values():
         for tail in TAILS:
@@ -288,7 +288,7 @@ def test_extreme_temperatures(temperature: float, device: torch.device, generato
             loss, gradient = case.run(fused)
             assert not torch.isnan(loss).any()
             assert torch.isfinite(gradient).all() or kind["kind"] == "reverse"
-            if temperature < 1e30:
+            if temperature < 1e20:
                 expected = truth(case)
                 torch.testing.assert_close(loss, expected[0], rtol=1e-5, atol=1e-5 * temperature)
 
