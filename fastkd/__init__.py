@@ -14,6 +14,9 @@ from fastkd.losses import (
     LinearKDLoss,
     LinearKLDivLoss,
     RelationLoss,
+    SparseJSDivLoss,
+    SparseKDLoss,
+    SparseKLDivLoss,
 )
 from fastkd.ops.linear_head import LinearHead
 from fastkd.patches import crop_patches, random_crop_flip, random_patches
@@ -35,6 +38,9 @@ __all__ = [
     "LinearKLDivLoss",
     "RelationLoss",
     "ShardedAliasTable",
+    "SparseJSDivLoss",
+    "SparseKDLoss",
+    "SparseKLDivLoss",
     "TwoGaussianMixture",
     "WeightedRandomSampler",
     "build_info",

@@ -67,6 +67,27 @@ def _loss(student: Tensor, teacher: Tensor, target: Tensor, *, function: str, **
     return (loss.detach(), *torch.autograd.grad(loss.sum(), (student, teacher)))
 
 
+def _sparse(
+    rows: int, classes: int, dtype: torch.dtype, entries: int
+) -> Callable[[torch.device, int], tuple[Tensor, ...]]:
+    def make(device: torch.device, seed: int) -> tuple[Tensor, ...]:
+        student, teacher, target = _logits(rows, classes, dtype)(torch.device("cpu"), seed)
+        log_probs, indices = torch.log_softmax(teacher.double() / 2.0, -1).topk(entries)
+        log_probs[0, entries // 2] = -torch.inf
+        return tuple(x.to(device) for x in (student, indices, log_probs.float(), target))
+
+    return make
+
+
+def _sparse_loss(
+    student: Tensor, indices: Tensor, log_probs: Tensor, target: Tensor, *, function: str, **options: Any
+) -> tuple[Tensor, ...]:
+    """The loss, and the student's gradient."""
+    student = student.detach().requires_grad_()
+    loss = getattr(F, function)(student, indices, log_probs, target=target, temperature=2.0, **options)
+    return (loss.detach(), *torch.autograd.grad(loss.sum(), student))
+
+
 def _scaled_loss(student: Tensor, teacher: Tensor, _target: Tensor) -> tuple[Tensor, ...]:
     """An incoming gradient other than 1 is multiplied in by a launch of its own."""
     student = student.detach().requires_grad_()
@@ -298,6 +319,15 @@ _LOSSES: dict[str, dict[str, Any]] = {
     "kl_div rows": {"function": "kl_div", "reduction": "none"},
 }
 
+_SPARSE: dict[str, dict[str, Any]] = {
+    "sparse_kl_div": {"function": "sparse_kl_div"},
+    "sparse_kl_div renormalize": {"function": "sparse_kl_div", "tail": "renormalize", "reduction": "none"},
+    "sparse_kl_div reverse drop": {"function": "sparse_kl_div", "tail": "drop", "direction": "reverse"},
+    "sparse_js_div": {"function": "sparse_js_div", "beta": 0.3},
+    "sparse_kd_loss": {"function": "sparse_kd_loss", "alpha": 0.7},
+}
+_SPARSE_SHAPES = ((9, 41, torch.float32, 5), (3, 5003, torch.bfloat16, 64), (2, 140_001, torch.float16, 9))
+
 
 def _name(name: str, shape: tuple[Any, ...]) -> str:
     return f"{name} {'x'.join(str(part).removeprefix('torch.') for part in shape)}"
@@ -308,6 +338,11 @@ DETERMINED = [
         Case(_name(name, shape), _logits(*shape), _loss, options)
         for name, options in _LOSSES.items()
         for shape in _SHAPES
+    ),
+    *(
+        Case(_name(name, shape), _sparse(*shape), _sparse_loss, options)
+        for name, options in _SPARSE.items()
+        for shape in _SPARSE_SHAPES
     ),
     Case("divergence_backward_", _logits(33, 401, torch.float32), _scaled_loss),
     *(Case(_name("logit_stats", shape), _logits(*shape), _stats) for shape in _SHAPES),

@@ -23,6 +23,7 @@ from fastkd.reference import divergence as divergence_reference
 from fastkd.reference import gmm as gmm_reference
 from fastkd.reference import moments as moments_reference
 from fastkd.reference import relation as relation_reference
+from fastkd.reference import sparse as sparse_reference
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is of the source tree
 
@@ -86,6 +87,27 @@ def check_loss(case: Case, inputs: Tensors, results: Tensors) -> None:
         ("loss", "student gradient", "teacher gradient"), results, truth, plain, units, strict=False
     ):
         assert_near(name, value, right, other, unit)
+
+
+def check_sparse_loss(case: Case, inputs: Tensors, results: Tensors) -> None:
+    """Sparse teachers: of a named function."""
+    options = dict(case.options)
+    function = options.pop("function")
+    known = {"kind": options.pop("direction", "jensen_shannon" if "js" in function else "forward"), **options}
+    if "alpha" in known:
+        known["kd_scale"] = known.pop("alpha")
+        known["task_scale"] = 1.0 - known["kd_scale"]
+    student, indices, log_probs, target = inputs
+
+    def reference(dtype: torch.dtype) -> list[Tensor]:
+        x = student.detach().to(dtype).requires_grad_()
+        loss = sparse_reference.sparse_divergence(x, indices, log_probs.to(dtype), target, temperature=2.0, **known)
+        return [loss.detach(), *torch.autograd.grad(loss.sum(), x)]
+
+    rows = 1 if options.get("reduction") == "none" else len(target)
+    truth, plain = reference(torch.float64), reference(torch.float32)
+    for name, *values, unit in zip(("loss", "gradient"), results, truth, plain, (4.0, 2.0 / rows), strict=True):
+        assert_near(name, *values, unit)
 
 
 def check_stats(_case: Case, inputs: Tensors, results: Tensors) -> None:
@@ -201,6 +223,7 @@ def check_bits(case: Case, inputs: Tensors, results: Tensors) -> None:
 CHECKS: dict[Callable[..., Tensors], Callable[[Case, Tensors, Tensors], None]] = {
     cuda_cases._loss: check_loss,
     cuda_cases._scaled_loss: check_loss,
+    cuda_cases._sparse_loss: check_sparse_loss,
     cuda_cases._stats: check_stats,
     cuda_cases._relation: check_relation,
     cuda_cases._moments: check_moments,

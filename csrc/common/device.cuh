@@ -108,6 +108,8 @@ class Shared {
   // Of any threads of the block at once, in any order: integers, so that the order does not show.
   FASTKD_DEVICE void atomic_add(unsigned i, T value) const { atomicAdd(word(i), static_cast<Word>(value)); }
   FASTKD_DEVICE void atomic_max(unsigned i, T value) const { atomicMax(word(i), static_cast<Word>(value)); }
+  // What was there before.
+  FASTKD_DEVICE T atomic_or(unsigned i, T value) const { return static_cast<T>(atomicOr(word(i), static_cast<Word>(value))); }
 
   // Stores into the same place of another block of the cluster; between cluster barriers only.
   FASTKD_DEVICE void store_remote(unsigned rank, unsigned i, T value) const {

@@ -70,4 +70,19 @@ FASTKD_INLINE Vector<T> row_max(const T* row, int64_t n) {
   return broadcast<V>(reduce_max(best));
 }
 
+// Up to a register of a result; stream: around the caches, which needs 64-byte aligned registers and a fence at the end.
+template <typename T>
+FASTKD_INLINE void write(T* p, Vector<T> v, int lanes, bool stream) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    if (stream && lanes == kLanes<F32>) {
+      _mm512_stream_ps(reinterpret_cast<float*>(p), reinterpret_cast<__m512>(v));
+      return;
+    }
+  }
+#endif
+  (void)stream;
+  store_up_to(p, v, lanes);
+}
+
 }  // namespace fastkd::FASTKD_ISA

@@ -9,7 +9,7 @@
 #include "divergence/kernel.h"
 
 #include "common/rows.h"
-#include "divergence/math.h"
+#include "divergence/cpu_math.h"
 
 namespace fastkd::FASTKD_ISA::divergence {
 namespace {
@@ -20,39 +20,6 @@ using ::fastkd::divergence::Kind;
 using ::fastkd::divergence::RowParams;
 using ::fastkd::divergence::StatsBackwardParams;
 using ::fastkd::divergence::StatsParams;
-
-template <typename T>
-FASTKD_INLINE void write(T* p, Vector<T> v, int lanes, bool stream) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    if (stream && lanes == kLanes<F32>) {
-      _mm512_stream_ps(reinterpret_cast<float*>(p), reinterpret_cast<__m512>(v));
-      return;
-    }
-  }
-#endif
-  (void)stream;
-  store_up_to(p, v, lanes);
-}
-
-// What the formulas need of the CPU.
-template <typename Register>
-struct Registers {
-  using V = Register;
-  using S = std::remove_cvref_t<decltype(V{}[0])>;
-  static constexpr double kUnit = 1, kLogUnit = 1;
-  static constexpr bool kAddsTiniest = false;
-  FASTKD_INLINE static V number(double x) { return broadcast<V>(x); }
-  FASTKD_INLINE static double divide(double x, double y) { return x / y; }
-  template <typename Mask>
-  FASTKD_INLINE static bool all(Mask mask) {
-    return all_of(mask);
-  }
-  FASTKD_INLINE static V reciprocal(V x) { return S(1) / x; }
-  FASTKD_INLINE static V floored(V x) { return maximum(broadcast<V>(kTiny<S>), x); }
-  FASTKD_INLINE static V log(V x) { return fastkd::FASTKD_ISA::log<true>(x); }  // has a floor of its own
-  FASTKD_INLINE static V exact_log(V x) { return log(x); }
-};
 
 // One row: student s, teacher t, gradients gs and gt (null where not wanted; they may be s and t themselves).
 template <typename T>

@@ -21,7 +21,7 @@
 // An error of the normalisers in l has no effect of first order. The first forms are cheaper; the second are for rows where
 // those come out below kSmallDivergence: there an error of a few ulps is a large one.
 //
-// What a side has instructions of its own for, it brings along as a class P (Registers in cpu_kernel.cpp, Scalars in
+// What a side has instructions of its own for, it brings along as a class P (Registers in cpu_math.h, Scalars in
 // cuda_math.cuh):
 //   V, S              a float or a register of them, and one of its elements
 //   number, divide    a double as V; the quotient of two, which is 1 where they are equal

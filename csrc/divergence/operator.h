@@ -34,6 +34,30 @@ inline ScalarType loss_dtype(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Jensen-Shannon at its ends becomes one of the others, as GKD has it.
+inline void check_kind(int64_t& kind, double beta) {
+  FASTKD_CHECK(kind >= 0 && kind <= 3, "kind is ", kind, ", must be 0 to 3");
+  FASTKD_CHECK(beta >= 0 && beta <= 1, "beta is ", beta, ", must be in [0, 1]");
+  if (static_cast<Kind>(kind) == Kind::kJensenShannon && (beta == 0 || beta == 1)) {
+    kind = static_cast<int64_t>(beta == 0 ? Kind::kForward : Kind::kReverse);
+  }
+}
+
+// The numbers of the rows of logits, which were checked; makes the rows packed, and target contiguous.
+inline void check_rows(Tensor& student, std::optional<Tensor>& target, const std::optional<Tensor>& weight,
+                       const std::optional<Tensor>& temperatures, double temperature, int64_t reduction) {
+  FASTKD_CHECK(reduction >= 0 && reduction <= 3, "reduction is ", reduction, ", must be 0 to 3");
+  check_row_values("weight", weight, student);
+  check_row_values("temperature", temperatures, student);
+  if (!temperatures.has_value()) check_temperature(temperature);
+  student = with_packed_rows(student);
+  if (!target.has_value()) return;
+  check_dtype("target", *target, {ScalarType::Long});
+  check_shape("target", *target, {student.size(0)});
+  check_device("target", *target, "student_logits", student);
+  target = torch::stable::contiguous(*target);
+}
+
 // Checks all of divergence's arguments that do not need their values; makes rows packed and target contiguous.
 inline void check_arguments(Tensor& student, Tensor& teacher, std::optional<Tensor>& target, const std::optional<Tensor>& weight,
                             const std::optional<Tensor>& temperatures, double temperature, int64_t& kind, double beta,
@@ -45,22 +69,9 @@ inline void check_arguments(Tensor& student, Tensor& teacher, std::optional<Tens
   FASTKD_CHECK(teacher.scalar_type() == student.scalar_type(), "teacher_logits has dtype ", dtype_name(teacher.scalar_type()),
                ", must be that of student_logits, ", dtype_name(student.scalar_type()));
   check_device("teacher_logits", teacher, "student_logits", student);
-  FASTKD_CHECK(kind >= 0 && kind <= 3, "kind is ", kind, ", must be 0 to 3");
-  FASTKD_CHECK(reduction >= 0 && reduction <= 3, "reduction is ", reduction, ", must be 0 to 3");
-  FASTKD_CHECK(beta >= 0 && beta <= 1, "beta is ", beta, ", must be in [0, 1]");
-  if (static_cast<Kind>(kind) == Kind::kJensenShannon && (beta == 0 || beta == 1)) {  // as GKD has it
-    kind = static_cast<int64_t>(beta == 0 ? Kind::kForward : Kind::kReverse);
-  }
-  check_row_values("weight", weight, student);
-  check_row_values("temperature", temperatures, student);
-  if (!temperatures.has_value()) check_temperature(temperature);
-  student = with_packed_rows(student);
+  check_kind(kind, beta);
+  check_rows(student, target, weight, temperatures, temperature, reduction);
   teacher = kd_scale != 0 ? with_packed_rows(teacher) : student;  // of weight 0: not looked at, and exactly 0 from itself
-  if (!target.has_value()) return;
-  check_dtype("target", *target, {ScalarType::Long});
-  check_shape("target", *target, {student.size(0)});
-  check_device("target", *target, "student_logits", student);
-  target = torch::stable::contiguous(*target);
 }
 
 // Of checked arguments, which must live as long as the result.

@@ -3,6 +3,7 @@
 from fastkd.losses.divergence import JSDivLoss, KDLoss, KLDivLoss
 from fastkd.losses.linear import LinearJSDivLoss, LinearKDLoss, LinearKLDivLoss
 from fastkd.losses.relation import RelationLoss
+from fastkd.losses.sparse import SparseJSDivLoss, SparseKDLoss, SparseKLDivLoss
 
 __all__ = [
     "JSDivLoss",
@@ -12,4 +13,7 @@ __all__ = [
     "LinearKDLoss",
     "LinearKLDivLoss",
     "RelationLoss",
+    "SparseJSDivLoss",
+    "SparseKDLoss",
+    "SparseKLDivLoss",
 ]

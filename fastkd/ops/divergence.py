@@ -9,6 +9,7 @@ mean over a large batch are below its smallest number.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from fastkd.ops._fake import register_fake
 from fastkd.ops._numbers import call_by_name
 
 KINDS = {"forward": 0, "reverse": 1, "jensen_shannon": 2, "soft_cross_entropy": 3}
+_OTHERS = ("teacher_logits", "target", "weight", "temperature")  # tensors beside the student's logits
 REDUCTIONS = {"none": 0, "sum": 1, "batchmean": 2, "mean": 3}
 
 _divergence = torch.ops.fastkd.divergence.default
@@ -97,18 +99,15 @@ def divergence(
     rows_shape = student_logits.shape[:-1]
     row_temperature = None
     if isinstance(temperature, Tensor):
-        row_temperature, temperature = row_numbers("temperature", temperature, rows_shape), 1.0
+        row_temperature, temperature = broadcast_to_rows("temperature", temperature, rows_shape), 1.0
     else:
         temperature = check_positive("temperature", temperature)
     if weight is not None:
-        weight = row_numbers("weight", weight, rows_shape)
+        weight = broadcast_to_rows("weight", weight, rows_shape)
     if target is not None:
-        check_dtype("target", target, (torch.int64,))
-        if target.shape != rows_shape:
-            raise ValueError(f"fastkd: target has shape {tuple(target.shape)}, must be {tuple(rows_shape)}")
-        target = target.reshape(-1)
+        target = check_target(target, rows_shape)
     flat = student_logits.dim() == 2
-    _check_devices(student_logits, teacher_logits, target, weight, row_temperature)
+    check_devices(student_logits, _OTHERS, (teacher_logits, target, weight, row_temperature))
     ahead = torch.is_grad_enabled() and student_logits.dtype != torch.float16
     loss, terms, _, _ = call_by_name(
         "divergence",
@@ -175,11 +174,20 @@ class _ClassesLast(torch.autograd.Function):
         return grad.movedim(-1, ctx.dim).contiguous(), None
 
 
-def _check_devices(student_logits: Tensor, *others: Tensor | None) -> None:
+def check_target(target: Tensor, shape: torch.Size) -> Tensor:
+    """Classes of the rows, flat."""
+    check_dtype("target", target, (torch.int64,))
+    if target.shape != shape:
+        raise ValueError(f"fastkd: target has shape {tuple(target.shape)}, must be {tuple(shape)}")
+    return target.reshape(-1)
+
+
+def check_devices(student_logits: Tensor, names: Sequence[str], others: Sequence[Tensor | None]) -> None:
+    """That tensors of these names are where the student's logits are."""
     device = student_logits.device
     for i, value in enumerate(others):
         if value is not None and value.device != device:
-            name = ("teacher_logits", "target", "weight", "temperature")[i]
+            name = names[i]
             raise ValueError(f"fastkd: {name} is on {value.device}, must be where student_logits is, on {device}")
 
 
@@ -189,7 +197,8 @@ def _vocabulary_hint(student_logits: Tensor, teacher_logits: Tensor, dim: int) -
     return ""
 
 
-def row_numbers(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+def broadcast_to_rows(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """Numbers of the rows, flat, float32 or float64."""
     check_row_values(name, value)
     if value.dtype not in (torch.float32, torch.float64):
         value = value.float()
@@ -273,7 +282,7 @@ def _divergence_backward(
         *gradients, loss = ctx.saved_tensors
         for i in (0, 1):
             if needed[i]:
-                result[i] = _scale(ctx, gradients[i], grad_loss, loss)
+                result[i] = scaled(ctx, gradients[i], grad_loss, loss, _DIVERGENCE_ONCE)
         return tuple(result)
     # the incoming gradient is one more weight of the rows
     student_logits, teacher_logits, target, weight, temperatures, numbers = ctx.saved_tensors
@@ -288,13 +297,13 @@ def _divergence_backward(
     return tuple(result)
 
 
-def _scale(ctx: Any, gradient: Tensor, grad_loss: Tensor, loss: Tensor) -> Tensor:
+def scaled(ctx: Any, gradient: Tensor, grad_loss: Tensor, loss: Tensor, once_message: str) -> Tensor:
     """``gradient * grad_loss``, which may be differentiated with respect to grad_loss alone."""
     if may_change_in_place(ctx, gradient, grad_loss):
         _scale_in_place(gradient, grad_loss)
         return gradient
     rows = grad_loss.reshape(-1, 1)  # of two dimensions, so that its dtype counts
-    return (once(_DIVERGENCE_ONCE, gradient, loss) * rows).to(gradient.dtype)
+    return (once(once_message, gradient, loss) * rows).to(gradient.dtype)
 
 
 register_autograd("divergence", _divergence_backward, setup_context=_divergence_setup_context)

@@ -32,7 +32,7 @@ from fastkd.ops._autograd import (
 )
 from fastkd.ops._fake import register_fake
 from fastkd.ops._numbers import call_by_name
-from fastkd.ops.divergence import KINDS, REDUCTIONS, check_logits, row_numbers
+from fastkd.ops.divergence import KINDS, REDUCTIONS, broadcast_to_rows, check_logits, check_target
 from fastkd.ops.linear_chunks import HALF, Side, divergence_of_heads, empty_gradients
 from fastkd.ops.linear_head import LinearHead
 
@@ -115,16 +115,13 @@ def linear_divergence(
     if isinstance(temperature, Tensor):
         if student_entropy:
             raise TypeError("fastkd: temperature is a tensor, must be a number where the student's entropy is wanted")
-        row_temperature, temperature = row_numbers("temperature", temperature, shape), 1.0
+        row_temperature, temperature = broadcast_to_rows("temperature", temperature, shape), 1.0
     else:
         temperature = check_positive("temperature", temperature)
     if weight is not None:
-        weight = row_numbers("weight", weight, shape)
+        weight = broadcast_to_rows("weight", weight, shape)
     if target is not None:
-        check_dtype("target", target, (torch.int64,))
-        if target.shape != shape:
-            raise ValueError(f"fastkd: target has shape {tuple(target.shape)}, must be {tuple(shape)}")
-        target = target.reshape(-1)
+        target = check_target(target, shape)
     device = student_hidden.device
     for label, value in (
         (name, teacher_hidden),
@@ -233,7 +230,7 @@ def _linear_divergence(*args: Any) -> tuple[Tensor, ...]:
         valid = target != ignore_index
         counts = valid if weight is None else valid & (weight != 0)
         if device.type == "cpu":
-            _check_target(target, counts, classes, ignore_index)
+            _check_labels(target, counts, classes, ignore_index)
     elif weight is not None:
         counts = weight != 0
     if temperatures is not None and device.type == "cpu":
@@ -262,7 +259,7 @@ def _linear_divergence(*args: Any) -> tuple[Tensor, ...]:
         )
 
 
-def _check_target(target: Tensor, counts: Tensor, classes: int, ignore_index: int) -> None:
+def _check_labels(target: Tensor, counts: Tensor, classes: int, ignore_index: int) -> None:
     wrong = counts & ((target < 0) | (target >= classes))
     if wrong.any():
         r = int(wrong.nonzero()[0])

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = [
     "kl_div 7x129xfloat64",
     "kl_div reverse 256x100xfloat32", "js_div 33x4099xbfloat16", "soft_cross_entropy 7x129xfloat64",
-    "kd_loss 256x100xfloat32", "kl_div rows 5x50257xfloat16", "divergence_backward_", "logit_stats 33x4099xbfloat16",
+    "kd_loss 256x100xfloat32", "kl_div rows 5x50257xfloat16", "divergence_backward_",
+    "sparse_kl_div 9x41xfloat32x5", "sparse_kd_loss 3x5003xbfloat16x64", "logit_stats 33x4099xbfloat16",
     "relation_loss 41x17x20xbfloat16", "relation_loss 64x128x300xfloat32", "channel_moments 3x5x5000xfloat32",
     "channel_moments channels_last 4100x41xbfloat16", "gmm_fit 5x33xfloat16",
     "gmm_fit weighted 3x1271xfloat64",

@@ -22,12 +22,14 @@ pytestmark = [
 
 TARGET = torch.tensor([0, 3, -100, 6])
 OFFSETS = torch.arange(8).reshape(4, 2) % 3
+ENTRIES = torch.tensor([[0, 3], [1, 2], [9, 8], [4, 0]]), torch.full((4, 2), -1.5)
 FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "kl_div": lambda s, t: F.kl_div(s, t, 2.0),
     "kl_div rows": lambda s, t: F.kl_div(s, t, reduction="none"),
     "js_div rows": lambda s, t: F.js_div(s, t, reduction="none", beta=0.3),
     "soft_cross_entropy": lambda s, t: F.soft_cross_entropy(s, t),
     "kd_loss rows": lambda s, t: F.kd_loss(s, t, TARGET.to(s.device), reduction="none"),
+    "sparse_kl_div rows": lambda s, t: F.sparse_kl_div(s * t, *(x.to(s.device) for x in ENTRIES), reduction="none"),
     "logit_stats": lambda s, t: torch.stack([*fastkd.logit_stats(s)[2:], *fastkd.logit_stats(t)[2:]]),
     "kl_div of maps, rows": lambda s, t: F.kl_div(s.view(2, 5, 4), t.view(2, 5, 4), dim=1, reduction="none"),
     "logit_stats of maps": lambda s, t: torch.stack(fastkd.logit_stats((s * t).view(2, 5, 4), dim=1)[2:]),

@@ -16,6 +16,7 @@ from fastkd import functional as F  # noqa: N812
 
 STUDENT, TEACHER = torch.randn(2, 8, 41, generator=torch.Generator().manual_seed(0)).unbind()
 TARGET = torch.arange(8)
+LOG_PROBS, INDICES = torch.log_softmax(TEACHER, -1).topk(5)
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 BYTES = (IMAGES * 50 + 128).clamp(0, 255).to(torch.uint8)
 OFFSETS = torch.arange(12).reshape(2, 3, 2) % 9
@@ -43,6 +44,12 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "KLDivLoss": (fastkd.KLDivLoss(2.0), (STUDENT, TEACHER)),
     "JSDivLoss": (fastkd.JSDivLoss(2.0), (STUDENT, TEACHER)),
     "KDLoss": (fastkd.KDLoss(), (STUDENT, TEACHER, TARGET)),
+    "sparse_kl_div": (F.sparse_kl_div, (STUDENT, INDICES, LOG_PROBS)),
+    "sparse_js_div": (F.sparse_js_div, (STUDENT, INDICES.int(), LOG_PROBS)),
+    "sparse_kd_loss": (lambda *x: F.sparse_kd_loss(*x, return_terms=True), (STUDENT, INDICES, LOG_PROBS, TARGET)),
+    "SparseKLDivLoss": (fastkd.SparseKLDivLoss(2.0, tail="drop"), (STUDENT, INDICES, LOG_PROBS)),
+    "SparseJSDivLoss": (fastkd.SparseJSDivLoss(2.0), (STUDENT, INDICES, LOG_PROBS)),
+    "SparseKDLoss": (fastkd.SparseKDLoss(), (STUDENT, INDICES, LOG_PROBS, TARGET)),
     "relation_loss": (lambda s, t: F.relation_loss(s, t, return_terms=True), (STUDENT, TEACHER)),
     "RelationLoss": (fastkd.RelationLoss(), (STUDENT, TEACHER[:, :7])),
     "logit_stats": (lambda z: tuple(fastkd.logit_stats(z)), (TEACHER,)),
@@ -90,7 +97,7 @@ def test_random_places_compile() -> None:
         torch.testing.assert_close(batch, BYTES[indices].float() / 255)
 
 
-@pytest.mark.parametrize("name", ["kl_div", "crop", "logit_stats", "relation_loss", "channel_moments"])
+@pytest.mark.parametrize("name", ["kl_div", "sparse_kl_div", "crop", "logit_stats", "relation_loss", "channel_moments"])
 def test_compiled_autograd(name: str) -> None:
     """The backward graph of an eager forward, compiled when it runs."""
 
@@ -98,6 +105,8 @@ def test_compiled_autograd(name: str) -> None:
         x = (IMAGES if name in ("crop", "channel_moments") else STUDENT).clone().requires_grad_()
         if name == "kl_div":
             y: Tensor = F.kl_div(x, TEACHER)
+        elif name == "sparse_kl_div":
+            y = F.sparse_kl_div(x, INDICES, LOG_PROBS)
         elif name == "relation_loss":
             y = F.relation_loss(x, TEACHER)
         elif name == "channel_moments":

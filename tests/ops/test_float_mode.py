@@ -37,6 +37,9 @@ def _gradients(loss: Callable[[Tensor, Tensor], Tensor], scale: float = 1.0) -> 
 CALLS: dict[str, Callable[[], object]] = {
     "kl_div": lambda: _gradients(lambda s, t: F.kl_div(s, t, reduction="none"), 1e-40),
     "js_div": lambda: _gradients(lambda s, t: F.js_div(s, t, reduction="none", weight=TINY[0, :, 0]), 1.0),
+    "sparse_kl_div": lambda: _gradients(
+        lambda s, t: F.sparse_kl_div(s + t, torch.arange(3).repeat(4096, 1), torch.log(TINY[0, :, :3])), 1e-40
+    ),
     "subnormal logits": lambda: F.kl_div(TINY[0], TINY[1], 1e-41, reduction="none"),
     "logit_stats": lambda: fastkd.logit_stats(TINY[0], 1e-42),
     "relation_loss": lambda: _gradients(lambda s, t: F.relation_loss(s[:64], t[:64]), 1e-37),

@@ -22,12 +22,21 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.cuda_kernels]
 Function = Callable[[Tensor, Tensor], Tensor]
 TARGET = torch.tensor([0, 3, -100, 6, 9, 1])
 OFFSETS = torch.arange(12).reshape(6, 2) % 3
+
+
+def entries(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of a sparse teacher: classes and their log-probabilities."""
+    return torch.arange(3, device=device).repeat(6, 1), torch.full((6, 3), -2.0, device=device)
+
+
 FUNCTIONS: dict[str, Function] = {
     "kl_div": lambda s, t: F.kl_div(s, t, 2.0),
     "reverse": lambda s, t: F.kl_div(s, t, direction="reverse", reduction="none"),
     "js_div": lambda s, t: F.js_div(s, t, beta=0.3),
     "soft_cross_entropy": lambda s, t: F.soft_cross_entropy(s, t, weight=torch.ones(6, device=s.device)),
     "kd_loss": lambda s, t: F.kd_loss(s, t, TARGET.to(s.device)),
+    "sparse_kl_div": lambda s, t: F.sparse_kl_div(s + t, *entries(s.device), 2.0),
+    "sparse_kd_loss": lambda s, t: F.sparse_kd_loss(s + t, *entries(s.device), TARGET.to(s.device), tail="drop"),
     "logit_stats": lambda s, t: fastkd.logit_stats(s).entropy + fastkd.logit_stats(t).logsumexp,
     "relation_loss": F.relation_loss,
     "channel_moments": lambda s, t: fastkd.channel_moments(s).var + fastkd.channel_moments(t.view(3, 10, 2)).mean,

@@ -24,6 +24,7 @@ IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 BYTES = (IMAGES * 255).to(torch.uint8)
 LOSSES = torch.rand(100, generator=torch.Generator().manual_seed(2))
 SEED = torch.tensor([7])
+ENTRIES = torch.arange(3).repeat(len(T), 1), torch.log_softmax(T, -1)[:, :3]
 VALUES = [w / 16 for w in range(1, 13)]  # more than there may be graphs of a function
 
 # of w in (0, 1), from logits or images: anything that can be differentiated, or not
@@ -36,6 +37,9 @@ CASES: dict[str, tuple[Tensor, Callable[[Tensor, float], Tensor]]] = {
     "soft_cross_entropy": (S, lambda x, w: F.soft_cross_entropy(x, T, 2 * w)),
     "kd_loss alpha": (S, lambda x, w: F.kd_loss(x, T, Y, alpha=w)),
     "kd_loss 1 - alpha": (S, lambda x, w: F.kd_loss(x, T, Y, 4 * w, alpha=1 - w)),
+    "sparse_kl_div temperature": (S, lambda x, w: F.sparse_kl_div(x, *ENTRIES, w)),
+    "sparse_js_div beta": (S, lambda x, w: F.sparse_js_div(x * w, *ENTRIES, beta=w / 10)),
+    "sparse_kd_loss alpha": (S, lambda x, w: F.sparse_kd_loss(x, *ENTRIES, Y, 4 * w, alpha=w, tail="drop")),
     "float16": (S.half(), lambda x, w: F.kl_div(x, T.half(), w)),
     "logit_stats": (S, lambda x, w: torch.stack(fastkd.logit_stats(x, w)[2:])),
     "relation_loss": (S, lambda x, w: F.relation_loss(x, T, w, 2 * w)),

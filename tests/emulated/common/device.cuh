@@ -78,6 +78,12 @@ class Shared {
     T* const p = static_cast<T*>(address(cluster_rank(), emulator::Access::kAtomic, i, site));
     if (*p < value) *p = value;
   }
+  T atomic_or(unsigned i, T value, Site site = Site::current()) const {
+    T* const p = static_cast<T*>(address(cluster_rank(), emulator::Access::kAtomic, i, site));
+    const T before = *p;
+    *p |= value;
+    return before;
+  }
   void store_remote(unsigned rank, unsigned i, T value, Site site = Site::current()) const {
     std::memcpy(address(rank, emulator::Access::kStore, i, site), &value, sizeof value);
   }
