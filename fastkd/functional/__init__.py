@@ -25,7 +25,7 @@ weight 0 are not looked at. First derivatives only, in reverse mode (``backward`
 
 from fastkd.functional.divergence import js_div, kd_loss, kl_div, soft_cross_entropy
 from fastkd.functional.relation import relation_loss
-from fastkd.functional.sparse import sparse_js_div, sparse_kd_loss, sparse_kl_div
+from fastkd.functional.sparse import sample_teacher, sparse_js_div, sparse_kd_loss, sparse_kl_div
 from fastkd.functional.statistics import ChannelMoments, LogitStats, channel_moments, logit_stats
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "kl_div",
     "logit_stats",
     "relation_loss",
+    "sample_teacher",
     "soft_cross_entropy",
     "sparse_js_div",
     "sparse_kd_loss",
