@@ -51,6 +51,14 @@ def divergence_backward(rows: int, classes: int, element_bytes: int) -> int:
     return 2 * rows * classes * element_bytes
 
 
+def sparse_divergence(
+    rows: int, classes: int, entries: int, student_bytes: int, *, student_gradient: bool = True, whole: bool = True
+) -> int:
+    """Logits read once, where the divergence is of all of them (``whole``), the gradient written once; k entries a row."""
+    element = (whole + student_gradient) * student_bytes
+    return rows * classes * element + rows * entries * (8 + 4)  # int64 and float32
+
+
 def logit_stats(rows: int, classes: int, element_bytes: int) -> int:
     """The logits read, five statistics of each row written."""
     return rows * (classes * element_bytes + STATISTICS_BYTES)

@@ -12,7 +12,7 @@
 namespace fastkd::FASTKD_ISA {
 
 // One stream for each use of a seed, so that crops and draws of the same seed are independent.
-enum class Stream : uint32_t { kAlias = 1, kCrop = 2 };
+enum class Stream : uint32_t { kAlias = 1, kCrop = 2, kTeacher = 3 };
 
 struct Words {
   uint32_t w[4];

@@ -1,5 +1,10 @@
 // Sparse teachers on the CPU: checks, outputs, threads, and what is wrong with an entry.
+#include <algorithm>
+#include <cmath>
+
+#include "alias/kernel.h"
 #include "divergence/row_losses.h"
+#include "sparse/draws.h"
 #include "sparse/operator.h"
 
 namespace fastkd::sparse {
@@ -76,8 +81,65 @@ std::tuple<Tensor, Tensor, Tensor> sparse_divergence(Tensor student, Tensor indi
   return {loss, terms, gradient};
 }
 
+// One row: its weights in order, walked through by the sorted draws. False where it is no distribution.
+bool draw_row(const alias::Scores& scores, int64_t classes, uint64_t seed, int64_t row, int64_t draws, uint64_t* weights,
+              uint64_t* places, int64_t* indices, float* log_probs) {
+  const alias::Extent extent = alias::kernels().extent(scores.dtype, scores.data, 0, classes);
+  if (extent.invalid || extent.maximum == -std::numeric_limits<double>::infinity()) return false;
+  alias::Scores relative = scores;
+  relative.reference = extent.maximum;
+  const uint64_t total = alias::kernels().quantise(relative, 0, classes, weights);
+  for (int64_t i = 0; i < draws; ++i) places[i] = sparse_draws::place_of(seed, row, draws, i, total);
+  std::sort(places, places + draws);
+  int64_t made = 0, c = 0;
+  uint64_t end = weights[0];
+  for (int64_t i = 0; i < draws; ++made) {
+    while (places[i] >= end) end += weights[++c];
+    const int64_t first = i;
+    while (i < draws && places[i] < end) ++i;
+    indices[made] = c;
+    log_probs[made] = static_cast<float>(std::log(sparse_draws::share(i - first, draws)));
+  }
+  std::fill(indices + made, indices + draws, 0);
+  std::fill(log_probs + made, log_probs + draws, -std::numeric_limits<float>::infinity());
+  return true;
+}
+
+std::tuple<Tensor, Tensor> sample_teacher(Tensor teacher, Tensor seed, int64_t draws, double temperature,
+                                          std::optional<Tensor> numbers) {
+  take_numbers(numbers, temperature);
+  check_draws(teacher, seed, draws, temperature);
+  const int64_t rows = teacher.size(0), classes = teacher.size(1);
+  Tensor indices = empty_cpu({rows, draws}, ScalarType::Long), log_probs = empty_cpu({rows, draws}, ScalarType::Float);
+  const uint64_t key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
+  const char* const data = static_cast<const char*>(teacher.const_data_ptr());
+  const int64_t row_bytes = rows > 0 ? teacher.stride(0) * static_cast<int64_t>(teacher.element_size()) : 0;
+  std::vector<char> good(rows);
+  parallel(rows, std::max<int64_t>(1, kGrainElements / classes), [&](int64_t begin, int64_t end) {
+    uint64_t* const weights = scratch<uint64_t>(static_cast<size_t>(classes + draws));
+    for (int64_t r = begin; r < end; ++r) {
+      const alias::Scores scores{kernel_dtype(teacher),
+                                 data + r * row_bytes,
+                                 0,
+                                 sparse_draws::kappa_of(temperature),
+                                 sparse_draws::exponent_of(classes),
+                                 0};
+      good[r] = draw_row(scores, classes, key, r, draws, weights, weights + classes,
+                         static_cast<int64_t*>(indices.mutable_data_ptr()) + r * draws,
+                         static_cast<float*>(log_probs.mutable_data_ptr()) + r * draws);
+    }
+  });
+  for (int64_t r = 0; r < rows; ++r) {
+    FASTKD_CHECK(good[r], "teacher_logits[", r, "] holds NaN, +inf or nothing but -inf, must have a softmax");
+  }
+  return {indices, log_probs};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("sparse_divergence", FASTKD_CPU_BOX(sparse_divergence)); }
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
+  m.impl("sparse_divergence", FASTKD_CPU_BOX(sparse_divergence));
+  m.impl("sample_teacher", FASTKD_CPU_BOX(sample_teacher));
+}
 
 }  // namespace fastkd::sparse

@@ -42,6 +42,17 @@ inline void check_arguments(Tensor& student, Tensor& indices, Tensor& log_probs,
   dense::check_rows(student, target, weight, temperatures, temperature, reduction);
 }
 
+// Checks the arguments of sample_teacher; makes the rows packed.
+inline void check_draws(Tensor& teacher, const Tensor& seed, int64_t draws, double temperature) {
+  dense::check_logits("teacher_logits", teacher);
+  dense::check_temperature(temperature);
+  FASTKD_CHECK(draws > 0, "k is ", draws, ", must be at least 1");
+  check_dtype("seed", seed, {ScalarType::Long});
+  FASTKD_CHECK(seed.numel() == 1, "seed has shape ", shape_of(seed), ", must hold one number");
+  check_device("seed", seed, "teacher_logits", teacher);
+  teacher = dense::with_packed_rows(teacher);
+}
+
 inline Floats floats_of(const Tensor& t) { return {t.const_data_ptr(), kernel_dtype(t), t.size(0) > 0 ? t.stride(0) : 0}; }
 
 // Of checked arguments, which must live as long as the result.

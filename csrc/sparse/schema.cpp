@@ -1,4 +1,4 @@
-// The operator of sparse teachers. Semantics: fastkd/ops/sparse.py; maths: math.h.
+// The operators of sparse teachers. Semantics: fastkd/ops/sparse.py; maths: math.h.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
@@ -11,4 +11,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
       "Tensor? target, Tensor? weight, Tensor? temperatures, float temperature, int kind, int tail, float beta, float kd_scale, "
       "float task_scale, SymInt ignore_index, int reduction, bool student_gradient, Tensor? numbers=None) "
       "-> (Tensor loss, Tensor terms, Tensor student_gradient)");
+
+  // `draws` classes of each row of softmax(teacher_logits / temperature) [rows, classes], with replacement, repeated ones merged:
+  // classes in increasing order, and log(count / draws), both [rows, draws]; behind them -inf. One number as seed.
+  m.def(
+      "sample_teacher(Tensor teacher_logits, Tensor seed, SymInt draws, float temperature, Tensor? numbers=None) "
+      "-> (Tensor indices, Tensor log_probs)");
 }

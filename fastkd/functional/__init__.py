@@ -26,7 +26,7 @@ weight 0 are not looked at. First derivatives only, in reverse mode (``backward`
 from fastkd.functional.divergence import js_div, kd_loss, kl_div, soft_cross_entropy
 from fastkd.functional.linear import linear_js_div, linear_kd_loss, linear_kl_div
 from fastkd.functional.relation import relation_loss
-from fastkd.functional.sparse import sparse_js_div, sparse_kd_loss, sparse_kl_div
+from fastkd.functional.sparse import sample_teacher, sparse_js_div, sparse_kd_loss, sparse_kl_div
 from fastkd.functional.statistics import ChannelMoments, LogitStats, channel_moments, logit_stats
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "linear_kl_div",
     "logit_stats",
     "relation_loss",
+    "sample_teacher",
     "soft_cross_entropy",
     "sparse_js_div",
     "sparse_kd_loss",

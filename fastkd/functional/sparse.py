@@ -17,13 +17,53 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
-from fastkd._checks import check_choice, check_row_reduction, check_share, check_tensor, is_zero
+from fastkd._checks import check_choice, check_row_reduction, check_share, check_size, check_tensor, is_zero
+from fastkd._seeding import check_generator, draw_seed
 from fastkd.functional.divergence import DIRECTIONS, Direction, Reduction, RowReduction
 from fastkd.ops import sparse as _ops
 
 Tail = Literal["bucket", "renormalize", "drop"]
+
+
+def sample_teacher(
+    teacher_logits: Tensor,
+    k: int,
+    temperature: float = 1.0,
+    *,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """An unbiased sparse teacher: ``k`` draws from ``softmax(teacher_logits / T)`` of each row, as counts.
+
+    Random sparse targets of "Sparse Logit Sampling" (arXiv:2503.16870): the probabilities of the k largest classes teach the
+    student to overrate them, whatever is done with the tail; counts of draws do not, as their mean is the teacher. They are for
+    ``tail="drop"``, whose gradient is then ``T (q - count / k)``, with that of the full divergence as its mean.
+
+    Draws are with replacement; repeated ones are merged. They depend on the seed, the row's number and the logits alone: not on
+    threads or device.
+
+    Args:
+        teacher_logits: ``[..., K]``, a float dtype; of probabilities take the logarithm. No gradient goes there.
+        k: draws of each row, >= 1; may be more than K.
+        temperature: T > 0, a number.
+        generator: of the device of the logits, for the seed; the default one of the device if None.
+
+    Returns:
+        indices: int64 ``[..., k]``, different classes in increasing order, then zeros.
+        log_probs: float32 ``[..., k]``, log(count / k), then -inf, which is padding to the losses.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: logits that are no floats or have no classes, k < 1, T <= 0, a generator of another
+        device; a row that holds NaN, +inf or nothing but -inf: on a GPU its log_probs are NaN.
+    """
+    check_tensor("teacher_logits", teacher_logits)
+    k = check_size("k", k, 1)
+    check_generator(generator)
+    limits = torch.iinfo(torch.int64)
+    seed = draw_seed(limits.min, limits.max, teacher_logits.device, generator)
+    return _ops.sample_teacher(teacher_logits, seed, k, temperature)
 
 
 def sparse_kl_div(

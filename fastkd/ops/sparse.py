@@ -122,6 +122,36 @@ def sparse_divergence(
     return loss, terms
 
 
+def sample_teacher(teacher_logits: Tensor, seed: Tensor, draws: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """``draws`` classes of each row of ``softmax(teacher_logits / T)``, with replacement, repeated ones merged.
+
+    By Philox4x32-10, keyed by the seed, counted by row and draw, through weights in fixed point: the same on every device.
+
+    Args:
+        teacher_logits: ``[..., K]``, float32, float64, bfloat16 or float16.
+        seed: int64, one element, on the same device.
+
+    Returns:
+        indices: int64 ``[..., draws]``, classes in increasing order, then zeros; log_probs: float32, log(count / draws), then
+        -inf.
+    """
+    check_logits("teacher_logits", teacher_logits)
+    temperature = check_positive("temperature", temperature)
+    rows_shape = teacher_logits.shape[:-1]
+    flat = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])
+    indices, log_probs = call_by_name("sample_teacher", flat, seed, draws, temperature)
+    return indices.reshape(*rows_shape, draws), log_probs.reshape(*rows_shape, draws)
+
+
+@register_fake("sample_teacher")
+def _sample_teacher_fake(teacher_logits: Tensor, seed: Tensor, draws: int, temperature: float) -> tuple[Tensor, Tensor]:
+    shape = [teacher_logits.shape[0], draws]
+    return (
+        teacher_logits.new_empty(shape, dtype=torch.int64),
+        teacher_logits.new_empty(shape, dtype=torch.float32),
+    )
+
+
 def _check_logarithms(name: str, value: Tensor, shape: torch.Size) -> None:
     check_dtype(name, value, FLOATS)
     if value.shape != shape:

@@ -269,7 +269,7 @@ def test_cases_of_a_gpu_on_the_cpu(tmp_path: Path) -> None:
     assert names >= {
         "KL ", "JSD ", "KL forward only ", "logit_stats ", "crop forward ", "crop backward ", "random_crop_flip ",
         "draw_batch ", "GMM fit ", "select_clean ", "alias build N=", "alias draw 2^18 of N=", "alias IQPR N=",
-        "patch discriminator, ", "RKD ", "moments ", "moments of samples ", "moments and gradient ",
+        "patch discriminator, ", "RKD ", "sparse KL ", "moments ", "moments of samples ", "moments and gradient ",
         "TA-DFKD lenet5 to lenet5-half, ", "TA-DFKD ", "MosaicKD lenet5 to lenet5-half, ", "MosaicKD ",
     }  # fmt: skip
     ours = [row for row in rows if row["contender"] == "fastkd" and "not_measured" not in row]
@@ -389,7 +389,7 @@ def test_a_file_is_shown_and_compared_without_measuring(
         (
             ["tiles"],
             "nothing is measured for 'tiles'; choose from alias, batch, collections, crop, datafree, divergence, gmm, "
-            "moments, mosaic, noise, relation, training",
+            "moments, mosaic, noise, relation, sparse, training",
         ),
         (["--device", "tpu"], "--device is 'tpu', must be cpu, cuda or cuda:<n>"),
         (["--output", "here.txt"], "--output is here.txt, must be a name that ends in .json"),

@@ -29,6 +29,8 @@ def test_floors_of_divergence() -> None:
     assert floors.gmm_fit(10, 5, 4) == 200 + 720
     assert floors.gmm_select(10, 5, 2) == 50 * 7
     assert floors.lessons(20, 10, 7, 5, 4) == 20 * 5 * 4 + 10 * 2 * (7 + 5) * 4
+    assert floors.sparse_divergence(10, 100, 5, 2) == 4600
+    assert floors.sparse_divergence(10, 100, 5, 2, student_gradient=False) == 2600
     assert floors.relation(10, 5, 2) == 300
     assert floors.relation(10, 5, 2, 7) == 340
     assert floors.channel_moments(10, 5, 2) == 100
