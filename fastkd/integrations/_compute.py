@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,34 @@ def is_dtensor(value: object) -> bool:
 def is_partitioned(value: object) -> bool:
     """Whether this is a parameter of DeepSpeed's ZeRO-3, empty but while its own module runs."""
     return hasattr(value, "ds_id")
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """All of a parameter that FSDP2 has in parts, gathered once.
+
+    Its gradient is the mean of those of the ranks, as of every parameter of FSDP. (``full_tensor()`` alone takes the gradient
+    for the same on every rank: each would keep its own part of its own.)
+    """
+    if not is_dtensor(parameter):
+        return parameter
+    from torch.distributed.tensor import Partial
+
+    mesh = parameter.device_mesh  # type: ignore[attr-defined]
+    full: Tensor = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)  # type: ignore[operator]
+    return full if not full.requires_grad else _Scaled.apply(full, 1.0 / mesh.size())
+
+
+class _Scaled(torch.autograd.Function):
+    """A tensor as it is, whose gradient is scaled: gloo has no mean."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, by: float) -> Tensor:
+        ctx.by = by
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.by, None
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:

@@ -110,8 +110,10 @@ def _chunked_divergence_loss(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
     ) -> tuple[Tensor, LinearHead]:
         dtype = compute_dtype(hidden)
-        whole = None if bias is None else _whole(bias)
-        return hidden.to(dtype), LinearHead(_whole(weight).to(dtype), whole, scale=scale, softcap=softcap)
+        weight, bias = _whole(weight).to(dtype), None if bias is None else _whole(bias)
+        if not torch.is_grad_enabled():  # the teacher's, which may require gradients
+            hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+        return hidden.to(dtype), LinearHead(weight, bias, scale=scale, softcap=softcap)
 
     student = side(
         student_hidden_states,

@@ -62,6 +62,7 @@ def heads_loss(student_bias: bool = False, teacher_bias: bool = False, dtype: An
     leaves += [drawn(classes, seed=2)] if student_bias else []
     leaves = [each.to(dtype).requires_grad_() for each in leaves]
     teacher = [drawn(batch, tokens, teacher_width, seed=3).to(dtype), drawn(classes, teacher_width, seed=4).to(dtype)]
+    teacher = [each.requires_grad_() for each in teacher]  # which is not to be followed
     options = {"completion_mask": torch.arange(tokens).expand(batch, -1) < torch.tensor([[7], [3], [5]]), **options}
     if student_bias:
         options["student_lm_head_bias"] = leaves[2]
@@ -70,6 +71,7 @@ def heads_loss(student_bias: bool = False, teacher_bias: bool = False, dtype: An
     function = distillation_trainer._chunked_divergence_loss
     loss, entropy, count = function(leaves[0], teacher[0], leaves[1], teacher[1], **options)
     assert not entropy.requires_grad
+    assert torch.autograd.grad(loss, teacher, retain_graph=True, allow_unused=True) == (None, None)
     return loss.detach(), entropy, count, *torch.autograd.grad(loss * 3, leaves)
 
 
