@@ -7,6 +7,7 @@ from fastkd.collection_samplers import CollectionBatchSampler, CollectionSampler
 from fastkd.draw import draw_batch
 from fastkd.functional import channel_moments, logit_stats
 from fastkd.losses import JSDivLoss, KDLoss, KLDivLoss, RelationLoss
+from fastkd.ops.linear_head import LinearHead
 from fastkd.patches import crop_patches, random_crop_flip, random_patches
 from fastkd.selection import FitStatus, TwoGaussianMixture, select_clean
 from fastkd.sharded_alias_table import ShardedAliasTable
@@ -20,6 +21,7 @@ __all__ = [
     "JSDivLoss",
     "KDLoss",
     "KLDivLoss",
+    "LinearHead",
     "RelationLoss",
     "ShardedAliasTable",
     "TwoGaussianMixture",

@@ -30,6 +30,58 @@ void write(const Tensor& out, int64_t index, double value) {
   }
 }
 
+// What a call says of each row, with the values that the rows in use have checked.
+struct RowValues {
+  std::vector<double> weight, temperature;
+  int64_t valid;  // rows that are not ignored
+};
+RowValues row_values(const Tensor& student, const std::optional<Tensor>& target, const std::optional<Tensor>& weight,
+                     const std::optional<Tensor>& temperatures, int64_t ignore_index) {
+  const int64_t rows = student.size(0), classes = student.size(1);
+  RowValues of{row_values(weight, rows), row_values(temperatures, rows), rows};
+  const int64_t* const labels = data_or_null<int64_t>(target);
+  const auto ignored = [&](int64_t r) { return labels != nullptr && labels[r] == ignore_index; };
+  for (int64_t r = 0; r < rows && (labels != nullptr || temperatures.has_value()); ++r) {
+    if (ignored(r)) --of.valid;
+    if (ignored(r) || (weight.has_value() && of.weight[r] == 0)) continue;  // left out: not looked at
+    if (labels != nullptr) {
+      FASTKD_CHECK(labels[r] >= 0 && labels[r] < classes, "target[", r, "] is ", labels[r], ", must be in [0, ", classes,
+                   ") or ignore_index (", ignore_index, ")");
+    }
+    if (temperatures.has_value()) {
+      FASTKD_CHECK(of.temperature[r] > 0 && of.temperature[r] <= std::numeric_limits<double>::max(), "temperature[", r, "] is ",
+                   of.temperature[r], ", must be positive and finite");
+    }
+  }
+  return of;
+}
+
+// All rows: gradients, of losses over the denominator, and the losses, [2, rows]: task, kd, not scaled.
+std::vector<double> run_rows(const RowInputs& inputs, const Tensor& student, const RowValues& of, double kd_scale,
+                             double task_scale, double denominator, void* student_gradient, void* teacher_gradient,
+                             bool in_place) {
+  const int64_t rows = student.size(0), classes = student.size(1);
+  std::vector<double> losses(2 * rows);
+  RowParams params{inputs};
+  params.dtype = kernel_dtype(student);
+  params.weight = of.weight.empty() ? nullptr : of.weight.data();
+  params.temperature = of.temperature.empty() ? nullptr : of.temperature.data();
+  params.kd_scale = kd_scale / denominator;
+  params.task_scale = task_scale / denominator;
+  params.kd_loss = losses.data() + rows;
+  params.task_loss = losses.data();
+  params.student_gradient = student_gradient;
+  params.teacher_gradient = teacher_gradient;
+  const size_t gradient_bytes = static_cast<size_t>(rows) * classes * student.element_size();
+  params.stream = !in_place && gradient_bytes >= kStreamBytes;
+  params.ahead = static_cast<size_t>(classes) * student.element_size() * kRowsInCache <= l2_cache_bytes();
+  const Kernels& k = kernels();
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / classes);
+  const int64_t bytes = scratch_bytes(classes, params.dtype);
+  parallel(rows, grain, [&](int64_t begin, int64_t end) { k.rows(params, begin, end, scratch<char>(bytes)); });
+  return losses;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor teacher, std::optional<Tensor> target,
                                                       std::optional<Tensor> weight, std::optional<Tensor> temperatures,
                                                       double temperature, int64_t kind, double beta, double kd_scale,
@@ -39,52 +91,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
   take_numbers(numbers, temperature, beta, kd_scale, task_scale);
   check_arguments(student, teacher, target, weight, temperatures, temperature, kind, beta, kd_scale, reduction);
   const int64_t rows = student.size(0), classes = student.size(1);
-
-  const std::vector<double> row_weight = row_values(weight, rows);
-  const std::vector<double> row_temperature = row_values(temperatures, rows);
-  const int64_t* const labels = data_or_null<int64_t>(target);
-  const auto ignored = [&](int64_t r) { return labels != nullptr && labels[r] == ignore_index; };
-  int64_t valid = rows;
-  for (int64_t r = 0; r < rows && (labels != nullptr || temperatures.has_value()); ++r) {
-    if (ignored(r)) --valid;
-    if (ignored(r) || (weight.has_value() && row_weight[r] == 0)) continue;  // left out: not looked at
-    if (labels != nullptr) {
-      FASTKD_CHECK(labels[r] >= 0 && labels[r] < classes, "target[", r, "] is ", labels[r], ", must be in [0, ", classes,
-                   ") or ignore_index (", ignore_index, ")");
-    }
-    if (temperatures.has_value()) {
-      FASTKD_CHECK(row_temperature[r] > 0 && row_temperature[r] <= std::numeric_limits<double>::max(), "temperature[", r, "] is ",
-                   row_temperature[r], ", must be positive and finite");
-    }
-  }
-
+  const RowValues of = row_values(student, target, weight, temperatures, ignore_index);
   const Reduction reduce = static_cast<Reduction>(reduction);
   double denominator = 1;
   if (reduce == Reduction::kBatchMean || reduce == Reduction::kMean)
-    denominator = static_cast<double>(std::max<int64_t>(valid, 1));
+    denominator = static_cast<double>(std::max<int64_t>(of.valid, 1));
   if (reduce == Reduction::kMean) denominator *= static_cast<double>(classes);
 
   const ScalarType type = student.scalar_type();
   Tensor student_out = student_gradient ? empty_cpu({rows, classes}, type) : empty_cpu({0}, type);
   Tensor teacher_out = teacher_gradient ? empty_cpu({rows, classes}, type) : empty_cpu({0}, type);
-  std::vector<double> losses(2 * rows);
-  RowParams params{row_inputs(student, teacher, target, temperature, kind, beta, task_scale, ignore_index)};
-  params.dtype = kernel_dtype(student);
-  params.weight = weight.has_value() ? row_weight.data() : nullptr;
-  params.temperature = temperatures.has_value() ? row_temperature.data() : nullptr;
-  params.kd_scale = kd_scale / denominator;
-  params.task_scale = task_scale / denominator;
-  params.kd_loss = losses.data() + rows;
-  params.task_loss = losses.data();
-  params.student_gradient = student_gradient ? student_out.mutable_data_ptr() : nullptr;
-  params.teacher_gradient = teacher_gradient ? teacher_out.mutable_data_ptr() : nullptr;
-  const size_t gradient_bytes = static_cast<size_t>(rows) * classes * student.element_size();
-  params.stream = gradient_bytes >= kStreamBytes;
-  params.ahead = static_cast<size_t>(classes) * student.element_size() * kRowsInCache <= l2_cache_bytes();
-  const Kernels& k = kernels();
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / classes);
-  const int64_t bytes = scratch_bytes(classes, params.dtype);
-  parallel(rows, grain, [&](int64_t begin, int64_t end) { k.rows(params, begin, end, scratch<char>(bytes)); });
+  const std::vector<double> losses =
+      run_rows(row_inputs(student, teacher, target, temperature, kind, beta, task_scale, ignore_index), student, of, kd_scale,
+               task_scale, denominator, student_gradient ? student_out.mutable_data_ptr() : nullptr,
+               teacher_gradient ? teacher_out.mutable_data_ptr() : nullptr, false);
 
   // reduction over rows, in order, in fp64
   const bool none = reduce == Reduction::kNone;
@@ -92,12 +112,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
   Tensor terms = none ? empty_cpu({2, rows}, loss_dtype(student)) : empty_cpu({2}, loss_dtype(student));
   double task_sum = 0, kd_sum = 0;
   for (int64_t r = 0; r < rows; ++r) {
-    task_sum += params.task_loss[r];
-    kd_sum += params.kd_loss[r];
+    const double task = losses[r], kd = losses[rows + r];
+    task_sum += task;
+    kd_sum += kd;
     if (none) {
-      write(terms, r, params.task_loss[r]);
-      write(terms, rows + r, params.kd_loss[r]);
-      write(loss, r, (kd_scale != 0 ? kd_scale * params.kd_loss[r] : 0) + task_scale * params.task_loss[r]);
+      write(terms, r, task);
+      write(terms, rows + r, kd);
+      write(loss, r, (kd_scale != 0 ? kd_scale * kd : 0) + task_scale * task);
     }
   }
   if (!none) {
@@ -106,6 +127,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
     write(loss, 0, ((kd_scale != 0 ? kd_scale * kd_sum : 0) + task_scale * task_sum) / denominator);
   }
   return {loss, terms, student_out, teacher_out};
+}
+
+Tensor divergence_(Tensor student, Tensor teacher, std::optional<Tensor> target, std::optional<Tensor> weight,
+                   std::optional<Tensor> temperatures, double temperature, int64_t kind, double beta, double kd_scale,
+                   double task_scale, int64_t ignore_index, bool student_gradient, bool teacher_gradient,
+                   std::optional<Tensor> numbers) {
+  take_numbers(numbers, temperature, beta, kd_scale, task_scale);
+  void* const student_out = in_place("student_logits", student, student_gradient);
+  void* const teacher_out = in_place("teacher_logits", teacher, teacher_gradient);
+  check_arguments(student, teacher, target, weight, temperatures, temperature, kind, beta, kd_scale,
+                  static_cast<int64_t>(Reduction::kNone));
+  const int64_t rows = student.size(0);
+  const std::vector<double> losses = run_rows(
+      row_inputs(student, teacher, target, temperature, kind, beta, task_scale, ignore_index), student,
+      row_values(student, target, weight, temperatures, ignore_index), kd_scale, task_scale, 1, student_out, teacher_out, true);
+  Tensor terms = empty_cpu({2, rows}, loss_dtype(student));
+  for (int64_t i = 0; i < 2 * rows; ++i) write(terms, i, losses[i]);
+  return terms;
 }
 
 void divergence_backward_(Tensor gradient, Tensor grad_loss) {
@@ -163,6 +202,7 @@ Tensor logit_stats_backward(Tensor logits, double temperature, Tensor argmax, Te
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("divergence", FASTKD_CPU_BOX(divergence));
+  m.impl("divergence_", FASTKD_CPU_BOX(divergence_));
   m.impl("divergence_backward_", FASTKD_CPU_BOX(divergence_backward_));
   m.impl("logit_stats", FASTKD_CPU_BOX(logit_stats));
   m.impl("logit_stats_backward", FASTKD_CPU_BOX(logit_stats_backward));

@@ -54,7 +54,7 @@ struct Registers {
   FASTKD_INLINE static V exact_log(V x) { return log(x); }
 };
 
-// One row: student s, teacher t, gradients gs and gt (null where not wanted).
+// One row: student s, teacher t, gradients gs and gt (null where not wanted; they may be s and t themselves).
 template <typename T>
 struct Row {
   using V = Vector<T>;
@@ -100,6 +100,7 @@ struct Row {
     max_t = row_max(t, params.classes);
     // streaming stores need 64-byte aligned rows
     const bool stream = params.stream && reinterpret_cast<uintptr_t>(gs) % 64 == 0 && reinterpret_cast<uintptr_t>(gt) % 64 == 0;
+    const S label_logit = params.task && target >= 0 ? load_first(s + target, 1, S(0))[0] : S(0);
     double divergence = 0;
     Task task;
     switch (params.kind) {
@@ -112,7 +113,7 @@ struct Row {
     // T^2 may be infinite
     *kd_loss = params.kd_scale != 0 && divergence != 0 ? weight * temperature * temperature * divergence : 0;
     if (params.task && target >= 0) {
-      *task_loss = weight * cross_entropy(task.log_z, load_first(s + target, 1, S(0))[0], max_s[0]);
+      *task_loss = weight * cross_entropy(task.log_z, label_logit, max_s[0]);
     }
   }
 
@@ -179,7 +180,8 @@ struct Row {
       return of_y ? linear.y_gradient(load(kept_y + i), load(kept_x + i))
                   : linear.x_gradient(load(kept_x + i), differences(in.at_y(i, lanes), in.at_x(i, lanes), linear.c));
     };
-    if (gs != nullptr) {
+    const auto student = [&] {
+      if (gs == nullptr) return;
       T* const out = gs;
       const bool task_too = params.task;
       const int64_t label = target;
@@ -193,11 +195,20 @@ struct Row {
         write(out + i, g, lanes, stream);
       });
       task.label_gradient = label_gradient;
-    }
-    if (gt != nullptr) {
+    };
+    const auto teacher = [&] {
+      if (gt == nullptr) return;
       T* const out = gt;
       sweep<V>(params.classes, [&](int64_t i, int lanes)
                                    __attribute__((always_inline)) { write(out + i, gradient(Swap, i, lanes), lanes, stream); });
+    };
+    // side x first: its gradient reads the logits of both, and gradients may take the place of logits
+    if constexpr (Swap) {
+      student();
+      teacher();
+    } else {
+      teacher();
+      student();
     }
     return value;
   }

@@ -56,33 +56,43 @@ RowNumbers numbers_of(const std::optional<Tensor>& t) {
   return {t->const_data_ptr(), t->scalar_type() == ScalarType::Double, t->numel() > 1 ? t->stride(0) : 0};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor teacher, std::optional<Tensor> target,
-                                                      std::optional<Tensor> weight, std::optional<Tensor> temperatures,
-                                                      double temperature, int64_t kind, double beta, double kd_scale,
-                                                      double task_scale, int64_t ignore_index, int64_t reduction,
-                                                      bool student_gradient, bool teacher_gradient,
-                                                      std::optional<Tensor> numbers) {
-  take_numbers(numbers, temperature, beta, kd_scale, task_scale);
-  check_arguments(student, teacher, target, weight, temperatures, temperature, kind, beta, kd_scale, reduction);
-  const int64_t rows = student.size(0), classes = student.size(1);
-  const Reduction reduce = static_cast<Reduction>(reduction);
-  const bool none = reduce == Reduction::kNone, mean = reduce == Reduction::kMean || reduce == Reduction::kBatchMean;
-  const DeviceContext context(student);
-  const DeviceLimits limits = context.limits();
-  const ScalarType type = student.scalar_type(), loss_type = loss_dtype(student);
-  Tensor student_out = student_gradient ? context.empty({rows, classes}, type) : context.empty({0}, type);
-  Tensor teacher_out = teacher_gradient ? context.empty({rows, classes}, type) : context.empty({0}, type);
-  Tensor loss = none ? context.empty({rows}, loss_type) : context.empty({}, loss_type);
-  Tensor terms = none ? context.empty({2, rows}, loss_type) : context.empty({2}, loss_type);
+bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-  const bool jensen_shannon = static_cast<Kind>(kind) == Kind::kJensenShannon, gradients = student_gradient || teacher_gradient;
+// The launches of all rows: of checked arguments, into outputs that are there. Gradients may be the logits themselves.
+struct Call {
+  const Tensor& student;
+  const Tensor& teacher;
+  const std::optional<Tensor>& target;
+  const std::optional<Tensor>& weight;
+  const std::optional<Tensor>& temperatures;
+  double temperature;
+  int64_t kind;
+  double beta;
+  double kd_scale;
+  double task_scale;
+  int64_t ignore_index;
+  Reduction reduce;
+  void* student_gradient;
+  void* teacher_gradient;
+  const Tensor& loss;
+  const Tensor& terms;
+};
+
+void launch_rows(const DeviceContext& context, const Call& call) {
+  const auto& [student, teacher, target, weight, temperatures, temperature, kind, beta, kd_scale, task_scale, ignore_index,
+               reduce, student_gradient, teacher_gradient, loss, terms] = call;
+  const int64_t rows = student.size(0), classes = student.size(1);
+  const bool none = reduce == Reduction::kNone, mean = reduce == Reduction::kMean || reduce == Reduction::kBatchMean;
+  const DeviceLimits limits = context.limits();
+  const bool jensen_shannon = static_cast<Kind>(kind) == Kind::kJensenShannon;
+  const void* const gradient = student_gradient != nullptr ? student_gradient : teacher_gradient;
   const Dtype dtype = kernel_dtype(student);
   // Without gradients there is nothing to keep: one sweep will do, and is faster than a cluster of many blocks. Short rows are
   // faster on chip all the same, in a third to three quarters of the time.
-  const bool resident =
-      !teacher_gradient && (student_gradient || jensen_shannon || classes <= tuned(Knob::kDivergenceForwardClasses));
-  const Plan plan = plan_rows(rows, classes, static_cast<int>(student.element_size()), jensen_shannon, resident, gradients, !none,
-                              context.limits());
+  const bool resident = teacher_gradient == nullptr &&
+                        (student_gradient != nullptr || jensen_shannon || classes <= tuned(Knob::kDivergenceForwardClasses));
+  const Plan plan = plan_rows(rows, classes, static_cast<int>(student.element_size()), jensen_shannon, resident,
+                              gradient != nullptr && is_aligned(gradient), !none, limits);
   DeviceParams params{row_inputs(student, teacher, target, temperature, kind, beta, task_scale, ignore_index)};
   params.rows = rows;
   params.weight = numbers_of(weight);
@@ -93,10 +103,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
   if (mean && !target.has_value()) params.denominator *= static_cast<double>(std::max<int64_t>(rows, 1));
   params.inverse_temperature_all = 1.0 / std::clamp(temperature, 0x1p-100, 0x1p100);  // differences of logits stay finite
   params.gradient_scale_all = kd_scale / params.denominator * temperature;
-  params.student_gradient = student_gradient ? student_out.mutable_data_ptr() : nullptr;
-  params.teacher_gradient = teacher_gradient ? teacher_out.mutable_data_ptr() : nullptr;
+  params.student_gradient = student_gradient;
+  params.teacher_gradient = teacher_gradient;
   params.each_row = none;
-  params.wide_loss = loss_type == ScalarType::Double;
+  params.wide_loss = loss.scalar_type() == ScalarType::Double;
   params.loss = loss.mutable_data_ptr();
   params.terms = terms.mutable_data_ptr();
 
@@ -125,7 +135,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor tea
     context.launch("divergence", kernel, plan.geometry, params);
   }
   if (!none && !plan.one_launch) context.launch("divergence (sum of losses)", sum_losses, one_cluster(rows, 2, limits), params);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> divergence(Tensor student, Tensor teacher, std::optional<Tensor> target,
+                                                      std::optional<Tensor> weight, std::optional<Tensor> temperatures,
+                                                      double temperature, int64_t kind, double beta, double kd_scale,
+                                                      double task_scale, int64_t ignore_index, int64_t reduction,
+                                                      bool student_gradient, bool teacher_gradient,
+                                                      std::optional<Tensor> numbers) {
+  take_numbers(numbers, temperature, beta, kd_scale, task_scale);
+  check_arguments(student, teacher, target, weight, temperatures, temperature, kind, beta, kd_scale, reduction);
+  const int64_t rows = student.size(0), classes = student.size(1);
+  const Reduction reduce = static_cast<Reduction>(reduction);
+  const bool none = reduce == Reduction::kNone;
+  const DeviceContext context(student);
+  const ScalarType type = student.scalar_type(), loss_type = loss_dtype(student);
+  Tensor student_out = student_gradient ? context.empty({rows, classes}, type) : context.empty({0}, type);
+  Tensor teacher_out = teacher_gradient ? context.empty({rows, classes}, type) : context.empty({0}, type);
+  Tensor loss = none ? context.empty({rows}, loss_type) : context.empty({}, loss_type);
+  Tensor terms = none ? context.empty({2, rows}, loss_type) : context.empty({2}, loss_type);
+  launch_rows(context, {student, teacher, target, weight, temperatures, temperature, kind, beta, kd_scale, task_scale,
+                        ignore_index, reduce, student_gradient ? student_out.mutable_data_ptr() : nullptr,
+                        teacher_gradient ? teacher_out.mutable_data_ptr() : nullptr, loss, terms});
   return {loss, terms, student_out, teacher_out};
+}
+
+Tensor divergence_(Tensor student, Tensor teacher, std::optional<Tensor> target, std::optional<Tensor> weight,
+                   std::optional<Tensor> temperatures, double temperature, int64_t kind, double beta, double kd_scale,
+                   double task_scale, int64_t ignore_index, bool student_gradient, bool teacher_gradient,
+                   std::optional<Tensor> numbers) {
+  take_numbers(numbers, temperature, beta, kd_scale, task_scale);
+  void* const student_out = in_place("student_logits", student, student_gradient);
+  void* const teacher_out = in_place("teacher_logits", teacher, teacher_gradient);
+  check_arguments(student, teacher, target, weight, temperatures, temperature, kind, beta, kd_scale,
+                  static_cast<int64_t>(Reduction::kNone));
+  const DeviceContext context(student);
+  const Tensor loss = context.empty({student.size(0)}, loss_dtype(student));
+  Tensor terms = context.empty({2, student.size(0)}, loss_dtype(student));
+  launch_rows(context, {student, teacher, target, weight, temperatures, temperature, kind, beta, kd_scale, task_scale,
+                        ignore_index, Reduction::kNone, student_out, teacher_out, loss, terms});
+  return terms;
 }
 
 // ---- divergence_backward_ ----------------------------------------------------------------------------
@@ -184,6 +233,7 @@ void backward_(Tensor gradient, Tensor grad_loss) {
 
 FASTKD_CUDA_IMPL(m) {
   m.impl("divergence", TORCH_BOX(&divergence));
+  m.impl("divergence_", TORCH_BOX(&divergence_));
   m.impl("divergence_backward_", TORCH_BOX(&backward_));
 }
 

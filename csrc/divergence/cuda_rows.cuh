@@ -117,15 +117,19 @@ struct Row {
   // Nothing of it is ragged, or not aligned.
   FASTKD_DEVICE bool whole() const { return student().all_packs() && teacher().all_packs(); }
 
+  // The student's logit of the label, for write_task: read before the row's last reduction, after which other threads may write
+  // gradients over the logits. The weight is NaN where there is no such class.
+  FASTKD_DEVICE S label_logit() const {
+    if (kPlain || !p.task || !present()) return S(0);
+    const Numbers of = numbers();
+    return of.active && of.label >= 0 ? to_compute(student().data[of.label]) : S(0);
+  }
   // The losses, weighted, by one thread of the team as soon as they are known.
-  FASTKD_DEVICE void write_task(double task_log_z, S student_top) const {
+  FASTKD_DEVICE void write_task(double task_log_z, S label_logit, S student_top) const {
     if (!present()) return;
     const Numbers of = numbers();
     double value = 0;
-    if (!kPlain && of.active && p.task) {
-      const S logit = of.label >= 0 ? to_compute(student().data[of.label]) : S(0);  // the weight is NaN where not
-      value = of.weight * cross_entropy(task_log_z, logit, student_top);
-    }
+    if (!kPlain && of.active && p.task) value = of.weight * cross_entropy(task_log_z, label_logit, student_top);
     if (p.row_losses != nullptr) p.row_losses[index] = value;
     if (p.each_row) write_loss(p, p.terms, index, value);
   }

@@ -79,6 +79,15 @@ inline RowInputs row_inputs(const Tensor& student, const Tensor& teacher, const 
           beta};
 }
 
+// Where divergence_ writes the gradient of a side: over its logits, or nowhere.
+inline void* in_place(const char* name, const Tensor& logits, bool gradient) {
+  if (!gradient) return nullptr;
+  check_logits(name, logits);
+  FASTKD_CHECK(logits.is_contiguous(), name, " has shape ", shape_of(logits),
+               ", must be contiguous, as its gradient replaces it");
+  return logits.mutable_data_ptr();
+}
+
 // Checks the arguments of divergence_backward_. False where there is nothing to scale.
 inline bool check_scale(const Tensor& gradient, const Tensor& grad_loss) {
   check_dtype("gradient", gradient, kFloats);

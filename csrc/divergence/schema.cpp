@@ -11,6 +11,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
       "bool student_gradient, bool teacher_gradient, Tensor? numbers=None) "
       "-> (Tensor loss, Tensor terms, Tensor student_gradient, Tensor teacher_gradient)");
 
+  // The same in place: gradients of the sum of kd_scale * kd + task_scale * task over all rows take the place of the logits that
+  // have been asked for, which must be contiguous. terms [2, rows] = (task, kd) of each row, unscaled.
+  m.def(
+      "divergence_(Tensor(a!) student_logits, Tensor(b!) teacher_logits, Tensor? target, Tensor? weight, Tensor? temperatures, "
+      "float temperature, int kind, float beta, float kd_scale, float task_scale, SymInt ignore_index, "
+      "bool student_gradient, bool teacher_gradient, Tensor? numbers=None) -> Tensor terms");
+
   // gradient[r, :] *= grad_loss (a scalar, or one for each row), in place; nothing is touched where it is 1.
   m.def("divergence_backward_(Tensor(a!) gradient, Tensor grad_loss) -> ()");
 

@@ -24,6 +24,7 @@ weight 0 are not looked at. First derivatives only, in reverse mode (``backward`
 """
 
 from fastkd.functional.divergence import js_div, kd_loss, kl_div, soft_cross_entropy
+from fastkd.functional.linear import linear_js_div, linear_kd_loss, linear_kl_div
 from fastkd.functional.relation import relation_loss
 from fastkd.functional.statistics import ChannelMoments, LogitStats, channel_moments, logit_stats
 
@@ -34,6 +35,9 @@ __all__ = [
     "js_div",
     "kd_loss",
     "kl_div",
+    "linear_js_div",
+    "linear_kd_loss",
+    "linear_kl_div",
     "logit_stats",
     "relation_loss",
     "soft_cross_entropy",

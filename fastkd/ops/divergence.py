@@ -97,11 +97,11 @@ def divergence(
     rows_shape = student_logits.shape[:-1]
     row_temperature = None
     if isinstance(temperature, Tensor):
-        row_temperature, temperature = _rows("temperature", temperature, rows_shape), 1.0
+        row_temperature, temperature = row_numbers("temperature", temperature, rows_shape), 1.0
     else:
         temperature = check_positive("temperature", temperature)
     if weight is not None:
-        weight = _rows("weight", weight, rows_shape)
+        weight = row_numbers("weight", weight, rows_shape)
     if target is not None:
         check_dtype("target", target, (torch.int64,))
         if target.shape != rows_shape:
@@ -189,7 +189,7 @@ def _vocabulary_hint(student_logits: Tensor, teacher_logits: Tensor, dim: int) -
     return ""
 
 
-def _rows(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+def row_numbers(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     check_row_values(name, value)
     if value.dtype not in (torch.float32, torch.float64):
         value = value.float()
@@ -227,6 +227,12 @@ def _divergence_fake(
         student_logits.new_empty([rows, classes] if student_gradient else [0]),
         student_logits.new_empty([rows, classes] if teacher_gradient else [0]),
     )
+
+
+@register_fake("divergence_")
+def _divergence_in_place_fake(student_logits: Tensor, *_: Any) -> Tensor:
+    dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+    return student_logits.new_empty([2, student_logits.shape[0]], dtype=dtype)
 
 
 @register_fake("divergence_backward_")
