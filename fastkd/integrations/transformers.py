@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from fastkd._checks import check_callable, check_choice, check_share
 from fastkd.functional.divergence import DIRECTIONS, Direction
-from fastkd.integrations._compute import compute_dtype, is_partitioned, whole, without_autocast
-from fastkd.ops.linear import LinearHead, linear_divergence
+from fastkd.integrations._compute import compute_dtype, is_partitioned
+from fastkd.ops.linear import linear_divergence
+from fastkd.ops.linear_head import LinearHead
 
 __all__ = ["DistillationMixin", "distillation_loss"]
 
@@ -130,23 +131,22 @@ def distillation_loss(
 
     def loss(run: Callable[..., Any], given: dict[str, Any]) -> tuple[Tensor, Tensor]:
         hidden, head = _hidden_states("model", student, run, given)
-        with without_autocast(hidden.device):
-            value, terms, _ = linear_divergence(
-                hidden,
-                head,
-                teacher_hidden.to(hidden.device),
-                teacher_head,
-                target.to(hidden.device),
-                kind=direction if beta is None else "jensen_shannon",
-                temperature=temperature,
-                beta=0.5 if beta is None else beta,
-                kd_scale=alpha,
-                task_scale=1.0 - alpha,
-                ignore_index=ignore_index,
-                reduction="batchmean" if num_items_in_batch is None else "sum",
-                classes=classes,
-                **options,
-            )
+        value, terms, _ = linear_divergence(
+            hidden,
+            head,
+            teacher_hidden.to(hidden.device),
+            teacher_head,
+            target.to(hidden.device),
+            kind=direction if beta is None else "jensen_shannon",
+            temperature=temperature,
+            beta=0.5 if beta is None else beta,
+            kd_scale=alpha,
+            task_scale=1.0 - alpha,
+            ignore_index=ignore_index,
+            reduction="batchmean" if num_items_in_batch is None else "sum",
+            classes=classes,
+            **options,
+        )
         if num_items_in_batch is not None:
             count = num_items_in_batch
             count = count.to(value.device) if isinstance(count, Tensor) else count
@@ -243,11 +243,10 @@ def _hidden_states(
         _check_logits(name, inner, probes[0], logits, scale, softcap)
         _checked.add(inner)
     hidden = kept[0]
-    weight, bias = whole(head.weight).to(hidden.dtype), getattr(head, "bias", None)
-    bias = None if bias is None else whole(bias)
+    weight, bias = head.weight, getattr(head, "bias", None)
     if not torch.is_grad_enabled():  # a teacher's head may ask for gradients that nobody wants
         weight, bias = weight.detach(), None if bias is None else bias.detach()
-    return hidden, LinearHead(weight, bias, scale=scale, softcap=softcap)
+    return hidden, LinearHead(weight, bias, scale, softcap).to(hidden.dtype)
 
 
 @contextmanager

@@ -45,9 +45,10 @@ import torch
 from torch import Tensor
 
 from fastkd._checks import FLOATS, check_choice
-from fastkd.integrations._compute import compute_dtype, is_dtensor, is_partitioned, without_autocast
+from fastkd.integrations._compute import compute_dtype, is_dtensor, is_partitioned
 from fastkd.ops.divergence import divergence
-from fastkd.ops.linear import LinearHead, linear_divergence
+from fastkd.ops.linear import linear_divergence
+from fastkd.ops.linear_head import LinearHead
 
 __all__ = ["KNOWN_VERSIONS", "patch", "patched", "unpatch"]
 
@@ -109,11 +110,11 @@ def _chunked_divergence_loss(
     def side(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
     ) -> tuple[Tensor, LinearHead]:
-        dtype = compute_dtype(hidden)
-        weight, bias = _whole(weight).to(dtype), None if bias is None else _whole(bias)
+        weight, bias = _whole(weight), None if bias is None else _whole(bias)
         if not torch.is_grad_enabled():  # the teacher's, which may require gradients
             hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-        return hidden.to(dtype), LinearHead(weight, bias, scale=scale, softcap=softcap)
+        dtype = compute_dtype(hidden)
+        return hidden.to(dtype), LinearHead(weight, bias, scale, softcap).to(dtype)
 
     student = side(
         student_hidden_states,
@@ -132,22 +133,19 @@ def _chunked_divergence_loss(
         )
         valid = completion_mask != 0
         count = valid.sum()
-    with without_autocast(device):
-        loss, _, entropy = linear_divergence(
-            *student,
-            *teacher,
-            torch.where(valid, 0, IGNORED),
-            kind=_kind(beta),
-            temperature=temperature,
-            beta=beta,
-            kd_scale=1.0 / temperature**2,
-            ignore_index=IGNORED,
-            reduction="sum",
-            student_entropy=True,
-        )
-        assert entropy is not None
-        loss = _per(loss, count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
-        return loss, entropy.reshape(valid.shape).masked_fill(~valid, 0.0).sum(), count
+    loss, _, entropy = linear_divergence(
+        *student,
+        *teacher,
+        torch.where(valid, 0, IGNORED),
+        kind=_kind(beta),
+        temperature=temperature,
+        beta=beta,
+        kd_scale=1.0 / temperature**2,
+        ignore_index=IGNORED,
+        reduction="sum",
+        student_entropy=True,
+    )
+    return _per(loss, count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch), entropy.sum(), count
 
 
 def _computed(student_logits: Any, teacher_logits: Any, beta: Any, reduction: Any, num_items_in_batch: Any) -> bool:

@@ -7,4 +7,3 @@ import os
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CI": "1"}  # nothing is asked for, nothing is sent
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
 
-import stand_in  # noqa: E402, F401

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import stand_in  # noqa: F401
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
