@@ -19,6 +19,9 @@ The losses are TRL's: not multiplied by T^2, means over the tokens of the mask o
 returns, as before, the sum of the student's entropies at that temperature and the number of tokens, and only the student gets
 gradients. Sums run in float32, so bfloat16 logits give a float32 loss, which TRL rounds to bfloat16.
 
+One gradient is another: a student's head that FSDP2 has wrapped by itself, and so in parts when the loss reads it, is gathered
+once, as in TRL, but its gradient is the mean over the ranks. In TRL 1.16 each rank keeps what its own tokens say about its part.
+
 TRL's own function is called, each time, for what fastkd does not compute:
 
 - distillation: heads that DeepSpeed ZeRO-3 has partitioned, devices other than CPU and CUDA.
@@ -66,11 +69,6 @@ def _per(total: Tensor, count: Tensor | float) -> Tensor:
     return total / (count.to(total.device) if isinstance(count, Tensor) else count)
 
 
-def _whole(parameter: Tensor) -> Tensor:
-    """Gathered once where FSDP2 has it in parts, by the call that TRL makes."""
-    return parameter.full_tensor() if is_dtensor(parameter) else parameter  # type: ignore[operator,no-any-return]
-
-
 def _chunked_divergence_loss(
     student_hidden_states: Tensor,
     teacher_hidden_states: Tensor,
@@ -110,7 +108,6 @@ def _chunked_divergence_loss(
     def side(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
     ) -> tuple[Tensor, LinearHead]:
-        weight, bias = _whole(weight), None if bias is None else _whole(bias)
         if not torch.is_grad_enabled():  # the teacher's, which may require gradients
             hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
         dtype = compute_dtype(hidden)

@@ -7,13 +7,11 @@ import os
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CI": "1"}  # of processes that have no conftest.py
 
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 VOCABULARY = 97
 TEMPLATE = (
@@ -78,19 +76,13 @@ def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: each.grad.clone() for name, each in module.named_parameters() if each.grad is not None}
 
 
-class Largest(TorchDispatchMode):
-    """Bytes of the largest tensor that any operation of torch makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for each in tree_leaves(out):
-            if isinstance(each, Tensor):
-                self.bytes = max(self.bytes, each.untyped_storage().nbytes())
-        return out
-
-
-ROOT = Path(__file__).parents[2]
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """Most of what torch holds at once of what it allocates while this runs, workspaces of operators included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most

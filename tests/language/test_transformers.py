@@ -13,17 +13,10 @@ from torch import Tensor
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
 transformers = pytest.importorskip("transformers", reason='transformers is not installed: pip install "fastkd[language]"')
 
+from language_trainers import Rows, Trainer, batch, trained  # noqa: E402
+
 from fastkd.functional import js_div, kd_loss, kl_div  # noqa: E402
-from fastkd.integrations.transformers import DistillationMixin, distillation_loss  # noqa: E402
-
-
-def batch(rows: int = 3, tokens: int = 11, seed: int = 0, vocabulary: int = cases.VOCABULARY) -> dict[str, Tensor]:
-    """Padded on the right, the prompts masked."""
-    ids = torch.randint(3, vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-    lengths = tokens - torch.arange(rows) * 2
-    seen = torch.arange(tokens) < lengths[:, None]
-    labels = torch.where(seen & (torch.arange(tokens) >= 2), ids, -100)
-    return {"input_ids": torch.where(seen, ids, 0), "attention_mask": seen.long(), "labels": labels}
+from fastkd.integrations.transformers import distillation_loss  # noqa: E402
 
 
 def shifted(model: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -69,10 +62,6 @@ LOSSES: list[tuple[dict[str, Any], Callable[..., Tensor]]] = [
 @pytest.mark.parametrize(("options", "formula"), LOSSES, ids=[str(options) for options, _ in LOSSES])
 def test_losses(options: dict[str, Any], formula: Callable[..., Tensor]) -> None:
     both(cases.model(0), cases.model(1, 24), batch(), formula, **options)
-
-
-def nothing(*_: Any) -> dict[str, Any]:
-    return {}
 
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
@@ -147,11 +136,11 @@ def test_no_tokens_at_all() -> None:
 
 
 def test_the_logits_do_not_exist() -> None:
-    model, teacher = cases.model(0, vocab_size=4001), cases.model(1, 24, vocab_size=4001)
-    inputs = batch(4, 96, vocabulary=4001)
-    with cases.Largest() as largest:
-        distillation_loss(model, teacher, inputs, memory_budget=2**18).backward()
-    assert largest.bytes < 4 * 96 * 4001 * 4 / 4
+    model, teacher = cases.model(0, vocab_size=16_001), cases.model(1, 24, vocab_size=16_001)
+    inputs = batch(4, 96, vocabulary=16_001)
+    logits = 4 * 96 * 16_001 * 4
+    assert cases.peak_bytes(lambda: shifted(model, inputs)) > logits
+    assert cases.peak_bytes(lambda: distillation_loss(model, teacher, inputs, memory_budget=2**20).backward()) < logits / 2
 
 
 def test_what_is_refused() -> None:
@@ -176,49 +165,6 @@ def test_what_is_refused() -> None:
 
 
 # ---- Trainer --------------------------------------------------------------------------------------------
-
-
-class Trainer(DistillationMixin, transformers.Trainer):
-    pass
-
-
-class Rows(torch.utils.data.Dataset):
-    """Sequences of unequal numbers of tokens, padded to one length."""
-
-    def __init__(self, count: int) -> None:
-        whole = batch(count, 2 * count + 4)
-        self.rows = [{name: value[row] for name, value in whole.items()} for row in range(count)]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return self.rows[row]
-
-
-def trained(folder: Any, *, rows: int, accumulate: int, base: Any = Trainer, bf16: bool = False, **options: Any) -> tuple[Any, dict[str, Tensor]]:
-    """A trainer after its only step, which moves nothing, and the gradient of that step."""
-    seen: list[dict[str, Tensor]] = []
-
-    class Keep(transformers.TrainerCallback):
-        def on_pre_optimizer_step(self, *_: Any, model: Any = None, **__: Any) -> None:
-            seen.append(cases.gradients(model))
-
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=1, per_device_train_batch_size=rows, gradient_accumulation_steps=accumulate,
-        learning_rate=0.0, max_grad_norm=0.0, report_to=[], save_strategy="no", use_cpu=True, logging_steps=1, disable_tqdm=True,
-        per_device_eval_batch_size=8, bf16=bf16,
-    )  # fmt: skip
-    trainer = base(
-        model=cases.model(0),
-        args=arguments,
-        train_dataset=Rows(8),
-        eval_dataset=Rows(8),
-        callbacks=[Keep()],
-        **{"teacher": cases.model(1, 24), "temperature": 2.0, "alpha": 0.6, **options},
-    )
-    trainer.train()
-    return trainer, seen[0]
 
 
 def test_accumulation_does_not_change_the_step(tmp_path: Any) -> None:
