@@ -100,7 +100,7 @@ gpu-check:  ## on a machine with a GPU: build, test, sanitize, measure, tune, wi
 
 $(VENV)/.frameworks: $(VENV)/.built
 	$(say) "installing the training frameworks that fastkd is tested with: half a minute"
-	@$(INSTALL) ".[frameworks]" "$$($(BIN)/python -c 'import torch; print(f"torch=={torch.__version__}")')"
+	@$(INSTALL) ".[frameworks,language]" "$$($(BIN)/python -c 'import torch; print(f"torch=={torch.__version__}")')"
 	@touch $@
 
 frameworks: $(VENV)/.frameworks  ## the training frameworks that some tests need, beside the torch that is there

@@ -6,7 +6,15 @@ from fastkd.alias_table import AliasTable
 from fastkd.collection_samplers import CollectionBatchSampler, CollectionSampler
 from fastkd.draw import draw_batch
 from fastkd.functional import channel_moments, logit_stats
-from fastkd.losses import JSDivLoss, KDLoss, KLDivLoss, RelationLoss
+from fastkd.losses import (
+    JSDivLoss,
+    KDLoss,
+    KLDivLoss,
+    LinearJSDivLoss,
+    LinearKDLoss,
+    LinearKLDivLoss,
+    RelationLoss,
+)
 from fastkd.ops.linear_head import LinearHead
 from fastkd.patches import crop_patches, random_crop_flip, random_patches
 from fastkd.selection import FitStatus, TwoGaussianMixture, select_clean
@@ -22,6 +30,9 @@ __all__ = [
     "KDLoss",
     "KLDivLoss",
     "LinearHead",
+    "LinearJSDivLoss",
+    "LinearKDLoss",
+    "LinearKLDivLoss",
     "RelationLoss",
     "ShardedAliasTable",
     "TwoGaussianMixture",

@@ -39,6 +39,9 @@ FASTKD_DEVICE void write_loss(const DeviceParams& p, void* out, int64_t i, doubl
     static_cast<float*>(out)[i] = static_cast<float>(value);
   }
 }
+FASTKD_DEVICE double read_loss(const DeviceParams& p, const void* losses, int64_t i) {
+  return p.wide_loss ? static_cast<const double*>(losses)[i] : static_cast<const float*>(losses)[i];
+}
 FASTKD_DEVICE double total_loss(const DeviceParams& p, double task, double kd) {
   return (p.kd_scale != 0 ? p.kd_scale * kd : 0) + p.task_scale * task;
 }
@@ -117,19 +120,24 @@ struct Row {
   // Nothing of it is ragged, or not aligned.
   FASTKD_DEVICE bool whole() const { return student().all_packs() && teacher().all_packs(); }
 
-  // The student's logit of the label, for write_task: read before the row's last reduction, after which other threads may write
-  // gradients over the logits. The weight is NaN where there is no such class.
-  FASTKD_DEVICE S label_logit() const {
-    if (kPlain || !p.task || !present()) return S(0);
+  // By one thread of the team, before the row's last reduction, after which others may write gradients over the logits: the
+  // student's logit of the label lies where the loss will be until that is known. A register would be spilled.
+  FASTKD_DEVICE void keep_label_logit() const {
+    if (kPlain || !present() || !p.task) return;
     const Numbers of = numbers();
-    return of.active && of.label >= 0 ? to_compute(student().data[of.label]) : S(0);
+    const S logit = of.active && of.label >= 0 ? to_compute(student().data[of.label]) : S(0);  // the weight is NaN where not
+    if (p.row_losses != nullptr) p.row_losses[index] = logit;
+    if (p.each_row) write_loss(p, p.terms, index, logit);
   }
-  // The losses, weighted, by one thread of the team as soon as they are known.
-  FASTKD_DEVICE void write_task(double task_log_z, S label_logit, S student_top) const {
+  // The losses, weighted, by that thread as soon as they are known.
+  FASTKD_DEVICE void write_task(double task_log_z, S student_top) const {
     if (!present()) return;
     const Numbers of = numbers();
     double value = 0;
-    if (!kPlain && of.active && p.task) value = of.weight * cross_entropy(task_log_z, label_logit, student_top);
+    if (!kPlain && of.active && p.task) {
+      const S logit = static_cast<S>(p.row_losses != nullptr ? p.row_losses[index] : read_loss(p, p.terms, index));
+      value = of.weight * cross_entropy(task_log_z, logit, student_top);
+    }
     if (p.row_losses != nullptr) p.row_losses[index] = value;
     if (p.each_row) write_loss(p, p.terms, index, value);
   }
@@ -141,8 +149,7 @@ struct Row {
     if (p.row_losses != nullptr) p.row_losses[p.rows + index] = value;
     if (!p.each_row) return;
     write_loss(p, p.terms, p.rows + index, value);
-    const double task_loss = p.wide_loss ? static_cast<const double*>(p.terms)[index] : static_cast<const float*>(p.terms)[index];
-    write_loss(p, p.loss, index, total_loss(p, task_loss, value));
+    write_loss(p, p.loss, index, total_loss(p, read_loss(p, p.terms, index), value));
   }
 
  private:
@@ -180,7 +187,7 @@ struct TaskGradient {
     if (!wanted) return gradient;
     return with(gradient, own ? own_exponential(logit) : exponential, i);
   }
-  // The same for some neighbours, which the label is not among; for element i, where it is one.
+  // The same for element i and its neighbours after it.
   template <int N>
   FASTKD_DEVICE void add_to(S (&gradients)[N], S (&exponentials)[N], const S (&logits)[N], Index i) const {
     if (!wanted) return;
@@ -190,7 +197,10 @@ struct TaskGradient {
     }
 #pragma unroll
     for (int k = 0; k < N; ++k) gradients[k] += factor * exponentials[k];
-    if (N == 1 && i == label) gradients[0] -= scale;
+    const Index behind = label - i;
+    if (behind < 0 || behind >= N) return;
+#pragma unroll
+    for (int k = 0; k < N; ++k) gradients[k] -= k == behind ? scale : S(0);
   }
 };
 

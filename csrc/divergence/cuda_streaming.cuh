@@ -163,20 +163,19 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
   group.reduce(top, Max{});
   online.raise(top[0], top[1]);
   double sums[4] = {online.z_y, online.z_x, online.d * kUnit<T>, online.z_task};
-  const S label_logit = group.index() == 0 ? row.label_logit() : S(0);
+  if (group.index() == 0) row.keep_label_logit();
   group.reduce(sums, Sum{});
   if (!(top[0] > -kInfinity<S>)) sums[0] = static_cast<double>(__builtin_nan(""));  // all -inf: no softmax
   if (!(top[1] > -kInfinity<S>)) sums[1] = static_cast<double>(__builtin_nan(""));
   const S student_top = row.swap() ? top[1] : top[0];
   const double z_task = numbers.own_task ? sums[3] : row.swap() ? sums[1] : sums[0];
-  if (group.index() == 0) row.write_task(log_sum<S>(z_task), label_logit, student_top);
+  if (group.index() == 0) row.write_task(log_sum<S>(z_task), student_top);
 
-  // The gradients of both sides: of_y(logits_y, logits_x, i, values), for element i or for neighbours without the label. Zeros
-  // where the row takes no part.
+  // The gradients of both sides: of_y(logits_y, logits_x, i, values), for element i and its neighbours after it. Zeros where
+  // the row takes no part.
   const auto store = [&](bool active_y, const auto& of_y, bool active_x, const auto& of_x) {
     const auto y_gradient = row.y_gradient(), x_gradient = row.x_gradient();
     const bool to_y = row.wants_y() && active_y, to_x = row.wants_x() && active_x;
-    const int64_t label = row.p.task ? numbers.label : -1, label_part = label < 0 ? -1 : (label + y.shift) / N;
     const auto store_one = [&](S logit_y, S logit_x, int64_t i) {
       const S logits_y[1] = {logit_y}, logits_x[1] = {logit_x};
       S value[1];
@@ -190,10 +189,7 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
       }
     };
     each_chunk(std::true_type{}, to_y || to_x, [&](const auto& to, const auto& from, int64_t part, int left) {
-      const int64_t begin = y.first(part), behind = label_part - part;
-      const bool has_label = behind >= 0 && behind < left && behind % kLanes == 0;
-      // now, as gradients may take the place of logits
-      const S label_y = has_label ? to_compute(y.data[label]) : S(0), label_x = has_label ? to_compute(x.data[label]) : S(0);
+      const int64_t begin = y.first(part);
 #pragma unroll
       for (int v = 0; v < kPacks; ++v) {
         constexpr int kApart = kLanes * N;
@@ -201,15 +197,14 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
         unpack(to[v], logits_y);
         unpack(from[v], logits_x);
         if (to_y) {
-          of_y(logits_y, logits_x, -1, values);
+          of_y(logits_y, logits_x, begin + v * kApart, values);
           if (v * kLanes < left) store_pack_once(y_gradient.data + begin + v * kApart, pack_of<T>(values));
         }
         if (to_x) {
-          of_x(logits_y, logits_x, -1, values);
+          of_x(logits_y, logits_x, begin + v * kApart, values);
           if (v * kLanes < left) store_pack_once(x_gradient.data + begin + v * kApart, pack_of<T>(values));
         }
       }
-      if (has_label) store_one(label_y, label_x, label);  // once more, by the thread that just stored it
     });
     each_loose(to_y || to_x, store_one);
     const auto clear = [&](const auto& gradient) {

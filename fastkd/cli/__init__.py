@@ -15,6 +15,7 @@ from fastkd._build_info import build_info
 from fastkd.cli._config import expand
 from fastkd.cli._errors import UsageError
 from fastkd.cli.bench import Bench
+from fastkd.cli.cache_teacher import CacheTeacher
 from fastkd.cli.demo import Demo
 from fastkd.cli.detect_noise import DetectNoise
 from fastkd.cli.distill import command_for, load_plugin_of
@@ -61,6 +62,7 @@ def _parse(name: str, arguments: list[str]) -> Callable[[Console], int | None]:
                 "distill": distill,
                 "score": Score,
                 "detect-noise": DetectNoise,
+                "cache-teacher": CacheTeacher,
                 "methods": Methods,
                 "study": Studies,
                 "bench": Bench,

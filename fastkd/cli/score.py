@@ -9,12 +9,11 @@ from typing import Literal
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from fastkd.cli._errors import UsageError, usage_errors
 from fastkd.cli._output import check_writable
+from fastkd.cli._progress import passing
 from fastkd.cli.distill import check_device
 from fastkd.data import registry as data_sets
 from fastkd.data.collection import Collection
@@ -102,9 +101,8 @@ class Score:
         check_writable("--output", self.output, self.output)
         with usage_errors(), process_group(None if self.device == "auto" else self.device) as process:
             scorer = make_scorer(self.score, teacher.to(process.device).eval(), amp=AMP[self.amp])
-            columns = TextColumn("scoring"), BarColumn(bar_width=30), _Rate(), TimeRemainingColumn()
-            with Progress(*columns, console=console, disable=process.rank > 0) as progress:
-                bar = progress.add_task("", total=len(collection))
+            with passing("scoring", "images", console, shown=process.rank == 0) as tell:
+                tell(0, len(collection))
                 found = score_collection(
                     scorer,
                     collection,
@@ -113,9 +111,9 @@ class Score:
                     mean=mean,
                     std=std,
                     batch_size=self.batch_size,
-                    on_progress=lambda done, _: progress.update(bar, completed=done),
+                    on_progress=tell,
                 )
-                progress.update(bar, completed=len(collection))
+                tell(len(collection), len(collection))
             if process.rank == 0:
                 _report(found, collection, console)
 
@@ -134,15 +132,6 @@ class Score:
             return self.mean, self.std
         train, _ = data_sets.load(self.data, self.data_root)
         return train.mean, train.std
-
-
-class _Rate(ProgressColumn):
-    """Images a second, and how many of how many."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        rate = "" if speed is None else f", {speed:,.0f}/s"
-        return Text(f"{int(task.completed):,} of {int(task.total or 0):,} images{rate}")
 
 
 def _report(found: ScoreFile, collection: Collection, console: Console) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -120,6 +122,52 @@ def linear_js_div(
         memory_budget=memory_budget,
         skip_ignored=skip_ignored,
     )[0]
+
+
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_head: object,
+    teacher_hidden: Tensor | None,
+    teacher_head: object,
+    target: Tensor,
+    temperature: float | Tensor = ...,
+    alpha: float = ...,
+    *,
+    teacher_logits: Tensor | None = ...,
+    direction: Direction = ...,
+    reduction: RowReduction = ...,
+    ignore_index: int = ...,
+    weight: Tensor | None = ...,
+    classes: int | None = ...,
+    logits_dtype: torch.dtype | None = ...,
+    memory_budget: int | None = ...,
+    skip_ignored: bool | None = ...,
+    return_terms: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_head: object,
+    teacher_hidden: Tensor | None,
+    teacher_head: object,
+    target: Tensor,
+    temperature: float | Tensor = ...,
+    alpha: float = ...,
+    *,
+    teacher_logits: Tensor | None = ...,
+    direction: Direction = ...,
+    reduction: RowReduction = ...,
+    ignore_index: int = ...,
+    weight: Tensor | None = ...,
+    classes: int | None = ...,
+    logits_dtype: torch.dtype | None = ...,
+    memory_budget: int | None = ...,
+    skip_ignored: bool | None = ...,
+    return_terms: Literal[True],
+) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
 def linear_kd_loss(

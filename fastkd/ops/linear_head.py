@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastkd._checks import check_dtype, check_number, check_positive
+from fastkd._checks import LARGEST_NUMBER, check_dtype, check_number, check_positive, in_range
 
 __all__ = ["LinearHead"]
 
@@ -58,7 +57,7 @@ class LinearHead(NamedTuple):
                 )
             _check_like(f"{name}.bias", bias, hidden)
         scale = check_number(f"{name}.scale", scale)
-        if not math.isfinite(scale):
+        if not in_range(scale, -LARGEST_NUMBER, LARGEST_NUMBER):
             raise ValueError(f"fastkd: {name}.scale is {scale}, must be finite")
         if softcap is not None:
             softcap = check_positive(f"{name}.softcap", softcap)

@@ -72,12 +72,13 @@ def clear_partial(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path, *, make: bool) -> Iterator[None]:
+def locked(folder: Path, *, make: bool, what: str = "training") -> Iterator[None]:
     """Nobody else trains in the folder inside the ``with`` block. Released by the system where the process is killed; no
     lock where the system or the file system, some of a network, has none.
 
     Args:
         make: make the folder where it is not there.
+        what: runs in it, for the message.
 
     Raises:
         NotADirectoryError: it, or what it would be in, is a file.
@@ -100,7 +101,7 @@ def locked(folder: Path, *, make: bool) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(
-                f"fastkd: folder is {folder}, in which another training runs, must be a folder of its own"
+                f"fastkd: folder is {folder}, in which another {what} runs, must be a folder of its own"
             ) from None
         except OSError:  # a file system without locks
             pass

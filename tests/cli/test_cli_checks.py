@@ -339,6 +339,26 @@ def test_old_results_do_not_hide_a_wrong_name(capsys: pytest.CaptureFixture[str]
         ("detect-noise --values x.npy --labels y.npy --output=", "--output is empty"),
         ("detect-noise --values x.npy --labels y.npy --output file/x", "--output file/x cannot be written"),
         ("detect-noise --values x.npy --labels y.npy", "--values x.npy cannot be read"),
+        ("cache-teacher", "--model"),
+        ("cache-teacher --model x", "--data"),
+        ("cache-teacher --model x --data file --output y --top-k 0", "--top-k is 0, must be 1 or more"),
+        ("cache-teacher --model x --data file --output y --top-k many", "--top-k"),
+        ("cache-teacher --model x --data file --output y --temperature 0", "temperature is 0"),
+        ("cache-teacher --model x --data file --output y --temperature nan", "temperature is nan"),
+        ("cache-teacher --model x --data file --output y --sequence-length 1", "--sequence-length is 1, must be 2"),
+        ("cache-teacher --model x --data file --output y --batch-size 0", "--batch-size is 0"),
+        ("cache-teacher --model x --data file --output y --shard-tokens 0", "--shard-tokens is 0"),
+        ("cache-teacher --model x --data file --output y --dtype fp8", "--dtype"),
+        ("cache-teacher --model x --data file --output y --log-prob-dtype bfloat16", "--log-prob-dtype"),
+        ("cache-teacher --model x --data file --output y --device cuda", "--device cuda"),
+        ("cache-teacher --model x --data file --output=", "--output is empty"),
+        ("cache-teacher --model x --data nowhere.txt --output file/x", "there is no nowhere.txt"),
+        (
+            "cache-teacher --model x --data file --output file/x",
+            "file is unknown, must be .txt, .jsonl, .npy or a folder",
+        ),
+        ("cache-teacher --model x --data . --output file", "--output file cannot be written"),
+        ("cache-teacher --model x --data . --output file/x", "--output file/x cannot be written"),
         ("info --all", "--all"),
         ("info more", "more"),
         ("study zoology", "zoology"),
@@ -408,6 +428,15 @@ def test_a_network_that_memory_does_not_hold(
     monkeypatch.setattr("fastkd.models.registry.create", create)
     said = refused(["distill", "--data", "digits", "--student", "wrn-10-900"], capsys)
     assert "student 'wrn-10-900' cannot be made: can't allocate memory" in said
+
+
+def test_language_models_need_their_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    Path("x.txt").write_text("text")
+    said = refused(["cache-teacher", "--model", "x", "--data", "x.txt", "--output", "y", "--device", "cpu"], capsys)
+    assert said == 'fastkd cache-teacher: language models need transformers: pip install "fastkd[language]"\n'
 
 
 def test_bench_leaves_no_folder_of_its_tools(capsys: pytest.CaptureFixture[str]) -> None:

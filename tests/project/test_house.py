@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "fastkd"
 FLOORS = (
     ("__main__", "cli"),
     ("studies",),
-    ("scoring",),
+    ("language", "scoring"),
     ("training",),
     ("methods",),
     ("scores",),
@@ -56,7 +56,7 @@ FLOORS = (
     ),
 )
 # which a module of a floor may not, as the rooms of one floor are apart
-APART = {"data": ("models",), "models": ("data",)}
+APART = {"data": ("models",), "models": ("data",), "language": ("scoring",), "scoring": ("language",)}
 
 
 def modules() -> dict[str, Path]:

@@ -1,47 +1,25 @@
-"""Loss modules: drop-in for the losses that a distillation loop already has. Maths: :mod:`fastkd.functional`."""
+"""Losses of logits."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastkd import functional
-from fastkd._checks import (
-    check_choice,
-    check_count,
-    check_ignore_index,
-    check_kept_temperature,
-    check_not_negative,
-    check_row_reduction,
-    check_share,
-)
+from fastkd._checks import check_choice, check_count, check_row_reduction, check_share
 from fastkd.functional.divergence import DIRECTIONS, Direction, Reduction, RowReduction
-from fastkd.ops import divergence as _ops
-
-__all__ = ["JSDivLoss", "KDLoss", "KLDivLoss", "RelationLoss"]
+from fastkd.losses.loss import Loss
 
 
-class _Loss(nn.Module):
-    """What all losses are told; wrong values are found here, not at the first batch."""
-
-    temperature: float | Tensor
-
+class _DenseLoss(Loss):
     def __init__(self, temperature: float | Tensor, reduction: Reduction, ignore_index: int, dim: int) -> None:
-        super().__init__()
-        temperature = check_kept_temperature(temperature)
-        if isinstance(temperature, Tensor):
-            self.register_buffer("temperature", temperature)  # moves with the module
-        else:
-            self.temperature = temperature
-        check_choice("reduction", reduction, _ops.REDUCTIONS)
-        self.reduction: Reduction = reduction
-        self.ignore_index = check_ignore_index(ignore_index)
+        super().__init__(temperature, reduction, ignore_index)
         self.dim = check_count("dim", dim)
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, reduction={self.reduction!r}, dim={self.dim}"
+        return f"{super().extra_repr()}, dim={self.dim}"
 
 
-class KLDivLoss(_Loss):
+class KLDivLoss(_DenseLoss):
     """``T^2 KL`` between softmaxed teacher and student logits. Arguments as in :func:`fastkd.functional.kl_div`.
 
     >>> criterion = fastkd.KLDivLoss(temperature=4.0)
@@ -85,7 +63,7 @@ class KLDivLoss(_Loss):
         return f"{super().extra_repr()}, direction={self.direction!r}"
 
 
-class JSDivLoss(_Loss):
+class JSDivLoss(_DenseLoss):
     """``T^2`` times the generalised Jensen-Shannon divergence. Arguments as in :func:`fastkd.functional.js_div`."""
 
     def __init__(
@@ -124,7 +102,7 @@ class JSDivLoss(_Loss):
         return f"{super().extra_repr()}, beta={self.beta}"
 
 
-class KDLoss(_Loss):
+class KDLoss(_DenseLoss):
     """``(1 - alpha) CE + alpha T^2 KL`` in one pass. Arguments as in :func:`fastkd.functional.kd_loss`.
 
     >>> criterion = fastkd.KDLoss(temperature=4.0, alpha=0.9)
@@ -167,23 +145,3 @@ class KDLoss(_Loss):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, alpha={self.alpha}, direction={self.direction!r}"
-
-
-class RelationLoss(nn.Module):
-    """Relational distillation of embeddings (RKD). Arguments as in :func:`fastkd.functional.relation_loss`.
-
-    >>> criterion = fastkd.RelationLoss(distance_weight=25.0, angle_weight=50.0)
-    >>> loss = task_loss + criterion(student_embedding, teacher_embedding)
-    """
-
-    def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0) -> None:
-        super().__init__()
-        self.distance_weight = check_not_negative("distance_weight", distance_weight)
-        self.angle_weight = check_not_negative("angle_weight", angle_weight)
-
-    def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
-        """The loss of embeddings ``[B, ...]``, of any number of features each."""
-        return functional.relation_loss(student_features, teacher_features, self.distance_weight, self.angle_weight)
-
-    def extra_repr(self) -> str:
-        return f"distance_weight={self.distance_weight}, angle_weight={self.angle_weight}"

@@ -1,0 +1,176 @@
+"""Losses of heads against what one would use instead: hidden states in, loss and gradients of hidden states and head out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastkd
+from benchmarks.bench_divergence import eager_kl, trl_js
+from benchmarks.case import Case, Contest, Settings, Work, peers_that_fit, relative_error, short_name
+from fastkd import functional
+from fastkd.reference import divergence as reference
+
+Loss = Callable[
+    [Tensor, Tensor, Tensor, Tensor], Tensor
+]  # (student_hidden, student_weight, teacher_hidden, teacher_weight)
+
+ROW_SAMPLE = 64  # rows whose gradient is compared with float64
+PEER_TENSORS = 9  # of the size of the logits that an eager loss holds at its peak
+
+
+class Size(NamedTuple):
+    """Rows, features of student and teacher, classes."""
+
+    rows: int
+    student: int
+    teacher: int
+    classes: int
+
+
+QUICK = (Size(1024, 512, 1024, 32000),)
+FULL = (Size(256, 512, 1024, 32000), Size(512, 256, 512, 128256))
+GPU = (Size(8192, 2048, 4096, 128256), Size(1024, 2048, 4096, 128256), Size(4096, 896, 3584, 151936))
+TARGETS = {"KL": {"torch eager": 1.1, "TRL": 3.0}, "JSD": {"torch eager": 1.5, "TRL": 3.0}}
+GPU_TARGETS = {"torch eager": 1.0, "TRL": 1.3}
+GPU_TARGET_MS = 45.0  # Jensen-Shannon at the first of the sizes
+TRL_BETA = {"KL": 0.0, "JSD": 0.5}
+
+
+def of_logits(loss: Callable[[Tensor, Tensor], Tensor]) -> Loss:
+    """The loss with the logits of both sides in memory."""
+    return lambda s, s_weight, t, t_weight: loss(s @ s_weight.T, t @ t_weight.T)
+
+
+def trl(beta: float, *sides: Tensor) -> Tensor:
+    """TRL's, on tiles, which computes the logits anew in the backward."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    s, s_weight, t, t_weight = sides
+    rows, _ = ChunkedDivergenceFunction.apply(s, s_weight, None, t, t_weight, None, beta, 1.0)
+    loss: Tensor = rows.mean()
+    return loss
+
+
+def liger_js(*sides: Tensor) -> Tensor:
+    """Liger's chunked and compiled one."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    labels = torch.zeros(len(sides[0]), dtype=torch.int64, device=sides[0].device)
+    loss: Tensor = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5)(*sides, labels)
+    return loss
+
+
+OURS: dict[str, Loss] = {"KL": functional.linear_kl_div, "JSD": functional.linear_js_div}
+LOGITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"KL": fastkd.KLDivLoss(), "JSD": fastkd.JSDivLoss()}
+EAGER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"KL": eager_kl, "JSD": trl_js}
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    """Both kinds at each size."""
+    dtypes = (torch.bfloat16,) if settings.sizes == "gpu" else (torch.float32,)
+    for size in _sizes(settings):
+        for dtype in dtypes:
+            for kind in OURS:
+                yield _loss(settings, kind, size, dtype)
+    first = _sizes(settings)[0]
+    yield _loss(settings, "KL", first, dtypes[0], frozen=True)
+    if settings.sizes == "full":
+        yield _loss(settings, "KL", first, torch.bfloat16)
+
+
+def _sizes(settings: Settings) -> list[Size]:
+    sizes = settings.pick(QUICK, FULL, GPU)
+    if settings.sizes != "gpu" or settings.nbytes >= 1 << 26:
+        return sizes
+    return [Size(rows // 64, student // 64, teacher // 64, classes // 64) for rows, student, teacher, classes in sizes]
+
+
+def _loss(settings: Settings, kind: str, size: Size, dtype: torch.dtype, *, frozen: bool = False) -> Case:
+    rows, student, teacher, classes = size
+    name = f"linear {kind} {rows}x{student}, {rows}x{teacher}, {classes} classes, {short_name(dtype)}"
+    name += ", head frozen" if frozen else ""
+    logits = rows * classes * dtype.itemsize
+    weights = classes * (student + teacher) * dtype.itemsize
+
+    def build() -> Work:
+        sides = _sides(settings, size, dtype)
+        sides[1].requires_grad_(not frozen)
+        losses: dict[str, Loss] = {
+            "fastkd, logits in memory": of_logits(LOGITS[kind]),
+            "torch eager": of_logits(EAGER[kind]),
+            "TRL": partial(trl, TRL_BETA[kind]),
+        }
+        if kind == "JSD":
+            losses["Liger-Kernel"] = liger_js
+        if settings.compile:
+            torch._dynamo.reset()
+            losses["torch.compile"] = torch.compile(of_logits(EAGER[kind]), dynamic=False)
+        on_gpu = settings.sizes == "gpu"
+        targets = GPU_TARGETS if on_gpu else TARGETS[kind] if dtype == torch.float32 and not frozen else {}
+        work = Work(
+            partial(step, OURS[kind], sides),
+            {peer: partial(step, loss, sides) for peer, loss in losses.items()},
+            _truth(kind, sides),
+            # of 16 bits, logits in memory are rounded, and gradients near the teacher are off by more than that
+            *((1e-2, 0.3) if dtype == torch.bfloat16 else (1e-4, 1e-2)),
+            targets=targets if size in (QUICK[0], *GPU) else {},
+            target_ms=GPU_TARGET_MS if on_gpu and size == GPU[0] and kind == "JSD" else None,
+            own=("fastkd, logits in memory",),
+        )
+        if settings.device.type == "cpu" and dtype != torch.float32:
+            work.leave_out("TRL", "widens the weights of both heads at every tile")
+        return peers_that_fit(work, PEER_TENSORS * logits + weights, settings)
+
+    return Case(name, build, logits + 2 * weights)
+
+
+def step(loss: Loss, sides: list[Tensor]) -> tuple[Tensor, ...]:
+    """The loss, and the gradients of the student's hidden states and head, which are freed outside the clock."""
+    value = loss(*sides)
+    value.backward()
+    gradients = [side.grad for side in sides[:2] if side.requires_grad]
+    sides[0].grad = sides[1].grad = None
+    return (value.detach(), *(gradient for gradient in gradients if gradient is not None))
+
+
+def _sides(settings: Settings, size: Size, dtype: torch.dtype) -> list[Tensor]:
+    """Logits of size 1, so that the softmaxes are neither flat nor certain."""
+
+    def normal(rows: int, columns: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(rows, columns, device=settings.device) * scale).to(dtype)
+
+    rows, student, teacher, classes = size
+    hidden = normal(rows, student).requires_grad_()
+    head = normal(classes, student, student**-0.5)
+    return [hidden, head, normal(rows, teacher), normal(classes, teacher, teacher**-0.5)]
+
+
+def _truth(kind: str, sides: list[Tensor]) -> Callable[[tuple[Tensor, ...]], float]:
+    """The relative error of a step: of the loss of all rows, and of the gradient of some rows' hidden states."""
+    kinds: dict[str, Any] = {"KL": {"kind": "forward"}, "JSD": {"kind": "jensen_shannon"}}
+    hidden, weight, teacher_hidden, teacher_weight = (side.detach() for side in sides)
+
+    def rows(hidden: Tensor, teacher_hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        logits = hidden @ weight.to(dtype).T, teacher_hidden.to(dtype) @ teacher_weight.to(dtype).T
+        return reference.divergence_rows(*logits, **kinds[kind])
+
+    parts = zip(hidden.split(ROW_SAMPLE), teacher_hidden.split(ROW_SAMPLE), strict=True)
+    loss = torch.stack([rows(s.float(), t, torch.float32).double().sum() for s, t in parts]).sum() / len(hidden)
+    sample = torch.linspace(0, len(hidden) - 1, min(len(hidden), ROW_SAMPLE), device=hidden.device).long()
+    few = hidden[sample].double().requires_grad_()
+    gradient = torch.autograd.grad(rows(few, teacher_hidden[sample], torch.float64).sum(), few)[0] / len(hidden)
+
+    def error(made: tuple[Tensor, ...]) -> float:
+        return max(relative_error(made[0], loss), relative_error(made[1][sample], gradient))
+
+    return error
+
+
+def test_linear(case: Case, contest: Contest) -> None:
+    """Each case."""
+    contest(case)

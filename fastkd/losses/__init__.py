@@ -1,0 +1,15 @@
+"""Loss modules: drop-in for the losses that a distillation loop already has. Maths: :mod:`fastkd.functional`."""
+
+from fastkd.losses.divergence import JSDivLoss, KDLoss, KLDivLoss
+from fastkd.losses.linear import LinearJSDivLoss, LinearKDLoss, LinearKLDivLoss
+from fastkd.losses.relation import RelationLoss
+
+__all__ = [
+    "JSDivLoss",
+    "KDLoss",
+    "KLDivLoss",
+    "LinearJSDivLoss",
+    "LinearKDLoss",
+    "LinearKLDivLoss",
+    "RelationLoss",
+]

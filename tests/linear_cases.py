@@ -1,0 +1,95 @@
+"""Heads and hidden states, and the truth of their divergences, for the tests of the linear losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import LinearHead
+from fastkd.ops.linear import linear_divergence
+from fastkd.reference import linear as reference
+
+NAMES = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias")
+
+
+@dataclass
+class Heads:
+    """Two sides in one dtype: tensors in the order of NAMES, numbers of the heads (scale, softcap)."""
+
+    tensors: list[Tensor | None]
+    student_numbers: tuple[float, float | None] = (1.0, None)
+    teacher_numbers: tuple[float, float | None] = (1.0, None)
+    ready: bool = False
+    """The teacher's hidden states are logits."""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def _arguments(self, tensors: list[Tensor | None]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden, *student, teacher_hidden, teacher_weight, teacher_bias = tensors
+        if self.ready:
+            return (hidden, LinearHead(*student, *self.student_numbers)), {"teacher_logits": teacher_hidden}
+        teacher = LinearHead(teacher_weight, teacher_bias, *self.teacher_numbers)
+        return (hidden, LinearHead(*student, *self.student_numbers), teacher_hidden, teacher), {}
+
+    def fused(self, tensors: list[Tensor | None], **options: Any) -> Tensor:
+        arguments, more = self._arguments(tensors)
+        return linear_divergence(*arguments, **more, **self.options, **options)[0]
+
+    def plain(self, tensors: list[Tensor | None]) -> Tensor:
+        arguments, more = self._arguments(tensors)
+        return reference.linear_divergence(*arguments, **more, **self.options)
+
+    def leaves(self, dtype: torch.dtype | None = None) -> list[Tensor | None]:
+        return [None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in self.tensors]
+
+    def run(self, loss: Any, upstream: Tensor, dtype: torch.dtype | None = None, **options: Any) -> dict[str, Tensor]:
+        """The loss, and the gradient of everything, in float64."""
+        leaves = self.leaves(dtype)
+        value = loss(leaves, **options)
+        value.backward(upstream.to(value).expand(value.shape))
+        of = {name: x.grad for name, x in zip(NAMES, leaves, strict=True) if x is not None}
+        assert all(of[name].dtype == x.dtype for name, x in zip(NAMES, leaves, strict=True) if x is not None)
+        return {name: x.detach().cpu().double() for name, x in {"loss": value, **of}.items()}
+
+
+def make_heads(
+    generator: torch.Generator,
+    shape: tuple[int, int, int, int] = (23, 16, 24, 131),
+    dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+    ready: bool = False,
+    device: torch.device | str = "cpu",
+    **numbers: Any,
+) -> Heads:
+    """Logits of size 2 or so. ``shape``: rows, features of student and teacher, classes."""
+    rows, hs, ht, classes = shape
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(size, generator=generator, dtype=torch.float64) * scale).to(device, dtype)
+
+    student = [normal(rows, hs), normal(classes, hs, scale=2 * hs**-0.5), normal(classes) if bias else None]
+    if ready:
+        return Heads([*student, normal(rows, classes, scale=2.0), None, None], ready=True, **numbers)
+    teacher = [normal(rows, ht), normal(classes, ht, scale=2 * ht**-0.5), normal(classes) if bias else None]
+    return Heads([*student, *teacher], **numbers)
+
+
+def assert_right(heads: Heads, upstream: Tensor, **options: Any) -> None:
+    """Losses and gradients: finite, and at most twice as far from float64 as plain torch in float32 with the same inputs, but
+    for the rounding of a 16-bit gradient; of float64, within a few roundings."""
+    dtype = heads.tensors[0].dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    ours = heads.run(heads.fused, upstream, **options)
+    truth = heads.run(heads.plain, upstream, torch.float64)
+    plain = heads.run(heads.plain, upstream, wide)
+    for name, expected in truth.items():
+        assert torch.isfinite(ours[name]).all(), name
+        error, theirs = ((x[name] - expected).norm().item() for x in (ours, plain))
+        size = expected.norm().item()
+        rounding = torch.finfo(dtype if name != "loss" else wide).eps * (8 if dtype == wide else 1)
+        limit = 2 * theirs + rounding * size + 4 * torch.finfo(wide).eps * expected.numel() ** 0.5
+        assert error <= limit, (
+            f"{name}: error {error:.3g}, plain torch {theirs:.3g}, limit {limit:.3g}, size {size:.3g}"
+        )
