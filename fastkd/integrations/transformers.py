@@ -101,8 +101,8 @@ def distillation_loss(
     Args:
         model: a model of transformers with a head, ``get_output_embeddings()``; also in DDP, in FSDP2 (``fully_shard``), with
             adapters of PEFT that leave the head alone, with gradient checkpointing, under autocast.
-        teacher: another; runs without gradients, in evaluation mode, in which it stays. Any hidden size; the vocabulary of the model, but for
-            ``classes``.
+        teacher: another; runs without gradients, in evaluation mode, in which it stays. Any hidden size; the vocabulary of the
+            model, but for ``classes``.
         inputs: of both models, and ``labels`` ``[B, S]``, which this shifts by one, or ``shift_labels``, which are shifted.
         temperature: T > 0, a number or a tensor that broadcasts to ``[B, S]``. The distillation term is multiplied by T^2.
         alpha: weight of the distillation term, in [0, 1]. At 1 the labels only say which tokens count.
@@ -110,7 +110,7 @@ def distillation_loss(
         beta: D is the generalised Jensen-Shannon divergence of this beta instead, see :func:`fastkd.functional.js_div`.
         classes: only the first so many tokens of both vocabularies, where they are padded to different sizes.
         return_terms: also return ``{"cross_entropy": ..., "divergence": ...}``, the unweighted terms, detached.
-        options: of :func:`fastkd.ops.linear.linear_divergence`: ``weight``, ``logits_dtype``, ``memory_budget``, ``skip_ignored``.
+        options: of :func:`fastkd.functional.linear_kl_div`: ``weight``, ``logits_dtype``, ``memory_budget``, ``skip_ignored``.
 
     Raises:
         TypeError, ValueError: a model without a head, or with an adapter on it, or one that does something to its logits that
@@ -216,20 +216,24 @@ def _eager(model: nn.Module) -> Callable[..., Any]:
     return model._call_impl
 
 
-def _hidden_states(
-    name: str, inner: Any, run: Callable[..., Any], given: dict[str, Any]
-) -> tuple[Tensor, LinearHead]:
+def _hidden_states(name: str, inner: Any, run: Callable[..., Any], given: dict[str, Any]) -> tuple[Tensor, LinearHead]:
     """What goes into the head of a model, ``[B, S, H]``, in the dtype of the product, and the head.
 
-    ``run`` is all of the model, so that everything around its layers does (autocast of accelerate, adapters, images, factors before
-    the head); only the head notes its input in place of the product.
+    ``run`` is all of the model, so that everything around its layers does, too (autocast of accelerate, adapters, images,
+    factors before the head); only the head notes its input in place of the product.
     """
     head = inner.get_output_embeddings()
     if getattr(head, "weight", None) is None or hasattr(head, "base_layer"):
-        what = "has an adapter on its head" if head is not None and hasattr(head, "base_layer") else "has no linear head"
-        raise TypeError(f"fastkd: {name}, a {type(inner).__name__}, {what}; must have one with a weight [vocabulary, hidden]")
+        what = (
+            "has an adapter on its head" if head is not None and hasattr(head, "base_layer") else "has no linear head"
+        )
+        raise TypeError(
+            f"fastkd: {name}, a {type(inner).__name__}, {what}; must have one with a weight [vocabulary, hidden]"
+        )
     if is_partitioned(head.weight):
-        raise TypeError(f"fastkd: {name} has a head that DeepSpeed ZeRO-3 has partitioned; must be whole: take ZeRO-2 or FSDP2")
+        raise TypeError(
+            f"fastkd: {name} has a head that DeepSpeed ZeRO-3 has partitioned; must be whole: take ZeRO-2 or FSDP2"
+        )
     scale, softcap = _logit_scale_and_softcap(inner.config.get_text_config(decoder=True))
     forward = inspect.signature(type(inner).forward).parameters
     if "use_cache" in forward or hasattr(inner, "peft_config"):
@@ -274,7 +278,6 @@ def _tapped(head: Any) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
 def _logit_scale_and_softcap(config: Any) -> tuple[float, float | None]:
     """What a model multiplies its logits by, and to which size it then bends them."""
 
-
     def named(names: tuple[str, ...]) -> float | None:
         values = (getattr(config, name, None) for name in names)
         return next((float(value) for value in values if isinstance(value, (int, float))), None)
@@ -285,9 +288,7 @@ def _logit_scale_and_softcap(config: Any) -> tuple[float, float | None]:
     return 1.0 if scale is None else scale, named(_SOFTCAPS)
 
 
-def _check_logits(
-    name: str, model: Any, probe: Tensor, logits: Tensor, scale: float, softcap: float | None
-) -> None:
+def _check_logits(name: str, model: Any, probe: Tensor, logits: Tensor, scale: float, softcap: float | None) -> None:
     """Whether the model has done to the numbers that came out of its head what its config says. Once for a model."""
     expected = probe * scale
     if softcap is not None:
@@ -295,8 +296,8 @@ def _check_logits(
     same = logits.shape == expected.shape and torch.allclose(logits.float(), expected, rtol=0.02, atol=0.02)
     if not same:
         raise TypeError(
-            f"fastkd: {name}, a {type(model).__name__}, does something else to its logits than its config says (scale {scale:g}, "
-            f"softcap {softcap}); must do that alone behind its head: give its logits to fastkd.functional.kl_div"
+            f"fastkd: {name}, a {type(model).__name__}, does something else to its logits than its config says (scale "
+            f"{scale:g}, softcap {softcap}); must do that alone behind its head: give its logits to fastkd.functional.kl_div"
         )
 
 
@@ -329,9 +330,13 @@ class DistillationMixin:
     ) -> None:
         super().__init__(*arguments, **options)
         if self.args.n_gpu > 1:
-            raise ValueError(f"fastkd: n_gpu is {self.args.n_gpu}, must be 1: start a process for each GPU, with torchrun")
+            raise ValueError(
+                f"fastkd: n_gpu is {self.args.n_gpu}, must be 1: start a process for each GPU, with torchrun"
+            )
         if self.args.label_smoothing_factor:
-            raise ValueError(f"fastkd: label_smoothing_factor is {self.args.label_smoothing_factor}, must be 0 in distillation")
+            raise ValueError(
+                f"fastkd: label_smoothing_factor is {self.args.label_smoothing_factor}, must be 0 in distillation"
+            )
         self.distillation = {
             "temperature": temperature,
             "alpha": alpha,

@@ -20,7 +20,7 @@ returns, as before, the sum of the student's entropies at that temperature and t
 gradients. Sums run in float32, so bfloat16 logits give a float32 loss, which TRL rounds to bfloat16.
 
 One gradient is another: a student's head that FSDP2 has wrapped by itself, and so in parts when the loss reads it, is gathered
-once, as in TRL, but its gradient is the mean over the ranks. In TRL 1.16 each rank keeps what its own tokens say about its part.
+once, as in TRL, but its gradient is the mean over the ranks. In TRL 1.16 each rank keeps what its own tokens say of its part.
 
 TRL's own function is called, each time, for what fastkd does not compute:
 
@@ -153,7 +153,9 @@ def _computed(student_logits: Any, teacher_logits: Any, beta: Any, reduction: An
         and not isinstance(beta, Tensor)
         and 0 <= beta <= 1
         and not any(is_dtensor(each) for each in logits)
-        and all(isinstance(each, Tensor) and each.dtype in FLOATS and each.device.type in ("cpu", "cuda") for each in logits)
+        and all(
+            isinstance(each, Tensor) and each.dtype in FLOATS and each.device.type in ("cpu", "cuda") for each in logits
+        )
         and student_logits.shape == teacher_logits.shape
     )
 
@@ -190,14 +192,14 @@ def _divergence_of_logits(
 
 
 def _gkd_loss(
-    student_logits,  # type: ignore[no-untyped-def]
-    teacher_logits,
-    labels=None,
-    beta=0.5,
-    temperature=1.0,
-    reduction="batchmean",
-    num_items_in_batch=None,
-):
+    student_logits: Any,
+    teacher_logits: Any,
+    labels: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    num_items_in_batch: Tensor | int | None = None,
+) -> Any:
     arguments = student_logits, teacher_logits, labels, beta, temperature, reduction, num_items_in_batch
     if _computed(student_logits, teacher_logits, beta, reduction, num_items_in_batch):
         return _divergence_of_logits(*arguments)
@@ -205,15 +207,15 @@ def _gkd_loss(
 
 
 def _gold_loss(
-    student_logits,  # type: ignore[no-untyped-def]
-    teacher_logits,
-    labels=None,
-    beta=0.5,
-    temperature=1.0,
-    reduction="batchmean",
-    logits_are_probs=False,
-    num_items_in_batch=None,
-):
+    student_logits: Any,
+    teacher_logits: Any,
+    labels: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    logits_are_probs: bool = False,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Any:
     arguments = student_logits, teacher_logits, labels, beta, temperature, reduction
     if not logits_are_probs and _computed(student_logits, teacher_logits, beta, reduction, num_items_in_batch):
         return _divergence_of_logits(*arguments, num_items_in_batch)
@@ -221,16 +223,16 @@ def _gold_loss(
 
 
 def _iw_opd_loss(
-    student_logits,  # type: ignore[no-untyped-def]
-    teacher_logits,
-    labels=None,
-    beta=0.5,
-    temperature=1.0,
-    reduction="batchmean",
-    top_k=0,
-    add_tail=True,
-    num_items_in_batch=None,
-):
+    student_logits: Any,
+    teacher_logits: Any,
+    labels: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    top_k: int = 0,
+    add_tail: bool = True,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Any:
     arguments = student_logits, teacher_logits, labels, beta, temperature, reduction
     every_class = top_k <= 0 or student_logits.shape[-1] <= top_k
     if every_class and _computed(student_logits, teacher_logits, beta, reduction, num_items_in_batch):

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import language_cases as cases
+import language_models as cases
 import pytest
 import torch
 from torch import Tensor
 
 pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
-transformers = pytest.importorskip("transformers", reason='transformers is not installed: pip install "fastkd[language]"')
+transformers = pytest.importorskip(
+    "transformers", reason='transformers is not installed: pip install "fastkd[language]"'
+)
 
 from language_trainers import Rows, Trainer, batch, trained  # noqa: E402
 
@@ -25,7 +27,12 @@ def shifted(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def both(
-    model: Any, teacher: Any, inputs: dict[str, Tensor], formula: Callable[..., Tensor], count: float | None = None, **options: Any
+    model: Any,
+    teacher: Any,
+    inputs: dict[str, Tensor],
+    formula: Callable[..., Tensor],
+    count: float | None = None,
+    **options: Any,
 ) -> None:
     """The loss and its gradients are those of the formula of the logits."""
     with torch.no_grad():
@@ -65,7 +72,16 @@ def test_losses(options: dict[str, Any], formula: Callable[..., Tensor]) -> None
 
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
-    ("gpt2", {"n_embd": 16, "n_head": 2, "n_layer": 2, "tie_word_embeddings": True, **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)}),
+    (
+        "gpt2",
+        {
+            "n_embd": 16,
+            "n_head": 2,
+            "n_layer": 2,
+            "tie_word_embeddings": True,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        },
+    ),
     ("gemma2", {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8, "sliding_window": 16}),
     ("cohere", {"logit_scale": 0.25}),
     ("granite", {"logits_scaling": 4.0}),
@@ -83,7 +99,15 @@ def test_models(kind: str, options: dict[str, Any]) -> None:
 
 
 def test_encoder_and_decoder() -> None:
-    sizes = {"vocab_size": 97, "d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+    sizes = {
+        "vocab_size": 97,
+        "d_model": 16,
+        "d_ff": 32,
+        "d_kv": 8,
+        "num_layers": 2,
+        "num_heads": 2,
+        "dropout_rate": 0.0,
+    }
     torch.manual_seed(0)
     config = transformers.T5Config(**sizes, decoder_start_token_id=0, tie_word_embeddings=True)
     model, teacher = (transformers.T5ForConditionalGeneration(config) for _ in range(2))
@@ -140,7 +164,9 @@ def test_the_logits_do_not_exist() -> None:
     inputs = batch(4, 96, vocabulary=16_001)
     logits = 4 * 96 * 16_001 * 4
     assert cases.peak_bytes(lambda: shifted(model, inputs)) > logits
-    assert cases.peak_bytes(lambda: distillation_loss(model, teacher, inputs, memory_budget=2**20).backward()) < logits / 2
+    assert (
+        cases.peak_bytes(lambda: distillation_loss(model, teacher, inputs, memory_budget=2**20).backward()) < logits / 2
+    )
 
 
 def test_what_is_refused() -> None:
@@ -157,7 +183,9 @@ def test_what_is_refused() -> None:
         distillation_loss(adapted, model, inputs)
     silent = cases.model(1)
     silent.config.logit_scale = 0.5  # which a Llama does not look at
-    with pytest.raises(TypeError, match=r"does something else to its logits than its config says \(scale 0.5, softcap None\)"):
+    with pytest.raises(
+        TypeError, match=r"does something else to its logits than its config says \(scale 0.5, softcap None\)"
+    ):
         distillation_loss(silent, model, inputs)
     assert "forward" not in silent.lm_head.__dict__
     with pytest.raises(ValueError, match="direction is 'sideways'"):
@@ -186,7 +214,10 @@ def test_accumulation_does_not_change_the_step(tmp_path: Any) -> None:
 def test_metrics_have_logits(tmp_path: Any) -> None:
     shapes = []
     trainer, _ = trained(
-        tmp_path, rows=8, accumulate=1, compute_metrics=lambda seen: (shapes.append(seen.predictions.shape), {"x": 1.0})[1]
+        tmp_path,
+        rows=8,
+        accumulate=1,
+        compute_metrics=lambda seen: (shapes.append(seen.predictions.shape), {"x": 1.0})[1],
     )
     assert trainer.evaluate()["eval_x"] == 1.0
     assert shapes == [(8, 20, 97)]
@@ -200,9 +231,7 @@ def test_mixed_precision(tmp_path: Any) -> None:
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
             for model in (self.model, self.teacher):
-                model.lm_head.register_forward_pre_hook(
-                    lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
-                )
+                model.lm_head.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
 
     trained(tmp_path, rows=8, accumulate=1, base=Seeing, bf16=True)
     assert seen == [True, True]

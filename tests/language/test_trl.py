@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import language_cases as cases
 import pytest
 import torch
 from torch import Tensor
@@ -55,7 +52,9 @@ def assert_same(theirs: Any, ours: Any, **close: float) -> None:
 # ---- the loss of DistillationTrainer -------------------------------------------------------------------
 
 
-def heads_loss(student_bias: bool = False, teacher_bias: bool = False, dtype: Any = torch.float32, **options: Any) -> Any:
+def heads_loss(
+    student_bias: bool = False, teacher_bias: bool = False, dtype: Any = torch.float32, **options: Any
+) -> Any:
     """Loss, sum of entropies, number of tokens, and the gradients of the student's hidden states and head."""
     batch, tokens, width, teacher_width, classes = 3, 7, 16, 24, 301
     leaves = [drawn(batch, tokens, width), drawn(classes, width, seed=1)]
@@ -165,15 +164,17 @@ def test_losses_of_bfloat16_logits() -> None:
 def test_what_fastkd_does_not_compute_is_left_to_trl(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     divergence = integration.divergence
-    monkeypatch.setattr(integration, "divergence", lambda *given, **named: (called.append(1), divergence(*given, **named))[1])
+    monkeypatch.setattr(
+        integration, "divergence", lambda *given, **named: (called.append(1), divergence(*given, **named))[1]
+    )
     probabilities = drawn(5, 97).softmax(-1)
-    cases = [
+    left = [
         lambda: logits_loss(IWOPDTrainer, top_k=5),
         lambda: logits_loss(IWOPDTrainer, top_k=5, add_tail=False, beta=0.0),
         lambda: logits_loss(GKDTrainer, reduction="none"),
         lambda: (GOLDTrainer.generalized_jsd_loss(probabilities, probabilities.flip(0), logits_are_probs=True),),
     ]
-    for case in cases:
+    for case in left:
         theirs, ours = both(case)
         assert not called
         assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import language_cases as cases
+import language_models as cases
 import pytest
 import torch
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import language_cases as cases
+import language_models as cases
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -96,7 +96,11 @@ def sharded_models(rank: int, folder: Path, head_apart: bool) -> dict[str, Any]:
     count = int((whole["labels"][:, 1:] != -100).sum())
     loss = distillation_loss(*models, part(whole, rank), count / RANKS, temperature=2.0, alpha=0.7)
     loss.backward()
-    return {"loss": loss.detach(), "gradients": wholes(models[0])}
+    gradients = wholes(models[0])
+    with torch.no_grad():  # in evaluation, too
+        again = distillation_loss(*models, part(whole, rank), count / RANKS, temperature=2.0, alpha=0.7)
+    torch.testing.assert_close(again, loss.detach())
+    return {"loss": loss.detach(), "gradients": gradients}
 
 
 # ---- trainers in two processes --------------------------------------------------------------------------
@@ -139,4 +143,7 @@ def accelerated(rank: int, folder: Path) -> dict[str, Any]:
             # backward() divides by the batches of a step and DDP by the processes: the count has both in it
             accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
             total += loss.detach()
-    return {"gradients": cases.gradients(accelerator.unwrap_model(model)), "loss": accelerator.gather(total[None]).sum()}
+    return {
+        "gradients": cases.gradients(accelerator.unwrap_model(model)),
+        "loss": accelerator.gather(total[None]).sum(),
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import language_cases as cases
+import language_models as cases
 import torch
 import transformers
 from torch import Tensor
@@ -40,7 +40,9 @@ class Rows(torch.utils.data.Dataset):
         return self.rows[row]
 
 
-def trained(folder: Any, *, rows: int, accumulate: int, base: Any = Trainer, bf16: bool = False, **options: Any) -> tuple[Any, dict[str, Tensor]]:
+def trained(
+    folder: Any, *, rows: int, accumulate: int, base: Any = Trainer, bf16: bool = False, **options: Any
+) -> tuple[Any, dict[str, Tensor]]:
     """A trainer after its only step, which moves nothing, and the gradient of that step."""
     seen: list[dict[str, Tensor]] = []
 
@@ -50,8 +52,8 @@ def trained(folder: Any, *, rows: int, accumulate: int, base: Any = Trainer, bf1
 
     arguments = transformers.TrainingArguments(
         output_dir=str(folder), max_steps=1, per_device_train_batch_size=rows, gradient_accumulation_steps=accumulate,
-        learning_rate=0.0, max_grad_norm=0.0, report_to=[], save_strategy="no", use_cpu=True, logging_steps=1, disable_tqdm=True,
-        per_device_eval_batch_size=8, bf16=bf16,
+        learning_rate=0.0, max_grad_norm=0.0, report_to=[], save_strategy="no", use_cpu=True, logging_steps=1,
+        per_device_eval_batch_size=8, disable_tqdm=True, bf16=bf16,
     )  # fmt: skip
     trainer = base(
         model=cases.model(0),
@@ -63,8 +65,6 @@ def trained(folder: Any, *, rows: int, accumulate: int, base: Any = Trainer, bf1
     )
     trainer.train()
     return trainer, seen[0]
-
-
 
 
 # ---- TRL ------------------------------------------------------------------------------------------------
@@ -113,11 +113,15 @@ def distilled(folder: Any, kind: str, patched: bool, **options: Any) -> dict[str
             gradients.append(cases.gradients(model))
 
         def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
-            kept.append({name: value for name, value in logs.items() if "time" not in name and "per_second" not in name})
+            kept.append(
+                {name: value for name, value in logs.items() if "time" not in name and "per_second" not in name}
+            )
 
     kept = logs
     arguments = config(**{**common, **own, **options})
-    trainer = make(student, teacher, args=arguments, train_dataset=data, processing_class=cases.tokenizer(), callbacks=[Keep()])
+    trainer = make(
+        student, teacher, args=arguments, train_dataset=data, processing_class=cases.tokenizer(), callbacks=[Keep()]
+    )
     if patched:  # trainers that are made already, too
         integration.patch(kind)
     try:

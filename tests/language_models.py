@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CI": "1"}  # of processes that have no conftest.py
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # of processes that have no conftest.py
 
 import sys
 from collections.abc import Callable
