@@ -110,7 +110,8 @@ def distillation_loss(
         beta: D is the generalised Jensen-Shannon divergence of this beta instead, see :func:`fastkd.functional.js_div`.
         classes: only the first so many tokens of both vocabularies, where they are padded to different sizes.
         return_terms: also return ``{"cross_entropy": ..., "divergence": ...}``, the unweighted terms, detached.
-        options: of :func:`fastkd.functional.linear_kl_div`: ``weight``, ``logits_dtype``, ``memory_budget``, ``skip_ignored``.
+        options: of :func:`fastkd.functional.linear_kl_div`: ``weight``, ``logits_dtype``, ``memory_budget``, ``skip_ignored``,
+            which is True here: prompts and padding take no time, for one wait for the device.
 
     Raises:
         TypeError, ValueError: a model without a head, or with an adapter on it, or one that does something to its logits that
@@ -145,7 +146,7 @@ def distillation_loss(
             ignore_index=ignore_index,
             reduction="batchmean" if num_items_in_batch is None else "sum",
             classes=classes,
-            **options,
+            **{"skip_ignored": True, **options},
         )
         if num_items_in_batch is not None:
             count = num_items_in_batch

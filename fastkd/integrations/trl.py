@@ -140,6 +140,7 @@ def _chunked_divergence_loss(
         kd_scale=1.0 / temperature**2,
         ignore_index=IGNORED,
         reduction="sum",
+        skip_ignored=True,  # as TRL does, which waits for the number of tokens, too
         student_entropy=True,
     )
     return _per(loss, count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch), entropy.sum(), count

@@ -114,6 +114,13 @@ def test_loss_of_heads_in_bfloat16_and_under_autocast(beta: float) -> None:
     assert_same(theirs[3:], ours[3:], rtol=2e-2, atol=2e-3)
 
 
+def test_heads_of_zero_3_are_left_to_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integration, "linear_divergence", None)
+    monkeypatch.setattr(integration, "is_partitioned", lambda head: True)
+    theirs, ours = both(lambda: heads_loss(beta=0.5, student_bias=True, temperature=2.0))
+    assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
+
+
 # ---- the losses of logits: GKD, GOLD, IW-OPD -----------------------------------------------------------
 
 
