@@ -19,7 +19,7 @@ say = @printf '== %s\n'
 ASKED = FASTKD_CUDA=$(FASTKD_CUDA) TORCH_CUDA_ARCH_LIST=$(TORCH_CUDA_ARCH_LIST) CUDA_HOME=$(CUDA_HOME) CXX=$(CXX)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench bench-full gpu-check compat frameworks sanitize inspect machine-code lint format sdist wheel build clean FORCE
+.PHONY: help demo test bench bench-full gpu-check compat frameworks language sanitize inspect machine-code lint format sdist wheel build clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -99,11 +99,15 @@ gpu-check:  ## on a machine with a GPU: build, test, sanitize, measure, tune, wi
 	$(PYTHON) -m benchmarks.gpu_check $(if $(ONLY),--only $(ONLY))
 
 $(VENV)/.frameworks: $(VENV)/.built
-	$(say) "installing the training frameworks that fastkd is tested with: half a minute"
+	$(say) "installing the training frameworks that fastkd is tested with, those of language models too: a minute"
 	@$(INSTALL) ".[frameworks,language]" "$$($(BIN)/python -c 'import torch; print(f"torch=={torch.__version__}")')"
 	@touch $@
 
 frameworks: $(VENV)/.frameworks  ## the training frameworks that some tests need, beside the torch that is there
+
+language: $(VENV)/.frameworks  ## the tests of language models: TRL, transformers, accelerate, Lightning, cached teachers
+	$(say) "the tests of language models: two minutes"
+	@$(BIN)/pytest $(PARALLEL) tests/language
 
 sdist: $(VENV)/.tools  ## dist/fastkd-*.tar.gz, the sources
 	$(say) "packing the sources: 3 seconds"

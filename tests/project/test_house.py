@@ -20,6 +20,7 @@ FLOORS = (
     ("methods",),
     ("scores",),
     ("data", "models"),
+    ("integrations",),
     (
         "_build_info",
         "alias_table",
