@@ -29,7 +29,9 @@ Losses launch_rows(const DeviceContext& context, const RowInputs& inputs, const 
   const Dtype dtype = kernel_dtype(student);
   // Without gradients there is nothing to keep: one sweep will do, and is faster than a cluster of many blocks. Short rows are
   // faster on chip all the same, in a third to three quarters of the time.
-  const bool resident = teacher_gradient == nullptr &&
+  // Rows on chip read a label's logit late, where they have registers: not if a gradient may lie there by then.
+  const bool late = inputs.task && student_gradient == student.const_data_ptr();
+  const bool resident = !late && teacher_gradient == nullptr &&
                         (student_gradient != nullptr || jensen_shannon || classes <= tuned(Knob::kDivergenceForwardClasses));
   const Plan plan = plan_rows(rows, classes, static_cast<int>(student.element_size()), jensen_shannon, resident,
                               gradient != nullptr && is_aligned(gradient), reduce != Reduction::kNone, context.limits());

@@ -114,12 +114,12 @@ FASTKD_DEVICE void resident_row(const Row<T, int, kPlain>& row, Group& group) {
     }
     sums[0] = sum_y, sums[1] = sum_x, sums[2] = static_cast<double>(sum_d) * kUnit<T>;
   }
-  if (group.index() == 0) row.keep_label_logit();
   group.reduce(sums, Sum{});
   const S student_top = top[kSwap];
   const auto numbers = row.numbers();  // anew: kept, they would take registers
   double z_task = sums[kSwap];
   if constexpr (!kPlain) z_task = numbers.own_task ? sums[3] : z_task;
+  if (group.index() == 0) row.keep_label_logit();
   if (group.index() == 0) row.write_task(kPlain || !row.p.task ? 0.0 : log_sum<S>(z_task), student_top);
 
   // gradient(v, k) of the divergence; exponential(v, k) in units of which z is the sum
