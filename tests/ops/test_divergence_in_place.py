@@ -1,4 +1,5 @@
-"""``divergence_``, whose gradients take the place of logits: the bits of ``divergence``, for every mapping of the kernels."""
+"""``divergence_``, whose gradients take the place of logits: the bits of ``divergence``; on a GPU nearly, with labels,
+as rows do not stay on chip there."""
 
 from __future__ import annotations
 
@@ -55,7 +56,12 @@ def test_equals_the_gradients_out_of_place(
                 for temperature in (1.0, 2.0):
                     ours, expected = both(student, teacher, KINDS[kind], sides, label, temperature)
                     for a, b in zip(ours, expected, strict=True):
-                        torch.testing.assert_close(a, b, rtol=0, atol=0)
+                        assert_same(
+                            a,
+                            b,
+                            a.dtype,
+                            fixed_order=label != "task" or (device.type == "cpu" and not emulated.running()),
+                        )
                 # a gradient that lies elsewhere is spread over threads in another way: sums take another order
                 ours, expected = both(off_alignment(student), off_alignment(teacher), KINDS[kind], sides, label, 2.0)
                 for a, b in zip(ours, expected, strict=True):
@@ -70,7 +76,7 @@ def test_large_vocabularies(
     for dtype in (torch.float32, torch.bfloat16):
         student, teacher = logits(2, 128257, "normal", dtype, generator, device)
         for a, b in zip(*both(student, teacher, KINDS[kind], sides, "task", 2.0), strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=0)
+            assert_same(a, b, a.dtype, fixed_order=device.type == "cpu" and not emulated.running())
 
 
 def test_a_row_is_replaced_only_where_its_gradient_can_lie() -> None:
