@@ -23,7 +23,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from fastkd._checks import check_callable, check_choice, check_share
+from fastkd._checks import check_choice, check_share
 from fastkd.functional.divergence import DIRECTIONS, Direction
 from fastkd.integrations._compute import compute_dtype, is_partitioned
 from fastkd.ops.linear import linear_divergence
@@ -329,6 +329,8 @@ class DistillationMixin:
         classes: int | None = None,
         **options: Any,
     ) -> None:
+        check_choice("direction", direction, DIRECTIONS)
+        check_share("alpha", alpha)
         super().__init__(*arguments, **options)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -362,8 +364,8 @@ class DistillationMixin:
     ) -> Any:
         loss = distillation_loss(model, self.teacher, inputs, num_items_in_batch, **self.distillation)  # type: ignore[call-overload]
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            ranks_of_a_batch = check_callable("get_tp_size", getattr(self, "get_tp_size", None))
-            loss = loss * (self.accelerator.num_processes // (ranks_of_a_batch() if ranks_of_a_batch else 1))
+            tensor_parallel = getattr(self, "get_tp_size", lambda: 1)()  # ranks that have the same batch
+            loss = loss * (self.accelerator.num_processes // tensor_parallel)
         if not return_outputs:
             return loss
         outputs: dict[str, Any] = {"loss": loss}

@@ -239,5 +239,7 @@ def test_mixed_precision(tmp_path: Any) -> None:
 
 def test_trainer_refuses(tmp_path: Any) -> None:
     arguments = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match=r"alpha is 1\.5, must be in \[0, 1\]"):
+        Trainer(model=cases.model(0), args=arguments, teacher=cases.model(1), alpha=1.5)
     with pytest.raises(ValueError, match=r"label_smoothing_factor is 0\.1, must be 0"):
         Trainer(model=cases.model(0), args=arguments, teacher=cases.model(1))
