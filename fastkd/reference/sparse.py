@@ -104,7 +104,7 @@ def sample_teacher(
     counts = (drawn[:, :, None] == drawn[:, None, :]).sum(-1)
     first = torch.ones_like(drawn, dtype=torch.bool)
     first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
-    order = (~first).to(torch.int64).argsort(-1, stable=True)
+    order = (~first).to(torch.int64).argsort(dim=-1, stable=True)
     kept = first.gather(-1, order)
     log_probs = torch.where(kept, (counts.gather(-1, order) / draws).log(), -torch.inf)
     return torch.where(kept, drawn.gather(-1, order), 0), log_probs.float()
