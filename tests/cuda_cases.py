@@ -21,6 +21,7 @@ from fastkd.ops import batch as batch_ops
 from fastkd.ops import crop as crop_ops
 from fastkd.ops import divergence as divergence_ops
 from fastkd.ops import gmm as gmm_ops
+from fastkd.ops import sparse as sparse_ops
 from fastkd.ops.alias import Table
 
 needs_cuda = [
@@ -86,6 +87,17 @@ def _sparse_loss(
     student = student.detach().requires_grad_()
     loss = getattr(F, function)(student, indices, log_probs, target=target, temperature=2.0, **options)
     return (loss.detach(), *torch.autograd.grad(loss.sum(), student))
+
+
+def _sample_teacher(logits: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
+    return sparse_ops.sample_teacher(logits, seed, 37, 1.5)
+
+
+def _teacher(rows: int, classes: int, dtype: torch.dtype) -> Callable[[torch.device, int], tuple[Tensor, ...]]:
+    def make(device: torch.device, seed: int) -> tuple[Tensor, ...]:
+        return _normal(seed, rows, classes, dtype=dtype).mul_(3).to(device), torch.tensor([7 + seed], device=device)
+
+    return make
 
 
 def _scaled_loss(student: Tensor, teacher: Tensor, _target: Tensor) -> tuple[Tensor, ...]:
@@ -344,6 +356,7 @@ DETERMINED = [
         for name, options in _SPARSE.items()
         for shape in _SPARSE_SHAPES
     ),
+    *(Case(_name("sample_teacher", shape), _teacher(*shape), _sample_teacher) for shape in _SHAPES),
     Case("divergence_backward_", _logits(33, 401, torch.float32), _scaled_loss),
     *(Case(_name("logit_stats", shape), _logits(*shape), _stats) for shape in _SHAPES),
     *(Case(_name("gmm_fit", shape), _losses(*shape), _mixture, {"weighted": False}) for shape in _MIXTURES),

@@ -231,6 +231,7 @@ CHECKS: dict[Callable[..., Tensors], Callable[[Case, Tensors, Tensors], None]] =
     cuda_cases._select: check_select,
     cuda_cases._crop: check_crop,
     cuda_cases._crop_offsets: check_bits,
+    cuda_cases._sample_teacher: check_bits,
     cuda_cases._draw_batch_of: check_bits,
     cuda_cases._alias: check_bits,
     cuda_cases._moved_table: check_bits,

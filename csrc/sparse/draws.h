@@ -26,8 +26,9 @@ inline int exponent_of(int64_t classes) {
 FASTKD_HOST_DEVICE uint64_t place_of(uint64_t seed, int64_t row, int64_t draws, int64_t i, uint64_t total) {
   const int64_t pairs = draws / 2 + draws % 2;
   const Words words = philox(seed, Stream::kTeacher, static_cast<uint64_t>(row * pairs + i / 2));
-  const int first = 2 * static_cast<int>(i % 2);
-  return multiply_high(words.w[first] | static_cast<uint64_t>(words.w[first + 1]) << 32, total);
+  const bool even = i % 2 == 0;
+  const uint64_t low = even ? words.w[0] : words.w[2], high = even ? words.w[1] : words.w[3];
+  return multiply_high(low | high << 32, total);
 }
 
 FASTKD_HOST_DEVICE double share(int64_t count, int64_t draws) { return static_cast<double>(count) / static_cast<double>(draws); }

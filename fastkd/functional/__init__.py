@@ -19,6 +19,8 @@ valid pixels, not their sum over the number of images. Channels-last logits are 
 gradients. Of logits in NCHW order each side is copied, once, to have the classes of a pixel side by side, and its gradient
 is copied back. Each gradient has the memory format of its logits; student and teacher may have different ones.
 
+Sparse teachers, of which k classes of each row are known, have losses of their own: :mod:`fastkd.functional.sparse`.
+
 A row that holds ``nan``, ``+inf``, or ``-inf`` only has a loss and gradients of ``nan``; rows that are ignored or have
 weight 0 are not looked at. First derivatives only, in reverse mode (``backward``, ``torch.func.grad``).
 """

@@ -29,6 +29,7 @@ TESTS = {
     "gmm": ["tests/ops/test_gmm_kernels.py", "tests/ops/test_gmm.py"],
     "relation": ["tests/ops/test_relation.py"],
     "moments": ["tests/ops/test_moments.py"],
+    "sparse": ["tests/ops/test_sparse.py", "tests/ops/test_sparse_draws.py", "tests/ops/test_sparse_arguments.py"],
 }
 
 

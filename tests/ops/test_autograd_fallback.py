@@ -43,12 +43,13 @@ def run(owner, name):
         s, t = s.clone().requires_grad_(), t.clone().requires_grad_()
         losses = {
             "kl": F.kl_div(s, t, 2.0), "js": F.js_div(s, t), "kd": F.kd_loss(s, t, torch.tensor([1, 2, 3])),
+            "sparse": F.sparse_kl_div(s, torch.tensor([[0, 4]] * 3), torch.full((3, 2), -1.0)),
             "relation": F.relation_loss(s, t), "stats": fastkd.logit_stats(s).entropy.sum(),
             "moments": fastkd.channel_moments(s).var.sum(),
             "crop": fastkd.crop_patches(s.view(1, 3, 1, 11), torch.zeros(1, 2, 2, dtype=torch.int64), (1, 4)).sum(),
         }
         for loss_name, loss in losses.items():
-            inputs = (s,) if loss_name in ("stats", "moments", "crop") else (s, t)
+            inputs = (s,) if loss_name in ("sparse", "stats", "moments", "crop") else (s, t)
             kept = torch.autograd.grad(3 * loss, inputs, retain_graph=True)
             for a, b in zip(kept, torch.autograd.grad(3 * loss, inputs), strict=True):
                 assert torch.equal(a, b), loss_name

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 import fastkd
 from fastkd import functional as F  # noqa: N812
+from fastkd.ops.sparse import sample_teacher
 
 STUDENT, TEACHER = torch.randn(2, 8, 41, generator=torch.Generator().manual_seed(0)).unbind()
 TARGET = torch.arange(8)
@@ -50,6 +51,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "SparseKLDivLoss": (fastkd.SparseKLDivLoss(2.0, tail="drop"), (STUDENT, INDICES, LOG_PROBS)),
     "SparseJSDivLoss": (fastkd.SparseJSDivLoss(2.0), (STUDENT, INDICES, LOG_PROBS)),
     "SparseKDLoss": (fastkd.SparseKDLoss(), (STUDENT, INDICES, LOG_PROBS, TARGET)),
+    "sample_teacher": (lambda t: sample_teacher(t, torch.tensor([3]), 9, 2.0), (TEACHER,)),
     "relation_loss": (lambda s, t: F.relation_loss(s, t, return_terms=True), (STUDENT, TEACHER)),
     "RelationLoss": (fastkd.RelationLoss(), (STUDENT, TEACHER[:, :7])),
     "logit_stats": (lambda z: tuple(fastkd.logit_stats(z)), (TEACHER,)),
