@@ -41,8 +41,8 @@ def sample_teacher(
     student to overrate them, whatever is done with the tail; counts of draws do not, as their mean is the teacher. They are for
     ``tail="drop"``, whose gradient is then ``T (q - count / k)``, with that of the full divergence as its mean.
 
-    Draws are with replacement; repeated ones are merged. They depend on the seed, the row's number and the logits alone, not on
-    threads. On a CPU only, so far: logits of a GPU are refused.
+    Draws are with replacement; repeated ones are merged. They depend on the seed, the row's number and the logits alone: not on
+    threads or device.
 
     Args:
         teacher_logits: ``[..., K]``, a float dtype; of probabilities take the logarithm. No gradient goes there.
@@ -56,7 +56,7 @@ def sample_teacher(
 
     Raises:
         TypeError, ValueError, RuntimeError: logits that are no floats or have no classes, k < 1, T <= 0, a generator of another
-        device; a row that holds NaN, +inf or nothing but -inf; logits on a GPU.
+        device; a row that holds NaN, +inf or nothing but -inf: on a GPU its log_probs are NaN.
     """
     check_tensor("teacher_logits", teacher_logits)
     k = check_size("k", k, 1)
