@@ -48,8 +48,8 @@ def linear_kl_div(
         classes: so many of both vocabularies take part, the first: for those that are padded to different sizes.
         logits_dtype: of the chunks. None is float32 (float64 with float64 inputs): what a GEMM of 16-bit numbers adds up is not
             rounded before the softmax. The inputs' own 16 bits halve the chunks' memory traffic on a GPU; logits then carry
-            errors of 2^-9 (bfloat16) of their size, and so does each log-probability, which near the teacher is more than the
-            gradient itself.
+            errors of 2^-9 (bfloat16) of their size, and so does each log-probability; near the teacher, where the gradient
+            is a difference of almost equal probabilities, that can outweigh it.
         memory_budget: bytes for the chunks' logits; None is 32 MiB on a CPU, 512 MiB on a GPU. Beside it there is the gradient
             of the head, in float32 until it is scaled.
         skip_ignored: leave ignored rows out of the GEMMs. None does so on a CPU. On a GPU their number is known to the device

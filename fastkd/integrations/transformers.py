@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from fastkd._checks import check_choice, check_share
 from fastkd.functional.divergence import DIRECTIONS, Direction
-from fastkd.integrations._compute import compute_dtype, is_partitioned
+from fastkd.integrations._compute import is_partitioned
 from fastkd.ops.linear import linear_divergence
-from fastkd.ops.linear_head import LinearHead
+from fastkd.ops.linear_head import LinearHead, compute_dtype
 
 __all__ = ["DistillationMixin", "distillation_loss"]
 

@@ -48,10 +48,10 @@ import torch
 from torch import Tensor
 
 from fastkd._checks import FLOATS, check_choice
-from fastkd.integrations._compute import compute_dtype, is_dtensor, is_partitioned
+from fastkd.integrations._compute import is_dtensor, is_partitioned
 from fastkd.ops.divergence import divergence
 from fastkd.ops.linear import linear_divergence
-from fastkd.ops.linear_head import LinearHead
+from fastkd.ops.linear_head import LinearHead, compute_dtype
 
 __all__ = ["KNOWN_VERSIONS", "patch", "patched", "unpatch"]
 

@@ -34,7 +34,7 @@ from fastkd.ops._fake import register_fake
 from fastkd.ops._numbers import call_by_name
 from fastkd.ops.divergence import KINDS, REDUCTIONS, broadcast_to_rows, check_logits, check_target
 from fastkd.ops.linear_chunks import HALF, Side, divergence_of_heads, empty_gradients
-from fastkd.ops.linear_head import LinearHead
+from fastkd.ops.linear_head import LinearHead, compute_dtype
 
 CPU_BUDGET = 32 << 20
 GPU_BUDGET = 512 << 20
@@ -185,11 +185,8 @@ def _side(name: str, hidden: Tensor, head: object) -> tuple[Tensor, LinearHead]:
             f"fastkd: {name}_hidden has shape {tuple(hidden.shape)}, must be [..., features], features > 0"
         )
     checked = LinearHead.of(f"{name}_head", head, hidden)
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        return hidden.to(dtype), checked.to(dtype)
-    return hidden, checked
+    dtype = compute_dtype(hidden)
+    return hidden.to(dtype), checked.to(dtype)
 
 
 def _check_classes(classes: int | None, ours: int, theirs: int) -> int:

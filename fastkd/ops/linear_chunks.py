@@ -96,12 +96,12 @@ class Side:
     @property
     def bytes_of_a_row(self) -> int:
         """Of the buffers of a chunk."""
-        elements = 0 if self.is_read_in_place else self.dtype.itemsize
+        size = 0 if self.is_read_in_place else self.dtype.itemsize
         if self.softcap and self.wants_any:
-            elements += self.dtype.itemsize
+            size += self.dtype.itemsize
         if self.wants_any and self._narrows:
-            elements += self.hidden.dtype.itemsize
-        return elements * self.classes
+            size += self.hidden.dtype.itemsize
+        return size * self.classes
 
     @property
     def _narrows(self) -> bool:
@@ -128,16 +128,16 @@ class Side:
         return hidden if rows.present is None else torch.where(rows.present[rows.begin : rows.end, None], hidden, 0)
 
     def logits(self, rows: Rows) -> Tensor:
-        """Those of the chunk."""
+        """Those of the chunk, whose hidden states stay for :meth:`take`."""
         if self.buffer is None:
             return rows.of(self.hidden)
         out = self.buffer[: rows.end - rows.begin]
         if self.weight is None:
             return out.copy_(rows.of(self.hidden))
-        hidden = self._rows_of_hidden(rows)
+        self.chunk = self._rows_of_hidden(rows)
         for tile in self._tiles():
             bias = None if self.bias is None else self.bias[tile]
-            _gemm(out[:, tile], hidden, self.weight[tile].t(), self.factor, add=bias)
+            _gemm(out[:, tile], self.chunk, self.weight[tile].t(), self.factor, add=bias)
         if self.softcap:
             out.tanh_()
             if self.slopes is not None:
@@ -165,9 +165,8 @@ class Side:
         if self._narrows:
             gradient = gradient.to(self.weight.dtype)
         if self.wants_weight:
-            hidden = self._rows_of_hidden(rows)
             for tile in self._tiles():
-                _gemm(self.gradients[1][tile], gradient[:, tile].t(), hidden, factor, add=self.begun)
+                _gemm(self.gradients[1][tile], gradient[:, tile].t(), self.chunk, factor, add=self.begun)
         if self.wants_hidden:
             whole = rows.chosen is None
             shape = [rows.end - rows.begin, self.hidden.shape[1]]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastkd._checks import LARGEST_NUMBER, check_dtype, check_number, check_positive, in_range
 
-__all__ = ["LinearHead"]
+__all__ = ["LinearHead", "compute_dtype"]
 
 
 class LinearHead(NamedTuple):
@@ -67,6 +67,14 @@ class LinearHead(NamedTuple):
         """The same in another dtype, as autocast has it."""
         bias = None if self.bias is None else self.bias.to(dtype)
         return self._replace(weight=self.weight.to(dtype), bias=bias)
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the product with a head: what autocast makes of it, or the dtype of the hidden states."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return hidden.dtype
 
 
 def _check_like(name: str, value: Tensor, hidden: Tensor) -> None:
