@@ -205,7 +205,7 @@ def test_cuda_operators_asked_for_are_those_called() -> None:
 def test_unknown_command_help_and_info(capsys: pytest.CaptureFixture[str]) -> None:
     status, said = fails(["dmo"], capsys)
     assert status == 2
-    assert "demo, distill, score, detect-noise, methods, study, bench, info" in said
+    assert "demo, distill, score, detect-noise, cache-teacher, methods, study, bench, info" in said
     for arguments, words in (
         ([], ["demo", "distill", "methods", "study", "info"]),
         (["--help"], ["demo", "distill", "methods", "study", "info"]),
