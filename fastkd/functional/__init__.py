@@ -19,6 +19,13 @@ valid pixels, not their sum over the number of images. Channels-last logits are 
 gradients. Of logits in NCHW order each side is copied, once, to have the classes of a pixel side by side, and its gradient
 is copied back. Each gradient has the memory format of its logits; student and teacher may have different ones.
 
+Sharded vocabularies, as tensor parallelism has them: with ``group``, logits are ``[..., K of this rank]``, and softmaxes run
+over the classes of all its ranks, in the order of the ranks, which may have different numbers of them. A ``DTensor`` that is
+sharded over the classes is taken as what it has here. Rows, ``target`` (classes of the whole vocabulary), ``weight`` and
+``temperature`` are the same on all ranks, and so is the loss; each rank gets the gradient of its own logits. The ranks exchange
+at most ten numbers of each row, in three all-reduces in the forward pass, and none in the backward, which computes the gradient
+from the logits; they are kept for it.
+
 Sparse teachers, of which k classes of each row are known, have losses of their own: :mod:`fastkd.functional.sparse`.
 
 A row that holds ``nan``, ``+inf``, or ``-inf`` only has a loss and gradients of ``nan``; rows that are ignored or have

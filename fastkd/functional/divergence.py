@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, Union, overload
 
 from torch import Tensor
 
 from fastkd._checks import check_choice, check_row_reduction, check_share, check_tensor, is_zero
 from fastkd.ops import divergence as _ops
+from fastkd.ops import divergence_shard as _divergence_shard  # noqa: F401  registers its operator
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 Reduction = Literal["none", "sum", "batchmean", "mean"]
 RowReduction = Literal["none", "sum", "batchmean"]
 Direction = Literal["forward", "reverse"]
+Group = Union["ProcessGroup", "DeviceMesh"]
 DIRECTIONS = ("forward", "reverse")
 
 
@@ -26,6 +32,7 @@ def kl_div(
     ignore_index: int = -100,
     weight: Tensor | None = None,
     dim: int = -1,
+    group: Group | None = None,
 ) -> Tensor:
     """``T^2 KL(p || q)`` (forward; Hinton et al., 2015) or ``T^2 KL(q || p)`` (reverse) from raw logits, in one pass.
 
@@ -39,6 +46,8 @@ def kl_div(
         target: int64 ``[...]``; rows whose target is ``ignore_index`` are left out of loss, gradient and count.
         weight: broadcasts to ``[...]``, a float dtype, factor of each row; does not change the count.
         dim: dimension of the classes, if not the last: 1 for maps ``[B, K, H, W]``, whose rows ``[B, H, W]`` are pixels.
+        group: the ranks that hold the other classes of the same rows, where the vocabulary is sharded: see
+            :mod:`fastkd.functional`. A process group, or a mesh of one dimension.
 
     Returns:
         float32 (float64 for float64 logits), scalar or ``[...]``.
@@ -61,6 +70,7 @@ def kl_div(
         ignore_index=ignore_index,
         reduction=reduction,
         dim=dim,
+        group=group,
     )[0]
 
 
@@ -75,6 +85,7 @@ def js_div(
     ignore_index: int = -100,
     weight: Tensor | None = None,
     dim: int = -1,
+    group: Group | None = None,
 ) -> Tensor:
     """Generalised Jensen-Shannon divergence, ``T^2 [beta KL(p || m) + (1 - beta) KL(q || m)]``, in nats.
 
@@ -97,6 +108,7 @@ def js_div(
         ignore_index=ignore_index,
         reduction=reduction,
         dim=dim,
+        group=group,
     )[0]
 
 
@@ -110,6 +122,7 @@ def soft_cross_entropy(
     ignore_index: int = -100,
     weight: Tensor | None = None,
     dim: int = -1,
+    group: Group | None = None,
 ) -> Tensor:
     """``-T^2 sum_k p_k log q_k``: forward KL plus the teacher's entropy; the student's gradient is that of forward KL.
 
@@ -125,6 +138,7 @@ def soft_cross_entropy(
         ignore_index=ignore_index,
         reduction=reduction,
         dim=dim,
+        group=group,
     )[0]
 
 
@@ -141,6 +155,7 @@ def kd_loss(
     ignore_index: int = ...,
     weight: Tensor | None = ...,
     dim: int = ...,
+    group: Group | None = ...,
     return_terms: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -158,6 +173,7 @@ def kd_loss(
     ignore_index: int = ...,
     weight: Tensor | None = ...,
     dim: int = ...,
+    group: Group | None = ...,
     return_terms: Literal[True],
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
@@ -174,6 +190,7 @@ def kd_loss(
     ignore_index: int = -100,
     weight: Tensor | None = None,
     dim: int = -1,
+    group: Group | None = None,
     return_terms: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """``(1 - alpha) CE(student, target) + alpha T^2 KL`` in one pass over the logits (Hinton et al., 2015).
@@ -205,5 +222,6 @@ def kd_loss(
         ignore_index=ignore_index,
         reduction=reduction,
         dim=dim,
+        group=group,
     )
     return (loss, {"cross_entropy": terms[0], "kl_div": terms[1]}) if return_terms else loss

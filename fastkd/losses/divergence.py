@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastkd import functional
 from fastkd._checks import check_choice, check_count, check_row_reduction, check_share
-from fastkd.functional.divergence import DIRECTIONS, Direction, Reduction, RowReduction
+from fastkd.functional.divergence import DIRECTIONS, Direction, Group, Reduction, RowReduction
 from fastkd.losses.loss import Loss
 
 
@@ -45,6 +45,8 @@ class KLDivLoss(_DenseLoss):
         teacher_logits: Tensor,
         target: Tensor | None = None,
         weight: Tensor | None = None,
+        *,
+        group: Group | None = None,
     ) -> Tensor:
         """The loss of logits ``[..., K]``, or of ``[B, K, H, W]`` with ``dim=1``; ``target`` and ``weight`` are ``[...]``."""
         return functional.kl_div(
@@ -57,6 +59,7 @@ class KLDivLoss(_DenseLoss):
             ignore_index=self.ignore_index,
             weight=weight,
             dim=self.dim,
+            group=group,
         )
 
     def extra_repr(self) -> str:
@@ -84,6 +87,8 @@ class JSDivLoss(_DenseLoss):
         teacher_logits: Tensor,
         target: Tensor | None = None,
         weight: Tensor | None = None,
+        *,
+        group: Group | None = None,
     ) -> Tensor:
         """The loss of logits ``[..., K]``, or of ``[B, K, H, W]`` with ``dim=1``; ``target`` and ``weight`` are ``[...]``."""
         return functional.js_div(
@@ -96,6 +101,7 @@ class JSDivLoss(_DenseLoss):
             ignore_index=self.ignore_index,
             weight=weight,
             dim=self.dim,
+            group=group,
         )
 
     def extra_repr(self) -> str:
@@ -127,7 +133,13 @@ class KDLoss(_DenseLoss):
         self.reduction: RowReduction
 
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, weight: Tensor | None = None
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        *,
+        group: Group | None = None,
     ) -> Tensor:
         """The loss of logits ``[..., K]``, or of ``[B, K, H, W]`` with ``dim=1``, and classes ``[...]``, as ``weight`` is."""
         return functional.kd_loss(
@@ -141,6 +153,7 @@ class KDLoss(_DenseLoss):
             ignore_index=self.ignore_index,
             weight=weight,
             dim=self.dim,
+            group=group,
         )
 
     def extra_repr(self) -> str:

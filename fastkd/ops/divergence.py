@@ -35,6 +35,7 @@ from fastkd.ops._autograd import (
 )
 from fastkd.ops._fake import register_fake
 from fastkd.ops._numbers import call_by_name
+from fastkd.ops._rank_group import RankGroup, local_part
 
 KINDS = {"forward": 0, "reverse": 1, "jensen_shannon": 2, "soft_cross_entropy": 3}
 _OTHERS = ("teacher_logits", "target", "weight", "temperature")  # tensors beside the student's logits
@@ -66,6 +67,7 @@ def divergence(
     ignore_index: int = -100,
     reduction: str = "batchmean",
     dim: int = -1,
+    group: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """``kd_scale * T^2 * D + task_scale * CE`` over one dimension, reduced; the core of every loss.
 
@@ -77,11 +79,16 @@ def divergence(
         temperature: a positive number, or a tensor that broadcasts to ``[...]``.
         weight: ``[...]``, float32 or float64, factor of each row; rows of weight 0 are not looked at.
         reduction: ``none`` (``[...]``), ``sum``, ``batchmean`` (sum / valid rows) or ``mean`` (sum / valid rows / K).
+        group: the ranks that have the other classes of these rows, see :mod:`fastkd.ops.divergence_shard`.
 
     Returns:
         loss: float32 (float64 for float64 logits); terms: ``[2]`` or ``[2, ...]``, task and distillation term,
         detached; the task term is 0 where ``task_scale`` is.
     """
+    if group is not None:
+        group = RankGroup.of(group)
+        student_logits = local_part("student_logits", student_logits, dim)
+        teacher_logits = local_part("teacher_logits", teacher_logits, dim)
     dim = check_logits("student_logits", student_logits, dim)
     check_logits("teacher_logits", teacher_logits, dim)
     if student_logits.shape != teacher_logits.shape:
@@ -108,9 +115,7 @@ def divergence(
         target = check_target(target, rows_shape)
     flat = student_logits.dim() == 2
     check_devices(student_logits, _OTHERS, (teacher_logits, target, weight, row_temperature))
-    ahead = torch.is_grad_enabled() and student_logits.dtype != torch.float16
-    loss, terms, _, _ = call_by_name(
-        "divergence",
+    arguments = (
         student_logits if flat else student_logits.reshape(-1, student_logits.shape[-1]),
         teacher_logits if flat else teacher_logits.reshape(-1, student_logits.shape[-1]),
         target,
@@ -123,9 +128,13 @@ def divergence(
         task_scale,
         ignore_index,
         REDUCTIONS[reduction],
-        ahead and student_logits.requires_grad,
-        ahead and teacher_logits.requires_grad,
     )
+    if group is None:
+        ahead = torch.is_grad_enabled() and student_logits.dtype != torch.float16
+        gradients = ahead and student_logits.requires_grad, ahead and teacher_logits.requires_grad
+        loss, terms, _, _ = call_by_name("divergence", *arguments, *gradients)
+    else:
+        loss, terms, *_ = call_by_name("divergence_shard", *arguments, *group)
     if reduction == "none" and not flat:
         return loss.reshape(rows_shape), terms.reshape(2, *rows_shape)
     return loss, terms
@@ -208,6 +217,39 @@ def broadcast_to_rows(name: str, value: Tensor, shape: torch.Size) -> Tensor:
         raise ValueError(
             f"fastkd: {name} has shape {tuple(value.shape)}, must broadcast to the rows, {tuple(shape)}"
         ) from None
+
+
+def check_labels(target: Tensor, counts: Tensor, classes: int, ignore_index: int) -> None:
+    """That the target ``[N]`` of each row that counts is a class."""
+    wrong = counts & ((target < 0) | (target >= classes))
+    if wrong.any():
+        r = int(wrong.nonzero()[0])
+        raise RuntimeError(
+            f"fastkd: target[{r}] is {int(target[r])}, must be in [0, {classes}) or ignore_index ({ignore_index})"
+        )
+
+
+def check_temperatures(temperatures: Tensor, counts: Tensor | None) -> None:
+    """That the temperature ``[N]`` of each row that counts, or of all, can be one."""
+    wrong = ~((temperatures > 0) & temperatures.isfinite())
+    wrong = wrong if counts is None else wrong & counts
+    if wrong.any():
+        r = int(wrong.nonzero()[0])
+        raise RuntimeError(f"fastkd: temperature[{r}] is {float(temperatures[r]):g}, must be positive and finite")
+
+
+def reduced(terms: Tensor, reduction: int, valid: Tensor | None, classes: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Terms of each row ``[2, N]`` after the reduction, and what each row counts in it, float64 ``[]``.
+
+    Args:
+        valid: ``[N]``, whether a row is not ignored; None if none is.
+    """
+    share = terms.new_ones([], dtype=torch.float64)
+    if reduction in (REDUCTIONS["batchmean"], REDUCTIONS["mean"]):
+        share = share / (max(terms.shape[1], 1) if valid is None else valid.sum().clamp(min=1))
+    if reduction == REDUCTIONS["mean"]:
+        share = share / classes
+    return (terms, share) if reduction == REDUCTIONS["none"] else (terms.double().sum(1) * share, share)
 
 
 @register_fake("divergence")

@@ -32,7 +32,16 @@ from fastkd.ops._autograd import (
 )
 from fastkd.ops._fake import register_fake
 from fastkd.ops._numbers import call_by_name
-from fastkd.ops.divergence import KINDS, REDUCTIONS, broadcast_to_rows, check_logits, check_target
+from fastkd.ops.divergence import (
+    KINDS,
+    REDUCTIONS,
+    broadcast_to_rows,
+    check_labels,
+    check_logits,
+    check_target,
+    check_temperatures,
+    reduced,
+)
 from fastkd.ops.linear_chunks import HALF, Side, divergence_of_heads, empty_gradients
 from fastkd.ops.linear_head import LinearHead, compute_dtype
 
@@ -221,56 +230,33 @@ def _linear_divergence(*args: Any) -> tuple[Tensor, ...]:
         floats = numbers.tolist()
     temperature, beta, kd_scale, task_scale, *head_numbers = floats
     kind, (ignore_index, reduction, classes, logits_dtype, memory_budget, skip, entropy, wanted) = args[10], args[18:26]
-    n, device = args[0].shape[0], args[0].device
+    device = args[0].device
     counts = valid = None
     if target is not None:
         valid = target != ignore_index
         counts = valid if weight is None else valid & (weight != 0)
         if device.type == "cpu":
-            _check_labels(target, counts, classes, ignore_index)
+            check_labels(target, counts, classes, ignore_index)
     elif weight is not None:
         counts = weight != 0
     if temperatures is not None and device.type == "cpu":
-        _check_temperatures(temperatures, counts)
+        check_temperatures(temperatures, counts)
     student = Side(args[0], args[1], args[2], head_numbers[:2], classes, logits_dtype, wanted[:3])
     teacher = Side(args[3], args[4], args[5], head_numbers[2:], classes, logits_dtype, wanted[3:])
     with torch.autocast(device.type, enabled=False), torch.no_grad():
         scalars = (temperature, kind, beta, kd_scale, task_scale, ignore_index)
         rows = (target, weight, temperatures, counts)
         terms, entropies = divergence_of_heads(student, teacher, *rows, skip, memory_budget, scalars, entropy)
-        sums = terms if reduction == REDUCTIONS["none"] else terms.double().sum(1)
-        share = terms.new_ones([], dtype=torch.float64)  # of each row in the reduction
-        if reduction in (REDUCTIONS["batchmean"], REDUCTIONS["mean"]):
-            share /= max(n, 1) if valid is None else valid.sum().clamp(min=1)
-        if reduction == REDUCTIONS["mean"]:
-            share /= classes
-        sums = sums if reduction == REDUCTIONS["none"] else sums * share
+        sums, share = reduced(terms, reduction, valid, classes)
         loss = task_scale * sums[0] + (kd_scale * sums[1] if kd_scale != 0 else 0)
         return (
             loss.to(terms.dtype),
-            sums.to(terms.dtype) if sums is not terms else terms,
+            sums.to(terms.dtype),
             entropies,
             share,
             *student.finish(),
             *teacher.finish(),
         )
-
-
-def _check_labels(target: Tensor, counts: Tensor, classes: int, ignore_index: int) -> None:
-    wrong = counts & ((target < 0) | (target >= classes))
-    if wrong.any():
-        r = int(wrong.nonzero()[0])
-        raise RuntimeError(
-            f"fastkd: target[{r}] is {int(target[r])}, must be in [0, {classes}) or ignore_index ({ignore_index})"
-        )
-
-
-def _check_temperatures(temperatures: Tensor, counts: Tensor | None) -> None:
-    wrong = ~((temperatures > 0) & temperatures.isfinite())
-    wrong = wrong if counts is None else wrong & counts
-    if wrong.any():
-        r = int(wrong.nonzero()[0])
-        raise RuntimeError(f"fastkd: temperature[{r}] is {float(temperatures[r]):g}, must be positive and finite")
 
 
 @register_fake("linear_divergence")

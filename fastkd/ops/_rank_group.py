@@ -1,0 +1,54 @@
+"""The ranks that have the classes of the same rows, as an operator is told of them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+__all__ = ["RankGroup", "local_part"]
+
+
+class RankGroup(NamedTuple):
+    """A process group by its name, and this rank in it."""
+
+    group: str
+    rank: int
+    ranks: int
+
+    @classmethod
+    def of(cls, group: Any) -> RankGroup:
+        """Of a process group, or a mesh of one dimension."""
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if isinstance(group, DeviceMesh):
+            if group.ndim != 1:
+                raise ValueError(f"fastkd: group is a mesh of {group.ndim} dimensions, must have one: mesh['tp'], say")
+            group = group.get_group()
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                f"fastkd: group is {type(group).__name__}, must be a process group of torch.distributed or a DeviceMesh"
+            )
+        return cls(group.group_name, dist.get_rank(group), dist.get_world_size(group))
+
+    def reduce(self, values: Tensor, how: str) -> Tensor:
+        """``max`` or ``sum`` of the values of all ranks."""
+        from torch.distributed import _functional_collectives as collectives
+
+        reduced: Tensor = collectives.wait_tensor(collectives.all_reduce(values, how, self.group))  # type: ignore[arg-type]
+        return reduced
+
+
+def local_part(name: str, value: Tensor, dim: int = -1) -> Tensor:
+    """What this rank has of a tensor that is sharded over dimension ``dim``; a plain tensor is just that."""
+    if not hasattr(value, "to_local"):
+        return value
+    from torch.distributed.tensor import Shard
+
+    sharded: Any = value
+    placements = tuple(sharded.placements)
+    if placements not in ((Shard(dim),), (Shard(dim % value.dim()),)):
+        raise ValueError(f"fastkd: {name} is a DTensor placed {placements}, must be (Shard(dim={dim % value.dim()}),)")
+    part: Tensor = sharded.to_local()
+    return part
