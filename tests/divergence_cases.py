@@ -105,10 +105,10 @@ def assert_same(actual: Tensor, expected: Tensor, dtype: torch.dtype, fixed_orde
         torch.testing.assert_close(actual, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-6, equal_nan=True)
 
 
-def assert_accurate(case: Case) -> None:
+def assert_accurate(case: Case, loss: Callable[..., Tensor] = fused) -> None:
     """Losses and gradients are finite and at most twice as far from the truth as the best plain-torch formula."""
     # the student's gradient alone takes other kernels on a GPU, where rows stay on chip
-    ours, alone = case.run(fused), case.run(fused, teacher_gradient=False)
+    ours, alone = case.run(loss), case.run(loss, teacher_gradient=False)
     on_gpu = case.student.device.type == "cuda" or emulated.running()
     case = case.to(CPU)  # where truth and plain torch run
     expected = truth(case)

@@ -64,6 +64,20 @@ struct Plan {
 constexpr int kResidentElements = 32;
 constexpr int64_t kMaxLanesRow = 32 * kResidentElements;
 
+// A cluster for each row, which is read again in each sweep.
+inline Geometry plan_streaming(int64_t rows, int64_t classes, int element_size, DeviceLimits limits) {
+  const int pack = 16 / element_size;
+  unsigned cluster = 1;  // few long rows are spread over more blocks
+  while (cluster * 2 <= limits.max_cluster && cluster * 2 <= tuned(Knob::kDivergenceStreamingCluster) &&
+         rows * cluster < tuned(Knob::kDivergenceStreamingBlocks) * limits.multiprocessors &&
+         classes > 4 * int64_t{kMaxRowThreads} * pack * cluster) {
+    cluster *= 2;
+  }
+  const int64_t chunks = (classes + 128 * pack * cluster - 1) / (128 * pack * cluster);  // of 4 packs for each lane of a warp
+  const unsigned threads = static_cast<unsigned>(chunks < kMaxRowThreads / 32 ? chunks * 32 : kMaxRowThreads);
+  return {one_cluster_each("rows", rows, cluster), threads, cluster, cluster_shared_bytes(threads, cluster, 10)};
+}
+
 // aligned: parts begin at a fresh gradient's 16-byte boundaries. reduced: one loss for all rows is wanted.
 inline Plan plan_rows(int64_t rows, int64_t classes, int element_size, bool jensen_shannon, bool resident, bool aligned,
                       bool reduced, DeviceLimits limits) {
@@ -86,29 +100,20 @@ inline Plan plan_rows(int64_t rows, int64_t classes, int element_size, bool jens
                                   : Geometry{blocks, kLaneThreads};
     return {resident, one_launch, team, geometry};
   }
-  const auto with = [&](bool in_registers, unsigned threads, unsigned cluster) {
-    return Plan{in_registers,
-                false,
-                Team::kCluster,
-                {one_cluster_each("rows", rows, cluster), threads, cluster, cluster_shared_bytes(threads, cluster, 10)}};
-  };
   for (unsigned cluster = 1; resident && cluster <= limits.max_cluster; cluster *= 2) {
     const int64_t each = (longest + cluster - 1) / cluster,
                   warps = (each + 32 * kResidentElements - 1) / (32 * kResidentElements);
     // several blocks on a multiprocessor, so that one loads while the other computes; but rather one than reading twice
     const int64_t most = max_resident_threads(jensen_shannon, limits.max_cluster > 1) / 32;
     if (warps <= most / tuned(Knob::kDivergenceResidentBlocks) || (cluster == limits.max_cluster && warps <= most)) {
-      return with(true, static_cast<unsigned>(warps) * 32, cluster);
+      const unsigned threads = static_cast<unsigned>(warps) * 32;
+      return {true,
+              false,
+              Team::kCluster,
+              {one_cluster_each("rows", rows, cluster), threads, cluster, cluster_shared_bytes(threads, cluster, 10)}};
     }
   }
-  unsigned cluster = 1;  // few long rows are spread over more blocks
-  while (cluster * 2 <= limits.max_cluster && cluster * 2 <= tuned(Knob::kDivergenceStreamingCluster) &&
-         rows * cluster < tuned(Knob::kDivergenceStreamingBlocks) * limits.multiprocessors &&
-         classes > 4 * int64_t{kMaxRowThreads} * pack * cluster) {
-    cluster *= 2;
-  }
-  const int64_t chunks = (classes + 128 * pack * cluster - 1) / (128 * pack * cluster);  // of 4 packs for each lane of a warp
-  return with(false, static_cast<unsigned>(chunks < kMaxRowThreads / 32 ? chunks * 32 : kMaxRowThreads), cluster);
+  return {false, false, Team::kCluster, plan_streaming(rows, classes, element_size, limits)};
 }
 
 using RowKernel = void (*)(DeviceParams);

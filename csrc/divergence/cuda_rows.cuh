@@ -244,12 +244,22 @@ FASTKD_DEVICE void sum_again(const Row<T, Index, kPlain>& row, Group& group, boo
   for (int n = 0; n < N; ++n) sums[n] = small ? total[n] : sums[n];
 }
 
+// D from the sums. Where that is small it is not to be relied on.
+template <typename T>
+FASTKD_DEVICE double rough_divergence_of(const LinearSums& sums, double log_ratio) {
+  return divergence_value(Scalars<T>::divide(sums.d, sums.z_x), 0.0, log_ratio);
+}
+template <typename T, typename Index, bool kPlain>
+FASTKD_DEVICE bool is_small(const Row<T, Index, kPlain>& row, double rough) {
+  return row.p.kind != Kind::kSoftCrossEntropy && row.p.kd_scale != 0 && rough < kSmallDivergence<Compute<T>>;
+}
+
 template <typename T, typename Index, bool kPlain, class Group>
 FASTKD_DEVICE double exact_divergence_of(const Row<T, Index, kPlain>& row, const typename Row<T, Index, kPlain>::Numbers& numbers,
                                          const Compute<T> (&top)[2], const LinearSums& sums, double log_ratio, Group& group) {
   using S = Compute<T>;
-  double value[1] = {divergence_value(Scalars<T>::divide(sums.d, sums.z_x), 0.0, log_ratio)};
-  const bool small = row.p.kind != Kind::kSoftCrossEntropy && row.p.kd_scale != 0 && value[0] < kSmallDivergence<S>;
+  double value[1] = {rough_divergence_of<T>(sums, log_ratio)};
+  const bool small = is_small(row, value[0]);
   const S inverse_temperature = row.inverse_temperature(numbers);
   const S inverse_zy = static_cast<S>(inverse_sum<S>(sums.z_y)), inverse_zx = static_cast<S>(inverse_sum<S>(sums.z_x));
   const S rest = static_cast<S>(log_ratio);

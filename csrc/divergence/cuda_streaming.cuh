@@ -117,112 +117,123 @@ struct OnlineSums {
   }
 };
 
+// A row and the team that it belongs to: sweeps, which the kernel below makes one after another.
 template <typename T, bool kJensenShannon, class Group>
-FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
+struct StreamingRow {
   using S = Compute<T>;
-  using Parts = Chunks<T, int64_t, Group, kPairsAhead<T, kJensenShannon>>;
-  constexpr int N = kPack<T>, kPacks = kPairsAhead<T, kJensenShannon>, kLanes = Parts::kLanes;
-  const auto y = row.y(), x = row.x();
-  const bool whole =
-      y.packs && x.packs && (!row.wants_y() || row.y_gradient().packs) && (!row.wants_x() || row.x_gradient().packs);
-  const Parts chunks(y, row.present(), whole, group);
-  const int64_t first_loose = static_cast<int64_t>(group.index()), loose_step = static_cast<int64_t>(group.size());
+  using Dense = Row<T, int64_t>;
+  using View = typename Dense::View;
+  static constexpr int N = kPack<T>, kPacks = kPairsAhead<T, kJensenShannon>;
+  using Parts = Chunks<T, int64_t, Group, kPacks>;
+  static constexpr int kLanes = Parts::kLanes;
+
+  const Dense& row;
+  Group& group;
+  const View y, x;
+  const Parts chunks;
+  const int64_t first_loose, loose_step;
+
+  FASTKD_DEVICE StreamingRow(const Dense& of, Group& team)
+      : row(of),
+        group(team),
+        y(row.y()),
+        x(row.x()),
+        chunks(y, row.present(), all_packs(), group),
+        first_loose(static_cast<int64_t>(group.index())),
+        loose_step(static_cast<int64_t>(group.size())) {}
+
   // body(to, from, part, left) for this lane's chunks
-  const auto each_chunk = [&](auto last_sweep, bool wanted, const auto& body) {
+  template <bool kLast, typename Body>
+  FASTKD_DEVICE void each_chunk(bool wanted, const Body& body) const {
     for (int64_t part = chunks.first; wanted && chunks.has(part); part += chunks.step) {
-      constexpr bool kLast = decltype(last_sweep)::value;
       const int left = chunks.left(part);
       Words<T> to[kPacks], from[kPacks];
       chunks.template load<kLast>(y.data, part, left, to);
       chunks.template load<kLast>(x.data, part, left, from);
       body(to, from, part, left);
     }
-  };
-  // body(logit_y, logit_x, i) for the loose elements, or those of a chunk
-  const auto each_loose = [&](bool wanted, const auto& body) {
+  }
+  // body(logit_y, logit_x, i) for the loose elements
+  template <typename Body>
+  FASTKD_DEVICE void each_loose(bool wanted, const Body& body) const {
 #pragma unroll 1
     for (int64_t n = wanted ? first_loose : chunks.loose; n < chunks.loose; n += loose_step) {
       const int64_t i = chunks.loose_element(n);
       body(to_compute(y.data[i]), to_compute(x.data[i]), i);
     }
-  };
-  group.arrive();
-  const auto numbers = row.numbers();
-  OnlineSums<T> online(row, numbers);
-  each_chunk(std::false_type{}, numbers.active, [&](const auto& to, const auto& from, int64_t part, int left) {
-    if (online.template add<!kJensenShannon, kLanes>(to, from, left)) return;
-#pragma unroll 1
-    for (int n = 0; n < kPacks * N; ++n) {
-      const int64_t i = y.first(part + n / N * kLanes) + n % N;
-      if (n / N * kLanes < left) online.add(to_compute(y.data[i]), to_compute(x.data[i]));
-    }
-  });
-  each_loose(numbers.active, [&](S logit_y, S logit_x, int64_t) { online.add(logit_y, logit_x); });
-  group.start();
-  S top[2] = {online.y.top, online.x.top};
-  group.reduce(top, Max{});
-  online.raise(top[0], top[1]);
-  double sums[4] = {online.z_y, online.z_x, online.d * kUnit<T>, online.z_task};
-  if (group.index() == 0) row.keep_label_logit();
-  group.reduce(sums, Sum{});
-  if (!(top[0] > -kInfinity<S>)) sums[0] = static_cast<double>(__builtin_nan(""));  // all -inf: no softmax
-  if (!(top[1] > -kInfinity<S>)) sums[1] = static_cast<double>(__builtin_nan(""));
-  const S student_top = row.swap() ? top[1] : top[0];
-  const double z_task = numbers.own_task ? sums[3] : row.swap() ? sums[1] : sums[0];
-  if (group.index() == 0) row.write_task(log_sum<S>(z_task), student_top);
+  }
 
-  // The gradients of both sides: of_y(logits_y, logits_x, i, values), for element i and its neighbours after it. Zeros where
-  // the row takes no part.
-  const auto store = [&](bool active_y, const auto& of_y, bool active_x, const auto& of_x) {
-    const auto y_gradient = row.y_gradient(), x_gradient = row.x_gradient();
-    const bool to_y = row.wants_y() && active_y, to_x = row.wants_x() && active_x;
-    const auto store_one = [&](S logit_y, S logit_x, int64_t i) {
-      const S logits_y[1] = {logit_y}, logits_x[1] = {logit_x};
-      S value[1];
-      if (to_y) {
-        of_y(logits_y, logits_x, i, value);
-        y_gradient.data[i] = from_compute<T>(value[0]);
-      }
-      if (to_x) {
-        of_x(logits_y, logits_x, i, value);
-        x_gradient.data[i] = from_compute<T>(value[0]);
-      }
-    };
-    each_chunk(std::true_type{}, to_y || to_x, [&](const auto& to, const auto& from, int64_t part, int left) {
-      const int64_t begin = y.first(part);
-#pragma unroll
-      for (int v = 0; v < kPacks; ++v) {
-        constexpr int kApart = kLanes * N;
-        S logits_y[N], logits_x[N], values[N];
-        unpack(to[v], logits_y);
-        unpack(from[v], logits_x);
-        if (to_y) {
-          of_y(logits_y, logits_x, begin + v * kApart, values);
-          if (v * kLanes < left) store_pack_once(y_gradient.data + begin + v * kApart, pack_of<T>(values));
-        }
-        if (to_x) {
-          of_x(logits_y, logits_x, begin + v * kApart, values);
-          if (v * kLanes < left) store_pack_once(x_gradient.data + begin + v * kApart, pack_of<T>(values));
-        }
+  // Maxima of y and x; relative to them the sums of their exponentials, of the divergence's terms, and of the student's
+  // exponentials at T = 1, if it has a task of its own.
+  struct Sums {
+    S top[2];
+    double z_y, z_x, d, z_task;
+  };
+  FASTKD_DEVICE Sums sum(const typename Dense::Numbers& numbers) const {
+    group.arrive();
+    OnlineSums<T> online(row, numbers);
+    each_chunk<false>(numbers.active, [&](const auto& to, const auto& from, int64_t part, int left) {
+      if (online.template add<!kJensenShannon, kLanes>(to, from, left)) return;
+#pragma unroll 1
+      for (int n = 0; n < kPacks * N; ++n) {
+        const int64_t i = y.first(part + n / N * kLanes) + n % N;
+        if (n / N * kLanes < left) online.add(to_compute(y.data[i]), to_compute(x.data[i]));
       }
     });
-    each_loose(to_y || to_x, store_one);
-    const auto clear = [&](const auto& gradient) {
-#pragma unroll 1
-      for (int64_t i = first_loose; i < gradient.count; i += loose_step) gradient.data[i] = from_compute<T>(S(0));
-    };
-    if (!row.present()) return;
-    if (row.wants_y() && !active_y) clear(y_gradient);
-    if (row.wants_x() && !active_x) clear(x_gradient);
-  };
+    each_loose(numbers.active, [&](S logit_y, S logit_x, int64_t) { online.add(logit_y, logit_x); });
+    group.start();
+    S top[2] = {online.y.top, online.x.top};
+    group.reduce(top, Max{});
+    online.raise(top[0], top[1]);
+    double sums[4] = {online.z_y, online.z_x, online.d * kUnit<T>, online.z_task};
+    if (group.index() == 0) row.keep_label_logit();
+    group.reduce(sums, Sum{});
+    return {{top[0], top[1]}, sums[0], sums[1], sums[2], sums[3]};
+  }
 
-  if constexpr (!kJensenShannon) {
-    const LinearSums linear_sums{sums[0], sums[1], sums[2], z_task};
-    const double log_ratio = log_ratio_of(linear_sums, row.c());
-    const double value = exact_divergence_of(row, numbers, top, linear_sums, log_ratio, group);
-    if (group.index() == 0) row.write_divergence(value);
-    const TaskGradient<T, int64_t> task(row, numbers, student_top, z_task);
-    const auto linear = linear_of(row, numbers, top, linear_sums, log_ratio, value);
+  // Adds up q log(q / m) and p log(p / m); q - p too, where there is room for it.
+  template <int kWanted>
+  FASTKD_DEVICE void sum_mixture(const Mixture<T>& js, bool active, double (&sums)[kWanted]) const {
+    constexpr bool kMass = kWanted > 2;
+    each_chunk<false>(active, [&](const auto& to, const auto& from, int64_t, int left) {
+      S sum_q = 0, sum_p = 0, sum_mass = 0;
+#pragma unroll
+      for (int v = 0; v < kPacks; ++v) {
+        S logit_y[N], logit_x[N], pack_q = 0, pack_p = 0, pack_mass = 0;
+        unpack(to[v], logit_y);
+        unpack(from[v], logit_x);
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+          const S q = js.q(logit_y[k]), p = js.p(logit_x[k]);
+          const auto terms = js.terms(q, p);
+          pack_q += terms.q;
+          pack_p += terms.p;
+          if constexpr (kMass) pack_mass += q - p;
+        }
+        if (v * kLanes < left) {
+          sum_q += pack_q;
+          sum_p += pack_p;
+          if constexpr (kMass) sum_mass += pack_mass;
+        }
+      }
+      sums[0] += static_cast<double>(sum_q);
+      sums[1] += static_cast<double>(sum_p);
+      if constexpr (kMass) sums[2] += static_cast<double>(sum_mass);
+    });
+    each_loose(active, [&](S logit_y, S logit_x, int64_t) {
+      const S q = js.q(logit_y), p = js.p(logit_x);
+      const auto terms = js.terms(q, p);
+      sums[0] += static_cast<double>(terms.q);
+      sums[1] += static_cast<double>(terms.p);
+      if constexpr (kMass) sums[2] += static_cast<double>(q - p);
+    });
+    sums[0] *= Scalars<T>::kLogUnit, sums[1] *= Scalars<T>::kLogUnit;
+    group.reduce(sums, Sum{});
+  }
+
+  // The gradients of both sides.
+  FASTKD_DEVICE void store_linear(const typename Dense::Numbers& numbers, const Linear<Scalars<T>>& linear,
+                                  const TaskGradient<T, int64_t>& task) const {
     const bool swap = row.swap(), kd = row.p.kd_scale != 0;
     store(
         numbers.active && (!swap || kd),
@@ -248,42 +259,9 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
           }
           if (swap) task.add_to(values, e_x, logits_x, i);
         });
-  } else {
-    auto js = mixture_of(row, numbers, top, sums[0], sums[1]);
-    double k_sums[2] = {0, 0};
-    each_chunk(std::false_type{}, numbers.active, [&](const auto& to, const auto& from, int64_t, int left) {
-      S sum_q = 0, sum_p = 0;
-#pragma unroll
-      for (int v = 0; v < kPacks; ++v) {
-        S logit_y[N], logit_x[N], pack_q = 0, pack_p = 0;
-        unpack(to[v], logit_y);
-        unpack(from[v], logit_x);
-#pragma unroll
-        for (int k = 0; k < N; ++k) {
-          const auto terms = js.terms(js.q(logit_y[k]), js.p(logit_x[k]));
-          pack_q += terms.q;
-          pack_p += terms.p;
-        }
-        if (v * kLanes < left) {
-          sum_q += pack_q;
-          sum_p += pack_p;
-        }
-      }
-      k_sums[0] += static_cast<double>(sum_q);
-      k_sums[1] += static_cast<double>(sum_p);
-    });
-    each_loose(numbers.active, [&](S logit_y, S logit_x, int64_t) {
-      const auto terms = js.terms(js.q(logit_y), js.p(logit_x));
-      k_sums[0] += static_cast<double>(terms.q);
-      k_sums[1] += static_cast<double>(terms.p);
-    });
-    k_sums[0] *= Scalars<T>::kLogUnit, k_sums[1] *= Scalars<T>::kLogUnit;
-    group.reduce(k_sums, Sum{});
-    make_exact(row, js, k_sums, group);
-    if (group.index() == 0) row.write_divergence(jensen_shannon_value(row.p.beta, k_sums[0], k_sums[1]));
-    js.finish(row.kd_scale(numbers), row.p.beta, k_sums[0], k_sums[1]);
-    const TaskGradient<T, int64_t> task(row, numbers, student_top,
-                                        numbers.own_task ? z_task : 1.0);  // probabilities, not exponentials
+  }
+  FASTKD_DEVICE void store_mixture(const typename Dense::Numbers& numbers, const Mixture<T>& js,
+                                   const TaskGradient<T, int64_t>& task) const {
     store(
         numbers.active,
         [&](const auto& logits_y, const auto& logits_x, int64_t i, auto& values) {
@@ -304,6 +282,86 @@ FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
             values[k] = js.p_gradient(p, js.terms(js.q(logits_y[k]), p).p);
           }
         });
+  }
+
+ private:
+  FASTKD_DEVICE bool all_packs() const {
+    return y.packs && x.packs && (!row.wants_y() || row.y_gradient().packs) && (!row.wants_x() || row.x_gradient().packs);
+  }
+
+  // of_y(logits_y, logits_x, i, values), for element i and its neighbours after it. Zeros where the row takes no part.
+  template <typename OfY, typename OfX>
+  FASTKD_DEVICE void store(bool active_y, const OfY& of_y, bool active_x, const OfX& of_x) const {
+    const auto y_gradient = row.y_gradient(), x_gradient = row.x_gradient();
+    const bool to_y = row.wants_y() && active_y, to_x = row.wants_x() && active_x;
+    each_chunk<true>(to_y || to_x, [&](const auto& to, const auto& from, int64_t part, int left) {
+      const int64_t begin = y.first(part);
+#pragma unroll
+      for (int v = 0; v < kPacks; ++v) {
+        constexpr int kApart = kLanes * N;
+        S logits_y[N], logits_x[N], values[N];
+        unpack(to[v], logits_y);
+        unpack(from[v], logits_x);
+        if (to_y) {
+          of_y(logits_y, logits_x, begin + v * kApart, values);
+          if (v * kLanes < left) store_pack_once(y_gradient.data + begin + v * kApart, pack_of<T>(values));
+        }
+        if (to_x) {
+          of_x(logits_y, logits_x, begin + v * kApart, values);
+          if (v * kLanes < left) store_pack_once(x_gradient.data + begin + v * kApart, pack_of<T>(values));
+        }
+      }
+    });
+    each_loose(to_y || to_x, [&](S logit_y, S logit_x, int64_t i) {
+      const S logits_y[1] = {logit_y}, logits_x[1] = {logit_x};
+      S value[1];
+      if (to_y) {
+        of_y(logits_y, logits_x, i, value);
+        y_gradient.data[i] = from_compute<T>(value[0]);
+      }
+      if (to_x) {
+        of_x(logits_y, logits_x, i, value);
+        x_gradient.data[i] = from_compute<T>(value[0]);
+      }
+    });
+    const auto clear = [&](const auto& gradient) {
+#pragma unroll 1
+      for (int64_t i = first_loose; i < gradient.count; i += loose_step) gradient.data[i] = from_compute<T>(S(0));
+    };
+    if (!row.present()) return;
+    if (row.wants_y() && !active_y) clear(y_gradient);
+    if (row.wants_x() && !active_x) clear(x_gradient);
+  }
+};
+
+template <typename T, bool kJensenShannon, class Group>
+FASTKD_DEVICE void streaming_row(const Row<T, int64_t>& row, Group& group) {
+  using S = Compute<T>;
+  const StreamingRow<T, kJensenShannon, Group> sweeps(row, group);
+  const auto numbers = row.numbers();
+  auto sums = sweeps.sum(numbers);
+  if (!(sums.top[0] > -kInfinity<S>)) sums.z_y = static_cast<double>(__builtin_nan(""));  // all -inf: no softmax
+  if (!(sums.top[1] > -kInfinity<S>)) sums.z_x = static_cast<double>(__builtin_nan(""));
+  if (!numbers.own_task) sums.z_task = row.swap() ? sums.z_x : sums.z_y;
+  const S student_top = row.swap() ? sums.top[1] : sums.top[0];
+  if (group.index() == 0) row.write_task(log_sum<S>(sums.z_task), student_top);
+  if constexpr (!kJensenShannon) {
+    const LinearSums linear_sums{sums.z_y, sums.z_x, sums.d, sums.z_task};
+    const double log_ratio = log_ratio_of(linear_sums, row.c());
+    const double value = exact_divergence_of(row, numbers, sums.top, linear_sums, log_ratio, group);
+    if (group.index() == 0) row.write_divergence(value);
+    const TaskGradient<T, int64_t> task(row, numbers, student_top, sums.z_task);
+    sweeps.store_linear(numbers, linear_of(row, numbers, sums.top, linear_sums, log_ratio, value), task);
+  } else {
+    auto js = mixture_of(row, numbers, sums.top, sums.z_y, sums.z_x);
+    double k_sums[2] = {0, 0};
+    sweeps.sum_mixture(js, numbers.active, k_sums);
+    make_exact(row, js, k_sums, group);
+    if (group.index() == 0) row.write_divergence(jensen_shannon_value(row.p.beta, k_sums[0], k_sums[1]));
+    js.finish(row.kd_scale(numbers), row.p.beta, k_sums[0], k_sums[1]);
+    const TaskGradient<T, int64_t> task(row, numbers, student_top,
+                                        numbers.own_task ? sums.z_task : 1.0);  // probabilities, not exponentials
+    sweeps.store_mixture(numbers, js, task);
   }
 }
 

@@ -102,6 +102,7 @@ struct Row {
         sum_mixture(terms);
       } else if (c == 1 && rough_divergence() < kSmallDivergence<S>) {
         terms[0] = small_divergence();
+        terms[1] = 1;
       }
     }
     for (int64_t k = 0; k < 2; ++k) all.terms[k * all.rows + index] = terms[k];

@@ -13,7 +13,7 @@ struct Arguments {
   Tensor student, teacher, weight, temperatures;
   int64_t kind;
   double beta = 0.5;
-  std::optional<Tensor> label, sums, terms, student_gradient, teacher_gradient;
+  std::optional<Tensor> label = {}, sums = {}, terms = {}, student_gradient = {}, teacher_gradient = {};
 
   // All that does not need their values; makes rows packed.
   void check() {
