@@ -1,8 +1,8 @@
-"""Heads and a divergence, one chunk of rows after another: the work of :mod:`fastkd.ops.linear`.
+"""A head and a divergence, one chunk of rows after another: the work of :mod:`fastkd.ops.linear_operator`.
 
-Of a chunk there are the logits of each side, whole rows of them, in buffers that every chunk uses anew: two GEMMs make them,
-``divergence_`` puts gradients in their place, and two more GEMMs take these on to the hidden states and into the gradient of
-the head. Nothing is computed twice.
+Of a chunk there are the student's logits, whole rows of them, in a buffer that every chunk uses anew: a GEMM makes them, a
+teacher (:mod:`fastkd.ops.linear_teachers`) compares itself with them and says what their gradient is, and two more GEMMs take
+that on to the hidden states and into the gradient of the head. Nothing is computed twice.
 
 Gradients are those of the sum over rows, in float32 or better: a reduction's denominator and the incoming gradient are
 numbers of size 1e-4 or a loss scale of 1e5, which 16 bits should see only in the end, together.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from torch import Tensor
 HALF = (torch.bfloat16, torch.float16)
 _TILE = 1024  # classes whose weights are widened at a time, on a CPU
 
-_divergence_in_place = torch.ops.fastkd.divergence_.default
 _logit_stats = torch.ops.fastkd.logit_stats.default
 
 
@@ -43,6 +43,51 @@ class Rows:
             values[self.begin : self.end].copy_(part)
         else:
             values.index_copy_(0, self.chosen[self.begin : self.end], part.to(values.dtype))
+
+
+class RowValues(NamedTuple):
+    """What is known of each row beside both sides, ``[N]`` or of a chunk; None where it is not given."""
+
+    target: Tensor | None
+    weight: Tensor | None
+    temperatures: Tensor | None
+
+    def of(self, rows: Rows) -> RowValues:
+        return RowValues(*(None if x is None else rows.of(x) for x in self))
+
+
+class Scalars(NamedTuple):
+    """Numbers of the divergence, in the order in which its kernels take them."""
+
+    temperature: float
+    kind: int
+    beta: float
+    kd_scale: float
+    task_scale: float
+    ignore_index: int
+
+
+class Teacher(Protocol):
+    """What the student's logits of each chunk are compared with, in one call of an operator."""
+
+    @property
+    def bytes_of_a_row(self) -> int:
+        """Of what a chunk needs beside the student's logits."""
+
+    def start(self, rows: int, all_rows: bool) -> None:
+        """Before the first of the chunks, which have so many rows, and together all rows or only those that count."""
+
+    def compare(self, student_logits: Tensor, rows: Rows, values: RowValues, scalars: Scalars) -> tuple[Tensor, Tensor]:
+        """Of a chunk: task and distillation term of each row, ``[2, rows]``, and the gradient of the student's logits, of the
+        sum over rows; it may lie in their place, and holds anything where the student wants none.
+
+        Args:
+            student_logits: ``[rows, classes]``.
+            values: of all rows.
+        """
+
+    def finish(self) -> list[Tensor]:
+        """After the last chunk: gradients of the teacher's own tensors, where such a teacher has any."""
 
 
 def empty_gradients(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, wanted: Sequence[bool]) -> list[Tensor]:
@@ -200,24 +245,21 @@ def chunk_rows(rows: int, bytes_of_a_row: int, memory_budget: int) -> int:
     return -(-rows // max(1, -(-rows // most)))
 
 
-def divergence_of_heads(
+def divergence_in_chunks(
     student: Side,
-    teacher: Side,
-    target: Tensor | None,
-    weight: Tensor | None,
-    temperatures: Tensor | None,
+    teacher: Teacher,
+    values: RowValues,
     counts: Tensor | None,
     skip: bool,
     memory_budget: int,
-    scalars: tuple[float, int, float, float, float, int],
+    scalars: Scalars,
     entropy: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Terms ``[2, N]`` (task, kd) of each row, and the student's entropy of each; gradients gather in the sides.
+    """Terms ``[2, N]`` (task, kd) of each row, and the student's entropy of each; gradients gather in both sides.
 
     Args:
         counts: ``[N]``, whether a row counts; None if all do.
         skip: take the rows that count alone, of which there must be known how many.
-        scalars: temperature, kind, beta, kd_scale, task_scale, ignore_index of the operator.
     """
     n = student.hidden.shape[0]
     wide = torch.float64 if student.dtype == torch.float64 else torch.float32
@@ -234,14 +276,12 @@ def divergence_of_heads(
         side.start(step, all_rows=index is None)
     for begin in range(0, total, max(1, step)):
         rows = Rows(begin, min(begin + step, total), index, present)
-        student_logits, teacher_logits = student.logits(rows), teacher.logits(rows)
+        logits = student.logits(rows)
         if entropy:
-            rows.put(entropies, _logit_stats(student_logits, scalars[0])[4])
-        numbers = (None if x is None else rows.of(x) for x in (target, weight, temperatures))
-        wanted = student.wants_any, teacher.wants_any
-        part = _divergence_in_place(student_logits, teacher_logits, *numbers, *scalars, *wanted)
+            rows.put(entropies, _logit_stats(logits, scalars.temperature)[4])
+        part, gradient = teacher.compare(logits, rows, values, scalars)
         for of_all, of_chunk in zip(terms, part, strict=True):
             rows.put(of_all, of_chunk)
-        student.take(student_logits, rows)
-        teacher.take(teacher_logits, rows)
+        student.take(gradient, rows)
+        del gradient  # which may have memory of its own, and the next one needs as much
     return terms, entropies
