@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkd import LinearHead
 from fastkd.ops.linear import linear_divergence
+from fastkd.ops.sparse_linear import sparse_linear_divergence
 from fastkd.reference import linear as reference
 
 NAMES = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias")
@@ -54,6 +55,20 @@ class Heads:
         return {name: x.detach().cpu().double() for name, x in {"loss": value, **of}.items()}
 
 
+@dataclass
+class SparseHead(Heads):
+    """A student alone, and a sparse teacher in the options."""
+
+    def fused(self, tensors: list[Tensor | None], **options: Any) -> Tensor:
+        hidden, *head = tensors[:3]
+        student = LinearHead(*head, *self.student_numbers)
+        return sparse_linear_divergence(hidden, student, **{**self.options, **options})[0]
+
+    def plain(self, tensors: list[Tensor | None]) -> Tensor:
+        hidden, *head = tensors[:3]
+        return reference.sparse_linear_divergence(hidden, (*head, *self.student_numbers), **self.options)
+
+
 def make_heads(
     generator: torch.Generator,
     shape: tuple[int, int, int, int] = (23, 16, 24, 131),
@@ -74,6 +89,30 @@ def make_heads(
         return Heads([*student, normal(rows, classes, scale=2.0), None, None], ready=True, **numbers)
     teacher = [normal(rows, ht), normal(classes, ht, scale=2 * ht**-0.5), normal(classes) if bias else None]
     return Heads([*student, *teacher], **numbers)
+
+
+def make_sparse_head(
+    generator: torch.Generator,
+    shape: tuple[int, int, int, int] = (23, 16, 7, 131),
+    dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+    device: torch.device | str = "cpu",
+    options: dict[str, Any] | None = None,
+    **numbers: Any,
+) -> SparseHead:
+    """The teacher's most probable classes, with padding among those of row 1. ``shape``: rows, features, entries, classes."""
+    rows, features, entries, classes = shape
+    tensors = make_heads(generator, (rows, features, 1, classes), dtype, bias, device=device).tensors[:3]
+    options = options or {}
+    temperature = options.get("temperature", 1.0)
+    temperature = temperature[:, None].cpu() if isinstance(temperature, Tensor) else temperature
+    logits = 2 * torch.randn(rows, classes, generator=generator, dtype=torch.float64)
+    log_probs, indices = torch.log_softmax(logits / temperature, -1).topk(entries)
+    if rows > 1 and 2 < entries < classes:
+        log_probs[1, entries // 2], indices[1, entries // 2] = -torch.inf, 2**40
+    log_probs = log_probs.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    given = {"teacher_indices": indices.to(device), "teacher_log_probs": log_probs, **options}
+    return SparseHead([*tensors, None, None, None], options=given, **numbers)
 
 
 def assert_right(heads: Heads, upstream: Tensor, **options: Any) -> None:

@@ -13,7 +13,7 @@ from fastkd.functional.divergence import DIRECTIONS, Direction, Reduction, RowRe
 from fastkd.losses.loss import Loss
 
 
-class _LinearLoss(Loss):
+class LinearLoss(Loss):
     """Beside what every loss is told, how the chunks of logits are made: as in :func:`fastkd.functional.linear_kl_div`."""
 
     def __init__(
@@ -43,7 +43,7 @@ class _LinearLoss(Loss):
         }
 
 
-class LinearKLDivLoss(_LinearLoss):
+class LinearKLDivLoss(LinearLoss):
     """``T^2 KL`` of two heads from hidden states. Arguments as in :func:`fastkd.functional.linear_kl_div`.
 
     >>> criterion = fastkd.LinearKLDivLoss()
@@ -95,7 +95,7 @@ class LinearKLDivLoss(_LinearLoss):
         return f"{super().extra_repr()}, direction={self.direction!r}"
 
 
-class LinearJSDivLoss(_LinearLoss):
+class LinearJSDivLoss(LinearLoss):
     """``T^2`` times the Jensen-Shannon divergence of two heads. Arguments as in :func:`fastkd.functional.linear_js_div`."""
 
     def __init__(
@@ -142,7 +142,7 @@ class LinearJSDivLoss(_LinearLoss):
         return f"{super().extra_repr()}, beta={self.beta}"
 
 
-class LinearKDLoss(_LinearLoss):
+class LinearKDLoss(LinearLoss):
     """``(1 - alpha) CE + alpha T^2 KL`` of two heads. Arguments as in :func:`fastkd.functional.linear_kd_loss`."""
 
     def __init__(
