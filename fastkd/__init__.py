@@ -17,6 +17,9 @@ from fastkd.losses import (
     SparseJSDivLoss,
     SparseKDLoss,
     SparseKLDivLoss,
+    SparseLinearJSDivLoss,
+    SparseLinearKDLoss,
+    SparseLinearKLDivLoss,
 )
 from fastkd.ops.linear_head import LinearHead
 from fastkd.patches import crop_patches, random_crop_flip, random_patches
@@ -41,6 +44,9 @@ __all__ = [
     "SparseJSDivLoss",
     "SparseKDLoss",
     "SparseKLDivLoss",
+    "SparseLinearJSDivLoss",
+    "SparseLinearKDLoss",
+    "SparseLinearKLDivLoss",
     "TwoGaussianMixture",
     "WeightedRandomSampler",
     "build_info",

@@ -73,6 +73,51 @@ def compare(rank: int, folder: Path) -> None:
         torch.save(made, folder / f"made{rank}.pt")
 
 
+# losses of hidden states and heads: the student's, the teacher's
+LINEAR: dict[str, Callable[..., Tensor]] = {
+    "kl": lambda h, w, th, tw, **group: F.linear_kl_div(h, w, th, tw, 2.0, memory_budget=3000, **group),
+    "js none": lambda h, w, th, tw, **group: F.linear_js_div(h, w, th, tw, reduction="none", **group).square().sum(),
+    "kd": lambda h, w, th, tw, **group: F.linear_kd_loss(h, w, th, tw, TARGET, 2.0, 0.5, reduction="sum", **group),
+    "module": lambda h, w, th, tw, **group: fastkd.LinearKDLoss(2.0, 0.5)(h, w, th, tw, TARGET, **group),
+}
+
+
+def heads() -> tuple[Tensor, ...]:
+    """Hidden states and weights of all classes, the same on every rank."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = (ROWS, 8), (CLASSES, 8), (ROWS, 5), (CLASSES, 5)
+    return tuple(torch.randn(size, generator=generator) for size in sizes)
+
+
+def compare_heads(rank: int, folder: Path) -> None:
+    """Losses and gradients of all classes, from DTensors: eager and compiled; of two, from plain tensors."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    with process_group("cpu"):
+        ranks = dist.get_world_size()
+        mesh = init_device_mesh("cpu", (ranks,))
+
+        def run(loss: Callable[..., Tensor]) -> list[Tensor]:
+            leaves = [
+                distribute_tensor(x, mesh, [Shard(0)]).requires_grad_() if len(x) == CLASSES else x.requires_grad_()
+                for x in heads()
+            ]
+            value = loss(*leaves, group=mesh)
+            gradients = torch.autograd.grad(value, leaves)
+            whole = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients]
+            return [value.detach(), *whole]
+
+        made = {name: run(loss) for name, loss in LINEAR.items()}
+        hidden, weight, *teacher = heads()
+        weights = [part(w.T, rank, ranks).T for w in (weight, teacher[1])]
+        compiled = torch.compile(LINEAR["kd"], fullgraph=True, backend="aot_eager")
+        for name, loss in (("plain", LINEAR["kd"]), ("compiled", compiled)):
+            tensors = hidden, weights[0], teacher[0], weights[1]
+            made[name] = with_gradients(loss, *tensors, group=dist.group.WORLD)
+        torch.save(made, folder / f"heads{rank}.pt")
+
+
 def on_a_mesh(rank: int, folder: Path) -> None:
     """Four ranks: two of them share the classes of two rows each; logits are DTensors, their group a mesh."""
     from torch.distributed.device_mesh import init_device_mesh

@@ -36,6 +36,7 @@ from fastkd.functional.divergence import js_div, kd_loss, kl_div, soft_cross_ent
 from fastkd.functional.linear import linear_js_div, linear_kd_loss, linear_kl_div
 from fastkd.functional.relation import relation_loss
 from fastkd.functional.sparse import sample_teacher, sparse_js_div, sparse_kd_loss, sparse_kl_div
+from fastkd.functional.sparse_linear import sparse_linear_js_div, sparse_linear_kd_loss, sparse_linear_kl_div
 from fastkd.functional.statistics import ChannelMoments, LogitStats, channel_moments, logit_stats
 
 __all__ = [
@@ -55,4 +56,7 @@ __all__ = [
     "sparse_js_div",
     "sparse_kd_loss",
     "sparse_kl_div",
+    "sparse_linear_js_div",
+    "sparse_linear_kd_loss",
+    "sparse_linear_kl_div",
 ]

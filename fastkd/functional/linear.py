@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd._checks import check_choice, check_row_reduction, check_share, check_tensor, is_zero
-from fastkd.functional.divergence import DIRECTIONS, Direction, Reduction, RowReduction
+from fastkd.functional.divergence import DIRECTIONS, Direction, Group, Reduction, RowReduction
 from fastkd.ops import linear as _ops
 
 
@@ -29,6 +29,7 @@ def linear_kl_div(
     logits_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
     skip_ignored: bool | None = None,
+    group: Group | None = None,
 ) -> Tensor:
     """:func:`kl_div` of the logits of two heads, from hidden states: ``[..., V]`` is never in memory.
 
@@ -55,6 +56,10 @@ def linear_kl_div(
         skip_ignored: leave ignored rows out of the GEMMs. None does so on a CPU. On a GPU their number is known to the device
             alone: True waits for it, once a call, which spares their share of the time but cannot be captured in a CUDA graph;
             with False they are computed, and count nowhere.
+        group: the ranks that hold the other classes of both heads, where the vocabulary is sharded, as in :func:`kl_div`:
+            weights are ``[V of this rank, H]``, or DTensors, of which that is what is here. Hidden states are the same on all
+            ranks, and their gradient is that of the classes of all: nothing else must add it up. ``classes`` are of this
+            rank. The ranks agree on the size of chunks, which on a GPU waits for the device once a call.
         temperature, direction, reduction, target, ignore_index, weight: as in :func:`kl_div`.
 
     Returns:
@@ -81,6 +86,7 @@ def linear_kl_div(
         logits_dtype=logits_dtype,
         memory_budget=memory_budget,
         skip_ignored=skip_ignored,
+        group=group,
     )[0]
 
 
@@ -101,6 +107,7 @@ def linear_js_div(
     logits_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
     skip_ignored: bool | None = None,
+    group: Group | None = None,
 ) -> Tensor:
     """:func:`js_div` of the logits of two heads, from hidden states. Other arguments as in :func:`linear_kl_div`."""
     beta = check_share("beta", beta)
@@ -121,6 +128,7 @@ def linear_js_div(
         logits_dtype=logits_dtype,
         memory_budget=memory_budget,
         skip_ignored=skip_ignored,
+        group=group,
     )[0]
 
 
@@ -143,6 +151,7 @@ def linear_kd_loss(
     logits_dtype: torch.dtype | None = ...,
     memory_budget: int | None = ...,
     skip_ignored: bool | None = ...,
+    group: Group | None = ...,
     return_terms: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -166,6 +175,7 @@ def linear_kd_loss(
     logits_dtype: torch.dtype | None = ...,
     memory_budget: int | None = ...,
     skip_ignored: bool | None = ...,
+    group: Group | None = ...,
     return_terms: Literal[True],
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
@@ -188,6 +198,7 @@ def linear_kd_loss(
     logits_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
     skip_ignored: bool | None = None,
+    group: Group | None = None,
     return_terms: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """:func:`kd_loss` of the logits of two heads, from hidden states. Other arguments as in :func:`linear_kl_div`.
@@ -219,5 +230,6 @@ def linear_kd_loss(
         logits_dtype=logits_dtype,
         memory_budget=memory_budget,
         skip_ignored=skip_ignored,
+        group=group,
     )
     return (loss, {"cross_entropy": terms[0], "kl_div": terms[1]}) if return_terms else loss

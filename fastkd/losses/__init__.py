@@ -4,6 +4,7 @@ from fastkd.losses.divergence import JSDivLoss, KDLoss, KLDivLoss
 from fastkd.losses.linear import LinearJSDivLoss, LinearKDLoss, LinearKLDivLoss
 from fastkd.losses.relation import RelationLoss
 from fastkd.losses.sparse import SparseJSDivLoss, SparseKDLoss, SparseKLDivLoss
+from fastkd.losses.sparse_linear import SparseLinearJSDivLoss, SparseLinearKDLoss, SparseLinearKLDivLoss
 
 __all__ = [
     "JSDivLoss",
@@ -16,4 +17,7 @@ __all__ = [
     "SparseJSDivLoss",
     "SparseKDLoss",
     "SparseKLDivLoss",
+    "SparseLinearJSDivLoss",
+    "SparseLinearKDLoss",
+    "SparseLinearKLDivLoss",
 ]

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from fastkd import functional
 from fastkd._checks import check_choice, check_count, check_flag, check_row_reduction, check_share
-from fastkd.functional.divergence import DIRECTIONS, Direction, Reduction, RowReduction
+from fastkd.functional.divergence import DIRECTIONS, Direction, Group, Reduction, RowReduction
 from fastkd.losses.loss import Loss
 
 
-class _LinearLoss(Loss):
+class LinearLoss(Loss):
     """Beside what every loss is told, how the chunks of logits are made: as in :func:`fastkd.functional.linear_kl_div`."""
 
     def __init__(
@@ -43,7 +43,7 @@ class _LinearLoss(Loss):
         }
 
 
-class LinearKLDivLoss(_LinearLoss):
+class LinearKLDivLoss(LinearLoss):
     """``T^2 KL`` of two heads from hidden states. Arguments as in :func:`fastkd.functional.linear_kl_div`.
 
     >>> criterion = fastkd.LinearKLDivLoss()
@@ -76,6 +76,7 @@ class LinearKLDivLoss(_LinearLoss):
         weight: Tensor | None = None,
         *,
         teacher_logits: Tensor | None = None,
+        group: Group | None = None,
     ) -> Tensor:
         """The loss of hidden states ``[..., H]`` and their heads; ``target``, which says what is ignored, is ``[...]``."""
         return functional.linear_kl_div(
@@ -88,6 +89,7 @@ class LinearKLDivLoss(_LinearLoss):
             direction=self.direction,
             target=target,
             weight=weight,
+            group=group,
             **self._options(),
         )
 
@@ -95,7 +97,7 @@ class LinearKLDivLoss(_LinearLoss):
         return f"{super().extra_repr()}, direction={self.direction!r}"
 
 
-class LinearJSDivLoss(_LinearLoss):
+class LinearJSDivLoss(LinearLoss):
     """``T^2`` times the Jensen-Shannon divergence of two heads. Arguments as in :func:`fastkd.functional.linear_js_div`."""
 
     def __init__(
@@ -123,6 +125,7 @@ class LinearJSDivLoss(_LinearLoss):
         weight: Tensor | None = None,
         *,
         teacher_logits: Tensor | None = None,
+        group: Group | None = None,
     ) -> Tensor:
         """The loss of hidden states ``[..., H]`` and their heads; ``target``, which says what is ignored, is ``[...]``."""
         return functional.linear_js_div(
@@ -135,6 +138,7 @@ class LinearJSDivLoss(_LinearLoss):
             beta=self.beta,
             target=target,
             weight=weight,
+            group=group,
             **self._options(),
         )
 
@@ -142,7 +146,7 @@ class LinearJSDivLoss(_LinearLoss):
         return f"{super().extra_repr()}, beta={self.beta}"
 
 
-class LinearKDLoss(_LinearLoss):
+class LinearKDLoss(LinearLoss):
     """``(1 - alpha) CE + alpha T^2 KL`` of two heads. Arguments as in :func:`fastkd.functional.linear_kd_loss`."""
 
     def __init__(
@@ -174,6 +178,7 @@ class LinearKDLoss(_LinearLoss):
         weight: Tensor | None = None,
         *,
         teacher_logits: Tensor | None = None,
+        group: Group | None = None,
     ) -> Tensor:
         """The loss of hidden states ``[..., H]`` and their heads, and of classes ``[...]``."""
         loss: Tensor = functional.linear_kd_loss(
@@ -187,6 +192,7 @@ class LinearKDLoss(_LinearLoss):
             teacher_logits=teacher_logits,
             direction=self.direction,
             weight=weight,
+            group=group,
             **self._options(),
         )
         return loss

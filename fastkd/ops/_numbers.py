@@ -9,7 +9,7 @@ them: it is given where one is a symbol. Elsewhere the floats go as they are, wh
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from fastkd.ops._autograd import call, transforms_active
 
-__all__ = ["call_by_name", "number_tensor"]
+__all__ = ["call_by_name", "number_tensor", "take_numbers"]
 
 _CHANGING = (torch.SymFloat, torch.SymInt, Tensor)  # tensors are numpy's numbers, as dynamo has them
 
 
 @functools.cache
-def _operator(name: str) -> tuple[Callable[..., Any], list[int], list[int]]:
+def _operator(name: str) -> tuple[Any, list[int], list[int]]:
     """The operator, and where its floats and its lists of floats stand."""
     op = getattr(torch.ops.fastkd, name).default
     types = [str(argument.type) for argument in op._schema.arguments]
@@ -56,6 +56,16 @@ def _with_symbols(op: Any, args: tuple[Any, ...]) -> Any:
         plain.append(value)
     device = torch.device("cpu")
     return op(*plain, torch.stack([number_tensor(value, device) for value in numbers]))
+
+
+def take_numbers(name: str, args: Sequence[Any]) -> list[Any]:
+    """What an operator in Python was called with: all arguments, its floats from ``numbers`` where these are given."""
+    op, floats, _ = _operator(name)
+    every = [*args, *(None,) * (len(op._schema.arguments) - len(args))]  # defaults, which are None, may be left out
+    if every[-1] is not None:
+        for i, value in zip(floats, every[-1].tolist(), strict=True):
+            every[i] = value
+    return every
 
 
 def number_tensor(value: Any, device: torch.device) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["RankGroup", "local_part"]
@@ -38,6 +40,13 @@ class RankGroup(NamedTuple):
 
         reduced: Tensor = collectives.wait_tensor(collectives.all_reduce(values, how, self.group))  # type: ignore[arg-type]
         return reduced
+
+    def gather(self, values: Sequence[int], device: torch.device) -> list[list[int]]:
+        """Of each value those of all ranks, by rank; waits for the device."""
+        each = torch.zeros(len(values), self.ranks, dtype=torch.int64, device=device)
+        each[:, self.rank] = torch.tensor(values)
+        numbers: list[list[int]] = self.reduce(each, "sum").tolist()
+        return numbers
 
 
 def local_part(name: str, value: Tensor, dim: int = -1) -> Tensor:

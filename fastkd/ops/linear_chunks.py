@@ -1,8 +1,8 @@
-"""Heads and a divergence, one chunk of rows after another: the work of :mod:`fastkd.ops.linear`.
+"""A head and a divergence, one chunk of rows after another: the work of :mod:`fastkd.ops.linear_operator`.
 
-Of a chunk there are the logits of each side, whole rows of them, in buffers that every chunk uses anew: two GEMMs make them,
-``divergence_`` puts gradients in their place, and two more GEMMs take these on to the hidden states and into the gradient of
-the head. Nothing is computed twice.
+Of a chunk there are the student's logits, whole rows of them, in a buffer that every chunk uses anew: a GEMM makes them, a
+teacher (:mod:`fastkd.ops.linear_teachers`) compares itself with them and says what their gradient is, and two more GEMMs take
+that on to the hidden states and into the gradient of the head. Nothing is computed twice.
 
 Gradients are those of the sum over rows, in float32 or better: a reduction's denominator and the incoming gradient are
 numbers of size 1e-4 or a loss scale of 1e5, which 16 bits should see only in the end, together.
@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from fastkd.ops._rank_group import RankGroup
+
 HALF = (torch.bfloat16, torch.float16)
 _TILE = 1024  # classes whose weights are widened at a time, on a CPU
 
-_divergence_in_place = torch.ops.fastkd.divergence_.default
 _logit_stats = torch.ops.fastkd.logit_stats.default
 
 
@@ -45,6 +47,51 @@ class Rows:
             values.index_copy_(0, self.chosen[self.begin : self.end], part.to(values.dtype))
 
 
+class RowValues(NamedTuple):
+    """What is known of each row beside both sides, ``[N]`` or of a chunk; None where it is not given."""
+
+    target: Tensor | None
+    weight: Tensor | None
+    temperatures: Tensor | None
+
+    def of(self, rows: Rows) -> RowValues:
+        return RowValues(*(None if x is None else rows.of(x) for x in self))
+
+
+class Scalars(NamedTuple):
+    """Numbers of the divergence, in the order in which its kernels take them."""
+
+    temperature: float
+    kind: int
+    beta: float
+    kd_scale: float
+    task_scale: float
+    ignore_index: int
+
+
+class Teacher(Protocol):
+    """What the student's logits of each chunk are compared with, in one call of an operator."""
+
+    @property
+    def bytes_of_a_row(self) -> int:
+        """Of what a chunk needs beside the student's logits."""
+
+    def start(self, rows: int, all_rows: bool) -> None:
+        """Before the first of the chunks, which have so many rows, and together all rows or only those that count."""
+
+    def compare(self, student_logits: Tensor, rows: Rows, values: RowValues, scalars: Scalars) -> tuple[Tensor, Tensor]:
+        """Of a chunk: task and distillation term of each row, ``[2, rows]``, and the gradient of the student's logits, of the
+        sum over rows; it may lie in their place, and holds anything where the student wants none.
+
+        Args:
+            student_logits: ``[rows, classes]``.
+            values: of all rows.
+        """
+
+    def finish(self) -> list[Tensor]:
+        """After the last chunk: gradients of the teacher's own tensors, where such a teacher has any."""
+
+
 def empty_gradients(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, wanted: Sequence[bool]) -> list[Tensor]:
     """Of hidden states, weight and bias, float32 or better; of ready logits, in their dtype. Empty where not wanted."""
     dtype = torch.float32 if weight is not None and hidden.dtype in HALF else hidden.dtype
@@ -63,6 +110,7 @@ class Side:
         classes: so many of the vocabulary take part, the first.
         dtype: of the logits.
         wanted: gradients of hidden states (or logits), weight, bias.
+        group: the ranks that have the other classes of these rows; hidden states are then the same on all of them.
     """
 
     def __init__(
@@ -74,7 +122,9 @@ class Side:
         classes: int,
         dtype: torch.dtype,
         wanted: Sequence[bool],
+        group: RankGroup | None = None,
     ) -> None:
+        self.group = group
         self.hidden = hidden if weight is not None else hidden[:, :classes]
         self.weight = None if weight is None else weight[:classes]
         self.bias = None if bias is None else bias[:classes]
@@ -178,10 +228,12 @@ class Side:
         self.begun = True
 
     def finish(self) -> list[Tensor]:
-        """The gradients: zeros where no chunk came."""
+        """The gradients: zeros where no chunk came. That of hidden states is of the classes of all ranks."""
         if not self.begun:
             for gradient in self.gradients[1:]:
                 gradient.zero_()
+        if self.group is not None and self.wants_hidden and self.weight is not None:
+            self.gradients[0] = self.group.reduce(self.gradients[0], "sum")
         return self.gradients
 
 
@@ -194,30 +246,27 @@ def _gemm(out: Tensor, a: Tensor, b: Tensor, factor: float, add: Tensor | bool |
         torch.addmm(base, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=factor, out=out)
 
 
-def chunk_rows(rows: int, bytes_of_a_row: int, memory_budget: int) -> int:
-    """Rows of a chunk: as many as the budget holds, spread evenly."""
-    most = max(1, memory_budget // max(1, bytes_of_a_row))
-    return -(-rows // max(1, -(-rows // most)))
+def chunk_rows(rows: int, most: int) -> int:
+    """Rows of a chunk: at most so many, spread evenly."""
+    return -(-rows // max(1, -(-rows // max(1, most))))
 
 
-def divergence_of_heads(
+def divergence_in_chunks(
     student: Side,
-    teacher: Side,
-    target: Tensor | None,
-    weight: Tensor | None,
-    temperatures: Tensor | None,
+    teacher: Teacher,
+    values: RowValues,
     counts: Tensor | None,
     skip: bool,
-    memory_budget: int,
-    scalars: tuple[float, int, float, float, float, int],
+    most_rows: int,
+    scalars: Scalars,
     entropy: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Terms ``[2, N]`` (task, kd) of each row, and the student's entropy of each; gradients gather in the sides.
+    """Terms ``[2, N]`` (task, kd) of each row, and the student's entropy of each; gradients gather in both sides.
 
     Args:
         counts: ``[N]``, whether a row counts; None if all do.
         skip: take the rows that count alone, of which there must be known how many.
-        scalars: temperature, kind, beta, kd_scale, task_scale, ignore_index of the operator.
+        most_rows: of a chunk.
     """
     n = student.hidden.shape[0]
     wide = torch.float64 if student.dtype == torch.float64 else torch.float32
@@ -229,19 +278,17 @@ def divergence_of_heads(
         index = None if len(index) == n else index
     total = n if index is None else len(index)
     present = counts if index is None and not skip else None
-    step = chunk_rows(total, student.bytes_of_a_row + teacher.bytes_of_a_row, memory_budget)
+    step = chunk_rows(total, most_rows)
     for side in (student, teacher):
         side.start(step, all_rows=index is None)
     for begin in range(0, total, max(1, step)):
         rows = Rows(begin, min(begin + step, total), index, present)
-        student_logits, teacher_logits = student.logits(rows), teacher.logits(rows)
+        logits = student.logits(rows)
         if entropy:
-            rows.put(entropies, _logit_stats(student_logits, scalars[0])[4])
-        numbers = (None if x is None else rows.of(x) for x in (target, weight, temperatures))
-        wanted = student.wants_any, teacher.wants_any
-        part = _divergence_in_place(student_logits, teacher_logits, *numbers, *scalars, *wanted)
+            rows.put(entropies, _logit_stats(logits, scalars.temperature)[4])
+        part, gradient = teacher.compare(logits, rows, values, scalars)
         for of_all, of_chunk in zip(terms, part, strict=True):
             rows.put(of_all, of_chunk)
-        student.take(student_logits, rows)
-        teacher.take(teacher_logits, rows)
+        student.take(gradient, rows)
+        del gradient  # which may have memory of its own, and the next one needs as much
     return terms, entropies

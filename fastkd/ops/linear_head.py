@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd._checks import LARGEST_NUMBER, check_dtype, check_number, check_positive, in_range
+from fastkd.ops._rank_group import local_part
 
 __all__ = ["LinearHead", "compute_dtype"]
 
@@ -31,8 +32,9 @@ class LinearHead(NamedTuple):
     softcap: float | None = None
 
     @classmethod
-    def of(cls, name: str, value: object, hidden: Tensor) -> LinearHead:
-        """The head that somebody gave for these hidden states, checked, with tensors that are whole."""
+    def of(cls, name: str, value: object, hidden: Tensor, sharded: bool = False) -> LinearHead:
+        """The head that somebody gave for these hidden states, checked; its tensors whole, or this rank's part of them."""
+        present = local_part if sharded else _whole
         if isinstance(value, nn.Linear):
             value = cls(value.weight, value.bias)
         elif isinstance(value, Tensor):
@@ -42,7 +44,7 @@ class LinearHead(NamedTuple):
                 f"fastkd: {name} is {type(value).__name__}, must be a weight [V, H], an nn.Linear or a fastkd.LinearHead"
             )
         weight, bias, scale, softcap = value
-        weight = _whole(check_dtype(f"{name}.weight", weight))
+        weight = present(f"{name}.weight", check_dtype(f"{name}.weight", weight), 0)
         if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
             raise ValueError(
                 f"fastkd: {name}.weight has shape {tuple(weight.shape)}, must be [V, {hidden.shape[-1]}], as the hidden "
@@ -50,7 +52,7 @@ class LinearHead(NamedTuple):
             )
         _check_like(f"{name}.weight", weight, hidden)
         if bias is not None:
-            bias = _whole(check_dtype(f"{name}.bias", bias))
+            bias = present(f"{name}.bias", check_dtype(f"{name}.bias", bias), 0)
             if bias.shape != weight.shape[:1]:
                 raise ValueError(
                     f"fastkd: {name}.bias has shape {tuple(bias.shape)}, must be ({weight.shape[0]},), one for each class"
@@ -86,7 +88,7 @@ def _check_like(name: str, value: Tensor, hidden: Tensor) -> None:
         raise TypeError(f"fastkd: {name} has dtype {value.dtype}, must be that of the hidden states, {hidden.dtype}")
 
 
-def _whole(value: Tensor) -> Tensor:
+def _whole(_name: str, value: Tensor, _dim: int) -> Tensor:
     """All of a tensor that is sharded over ranks."""
     if not hasattr(value, "full_tensor"):
         return value

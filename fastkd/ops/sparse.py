@@ -67,26 +67,13 @@ def sparse_divergence(
     """
     check_logits("student_logits", student_logits)
     check_choice("kind", kind, KINDS)
-    check_choice("tail", tail, TAILS)
     check_choice("reduction", reduction, REDUCTIONS)
     ignore_index = check_ignore_index(ignore_index)
     rows_shape, classes = student_logits.shape[:-1], student_logits.shape[-1]
-    check_dtype("teacher_indices", teacher_indices, (torch.int64, torch.int32))
-    if teacher_indices.dim() == 0 or teacher_indices.shape[:-1] != rows_shape:
-        raise ValueError(
-            f"fastkd: teacher_indices has shape {tuple(teacher_indices.shape)}, must be {_shape(rows_shape, 'k')}, the rows "
-            "of student_logits"
-        )
-    entries = teacher_indices.shape[-1]
-    if entries == 0 or entries > classes:
-        raise ValueError(
-            f"fastkd: teacher_indices has shape {tuple(teacher_indices.shape)}, must have 1 to {classes} classes for each row"
-        )
-    _check_logarithms("teacher_log_probs", teacher_log_probs, teacher_indices.shape)
+    check_entries(
+        "student_logits", rows_shape, classes, teacher_indices, teacher_log_probs, tail, teacher_tail_log_prob
+    )
     if teacher_tail_log_prob is not None:
-        if tail != "bucket":
-            raise ValueError(f"fastkd: teacher_tail_log_prob is given, must be None where tail is {tail!r}")
-        _check_logarithms("teacher_tail_log_prob", teacher_tail_log_prob, rows_shape)
         teacher_tail_log_prob = teacher_tail_log_prob.reshape(-1)
     row_temperature = None
     if isinstance(temperature, Tensor):
@@ -150,6 +137,35 @@ def _sample_teacher_fake(teacher_logits: Tensor, seed: Tensor, draws: int, tempe
         teacher_logits.new_empty(shape, dtype=torch.int64),
         teacher_logits.new_empty(shape, dtype=torch.float32),
     )
+
+
+def check_entries(
+    whose: str,
+    rows_shape: torch.Size,
+    classes: int,
+    teacher_indices: Tensor,
+    teacher_log_probs: Tensor,
+    tail: str,
+    teacher_tail_log_prob: Tensor | None,
+) -> None:
+    """That a sparse teacher fits rows of so many classes, those of a tensor of the name ``whose``."""
+    check_choice("tail", tail, TAILS)
+    check_dtype("teacher_indices", teacher_indices, (torch.int64, torch.int32))
+    if teacher_indices.dim() == 0 or teacher_indices.shape[:-1] != rows_shape:
+        raise ValueError(
+            f"fastkd: teacher_indices has shape {tuple(teacher_indices.shape)}, must be {_shape(rows_shape, 'k')}, the rows "
+            f"of {whose}"
+        )
+    entries = teacher_indices.shape[-1]
+    if entries == 0 or entries > classes:
+        raise ValueError(
+            f"fastkd: teacher_indices has shape {tuple(teacher_indices.shape)}, must have 1 to {classes} classes for each row"
+        )
+    _check_logarithms("teacher_log_probs", teacher_log_probs, teacher_indices.shape)
+    if teacher_tail_log_prob is not None:
+        if tail != "bucket":
+            raise ValueError(f"fastkd: teacher_tail_log_prob is given, must be None where tail is {tail!r}")
+        _check_logarithms("teacher_tail_log_prob", teacher_tail_log_prob, rows_shape)
 
 
 def _check_logarithms(name: str, value: Tensor, shape: torch.Size) -> None:

@@ -1,4 +1,4 @@
-"""Plain-torch divergences of two heads, differentiable any number of times: all logits in memory."""
+"""Plain-torch divergences of heads, differentiable any number of times: all logits in memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from fastkd.reference.divergence import divergence
+from fastkd.reference.sparse import sparse_divergence
 
 
 def head_logits(
@@ -37,3 +38,18 @@ def linear_divergence(
         assert teacher_head is not None
         teacher_logits = head_logits(teacher_hidden, *teacher_head)
     return divergence(student[..., :classes], teacher_logits[..., :classes], target, **options)
+
+
+def sparse_linear_divergence(
+    student_hidden: Tensor,
+    student_head: tuple[Any, ...],
+    teacher_indices: Tensor,
+    teacher_log_probs: Tensor,
+    target: Tensor | None = None,
+    *,
+    classes: int | None = None,
+    **options: Any,
+) -> Tensor:
+    """:func:`fastkd.ops.sparse_linear.sparse_linear_divergence`, formula by formula; head as above."""
+    logits = head_logits(student_hidden, *student_head)[..., :classes]
+    return sparse_divergence(logits, teacher_indices, teacher_log_probs, target, **options)
