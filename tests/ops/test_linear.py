@@ -264,6 +264,7 @@ def test_a_head_with_no_gradient_has_none_in_memory(generator: torch.Generator) 
         1 << 20,
         True,
         False,
+        *("", 0, 1),
     )
     tensors = hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias
     for wanted in ([True] + [False] * 5, [False] * 6, [False, True, False, True, False, False]):

@@ -62,6 +62,7 @@ def test_opcheck(reduction: int, sides: list[Tensor]) -> None:
             1000,
             True,
             False,
+            *("", 0, 1),
             wanted,
         )
         arguments = (sides[0], sides[1], None, *teacher, target, None, None, *numbers)

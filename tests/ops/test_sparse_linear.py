@@ -235,7 +235,7 @@ def arguments(head: SparseHead, wanted: list[bool], reduction: int = 2) -> tuple
     target[4] = -100
     entries = head.options["teacher_indices"], head.options["teacher_log_probs"], None
     scalars = 2.0, 0, 0.5, 0.5, 0.5, 1.0, 0.0, 0, -100, reduction, 41, torch.float32, 1000, True, False
-    return (*head.tensors[:3], *entries, target, None, None, *scalars, wanted)
+    return (*head.tensors[:3], *entries, target, None, None, *scalars, *("", 0, 1), wanted)
 
 
 def test_a_head_with_no_gradient_has_none_in_memory(generator: torch.Generator) -> None:
