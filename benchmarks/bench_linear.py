@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 import fastkd
@@ -79,6 +80,7 @@ def cases(settings: Settings) -> Iterator[Case]:
                 yield _loss(settings, kind, size, dtype)
     first = _sizes(settings)[0]
     yield _loss(settings, "KL", first, dtypes[0], frozen=True)
+    yield _cross_entropy(settings, first, dtypes[0])
     if settings.sizes == "full":
         yield _loss(settings, "KL", first, torch.bfloat16)
 
@@ -129,7 +131,62 @@ def _loss(settings: Settings, kind: str, size: Size, dtype: torch.dtype, *, froz
     return Case(name, build, logits + 2 * weights)
 
 
-def step(loss: Loss, sides: list[Tensor]) -> tuple[Tensor, ...]:
+def torch_linear(*sides: Tensor, target: Tensor) -> Tensor:
+    """torch's own, in chunks."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise NotImplementedError("this torch has none")
+    loss: Tensor = F.linear_cross_entropy(*sides[:2], target, options=torch.nn.LinearCrossEntropyOptions())
+    return loss
+
+
+def _cross_entropy(settings: Settings, size: Size, dtype: torch.dtype) -> Case:
+    """The labels alone: alpha = 0. fastkd's side reads the teacher's logits, too, which the others do not have."""
+    rows, student, _, classes = size
+
+    def build() -> Work:
+        sides = _sides(settings, size, dtype)[:2]
+        sides[1].requires_grad_()
+        target = torch.randint(classes, (rows,), device=settings.device)
+        ours = partial(
+            functional.linear_kd_loss,
+            teacher_hidden=None,
+            teacher_head=None,
+            target=target,
+            alpha=0.0,
+            teacher_logits=torch.randn(rows, classes, device=settings.device).to(dtype),
+        )
+        losses: dict[str, Any] = {
+            "torch eager": lambda hidden, weight: F.cross_entropy((hidden @ weight.T).float(), target),
+            "torch linear_cross_entropy": partial(torch_linear, target=target),
+        }
+        if settings.compile:
+            torch._dynamo.reset()
+            losses["torch.compile"] = torch.compile(losses["torch eager"], dynamic=False)
+        work = Work(
+            partial(step, ours, sides),
+            {peer: partial(step, loss, sides) for peer, loss in losses.items()},
+            _labels_truth(sides, target),
+            *((1e-2, 0.3) if dtype == torch.bfloat16 else (1e-4, 1e-2)),
+        )
+        return peers_that_fit(work, 4 * rows * classes * 4 + classes * student * dtype.itemsize, settings)
+
+    nbytes = (rows + 2 * student) * classes * dtype.itemsize
+    return Case(f"linear KD, alpha 0, {rows}x{student}, {classes} classes, {short_name(dtype)}", build, nbytes)
+
+
+def _labels_truth(sides: list[Tensor], target: Tensor) -> Callable[[tuple[Tensor, ...]], float]:
+    """The relative error of a step, of the loss and the gradient of the hidden states, by parts in float64."""
+    hidden, weight = (side.detach() for side in sides)
+    losses, gradients = [], []
+    for part, labels in zip(hidden.split(ROW_SAMPLE), target.split(ROW_SAMPLE), strict=True):
+        few = part.double().requires_grad_()
+        losses.append(F.cross_entropy(few @ weight.double().T, labels, reduction="sum"))
+        gradients.append(torch.autograd.grad(losses[-1], few)[0])
+    loss, gradient = torch.stack(losses).sum() / len(target), torch.cat(gradients) / len(target)
+    return lambda result: max(relative_error(result[0], loss), relative_error(result[1], gradient))
+
+
+def step(loss: Callable[..., Tensor], sides: list[Tensor]) -> tuple[Tensor, ...]:
     """The loss, and the gradients of the student's hidden states and head, which are freed outside the clock."""
     value = loss(*sides)
     value.backward()

@@ -67,8 +67,11 @@ PEERS: dict[str, dict[str, Loss]] = {
     "renormalize": {"torch eager": eager_renormalize},
 }
 CLASSES, ENTRIES = 128256, 64
-QUICK = (("drop", 512), ("bucket", 512))
-FULL = (("drop", 2048), ("bucket", 2048), ("renormalize", 512))
+QUICK = (("drop", 2048), ("bucket", 512))
+FULL = (("drop", 512), ("bucket", 2048), ("renormalize", 512))
+# runs of a turn: after a slow peer's, the first waits for the host of a virtual machine, which took free pages back
+IN_A_ROW = 3
+DRAWS = 64
 GPU_CLASSES = (32000, 128256, 152064)
 TARGETS = {"drop": {"torch eager": 10.0}}  # on a CPU
 
@@ -80,18 +83,35 @@ def cases(settings: Settings) -> Iterator[Case]:
             for dtype in (torch.bfloat16, torch.float32):
                 for tail in ("drop", "bucket"):
                     yield _case(settings, tail, settings.rows(classes, dtype), classes, dtype)
+            yield _draws(settings, settings.rows(classes, torch.bfloat16), classes, torch.bfloat16)
         return
     for tail, rows in settings.pick(QUICK, FULL):
         yield _case(settings, tail, rows, CLASSES, torch.float32)
+    yield _case(settings, "drop", 512, CLASSES, torch.float32, pages_kept=True)
+    yield _draws(settings, 512, CLASSES, torch.float32)
     if settings.sizes == "full":
         yield _case(settings, "drop", 512, CLASSES, torch.bfloat16)
         yield _case(settings, "drop", 512, CLASSES, torch.float32, gradient=False)
         yield from on_threads(_case(settings, "bucket", 512, CLASSES, torch.float32), thread_counts())
 
 
-def _case(settings: Settings, tail: str, rows: int, classes: int, dtype: torch.dtype, *, gradient: bool = True) -> Case:
+def _case(
+    settings: Settings,
+    tail: str,
+    rows: int,
+    classes: int,
+    dtype: torch.dtype,
+    *,
+    gradient: bool = True,
+    pages_kept: bool = False,
+) -> Case:
     nbytes = rows * classes * dtype.itemsize
-    losses = {name: loss for name, loss in PEERS[tail].items() if settings.compile or name != "torch.compile"}
+    with_targets = settings.sizes != "gpu" and gradient and not pages_kept and dtype == torch.float32
+    losses = dict(PEERS[tail])
+    if not settings.compile:
+        losses.pop("torch.compile", None)
+    if settings.sizes != "gpu" and not pages_kept:
+        losses.pop("torch eager, gathered first", None)  # it takes more fresh pages than the other, and twice the time
 
     def build() -> Work:
         student = torch.randn(rows, classes, dtype=dtype, device=settings.device).requires_grad_(gradient)
@@ -108,12 +128,67 @@ def _case(settings: Settings, tail: str, rows: int, classes: int, dtype: torch.d
             floor_bytes=floors.sparse_divergence(
                 rows, classes, ENTRIES, dtype.itemsize, student_gradient=gradient, whole=tail != "renormalize"
             ),
-            targets=TARGETS.get(tail, {}) if settings.sizes != "gpu" and gradient and dtype == torch.float32 else {},
+            targets=TARGETS.get(tail, {}) if with_targets else {},
+            in_a_row=IN_A_ROW,
+            pages_kept=pages_kept,
         )
         return peers_that_fit(work, PEER_TENSORS * nbytes, settings)
 
     only = "" if gradient else " forward only"
-    return Case(f"sparse KL{only} {rows}x{classes}, {ENTRIES} entries, {tail} {short_name(dtype)}", build, 3 * nbytes)
+    name = f"sparse KL{only} {rows}x{classes}, {ENTRIES} entries, {tail} {short_name(dtype)}"
+    return Case(name + (", pages kept" if pages_kept else ""), build, 3 * nbytes)
+
+
+def torch_draws(logits: Tensor, draws: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Draws of torch.multinomial, counted by sorting them."""
+    drawn = torch.multinomial(torch.softmax(logits / temperature, -1), draws, replacement=True).sort(-1).values
+    new = torch.ones_like(drawn, dtype=torch.bool)
+    new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
+    place = new.cumsum(-1) - 1
+    counts = torch.zeros_like(drawn).scatter_add(-1, place, torch.ones_like(drawn))
+    return torch.zeros_like(drawn).scatter(-1, place, drawn), (counts / draws).log()
+
+
+def _draws(settings: Settings, rows: int, classes: int, dtype: torch.dtype) -> Case:
+    """Sampled teachers."""
+    nbytes = rows * classes * dtype.itemsize
+
+    def build() -> Work:
+        logits = 3 * torch.randn(rows, classes, dtype=dtype, device=settings.device)
+        work = Work(
+            partial(fastkd.functional.sample_teacher, logits, DRAWS, TEMPERATURE),
+            {"torch eager": partial(torch_draws, logits, DRAWS, TEMPERATURE)},
+            _wrong_draws(logits),
+            1e-5,
+            1e-5,
+        )
+        return peers_that_fit(work, 3 * rows * classes * 4, settings)
+
+    return Case(f"sample teacher {rows}x{classes}, {DRAWS} draws {short_name(dtype)}", build, 2 * nbytes)
+
+
+def _wrong_draws(logits: Tensor) -> Callable[[tuple[Tensor, Tensor]], float]:
+    """How far the shares of a row are from adding up to one; inf where the mean log-probability of the draws is six deviations
+    from what it is to be, minus the entropy."""
+
+    def log_p(part: Tensor) -> Tensor:
+        return torch.log_softmax(part.double() / TEMPERATURE, -1)
+
+    def moment(power: int) -> Tensor:
+        return torch.cat([(x.exp() * x**power).sum(-1) for x in map(log_p, logits.split(ROW_SAMPLE))])
+
+    means = moment(1)
+    deviation = (moment(2) - means.square()).sum().div(DRAWS).sqrt() / len(logits)
+
+    def error(drawn: tuple[Tensor, Tensor]) -> float:
+        indices, shares = drawn[0], drawn[1].double().exp()
+        parts = zip(logits.split(ROW_SAMPLE), indices.split(ROW_SAMPLE), shares.split(ROW_SAMPLE), strict=True)
+        drawn_mean = torch.cat([(share * log_p(part).gather(-1, index)).sum(-1) for part, index, share in parts]).mean()
+        if not (drawn_mean - means.mean()).abs() < 6 * deviation:
+            return float("inf")
+        return float((shares.sum(-1) - 1).abs().max())
+
+    return error
 
 
 def _entries(settings: Settings, rows: int, classes: int) -> tuple[Tensor, Tensor]:

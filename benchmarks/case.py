@@ -69,6 +69,10 @@ class Work:
     """On a GPU: time the call in an eager loop, not the GPU's work alone."""
     cold: bool = False
     """On a CPU: overwrite the caches before each timed run."""
+    in_a_row: int = 0
+    """On a CPU: a turn is so many runs, and its time that of the shortest, for work whose time hangs on fresh pages."""
+    pages_kept: bool = False
+    """On a CPU: what is freed stays in the process, so that no contender waits for fresh pages."""
     reason: str = ""
     """Why a target is missed, with the measurement that shows it; shown beside the row where it is."""
 

@@ -8,6 +8,8 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,6 +21,7 @@ from benchmarks.clock import EventClock, clock_for
 
 PEER_PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "torchvision", "kornia", "liger-kernel", "triton")
 COPIED = 1 << 28  # bytes of each of four buffers: more than a cache holds
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # mallopt(3)
 _RESET_PEAK = "5"  # proc(5): clear_refs
 
 
@@ -108,6 +111,30 @@ def peak_memory(run: Run, device: torch.device) -> int | None:
         return None
     run()
     return max(_resident_bytes("VmHWM") - before, 0)
+
+
+@contextmanager
+def pages_kept() -> Iterator[None]:
+    """Inside the ``with`` block what is freed stays in the process, however large, and is what the next allocation gets.
+
+    Usually glibc gives blocks of 32 MiB and more back at once, and makes each of new pages. Its thresholds, which it moves by
+    itself, are afterwards where they end up in a process that frees large blocks.
+
+    Raises:
+        RuntimeError: the allocator is not glibc's.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
+        raise RuntimeError("memory cannot be kept: the allocator is not that of glibc")
+    libc.mallopt(_M_MMAP_MAX, 0)
+    libc.mallopt(_M_TRIM_THRESHOLD, -1)
+    try:
+        yield
+    finally:
+        libc.mallopt(_M_MMAP_MAX, 1 << 16)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+        libc.malloc_trim(0)
 
 
 def _resident_bytes(field: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.case import BEST_PEER, Case, Run, Settings, Work
 from benchmarks.clock import Clock, clock_for
-from benchmarks.machine import peak_memory
+from benchmarks.machine import pages_kept, peak_memory
 
 OURS = "fastkd"
 
@@ -110,11 +110,13 @@ def measure(
     Raises:
         Exception: the work cannot be made, or fastkd cannot do it, or does it wrong.
     """
-    with _threads(case.threads):
+    with _threads(case.threads), ExitStack() as stack:
         work = case.build()
+        if work.pages_kept and settings.device.type == "cpu":
+            stack.enter_context(pages_kept())
         errors = check(work)
         contenders = {OURS: work.ours, **work.peers}
-        clock = clock_for(settings.device, latency=work.latency, cold=work.cold)
+        clock = clock_for(settings.device, latency=work.latency, cold=work.cold, in_a_row=work.in_a_row)
         statistics = {name: statistics_of(name) for name in contenders}
         scale = {name: work.scale.get(name, 1.0) for name in contenders}
         least = max(budget.least, min(work.least_rounds, budget.most))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -45,7 +47,8 @@ def sequences(*, labelled: bool = False) -> TokenSequences:
 
 
 def make(folder: Path, model: Any = None, data: Any = None, **options: Any) -> TeacherCache:
-    options = {"top_k": K, "shard_tokens": SHARD, "batch_size": 3, **options}
+    targets = {} if "sampled" in options else {"top_k": K}
+    options = {**targets, "shard_tokens": SHARD, "batch_size": 3, **options}
     return cache_teacher(Bigram() if model is None else model, sequences() if data is None else data, folder, **options)
 
 
@@ -61,7 +64,7 @@ def truth(ids: Tensor, model: nn.Module | None = None, temperature: float = 1.0)
     return (logits.double() / temperature).log_softmax(-1)
 
 
-def make_alone(folder: Path, lives: int) -> None:
+def make_alone(folder: Path, lives: int, options: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Until it has seen so many batches; it is killed in the next."""
     model, seen = Bigram(), 0
 
@@ -73,7 +76,7 @@ def make_alone(folder: Path, lives: int) -> None:
         return model(ids)
 
     mortal_model = Mortal(mortal)
-    make(folder, mortal_model)
+    make(folder, mortal_model, **options)
 
 
 class Mortal(Bigram):
@@ -86,10 +89,10 @@ class Mortal(Bigram):
         return result
 
 
-def make_in_ranks(rank: int, folder: Path) -> None:
+def make_in_ranks(rank: int, folder: Path, options: Mapping[str, Any] = MappingProxyType({})) -> None:
     told: list[tuple[int, int]] = []
     with process_group("cpu"):
-        cache = make(folder, on_progress=lambda *numbers: told.append(numbers))
+        cache = make(folder, on_progress=lambda *numbers: told.append(numbers), **options)
         assert len(cache) == SEQUENCES
         assert bool(told) == (rank == 0)
         assert told == sorted(told)

@@ -29,8 +29,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class CacheTeacher:
     """Write what a language model predicts over a data set, once, so that students are trained without it.
 
-    At each position the most probable tokens are kept, their log-probabilities, and that of all others together. Killed, the
-    same command goes on where it was; under torchrun the processes share the work. fastkd.language.TeacherCache reads it.
+    At each position the most probable tokens are kept, their log-probabilities, and that of all others together; or tokens
+    drawn at random. Killed, the same command goes on where it was; under torchrun the processes share the work.
+    fastkd.language.TeacherCache reads it.
     """
 
     model: str
@@ -39,8 +40,12 @@ class CacheTeacher:
     """A text (.txt), JSON lines (.jsonl), a folder that datasets.save_to_disk wrote, or tokens (.npy)."""
     output: Path
     """The folder of the cache."""
-    top_k: int = 64
-    """Tokens at each position."""
+    top_k: int | None = None
+    """How many of the most probable tokens to keep at each position; 64 by default."""
+    sampled: int | None = None
+    """Draws at each position, in place of the most probable tokens (Sparse Logit Sampling); for losses with tail="drop"."""
+    seed: int = 0
+    """Of the draws."""
     temperature: float = 1.0
     """By which logits are divided."""
     sequence_length: int = 1024
@@ -65,9 +70,13 @@ class CacheTeacher:
     """A TOML or YAML file with any of these options; those of the command line come before them."""
 
     def __call__(self, console: Console) -> None:
-        for name, least in (("top_k", 1), ("sequence_length", 2), ("batch_size", 1), ("shard_tokens", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}, must be {least} or more")
+        counts = (("top_k", 1), ("sampled", 1), ("sequence_length", 2), ("batch_size", 1), ("shard_tokens", 1))
+        for name, least in counts:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"--{name.replace('_', '-')} is {value}, must be {least} or more")
+        if self.top_k is not None and self.sampled is not None:
+            raise UsageError("--top-k and --sampled are given, must be one of them")
         with usage_errors():
             _checks.check_positive("temperature", self.temperature)
             check_device(self.device)
@@ -89,6 +98,8 @@ class CacheTeacher:
                     self.output,
                     tokenizer=tokenizer,
                     top_k=self.top_k,
+                    sampled=self.sampled,
+                    seed=self.seed,
                     temperature=self.temperature,
                     log_prob_dtype=DTYPES[self.log_prob_dtype],
                     batch_size=self.batch_size,
@@ -121,8 +132,11 @@ def _report(cache: TeacherCache, seconds: float, console: Console) -> None:
         f"{seconds:.1f}",
     )
     console.print(table)
-    left_out = f"{100 * cache.tail_mass():.2f} %"
-    console.print(f"probability outside the top {cache.top_k}: {left_out} on average", highlight=False)
+    if cache.sampled:
+        said = f"different tokens among {cache.sampled} draws: {cache.tokens_per_position():.1f} on average"
+    else:
+        said = f"probability outside the top {cache.top_k}: {100 * cache.tail_mass():.2f} % on average"
+    console.print(said, highlight=False)
     console.print(f"\ncache  {cache.path}", highlight=False, soft_wrap=True)
 
 

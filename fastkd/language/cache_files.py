@@ -25,12 +25,14 @@ DIGESTS = ("tokenizer", "data", "model")
 # What must be the same in a cache that is gone on with, in the order in which it is said: that a tokenizer is another one
 # says more than that its tokens are.
 COMPARED = (
-    *("format", "top_k", "temperature", "log_prob_dtype", "model_dtype", "shard_tokens"),
+    *("format", "targets", "top_k", "sampled", "seed"),
+    *("temperature", "log_prob_dtype", "model_dtype", "shard_tokens"),
     *("sequence_length", "packed"),
     *DIGESTS,
     *("vocab_size", "sequences", "tokens", "labelled"),
 )
 STORED = {"float16": "<f2", "float32": "<f4"}
+MOST_DRAWS = 2048  # in float16: up to there log(count / draws) is off by less than half a count
 AGAIN = "the command that made it makes it again"
 
 
@@ -40,15 +42,20 @@ def shard_name(number: int) -> str:
 
 def shard_shapes(sequences: int, tokens: int, about: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """dtype and shape of each array of a shard, in their order: larger elements first."""
-    labels: dict[str, tuple[str, tuple[int, ...]]] = {"labels": ("<i4", (tokens,))} if about["labelled"] else {}
-    return {
+    k = about["top_k"] or min(about["sampled"], about["vocab_size"])
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
         "offsets": ("<i8", (sequences + 1,)),
         "input_ids": ("<i4", (tokens,)),
-        **labels,
+        "labels": ("<i4", (tokens,)),
         "teacher_tail_log_prob": ("<f4", (tokens,)),
-        "teacher_indices": ("<i4", (tokens, about["top_k"])),
-        "teacher_log_probs": (STORED[about["log_prob_dtype"]], (tokens, about["top_k"])),
+        "teacher_indices": ("<i4", (tokens, k)),
+        "teacher_log_probs": (STORED[about["log_prob_dtype"]], (tokens, k)),
     }
+    if not about["labelled"]:
+        del shapes["labels"]
+    if about["sampled"]:
+        del shapes["teacher_tail_log_prob"]
+    return shapes
 
 
 def check_shard(file: Path, shard: Mapping[str, Any], about: Mapping[str, Any]) -> None:

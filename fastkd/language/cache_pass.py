@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from fastkd import _checks
 from fastkd._build_info import build_info
 from fastkd._group import Group
+from fastkd._seeding import mixed_seed
 from fastkd.language.cache_files import (
     BEGUN,
     COMPARED,
     FORMAT,
+    MOST_DRAWS,
     OF_READING,
     STORED,
     WHOLE,
@@ -32,7 +34,7 @@ from fastkd.language.cache_files import (
 )
 from fastkd.language.digests import model_digest, tokenizer_digest
 from fastkd.language.shard_file import Array, read_header, write_arrays
-from fastkd.language.targets import top_k_log_probs
+from fastkd.language.targets import drawn_log_probs, top_k_log_probs
 from fastkd.language.teacher_cache import TeacherCache
 from fastkd.language.tokens import TokenSequences
 from fastkd.training.distributed import on_first_rank
@@ -40,6 +42,7 @@ from fastkd.training.folder import locked
 
 __all__ = ["SHARD_TOKENS", "cache_teacher"]
 
+TOP_K = 64  # where nothing is said
 SHARD_TOKENS = 1 << 18  # of a shard, about: 100 MB at 64 tokens a position, which a process also holds in memory
 _CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}  # of rows in float32 at a time
 _MOST_CLASSES = 2**31  # that int32 can index
@@ -53,7 +56,9 @@ def cache_teacher(
     folder: str | Path,
     *,
     tokenizer: Any = None,
-    top_k: int = 64,
+    top_k: int | None = None,
+    sampled: int | None = None,
+    seed: int = 0,
     temperature: float = 1.0,
     log_prob_dtype: torch.dtype = torch.float16,
     batch_size: int = 8,
@@ -64,7 +69,7 @@ def cache_teacher(
     on_progress: Callable[[int, int], object] | None = None,
 ) -> TeacherCache:
     """Writes the k most probable tokens of a teacher at each position of each sequence, and the logarithm of what the others
-    have together.
+    have together; or draws from its distribution, by :func:`fastkd.functional.sample_teacher`.
 
     A shard is written as a whole, or not at all: killed, the same call goes on with the first that is not there. Under torchrun
     the ranks take shards in turn; another number of them may go on.
@@ -76,9 +81,12 @@ def cache_teacher(
         sequences: :class:`TokenSequences`, or what :meth:`TokenSequences.of` takes.
         folder: of the cache; one that is not there, is empty, or holds a part of the same.
         tokenizer: whose digest the cache is to have.
-        top_k: k.
+        top_k: k; 64 where ``sampled`` is not given either.
+        sampled: draws at each position, in place of the k most probable tokens; for losses with ``tail="drop"``.
+        seed: of the draws. Those at a position depend on it, on the number of the sequence, the place in it and the logits
+            alone: not on batches, shards, ranks, the device, or whether the pass was interrupted.
         temperature: by which logits are divided.
-        log_prob_dtype: torch.float16 or torch.float32, in which they are stored.
+        log_prob_dtype: torch.float16 or torch.float32, in which they are stored. float16 is exact for up to 2048 draws.
         batch_size: sequences at once. It may change when a cache is gone on with.
         shard_tokens: tokens of a shard, about.
         device: where the model takes its input; that of its parameters by default.
@@ -94,10 +102,18 @@ def cache_teacher(
             the logits hold NaN.
         FileExistsError: the folder holds other files.
     """
-    top_k = _checks.check_count("top_k", top_k, 1)
+    if sampled is None:
+        top_k = _checks.check_count("top_k", TOP_K if top_k is None else top_k, 1)
+    elif top_k is None:
+        sampled = _checks.check_count("sampled", sampled, 1)
+    else:
+        raise ValueError(f"fastkd: top_k is {top_k} and sampled is {sampled}, must be one of them")
+    seed = _checks.check_count("seed", seed)
     temperature = _checks.check_positive("temperature", temperature)
     dtype = str(log_prob_dtype).removeprefix("torch.")
     _checks.check_choice("log_prob_dtype", dtype, STORED)
+    if sampled is not None and sampled > MOST_DRAWS and dtype == "float16":
+        raise ValueError(f"fastkd: sampled is {sampled}, must be at most {MOST_DRAWS} where log_prob_dtype is float16")
     batch_size = _checks.check_count("batch_size", batch_size, 1)
     shard_tokens = _checks.check_count("shard_tokens", shard_tokens, 1)
     if isinstance(model, nn.Module):
@@ -111,7 +127,7 @@ def cache_teacher(
     place = torch.device(device or "cpu")
     forward = _forward(model, place)
     classes = _classes(model, forward, sequences)
-    if top_k > classes:
+    if top_k is not None and top_k > classes:
         raise ValueError(f"fastkd: top_k is {top_k}, must be at most the {classes} tokens of the vocabulary")
     reading = {**dict.fromkeys(OF_READING), **sequences.reading}
     folder = Path(folder)
@@ -121,7 +137,10 @@ def cache_teacher(
             stack.enter_context(locked(folder, make=True, what="making of a cache"))
             about = {
                 "format": FORMAT,
+                "targets": "top_k" if sampled is None else "sampled",
                 "top_k": top_k,
+                "sampled": sampled,
+                "seed": None if sampled is None else seed,
                 "temperature": temperature,
                 "log_prob_dtype": dtype,
                 "model_dtype": _dtype(model),
@@ -205,7 +224,7 @@ class _Pass:
             arrays["input_ids"][rows] = np.concatenate([tokens.input_ids for tokens in found])
             if "labels" in arrays:
                 arrays["labels"][rows] = np.concatenate([tokens.labels for tokens in found])
-            made = self._targets([tokens.input_ids for tokens in found])
+            made = self._targets([tokens.input_ids for tokens in found], [first + int(i) for i in chosen])
             wrong = made["teacher_log_probs"].isnan().any(-1).cpu().numpy()
             if wrong.any():
                 place = int(rows[wrong.argmax()])
@@ -221,14 +240,16 @@ class _Pass:
             self._tell(tokens_of_round * ahead // int(offsets[-1]))
         return arrays
 
-    def _targets(self, ids: list[Array]) -> dict[str, Tensor]:
-        """Of a batch: those of all positions, one after the other, on the device."""
+    def _targets(self, ids: list[Array], numbers: list[int]) -> dict[str, Tensor]:
+        """Of a batch of sequences with these numbers: those of all positions, one after the other, on the device."""
         lengths = [len(row) for row in ids]
         batch = torch.zeros(len(ids), max(lengths), dtype=torch.int64)
         for row, tokens in zip(batch, ids, strict=True):
             row[: len(tokens)] = torch.from_numpy(tokens)
         with torch.inference_mode():
             logits = self.forward(batch)
+            if self.about["sampled"]:
+                return self._drawn([row[:length] for row, length in zip(logits, lengths, strict=True)], numbers)
             width = logits.shape[-1]
             flat = logits.reshape(-1, width)
             valid = torch.cat([torch.arange(n) + i * batch.shape[1] for i, n in enumerate(lengths)]).to(logits.device)
@@ -240,6 +261,16 @@ class _Pass:
             ]
         indices, log_probs, tail = (torch.cat(column) for column in zip(*parts, strict=True))
         return {"teacher_indices": indices, "teacher_log_probs": log_probs, "teacher_tail_log_prob": tail}
+
+    def _drawn(self, logits: list[Tensor], numbers: list[int]) -> dict[str, Tensor]:
+        """With a seed for each sequence, so that its draws do not depend on what is beside it in a batch."""
+        draws, seed, temperature = (self.about[name] for name in ("sampled", "seed", "temperature"))
+        parts = [
+            drawn_log_probs(rows, draws, mixed_seed("sampled teacher", seed, number), temperature)
+            for rows, number in zip(logits, numbers, strict=True)
+        ]
+        indices, log_probs = (torch.cat(column) for column in zip(*parts, strict=True))
+        return {"teacher_indices": indices, "teacher_log_probs": log_probs}
 
     def _tell(self, ahead: int) -> None:
         if self._on_progress is not None:

@@ -27,6 +27,7 @@ class CacheCollator:
       leaves out what is padding, or masked, without a slice;
     - ``teacher_indices`` int64 ``[B, S, k]``, 0 in padding, ``teacher_log_probs`` float32 ``[B, S, k]``, -inf there, and
       ``teacher_tail_log_prob`` float32 ``[B, S]``, 0 there. Row i is the teacher's prediction at position i, of token i + 1.
+      Batches of a cache of draws have no ``teacher_tail_log_prob``: give the loss ``tail=cache.tail``.
 
     Args:
         pad_token_id: any token, as nothing is learned from padding.
@@ -48,8 +49,9 @@ class CacheCollator:
             "target": torch.full(size, IGNORED),
             "teacher_indices": torch.zeros(*size, k, dtype=torch.int64),
             "teacher_log_probs": torch.full((*size, k), -torch.inf, dtype=torch.float32),
-            "teacher_tail_log_prob": torch.zeros(size, dtype=torch.float32),
         }
+        if "teacher_tail_log_prob" in items[0]:
+            batch["teacher_tail_log_prob"] = torch.zeros(size, dtype=torch.float32)
         for row, item in enumerate(items):
             length = len(item["input_ids"])
             for name, value in item.items():

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Targets", "top_k_log_probs"]
+from fastkd.ops.sparse import sample_teacher
+
+__all__ = ["Targets", "drawn_log_probs", "top_k_log_probs"]
 
 
 class Targets(NamedTuple):
@@ -39,3 +41,22 @@ def top_k_log_probs(logits: Tensor, k: int, temperature: float = 1.0) -> Targets
     rest = scaled.scatter_(-1, indices, -torch.inf).logsumexp(-1)
     whole = torch.logaddexp(top.logsumexp(-1), rest)
     return Targets(indices, (top - whole.unsqueeze(-1)).float(), (rest - whole).float())
+
+
+def drawn_log_probs(logits: Tensor, draws: int, seed: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Draws from each row, as :func:`fastkd.functional.sample_teacher` makes them, from a given seed.
+
+    A row that holds NaN, +inf, or nothing but -inf has NaN, as in :func:`top_k_log_probs`; the operator itself raises on a CPU.
+
+    Args:
+        logits: ``[S, V]`` of any float dtype.
+
+    Returns:
+        indices: int64 ``[S, k]``, and log_probs: float32 ``[S, k]``; k = min(draws, V), as no row has more classes.
+    """
+    right = logits.amax(-1, keepdim=True).isfinite()
+    if not right.all():
+        logits = torch.where(right, logits, 0.0)
+    indices, log_probs = sample_teacher(logits, torch.tensor([seed], device=logits.device), draws, temperature)
+    k = min(draws, logits.shape[-1])
+    return indices[:, :k], torch.where(right, log_probs[:, :k], torch.nan)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastkd import _checks
+from fastkd.functional.sparse import Tail
 from fastkd.language.cache_files import AGAIN, OF_READING, WHOLE, check_same, check_shard, read_about
 from fastkd.language.digests import model_digest, tokenizer_digest
 from fastkd.language.shard_file import Array, map_arrays, payload_digest
@@ -33,10 +34,15 @@ class TeacherCache(Dataset[dict[str, Tensor]]):
       ``[S]``: the k most probable tokens, their log-probabilities in ``softmax(logits / temperature)`` over the whole
       vocabulary, in descending order, and the logarithm of what all others have together.
 
+    In a cache of draws (``cache_teacher(..., sampled=N)``) a row has each token that was drawn once, in increasing order, with
+    log(count / N); what is left of the row is padding, token 0 with -inf. There is no ``teacher_tail_log_prob``: give the loss
+    ``tail=cache.tail``, which is "drop".
+
     Row i of the teacher is its prediction at position i, of token i + 1, as logits lie; the last row is of a token that the
     sequence does not have. :class:`fastkd.language.CacheCollator` makes batches of items.
 
-    Log-probabilities that are stored in float16 are normalised as they are read, so that they and the tail add up to one.
+    Log-probabilities that are stored in float16 are normalised as they are read, so that they and the tail add up to one; of
+    draws, whose counts are whole numbers, they are exact.
 
     Args:
         path: the folder.
@@ -65,9 +71,19 @@ class TeacherCache(Dataset[dict[str, Tensor]]):
         self.check(tokenizer=tokenizer, data=data, model=model)
 
     @property
-    def top_k(self) -> int:
-        """Tokens of which each position has the log-probability."""
-        return int(self.about["top_k"])
+    def top_k(self) -> int | None:
+        """Most probable tokens that each position has; None in a cache of draws."""
+        return self.about["top_k"]  # type: ignore[no-any-return]
+
+    @property
+    def sampled(self) -> int | None:
+        """Draws at each position; None in a cache of the most probable tokens."""
+        return self.about["sampled"]  # type: ignore[no-any-return]
+
+    @property
+    def tail(self) -> Tail:
+        """The ``tail`` of the losses in :mod:`fastkd.functional.sparse`: "bucket", or "drop" for draws."""
+        return "drop" if self.sampled else "bucket"
 
     @property
     def temperature(self) -> float:
@@ -93,7 +109,8 @@ class TeacherCache(Dataset[dict[str, Tensor]]):
         return self._starts[-1]
 
     def __repr__(self) -> str:
-        return f"TeacherCache({self.path}: {len(self)} sequences, {self.num_tokens} tokens, top {self.top_k})"
+        of = f"{self.sampled} draws" if self.sampled else f"top {self.top_k}"
+        return f"TeacherCache({self.path}: {len(self)} sequences, {self.num_tokens} tokens, {of})"
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         index = _checks.check_count("index", index)
@@ -104,19 +121,24 @@ class TeacherCache(Dataset[dict[str, Tensor]]):
         arrays = self._shard(shard)
         low, high = arrays["offsets"][index - self._starts[shard] :][:2].tolist()
         ids = _copy(arrays["input_ids"], low, high).long()
-        tail = _copy(arrays["teacher_tail_log_prob"], low, high)
         log_probs = _copy(arrays["teacher_log_probs"], low, high)
-        if log_probs.dtype == torch.float16:
-            log_probs = log_probs.float()
-            whole = torch.logaddexp(log_probs.logsumexp(-1), tail)
-            log_probs, tail = log_probs - whole.unsqueeze(-1), tail - whole
-        return {
+        item = {
             "input_ids": ids,
             "labels": _copy(arrays["labels"], low, high).long() if "labels" in arrays else ids.clone(),
             "teacher_indices": _copy(arrays["teacher_indices"], low, high),
-            "teacher_log_probs": log_probs,
-            "teacher_tail_log_prob": tail,
+            "teacher_log_probs": log_probs.float(),
         }
+        if self.sampled:
+            if log_probs.dtype == torch.float16:
+                counts = (item["teacher_log_probs"].exp() * self.sampled).round()
+                item["teacher_log_probs"] = (counts / self.sampled).log()
+            return item
+        item["teacher_tail_log_prob"] = _copy(arrays["teacher_tail_log_prob"], low, high)
+        if log_probs.dtype == torch.float16:
+            whole = torch.logaddexp(item["teacher_log_probs"].logsumexp(-1), item["teacher_tail_log_prob"])
+            item["teacher_log_probs"] -= whole.unsqueeze(-1)
+            item["teacher_tail_log_prob"] -= whole
+        return item
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_maps": {}}  # a worker maps the files itself
@@ -159,12 +181,23 @@ class TeacherCache(Dataset[dict[str, Tensor]]):
                 )
 
     def tail_mass(self) -> float:
-        """The probability that the teacher gives to tokens outside the k, on average."""
+        """The probability that the teacher gives to tokens outside the k, on average.
+
+        Raises:
+            ValueError: the cache is of draws.
+        """
+        if self.sampled:
+            raise ValueError(f"fastkd: {self.path} is a cache of {self.sampled} draws, which have no tail")
         total = sum(
             float(np.exp(self._shard(i)["teacher_tail_log_prob"]).sum(dtype=np.float64))
             for i in range(len(self._files))
         )
         return total / self.num_tokens
+
+    def tokens_per_position(self) -> float:
+        """Tokens that a position has, padding left out: the average over the first shard, which is read."""
+        log_probs = self._shard(0)["teacher_log_probs"]
+        return float((log_probs > -np.inf).sum()) / len(log_probs)
 
     def _shard(self, number: int) -> dict[str, Array]:
         if number not in self._maps:

@@ -163,6 +163,46 @@ def test_short_work_is_timed_at_later_runs(
     assert len(list(times)) == 100 - runs
 
 
+def test_of_runs_in_a_row_the_shortest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([1.4, 0.02, 0.03, 5.0])
+    monkeypatch.setattr(clock.WallClock, "_once", lambda *_: next(times))
+    assert clock.clock_for(CPU, in_a_row=3).seconds(lambda: None) == 0.02
+    assert next(times) == 5.0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="an allocator of its own")
+def test_pages_are_kept_for_the_case_alone() -> None:
+    """In a process of its own: the thresholds of the allocator are the process's."""
+    program = """
+import ctypes, resource, torch
+from benchmarks.machine import pages_kept
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+if hasattr(ctypes.CDLL(None), "mallopt"):
+    with pages_kept():
+        faults(), faults()
+        assert faults() < 100
+    assert faults() > 10_000
+"""
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+
+
+def test_draws_that_are_wrong_are_seen() -> None:
+    from benchmarks import bench_sparse
+
+    logits = 3 * torch.randn(64, 500, generator=torch.Generator().manual_seed(0))
+    error, draws = bench_sparse._wrong_draws(logits), (bench_sparse.DRAWS, bench_sparse.TEMPERATURE)
+    assert error(bench_sparse.torch_draws(logits, *draws)) < 1e-5
+    assert error(bench_sparse.torch_draws(logits, 64, 3.0)) == float("inf")
+    indices, log_probs = bench_sparse.torch_draws(logits, *draws)
+    there = log_probs > -torch.inf
+    assert ((indices[:, 1:] > indices[:, :-1]) | ~there[:, 1:]).all()
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(64))
+
+
 def test_targets_and_the_best_peer() -> None:
     ours = {"contender": "fastkd", "ms": 1.0, "percent_of_ceiling": 80.0}
     rows: list[dict[str, Any]] = [ours, {"contender": "a", "ms": 9.0}, {"contender": "b", "ms": 5.0}]
@@ -269,7 +309,8 @@ def test_cases_of_a_gpu_on_the_cpu(tmp_path: Path) -> None:
     assert names >= {
         "KL ", "JSD ", "KL forward only ", "logit_stats ", "crop forward ", "crop backward ", "random_crop_flip ",
         "draw_batch ", "GMM fit ", "select_clean ", "alias build N=", "alias draw 2^18 of N=", "alias IQPR N=",
-        "patch discriminator, ", "RKD ", "sparse KL ", "moments ", "moments of samples ", "moments and gradient ",
+        "patch discriminator, ", "RKD ", "sparse KL ", "sample teacher ", "moments ",
+        "moments of samples ", "moments and gradient ",
         "TA-DFKD lenet5 to lenet5-half, ", "TA-DFKD ", "MosaicKD lenet5 to lenet5-half, ", "MosaicKD ",
     }  # fmt: skip
     ours = [row for row in rows if row["contender"] == "fastkd" and "not_measured" not in row]

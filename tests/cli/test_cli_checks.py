@@ -343,6 +343,11 @@ def test_old_results_do_not_hide_a_wrong_name(capsys: pytest.CaptureFixture[str]
         ("cache-teacher --model x", "--data"),
         ("cache-teacher --model x --data file --output y --top-k 0", "--top-k is 0, must be 1 or more"),
         ("cache-teacher --model x --data file --output y --top-k many", "--top-k"),
+        ("cache-teacher --model x --data file --output y --sampled 0", "--sampled is 0, must be 1 or more"),
+        (
+            "cache-teacher --model x --data file --output y --sampled 50 --top-k 64",
+            "--top-k and --sampled are given, must be one of them",
+        ),
         ("cache-teacher --model x --data file --output y --temperature 0", "temperature is 0"),
         ("cache-teacher --model x --data file --output y --temperature nan", "temperature is nan"),
         ("cache-teacher --model x --data file --output y --sequence-length 1", "--sequence-length is 1, must be 2"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,18 @@ def test_the_cache_is_what_the_model_says(
         assert (expected.topk(8).values[:, -1] - expected.gather(-1, there)[:, -1]).abs().max() < 1e-5
         rest = expected.scatter(-1, there, -INF).logsumexp(-1)
         torch.testing.assert_close(item["teacher_tail_log_prob"].double(), rest, rtol=0, atol=1e-5)
+
+
+def test_draws_by_the_command(folder: Path, tokenizer: Any, model: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [option for option in command("--sampled", "20", "--seed", "3") if option not in ("--top-k", "8")]
+    assert main(options) == 0
+    assert re.search(r"different tokens among 20 draws: 1?\d\.\d on average", capsys.readouterr().out)
+    cache = TeacherCache("cache", tokenizer=tokenizer, data="texts.jsonl", model=model)
+    assert (cache.sampled, cache.about["seed"], cache.tail) == (20, 3, "drop")
+    assert main([*options, "--seed", "4"]) == 2
+    assert "cache holds a cache with seed 3, given is 4; choose another folder" in capsys.readouterr().err
+    assert main(command()) == 2
+    assert "cache holds a cache with targets sampled, given is top_k" in capsys.readouterr().err
 
 
 def test_other_tools_read_the_shards(folder: Path, tokenizer: Any, model: Any) -> None:
@@ -258,6 +271,12 @@ def test_the_loop_of_the_guide(folder: Path, tokenizer: Any, model: Any, monkeyp
     before = student.lm_head.weight.detach().clone()
     exec(compile(blocks[1], "docs/language-models.md", "exec"), names)
     assert len(TeacherCache("small-cache")) == 2
+    exec(compile(blocks[0], "docs/language-models.md", "exec"), names)
+    assert not torch.equal(student.lm_head.weight, before)
+    shutil.rmtree("cache")  # the same loop takes draws
+    data = open_tokens("texts.jsonl", tokenizer, sequence_length=32)
+    cache_teacher(model, data, "cache", tokenizer=tokenizer, sampled=8)
+    before = student.lm_head.weight.detach().clone()
     exec(compile(blocks[0], "docs/language-models.md", "exec"), names)
     assert not torch.equal(student.lm_head.weight, before)
 
