@@ -429,8 +429,8 @@ def test_a_file_is_shown_and_compared_without_measuring(
     [
         (
             ["tiles"],
-            "nothing is measured for 'tiles'; choose from alias, batch, collections, crop, datafree, divergence, divergence_shard, gmm, "
-            "linear, moments, mosaic, noise, relation, sparse, training",
+            "nothing is measured for 'tiles'; choose from alias, batch, collections, crop, datafree, divergence, "
+            "divergence_shard, gmm, linear, moments, mosaic, noise, relation, sparse, training",
         ),
         (["--device", "tpu"], "--device is 'tpu', must be cpu, cuda or cuda:<n>"),
         (["--output", "here.txt"], "--output is here.txt, must be a name that ends in .json"),
