@@ -9,6 +9,8 @@ import pytest
 import torch
 from training_processes import start_ranks
 
+pytestmark = pytest.mark.no_kernels  # the sanitizers have the kernels under test elsewhere
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from training_processes import start_ranks
 
+pytestmark = pytest.mark.no_kernels  # the sanitizers have the kernels under test elsewhere
+
 
 @pytest.fixture(scope="module", params=[2, 4])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Tensor]]]:

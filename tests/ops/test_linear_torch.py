@@ -17,7 +17,7 @@ import fastkd
 from fastkd import LinearHead
 from fastkd import functional as F  # noqa: N812
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture

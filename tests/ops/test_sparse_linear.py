@@ -310,6 +310,7 @@ def test_in_torch_func(small: SparseHead, entries: tuple[Tensor, Tensor]) -> Non
     torch.testing.assert_close(made, expected)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("reduction", ["batchmean", "none"])
 def test_compiled_whole(reduction: str, small: SparseHead, entries: tuple[Tensor, Tensor]) -> None:
     target = torch.arange(13)
