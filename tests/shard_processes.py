@@ -109,23 +109,29 @@ LINEAR["guide"] = of_the_guide
 def compare_heads(rank: int, folder: Path) -> None:
     """Losses and gradients of all classes, from DTensors; of one loss from plain tensors, eager and compiled."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     with process_group("cpu"):
         ranks = dist.get_world_size()
         mesh = init_device_mesh("cpu", (ranks,))
 
         def run(loss: Callable[..., Tensor]) -> list[Tensor]:
+            hidden, weight, teacher_hidden, teacher_weight = heads()
             leaves = [
-                distribute_tensor(x, mesh, [Shard(0)]).requires_grad_() if len(x) == CLASSES else x.requires_grad_()
-                for x in heads()
+                hidden,
+                distribute_tensor(weight, mesh, [Shard(0)]),
+                distribute_tensor(teacher_hidden, mesh, [Replicate()]),
+                distribute_tensor(teacher_weight, mesh, [Shard(0)]),
             ]
+            for leaf in leaves:
+                leaf.requires_grad_()
             value = loss(*leaves, group=mesh)
             gradients = torch.autograd.grad(value, leaves)
             whole = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients]
             return [value.detach(), *whole]
 
         made = {name: run(loss) for name, loss in LINEAR.items()}
+        made["distributed, compiled"] = run(torch.compile(LINEAR["kd"], fullgraph=True, backend="aot_eager"))
         hidden, weight, *teacher = heads()
         weights = [part(w.T, rank, ranks).T for w in (weight, teacher[1])]
         compiled = torch.compile(LINEAR["kd"], fullgraph=True, backend="aot_eager")
@@ -151,11 +157,18 @@ def on_a_mesh(rank: int, folder: Path) -> None:
         for leaf in leaves:
             leaf.requires_grad_()
         loss = F.kl_div(*leaves, 2.0, group=classes, reduction="sum")
+        compiled = torch.compile(LOSSES["kl"], backend="aot_eager")
+        assert torch.equal(compiled(*leaves, group=classes), LOSSES["kl"](*leaves, group=classes))
         gradients = torch.autograd.grad(loss, leaves)
         whole = [gradient.full_tensor() for gradient in gradients]
         replicated = DTensor.from_local(logits()[0], classes, [Replicate()])
         refused = []
-        for student, group in ((replicated, classes), (leaves[0], mesh), (leaves[0], "classes")):
+        for student, group in (
+            (replicated, classes),
+            (leaves[0], mesh),
+            (leaves[0], "classes"),
+            (leaves[0], mesh["data"]),
+        ):
             try:
                 F.kl_div(student, leaves[1], group=group)
             except (TypeError, ValueError) as error:

@@ -26,6 +26,8 @@ using ::fastkd::divergence_shard::kZX;
 using ::fastkd::divergence_shard::kZY;
 using ::fastkd::divergence_shard::RowParams;
 
+FASTKD_INLINE bool is_finite(double x) { return x - x == 0; }
+
 template <typename T>
 struct Row {
   using V = Vector<T>;
@@ -103,6 +105,9 @@ struct Row {
       } else if (c == 1 && rough_divergence() < kSmallDivergence<S>) {
         terms[0] = small_divergence();
         terms[1] = 1;
+      } else if (!is_finite(all.sum(kD, index))) {
+        terms[0] = careful_divergence();
+        terms[1] = 1;
       }
     }
     for (int64_t k = 0; k < 2; ++k) all.terms[k * all.rows + index] = terms[k];
@@ -119,6 +124,19 @@ struct Row {
                              const V in_y = at(y, i, lanes), in_x = at(x, i, lanes);
                              sum[0] += kl_term<S>(exp(of.b(in_x)) * inverse_zx, exp(of.a(in_y)) * inverse_zy,
                                                   -(apart(in_y, in_x, one) + rest));
+                           })
+        .value[0];
+  }
+
+  // This rank's part of a divergence that has come out infinite, or as NaN. A class that is masked on side y makes it so where
+  // e^b is not 0, relative to this rank's maximum; relative to that of all it may well be, and then counts for nothing.
+  double careful_divergence() const {
+    const Exponents<P> of{inverse_temperature, top_y, top_x};
+    const V inverse_zx = broadcast<V>(1.0 / all.sum(kZX, index)), rest = broadcast<V>(log_ratio()), wide_c = broadcast<V>(c);
+    return sweep_sum<V, 1>(params.classes,
+                           [&](int64_t i, int lanes, V* sum) __attribute__((always_inline)) {
+                             const V a = of.a(at(y, i, lanes)), b = of.b(at(x, i, lanes));
+                             sum[0] += weigh(exp(b) * inverse_zx, linear_term(wide_c, a, b) + rest);
                            })
         .value[0];
   }

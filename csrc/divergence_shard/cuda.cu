@@ -81,9 +81,18 @@ shard_terms(const DeviceParams p) {
       terms[0] = parts[0], terms[1] = parts[1];
     } else {
       const double log_ratio = log_ratio_of(known.sums, row.c());
-      const double value = exact_divergence_of(row, numbers, known.top, known.sums, log_ratio, group);
+      double value[1] = {exact_divergence_of(row, numbers, known.top, known.sums, log_ratio, group)};
       const bool small = is_small(row, rough_divergence_of<T>(known.sums, log_ratio));
-      terms[0] = small ? value : 0, terms[1] = small ? 1 : 0;
+      // A class that is masked on side y makes it infinite where e^b is not 0, relative to its rank's maximum; relative to that
+      // of all it may well be, and then counts for nothing.
+      const bool lost = !(known.sums.d - known.sums.d == 0);
+      const Compute<T> scale = row.inverse_temperature(numbers), rest = static_cast<Compute<T>>(log_ratio),
+                       inverse_zx = static_cast<Compute<T>>(inverse_sum<Compute<T>>(known.sums.z_x));
+      sum_again(row, group, lost, value, [&](Compute<T> y, Compute<T> x, Compute<T>(&term)[1]) {
+        const Compute<T> a = (y - known.top[0]) * scale, b = (x - known.top[1]) * scale;
+        term[0] = weigh(exp_of<T>(b) * inverse_zx, linear_term(row.c(), a, b) + rest);
+      });
+      terms[0] = small || lost ? value[0] : 0, terms[1] = small || lost ? 1 : 0;
     }
     if (group.index() != 0) return;
     for (int64_t k = 0; k < 2; ++k) p.exchanged.terms[k * p.rows + row.index] = numbers.active ? terms[k] : 0;

@@ -13,7 +13,7 @@ using ::fastkd::divergence::Kind;
 
 // Sums of a row, of this rank or of all: in `sums` [kSums, rows]. y is the side that the divergence goes to, x the other.
 enum Sum : int64_t { kTopY, kTopX, kZY, kZX, kD, kZTask, kSums };
-// The divergence where it is small, and whether it is; for Jensen-Shannon KL(q || m) and KL(p || m).
+// The divergence where sums are not enough, and whether they are not; for Jensen-Shannon KL(q || m) and KL(p || m).
 constexpr int64_t kTerms = 2;
 
 // What the ranks exchange, and what a rank alone has.

@@ -13,8 +13,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
       "divergence_shard_sums(Tensor student_logits, Tensor teacher_logits, Tensor weight, Tensor temperatures, int kind, "
       "bool task) -> Tensor sums");
 
-  // From the sums of all ranks, this one's part of: for kinds 0 and 1 the divergence, and 1, where the sums make it so small that
-  // they have lost its digits, else 0 and 0; for 2 KL(q || m) and KL(p || m). terms [2, rows], float64.
+  // From the sums of all ranks, this one's part: for kinds 0, 1 and 3 of the divergence, and 1, where the sums make it so small
+  // that they have lost its digits, or not finite; else 0 and 0; for kind 2 of KL(q || m) and KL(p || m). terms [2, rows],
+  // float64.
   m.def(
       "divergence_shard_terms(Tensor student_logits, Tensor teacher_logits, Tensor weight, Tensor temperatures, Tensor sums, "
       "int kind, float beta) -> Tensor terms");

@@ -59,7 +59,7 @@ def linear_kl_div(
         group: the ranks that hold the other classes of both heads, where the vocabulary is sharded, as in :func:`kl_div`:
             weights are ``[V of this rank, H]``, or DTensors, of which that is what is here. Hidden states are the same on all
             ranks, and their gradient is that of the classes of all: nothing else must add it up. ``classes`` are of this
-            rank. The ranks agree on the size of chunks, which on a GPU waits for the device once a call.
+            rank. The ranks agree on the size of chunks, by the least budget, which on a GPU waits for the device once a call.
         temperature, direction, reduction, target, ignore_index, weight: as in :func:`kl_div`.
 
     Returns:

@@ -49,15 +49,32 @@ class RankGroup(NamedTuple):
         return numbers
 
 
-def local_part(name: str, value: Tensor, dim: int = -1) -> Tensor:
-    """What this rank has of a tensor that is sharded over dimension ``dim``; a plain tensor is just that."""
-    if not hasattr(value, "to_local"):
-        return value
-    from torch.distributed.tensor import Shard
+def local_part(name: str, value: Tensor, group: Any, dim: int | None = -1) -> Tensor:
+    """What this rank has of a ``DTensor`` that is sharded over dimension ``dim``, or replicated if None; all of a plain tensor.
 
-    sharded: Any = value
-    placements = tuple(sharded.placements)
-    if placements not in ((Shard(dim),), (Shard(dim % value.dim()),)):
-        raise ValueError(f"fastkd: {name} is a DTensor placed {placements}, must be (Shard(dim={dim % value.dim()}),)")
-    part: Tensor = sharded.to_local()
+    Args:
+        group: the process group or mesh that it must lie on, as the caller gave it.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    if not isinstance(value, DTensor):  # torch.compile does not see a DTensor by its attributes
+        return value
+    placements, wanted = tuple(value.placements), Replicate() if dim is None else Shard(dim + value.dim() * (dim < 0))
+    if placements != (wanted,):
+        raise ValueError(
+            f"fastkd: {name} is a DTensor placed {placements}, must be ({wanted!r},) on the mesh of group alone"
+        )
+    theirs, ours = _members(value.device_mesh), _members(group)
+    if theirs != ours:
+        raise ValueError(f"fastkd: {name} is a DTensor over ranks {theirs}, must be over those of group, {ours}")
+    part: Tensor = value.to_local()
     return part
+
+
+def _members(group: Any) -> list[int]:
+    """Of a process group, or a mesh of one dimension."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    ranks: list[int] = dist.get_process_group_ranks(group.get_group() if isinstance(group, DeviceMesh) else group)
+    return ranks

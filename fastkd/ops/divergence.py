@@ -86,9 +86,9 @@ def divergence(
         detached; the task term is 0 where ``task_scale`` is.
     """
     if group is not None:
-        group = RankGroup.of(group)
-        student_logits = local_part("student_logits", student_logits, dim)
-        teacher_logits = local_part("teacher_logits", teacher_logits, dim)
+        ranks = RankGroup.of(group)
+        student_logits = local_part("student_logits", student_logits, group, dim)
+        teacher_logits = local_part("teacher_logits", teacher_logits, group, dim)
     dim = check_logits("student_logits", student_logits, dim)
     check_logits("teacher_logits", teacher_logits, dim)
     if student_logits.shape != teacher_logits.shape:
@@ -115,6 +115,11 @@ def divergence(
         target = check_target(target, rows_shape)
     flat = student_logits.dim() == 2
     check_devices(student_logits, _OTHERS, (teacher_logits, target, weight, row_temperature))
+    if group is not None:  # each of several operators would copy them
+        student_logits, teacher_logits = (
+            x if x.stride(-1) == 1 else x.contiguous() for x in (student_logits, teacher_logits)
+        )
+        task_scale = task_scale if target is not None else 0.0
     arguments = (
         student_logits if flat else student_logits.reshape(-1, student_logits.shape[-1]),
         teacher_logits if flat else teacher_logits.reshape(-1, student_logits.shape[-1]),
@@ -134,7 +139,7 @@ def divergence(
         gradients = ahead and student_logits.requires_grad, ahead and teacher_logits.requires_grad
         loss, terms, _, _ = call_by_name("divergence", *arguments, *gradients)
     else:
-        loss, terms, *_ = call_by_name("divergence_shard", *arguments, *group)
+        loss, terms, *_ = call_by_name("divergence_shard", *arguments, *ranks)
     if reduction == "none" and not flat:
         return loss.reshape(rows_shape), terms.reshape(2, *rows_shape)
     return loss, terms

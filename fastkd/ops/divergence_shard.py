@@ -26,7 +26,6 @@ _ONCE = (
     "use the plain-torch form in fastkd.reference.divergence for second derivatives"
 )
 _SUMS, _TERMS = 6, 2  # numbers of a row, as in csrc/divergence_shard/kernel.h
-_FLATTEST, _STEEPEST = 2.0**-1000, 2.0**1000  # 1 / T of the kernels is within these
 
 _library_of_python = torch.library.Library("fastkd", "FRAGMENT")
 _library_of_python.define(
@@ -111,14 +110,17 @@ def exchange(
     # sums relative to them, and the logit of the label relative to the student's, on the rank that has it
     student = 1 if kind == KINDS["reverse"] else 0  # x or y
     sums = weight.new_zeros(5, n)
-    sums[:4] = _relative(own, tops, temperatures, student, kind)
+    steepest = 2.0 ** (1000 if student_logits.dtype == torch.float64 else 100)
+    inverse_temperatures = temperatures.reciprocal().clamp(1 / steepest, steepest)  # as the kernels have it
+    sums[:4] = _relative(own, tops, inverse_temperatures, student, kind)
     label = torch.full_like(weight, -1, dtype=torch.int64)
-    if task and rows.target is not None:
+    if rows.target is not None:
         if weight.device.type == "cpu":
             check_labels(rows.target, weight != 0, int(classes), ignore_index)
         else:
             bad = (rows.target < 0) | (rows.target >= classes)
             weight = torch.where(bad & (weight != 0), torch.nan, weight)
+    if rows.target is not None and task:
         position = rows.target - counts[: ranks.rank].sum().long()
         here = (position >= 0) & (position < v) & (weight != 0)
         label = torch.where(here, position, -1)
@@ -127,12 +129,11 @@ def exchange(
     sums = ranks.reduce(sums, "sum")
     found = torch.cat([tops, sums[:4]])
     terms = ops.divergence_shard_terms(student_logits, teacher_logits, weight, temperatures, found, kind, beta)
-    if kind != KINDS["soft_cross_entropy"]:
-        terms = ranks.reduce(terms, "sum")
+    terms = ranks.reduce(terms, "sum")
     _, _, z_y, z_x, d, z_task = found
     if jensen_shannon:
         divergence = beta * terms[1] + (1.0 - beta) * terms[0]
-    else:  # terms[1] counts the ranks that found the divergence small
+    else:  # terms[1] counts the ranks for which sums are not enough, all or none
         c = 0.0 if kind == KINDS["soft_cross_entropy"] else 1.0
         divergence = torch.where(terms[1] == ranks.ranks, terms[0], d / z_x - c * z_x.log() + z_y.log())
         terms = torch.stack([divergence, terms[1]])
@@ -142,11 +143,11 @@ def exchange(
     return Exchanged(Rows(rows.target, weight, temperatures), found, terms, label, losses, classes)
 
 
-def _relative(own: Tensor, tops: Tensor, temperatures: Tensor, student: int, kind: int) -> Tensor:
+def _relative(own: Tensor, tops: Tensor, inverse_temperatures: Tensor, student: int, kind: int) -> Tensor:
     """Sums of a rank, ``[4, N]``, which are relative to its own maxima, relative to those of all."""
     z, d, z_task = own[2:4], own[4], own[5]
     rise = tops - own[:2]
-    steps = rise * temperatures.reciprocal().clamp(_FLATTEST, _STEEPEST)
+    steps = rise * inverse_temperatures
     factor = (-steps).exp()
     moved = z * factor
     c = 0.0 if kind == KINDS["soft_cross_entropy"] else 1.0
@@ -171,6 +172,7 @@ def divergence_in_place(
     ranks: RankGroup,
 ) -> Tensor:
     """``torch.ops.fastkd.divergence_`` of rows that lie on several ranks: terms ``[2, N]``, gradients where the logits were."""
+    task_scale = task_scale if target is not None else 0.0
     rows = Rows.of(student_logits, target, weight, temperatures, temperature, ignore_index)
     made = _compare(student_logits, teacher_logits, rows, kind, beta, kd_scale, task_scale, ignore_index, ranks)
     _write_gradients(
@@ -207,7 +209,10 @@ def _compare(
 ) -> Exchanged:
     teacher_logits = teacher_logits if kd_scale != 0 else student_logits  # of weight 0: not looked at
     kind, task = _kind_of(kind, beta), rows.target is not None and task_scale != 0
-    return exchange(student_logits, teacher_logits, rows, kind, beta, task, ignore_index, ranks)
+    made = exchange(student_logits, teacher_logits, rows, kind, beta, task, ignore_index, ranks)
+    if kd_scale == 0:
+        made.losses[1] = 0
+    return made
 
 
 def _write_gradients(
@@ -379,3 +384,10 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
 
 
 register_autograd("divergence_shard", _backward, setup_context=_setup_context)
+
+
+def _refuse(*_: Any) -> None:
+    raise RuntimeError(_ONCE)
+
+
+register_autograd("divergence_shard_backward", _refuse, setup_context=lambda *_: None)

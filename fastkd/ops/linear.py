@@ -54,20 +54,21 @@ def linear_divergence(
         loss; terms, ``[2]`` or ``[2, ...]``: task and distillation term, detached; the entropy of the student's softmax at this
         temperature in each row, ``[...]``, 0 where ignored, detached (empty if not asked for, needs a number as temperature).
     """
-    group = None if group is None else RankGroup.of(group)
-    sharded = group is not None
-    student_hidden, student = check_side("student", student_hidden, student_head, sharded)
+    ranks = None if group is None else RankGroup.of(group)
+    if ranks is not None and student_entropy:
+        raise ValueError("fastkd: group is given, must be None where the student's entropy is wanted")
+    student_hidden, student = check_side("student", student_hidden, student_head, group)
     shape = student_hidden.shape[:-1]
     teacher: LinearHead | None = None
     if teacher_logits is None:
         if teacher_hidden is None or teacher_head is None:
             raise TypeError("fastkd: give teacher_hidden and teacher_head, or teacher_logits")
-        teacher_hidden, teacher = check_side("teacher", teacher_hidden, teacher_head, sharded)
+        teacher_hidden, teacher = check_side("teacher", teacher_hidden, teacher_head, group)
         name, theirs = "teacher_hidden", teacher.weight.shape[0]
     else:
         if teacher_hidden is not None or teacher_head is not None:
             raise TypeError("fastkd: teacher_logits are given, so teacher_hidden and teacher_head must be None")
-        teacher_logits = local_part("teacher_logits", teacher_logits) if sharded else teacher_logits
+        teacher_logits = teacher_logits if group is None else local_part("teacher_logits", teacher_logits, group)
         check_logits("teacher_logits", teacher_logits)
         name, teacher_hidden, theirs = "teacher_logits", teacher_logits, teacher_logits.shape[-1]
     if teacher_hidden.shape[:-1] != shape:
@@ -94,12 +95,12 @@ def linear_divergence(
         task_scale=task_scale,
         ignore_index=ignore_index,
         reduction=reduction,
-        classes=_check_classes(classes, student.weight.shape[0], theirs, sharded),
+        classes=_check_classes(classes, student.weight.shape[0], theirs, group is not None),
         logits_dtype=check_logits_dtype(logits_dtype, {"student_hidden": student_hidden, name: teacher_hidden}),
         memory_budget=memory_budget,
         skip_ignored=skip_ignored,
         student_entropy=student_entropy,
-        group=group,
+        group=ranks,
     )
 
 

@@ -32,9 +32,8 @@ class LinearHead(NamedTuple):
     softcap: float | None = None
 
     @classmethod
-    def of(cls, name: str, value: object, hidden: Tensor, sharded: bool = False) -> LinearHead:
+    def of(cls, name: str, value: object, hidden: Tensor, group: Any = None) -> LinearHead:
         """The head that somebody gave for these hidden states, checked; its tensors whole, or this rank's part of them."""
-        present = local_part if sharded else _whole
         if isinstance(value, nn.Linear):
             value = cls(value.weight, value.bias)
         elif isinstance(value, Tensor):
@@ -44,7 +43,7 @@ class LinearHead(NamedTuple):
                 f"fastkd: {name} is {type(value).__name__}, must be a weight [V, H], an nn.Linear or a fastkd.LinearHead"
             )
         weight, bias, scale, softcap = value
-        weight = present(f"{name}.weight", check_dtype(f"{name}.weight", weight), 0)
+        weight = _present(f"{name}.weight", check_dtype(f"{name}.weight", weight), group)
         if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
             raise ValueError(
                 f"fastkd: {name}.weight has shape {tuple(weight.shape)}, must be [V, {hidden.shape[-1]}], as the hidden "
@@ -52,7 +51,7 @@ class LinearHead(NamedTuple):
             )
         _check_like(f"{name}.weight", weight, hidden)
         if bias is not None:
-            bias = present(f"{name}.bias", check_dtype(f"{name}.bias", bias), 0)
+            bias = _present(f"{name}.bias", check_dtype(f"{name}.bias", bias), group)
             if bias.shape != weight.shape[:1]:
                 raise ValueError(
                     f"fastkd: {name}.bias has shape {tuple(bias.shape)}, must be ({weight.shape[0]},), one for each class"
@@ -88,11 +87,15 @@ def _check_like(name: str, value: Tensor, hidden: Tensor) -> None:
         raise TypeError(f"fastkd: {name} has dtype {value.dtype}, must be that of the hidden states, {hidden.dtype}")
 
 
-def _whole(_name: str, value: Tensor, _dim: int) -> Tensor:
-    """All of a tensor that is sharded over ranks."""
-    if not hasattr(value, "full_tensor"):
+def _present(name: str, value: Tensor, group: Any) -> Tensor:
+    """All of a tensor that is sharded over ranks; with a group over whose ranks the classes lie, what this one has."""
+    if type(value) in (Tensor, nn.Parameter):
         return value
-    from torch.distributed.tensor import Partial
+    from torch.distributed.tensor import DTensor, Partial
 
-    gathered: Any = value
-    return gathered.full_tensor(grad_placements=[Partial("avg")] * gathered.device_mesh.ndim)  # type: ignore[no-any-return]
+    if group is not None:
+        return local_part(name, value, group, 0)
+    if not isinstance(value, DTensor):  # torch.compile does not see a DTensor by its attributes
+        return value
+    gradient = [Partial("avg")] * value.device_mesh.ndim
+    return value.full_tensor(grad_placements=gradient)

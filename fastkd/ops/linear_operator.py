@@ -33,7 +33,7 @@ from fastkd.ops._autograd import (
 )
 from fastkd.ops._fake import register_fake
 from fastkd.ops._numbers import call_by_name, take_numbers
-from fastkd.ops._rank_group import RankGroup
+from fastkd.ops._rank_group import RankGroup, local_part
 from fastkd.ops.divergence import (
     REDUCTIONS,
     broadcast_to_rows,
@@ -211,9 +211,16 @@ class LinearOperator:
         student = Side(hidden, *head, classes, logits_dtype, wanted[:_SIDE], group)
         teacher = self.make_teacher(student, args[_SIDE : self.tensors], theirs, wanted[_SIDE:])
         row_bytes, total = student.bytes_of_a_row + teacher.bytes_of_a_row, classes
-        if group is not None:  # chunks must be the same on all ranks
-            each = group.gather([row_bytes, classes], device)
-            row_bytes, total = max(each[0]), sum(each[1])
+        if group is not None:  # chunks and exchanges must be the same on all ranks
+            alike = {"rows": len(hidden), "skip_ignored": int(skip)}
+            alike |= {"requires_grad of hidden states and heads": sum(w << i for i, w in enumerate(wanted))}
+            rows_bytes, sizes, budgets, *others = group.gather(
+                [row_bytes, classes, memory_budget, *alike.values()], device
+            )
+            for what, found in zip(alike, others, strict=True):
+                if len(set(found)) > 1:
+                    raise ValueError(f"fastkd: {what}: must be the same on all ranks of group")
+            row_bytes, total, memory_budget = max(rows_bytes), sum(sizes), min(budgets)
         counts = valid = None
         if target is not None:
             valid = target != ignore_index
@@ -311,14 +318,16 @@ class LinearOperator:
         return tuple(result)
 
 
-def check_side(name: str, hidden: Tensor, head: object, sharded: bool = False) -> tuple[Tensor, LinearHead]:
-    """Hidden states and head, checked; under autocast in its dtype. Of a head that is sharded, what this rank has."""
+def check_side(name: str, hidden: Tensor, head: object, group: Any = None) -> tuple[Tensor, LinearHead]:
+    """Hidden states and head, checked; under autocast in its dtype. With a group, what this rank has of the head."""
+    if group is not None:
+        hidden = local_part(f"{name}_hidden", hidden, group, None)
     check_dtype(f"{name}_hidden", hidden)
     if hidden.dim() < 1 or hidden.shape[-1] == 0:
         raise ValueError(
             f"fastkd: {name}_hidden has shape {tuple(hidden.shape)}, must be [..., features], features > 0"
         )
-    checked = LinearHead.of(f"{name}_head", head, hidden, sharded)
+    checked = LinearHead.of(f"{name}_head", head, hidden, group)
     dtype = compute_dtype(hidden)
     return hidden.to(dtype), checked.to(dtype)
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from divergence_cases import KINDS, Case, assert_accurate, fused, logits, off_alignment
 from shard_cases import in_lockstep, sharded
+from torch import Tensor
 
 from fastkd import functional as F  # noqa: N812
+from fastkd.ops._rank_group import RankGroup
 from fastkd.ops.divergence import REDUCTIONS, divergence
 from fastkd.reference import divergence as reference
 
@@ -155,6 +157,20 @@ def test_infinities(kind: str, device: torch.device, generator: torch.Generator)
         torch.testing.assert_close(*gradients, equal_nan=True, rtol=2e-2 if dtype.itemsize == 2 else 1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["forward", "reverse", "soft_cross_entropy"])
+def test_what_is_masked_where_next_to_nothing_is_counts_for_nothing(kind: str, device: torch.device) -> None:
+    """Probabilities that underflow relative to the maximum of all, but not to that of the rank that has them."""
+    from_side = torch.tensor([[0.0, 1.0, -200.0, -201.0], [0.0, 1.0, -80.0, -120.0]])
+    to_side = torch.tensor([[0.0, 1.0, -math.inf, 2.0], [0.0, 1.0, 0.0, -math.inf]])
+    sides = [x.to(device).requires_grad_() for x in (to_side, from_side)]
+    student, teacher = sides[::-1] if kind == "reverse" else sides
+    one, several = (of(student, teacher, kind=kind, reduction="none") for of in (fused, sharded((2, 2))))
+    assert one.isfinite().all()
+    torch.testing.assert_close(several, one)
+    for a, b in zip(*(torch.autograd.grad(x.sum(), (student, teacher)) for x in (several, one)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_kd_loss_without_a_teacher(device: torch.device, generator: torch.Generator) -> None:
     """At alpha 0 the teacher's logits are not looked at, and at 1 the target says which rows count."""
     case = make(torch.float32, generator, device)
@@ -164,6 +180,38 @@ def test_kd_loss_without_a_teacher(device: torch.device, generator: torch.Genera
         expected = F.kd_loss(case.student, teacher, target, 3.0, alpha)
         ours = sharded((75, 75), F.kd_loss)(case.student, teacher, target, 3.0, alpha)
         torch.testing.assert_close(ours, expected)
+
+
+def test_terms_that_are_not_there(device: torch.device, generator: torch.Generator) -> None:
+    """Without a target there is no task, whatever its scale; without a share of the teacher its divergence is 0."""
+    case = make(torch.float32, generator, device)
+    student = case.student.requires_grad_()
+    ours = sharded((75, 75))(student, case.teacher, task_scale=0.5)
+    expected = fused(student, case.teacher)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(torch.autograd.grad(ours, student), torch.autograd.grad(expected, student))
+    target = torch.tensor([0, -100, 149, 77, 41], device=device)
+    options = {"kind": "soft_cross_entropy", "kd_scale": 0.0, "task_scale": 1.0}
+    of_logits = lambda **more: divergence(case.student, case.teacher, target, **options, **more)[1]  # noqa: E731
+    assert in_lockstep(1, lambda group: of_logits(group=group))[0].tolist() == pytest.approx(of_logits().tolist())
+
+
+def test_no_second_derivatives(device: torch.device, generator: torch.Generator) -> None:
+    case = make(torch.float64, generator, device)
+
+    def loss(student: Tensor) -> Tensor:
+        return in_lockstep(1, lambda group: divergence(student, case.teacher, group=group)[0])[0]
+
+    def second_in_torch_func(group: RankGroup) -> Tensor:
+        first = torch.func.grad(lambda x: divergence(x, case.teacher, group=group)[0])
+        return torch.func.grad(lambda x: first(x).sum())(case.student)
+
+    with pytest.raises(RuntimeError, match="over several ranks cannot be differentiated again"):
+        in_lockstep(1, second_in_torch_func)
+    student = case.student.requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(student), student, create_graph=True)
+    with pytest.raises(RuntimeError, match="over several ranks cannot be differentiated again"):
+        gradient.sum().backward()
 
 
 def test_no_rows(device: torch.device) -> None:
@@ -199,6 +247,7 @@ def test_bad_numbers(device: torch.device, generator: torch.Generator) -> None:
     case = make(torch.float32, generator, device)
     target = torch.tensor([0, 1, 150, 3, 4], device=device)
     for options, said in (
+        ({"target": target}, r"target\[2\] is 150, must be in \[0, 150\)"),
         ({"target": target, "task_scale": 0.5}, r"target\[2\] is 150, must be in \[0, 150\)"),
         ({"temperature": torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0], device=device)}, r"temperature\[2\] is 0"),
     ):

@@ -41,7 +41,10 @@ def test_two_groups_and_distributed_tensors(tmp_path: Path) -> None:
         torch.testing.assert_close(loss, expected)
         for ours, theirs in zip(gradients, of_logits, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
-        placed, dimensions, kind = refused
-        assert "student_logits is a DTensor placed (Replicate(),), must be (Shard(dim=1),)" in placed
+        placed, dimensions, kind, others = refused
+        assert (
+            "student_logits is a DTensor placed (Replicate(),), must be (Shard(dim=1),) on the mesh of group" in placed
+        )
+        assert f"student_logits is a DTensor over ranks {[rank & 2, rank | 1]}, must be over those of group" in others
         assert "group is a mesh of 2 dimensions, must have one" in dimensions
         assert "group is str, must be a process group of torch.distributed or a DeviceMesh" in kind

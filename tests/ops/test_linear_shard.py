@@ -5,7 +5,8 @@ The ranks are threads here; test_linear_shard_ranks.py has processes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from linear_cases import NAMES, Heads, assert_right, make_heads
 from shard_cases import in_lockstep
 from torch import Tensor
 
+from fastkd.ops._rank_group import RankGroup
 from fastkd.ops.divergence import REDUCTIONS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -111,3 +113,47 @@ def test_errors(generator: torch.Generator) -> None:
     parts[1].tensors[4:] = [x[:2] for x in parts[1].tensors[4:]]
     with pytest.raises(ValueError, match="this rank has 3 classes of the student's head, 2 of the teacher's"):
         in_lockstep(3, lambda group: parts[group.rank].fused(parts[group.rank].leaves(), group=group))
+
+
+def test_what_must_be_the_same_on_all_ranks(generator: torch.Generator) -> None:
+    """Budgets need not: the least counts. What would leave ranks waiting for one another is the same error on all."""
+    heads = make_heads(generator, options={"target": TARGET, "reduction": "none"})
+    parts = [heads.of_rank(rank, SIZES) for rank in range(3)]
+    of_one = heads.fused(heads.tensors)
+    budgets = [5 * ROW, 1, 1 << 30]
+    for loss in in_lockstep(
+        3, lambda g: parts[g.rank].fused(parts[g.rank].tensors, group=g, memory_budget=budgets[g.rank])
+    ):
+        torch.testing.assert_close(loss, of_one)
+
+    def frozen_on_one(group: RankGroup) -> Tensor:
+        leaves = parts[group.rank].leaves()
+        leaves[1].requires_grad_(group.rank != 1)
+        leaves[2].requires_grad_(group.rank != 1)
+        leaves[3:] = [x.detach() for x in leaves[3:]]
+        return parts[group.rank].fused(leaves, group=group)
+
+    def fewer_rows_on_one(group: RankGroup) -> Tensor:
+        hidden, *rest = parts[group.rank].tensors
+        rest[2] = rest[2][: len(hidden) - group.rank]
+        part = replace(parts[group.rank], options={})
+        return part.fused([hidden[: len(hidden) - group.rank], *rest], group=group)
+
+    for work, said in (
+        (frozen_on_one, "requires_grad of hidden states and heads: must be the same on all ranks"),
+        (fewer_rows_on_one, "rows: must be the same on all ranks"),
+        (lambda g: parts[g.rank].fused(parts[g.rank].tensors, group=g, skip_ignored=g.rank == 1), "skip_ignored: must"),
+    ):
+        wrong = []
+
+        def each(group: RankGroup, work: Callable[[RankGroup], Tensor] = work, wrong: list[str] = wrong) -> None:
+            try:
+                work(group)
+            except ValueError as error:
+                wrong.append(str(error))
+
+        in_lockstep(3, each)
+        assert len(wrong) == 3
+        assert all(said in text for text in wrong)
+    with pytest.raises(ValueError, match="group is given, must be None where the student's entropy is wanted"):
+        in_lockstep(1, lambda group: heads.fused(heads.tensors, group=group, student_entropy=True))
