@@ -95,6 +95,28 @@ def _sweeps() -> list[HotPath]:
     return paths
 
 
+def _sparse() -> list[HotPath]:
+    """Four packs in the sweep over the tail, whose map of entries is in shared memory, and in that of the gradient."""
+    paths = []
+    # with 16 bits the code also takes the exponentials that only a new maximum, or a label at T != 1, needs
+    for dtype, of_tail, of_gradient in (("bf16", 34, 64), ("fp32", 16, 16)):
+        paths.append(
+            HotPath(
+                f"sparse KL, 128256 classes, {dtype}",
+                f"sparse_rows<{_NAME[dtype]}>",
+                256,
+                4 * _PACK[dtype],
+                2 * _SIZE[dtype],
+                (
+                    f"loop LDG.128=4 LDS=4 STG=0 DADD=1 MUFU.EX2={of_tail}",
+                    f"loop LDG.128=4 STG.128=4 MUFU.EX2={of_gradient}",
+                ),
+                shared=17 << 10,
+            )
+        )
+    return paths
+
+
 def _moments() -> list[HotPath]:
     """A chunk of a row, or of the pixels of a pack of channels."""
     paths = []
@@ -168,9 +190,27 @@ _OTHERS = [
     HotPath("alias table, partition, fp32", "partition_kernel<float>", 256, 16, 4, ("loop LDG.128=4",)),
     HotPath("alias table, blocks, fp32", "blocks_kernel<float>", 512, 8, 12, ("loop LDG.128=2 STG.64=8",)),
     HotPath("alias draw", "sample_kernel", 256, 1, 40, ("loop STG.64=1 LDG.128=1",)),
+    HotPath(
+        "sample_teacher, maximum, fp32",
+        "draw_rows<float>",
+        256,
+        16,
+        4,
+        ("loop LDG=16 SHFL=0 STG=0 DSETP=16",),
+        shared=8 << 10,
+    ),
+    HotPath(  # read again, from the L2 cache
+        "sample_teacher, weights, fp32",
+        "draw_rows<float>",
+        256,
+        1,
+        0,
+        ("loop LDG=1 SHFL=0 STG=0 DADD=1",),
+        shared=8 << 10,
+    ),
     HotPath("mixture, a value and iteration", "fit_problems<*LaneGroup<4u>,false>", 128, 16, 0, ("loop MUFU.RCP=16",)),
     HotPath("relation, a pair and feature", "squares_of_pairs", 256, 64, 0, ("loop DFMA=64 LDS.64=64",)),
     HotPath("relation, a pair and third point", "triangles_of_pairs<true,true>", 256, 1, 0, ("loop LDS.128=8",)),
 ]
 
-HOT_PATHS = (*_divergences(), *_sweeps(), *_moments(), *_OTHERS)
+HOT_PATHS = (*_divergences(), *_sweeps(), *_sparse(), *_moments(), *_OTHERS)

@@ -89,6 +89,51 @@ def _sparse_loss(
     return (loss.detach(), *torch.autograd.grad(loss.sum(), student))
 
 
+def _heads(
+    rows: int, student: int, teacher: int, classes: int, dtype: torch.dtype, *, bias: bool, ready: bool
+) -> Callable[[torch.device, int], tuple[Tensor, ...]]:
+    """Hidden states, weight and bias of each side, and a target that leaves out two rows. ``ready``: the teacher's logits."""
+
+    def make(device: torch.device, seed: int) -> tuple[Tensor, ...]:
+        numbers = iter(range(10 * seed, 10 * seed + 10))
+
+        def side(features: int) -> list[Tensor]:
+            hidden, weight = (_normal(next(numbers), n, features, dtype=torch.float64) for n in (rows, classes))
+            return [hidden, weight * 2 * features**-0.5, *([_normal(next(numbers), classes).double()] if bias else [])]
+
+        theirs = [2 * _normal(next(numbers), rows, classes)] if ready else side(teacher)
+        target = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(seed))
+        target[[0, rows // 2]] = -100
+        return (*(x.to(device, dtype) for x in (*side(student), *theirs)), target.to(device))
+
+    return make
+
+
+def sides_of(
+    tensors: tuple[Tensor, ...], bias: bool, ready: bool, softcap: float | None
+) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
+    """The arguments of a linear loss from what :func:`_heads` makes, without the target."""
+    hidden, *rest = tensors
+    student = fastkd.LinearHead(rest.pop(0), rest.pop(0) if bias else None, softcap=softcap)
+    if ready:
+        return (hidden, student, None, None), {"teacher_logits": rest[0]}
+    return (hidden, student, rest[0], fastkd.LinearHead(rest[1], rest[2] if bias else None, softcap=softcap)), {}
+
+
+def _linear_loss(
+    *tensors: Tensor, function: str, bias: bool, ready: bool, softcap: float | None = None, **options: Any
+) -> tuple[Tensor, ...]:
+    """The loss, and the gradients of all tensors of both sides, in several chunks of fixed shapes."""
+    *sides, target = tensors
+    leaves = tuple(x.detach().requires_grad_() for x in sides)
+    arguments, more = sides_of(leaves, bias, ready, softcap)
+    budget = 4 * len(target) * len(leaves[1])
+    loss = getattr(F, function)(
+        *arguments, **more, target=target, temperature=2.0, skip_ignored=False, memory_budget=budget, **options
+    )
+    return (loss.detach(), *torch.autograd.grad(loss.sum(), leaves))
+
+
 def _sample_teacher(logits: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
     return sparse_ops.sample_teacher(logits, seed, 37, 1.5)
 
@@ -338,6 +383,20 @@ _SPARSE: dict[str, dict[str, Any]] = {
     "sparse_js_div": {"function": "sparse_js_div", "beta": 0.3},
     "sparse_kd_loss": {"function": "sparse_kd_loss", "alpha": 0.7},
 }
+_LINEAR: dict[str, dict[str, Any]] = {
+    "linear_kl_div": {"function": "linear_kl_div", "bias": False, "ready": False},
+    "linear_kl_div bias, rows": {"function": "linear_kl_div", "bias": True, "ready": False, "reduction": "none"},
+    "linear_kl_div reverse": {"function": "linear_kl_div", "bias": False, "ready": False, "direction": "reverse"},
+    "linear_js_div softcap": {"function": "linear_js_div", "bias": True, "ready": False, "beta": 0.3, "softcap": 5.0},
+    "linear_kd_loss bias": {"function": "linear_kd_loss", "bias": True, "ready": False, "alpha": 0.7},
+    "linear_kd_loss of teacher_logits": {"function": "linear_kd_loss", "bias": True, "ready": True, "alpha": 0.7},
+}
+# rows, features of both sides, classes
+_LINEAR_SHAPES = (
+    (23, 16, 24, 131, torch.float32),
+    (70, 64, 96, 1271, torch.bfloat16),
+    (9, 48, 40, 5003, torch.float16),
+)
 _SPARSE_SHAPES = ((9, 41, torch.float32, 5), (3, 5003, torch.bfloat16, 64), (2, 140_001, torch.float16, 9))
 
 
@@ -355,6 +414,16 @@ DETERMINED = [
         Case(_name(name, shape), _sparse(*shape), _sparse_loss, options)
         for name, options in _SPARSE.items()
         for shape in _SPARSE_SHAPES
+    ),
+    *(
+        Case(
+            _name(name, shape),
+            _heads(*shape, bias=options["bias"], ready=options["ready"]),
+            _linear_loss,
+            options,
+        )
+        for name, options in _LINEAR.items()
+        for shape in _LINEAR_SHAPES
     ),
     *(Case(_name("sample_teacher", shape), _teacher(*shape), _sample_teacher) for shape in _SHAPES),
     Case("divergence_backward_", _logits(33, 401, torch.float32), _scaled_loss),

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastkd.reference import crop as crop_reference
 from fastkd.reference import divergence as divergence_reference
 from fastkd.reference import gmm as gmm_reference
+from fastkd.reference import linear as linear_reference
 from fastkd.reference import moments as moments_reference
 from fastkd.reference import relation as relation_reference
 from fastkd.reference import sparse as sparse_reference
@@ -107,6 +108,30 @@ def check_sparse_loss(case: Case, inputs: Tensors, results: Tensors) -> None:
     rows = 1 if options.get("reduction") == "none" else len(target)
     truth, plain = reference(torch.float64), reference(torch.float32)
     for name, *values, unit in zip(("loss", "gradient"), results, truth, plain, (4.0, 2.0 / rows), strict=True):
+        assert_near(name, *values, unit)
+
+
+def check_linear_loss(case: Case, inputs: Tensors, results: Tensors) -> None:
+    """Heads: the loss, and the gradients of hidden states, weights, biases and logits."""
+    options = dict(case.options)
+    function = options.pop("function")
+    bias, ready, softcap = options.pop("bias"), options.pop("ready"), options.pop("softcap", None)
+    known = {"kind": options.pop("direction", "jensen_shannon" if "js" in function else "forward"), **options}
+    if "alpha" in known:
+        known["kd_scale"] = known.pop("alpha")
+        known["task_scale"] = 1.0 - known["kd_scale"]
+    *sides, target = inputs
+
+    def reference(dtype: torch.dtype) -> list[Tensor]:
+        leaves = tuple(x.detach().to(dtype).requires_grad_() for x in sides)
+        arguments, more = cuda_cases.sides_of(leaves, bias, ready, softcap)
+        loss = linear_reference.linear_divergence(*arguments, target=target, temperature=2.0, **more, **known)
+        return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
+
+    rows = 1 if options.get("reduction") == "none" else len(target)
+    truth, plain = reference(torch.float64), reference(torch.float32)
+    names = ("loss", *(f"gradient {i}" for i in range(len(sides))))
+    for name, *values, unit in zip(names, results, truth, plain, (4.0, *[2.0 / rows] * len(sides)), strict=True):
         assert_near(name, *values, unit)
 
 
@@ -224,6 +249,7 @@ CHECKS: dict[Callable[..., Tensors], Callable[[Case, Tensors, Tensors], None]] =
     cuda_cases._loss: check_loss,
     cuda_cases._scaled_loss: check_loss,
     cuda_cases._sparse_loss: check_sparse_loss,
+    cuda_cases._linear_loss: check_linear_loss,
     cuda_cases._stats: check_stats,
     cuda_cases._relation: check_relation,
     cuda_cases._moments: check_moments,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cuda_cases import RANDOM, Case, assert_identical, needs_cuda, parametrized_determined
+from cuda_cases import DETERMINED, RANDOM, Case, assert_identical, needs_cuda, parametrized_determined
 from torch import Tensor
 
 pytestmark = needs_cuda
@@ -44,6 +44,21 @@ def test_replay_sees_new_inputs(case: Case) -> None:
             buffer.copy_(value)
         graph.replay()
         assert_identical(results, case(*fresh))
+
+
+def test_rows_of_heads_are_ignored_from_replay_to_replay() -> None:
+    """As many as each target says, though the shapes stay."""
+    case = next(case for case in DETERMINED if case.name.startswith("linear_kd_loss bias"))
+    *sides, target = case.inputs(DEVICE)
+    buffer = target.clone()
+    graph, results = capture(lambda: case(*sides, buffer))
+    for ignored in (0, len(target) // 3, len(target) - 1, len(target)):
+        fresh = target.clamp(min=0)
+        fresh[:ignored] = -100
+        buffer.copy_(fresh)
+        graph.replay()
+        assert_identical(results, case(*sides, fresh))
+    assert not any(value.any() for value in results)  # of no row
 
 
 @pytest.mark.parametrize("own_generator", [True, False], ids=["registered", "default"])

@@ -17,6 +17,8 @@ NAMES = [
     "kl_div reverse 256x100xfloat32", "js_div 33x4099xbfloat16", "soft_cross_entropy 7x129xfloat64",
     "kd_loss 256x100xfloat32", "kl_div rows 5x50257xfloat16", "divergence_backward_",
     "sparse_kl_div 9x41xfloat32x5", "sparse_kd_loss 3x5003xbfloat16x64",
+    "linear_kl_div bias, rows 23x16x24x131xfloat32", "linear_js_div softcap 70x64x96x1271xbfloat16",
+    "linear_kd_loss of teacher_logits 9x48x40x5003xfloat16",
     "sample_teacher 33x4099xbfloat16", "logit_stats 33x4099xbfloat16",
     "relation_loss 41x17x20xbfloat16", "relation_loss 64x128x300xfloat32", "channel_moments 3x5x5000xfloat32",
     "channel_moments channels_last 4100x41xbfloat16", "gmm_fit 5x33xfloat16",
