@@ -95,11 +95,27 @@ def _sweeps() -> list[HotPath]:
     return paths
 
 
+def _shards() -> list[HotPath]:
+    """A rank's part of each row: the sums, then, from logits that are read again, the gradient."""
+    return [
+        HotPath(
+            f"KL over ranks, {kernel}, {dtype}",
+            f"shard_{kernel}<{_NAME[dtype]},false>",
+            512,
+            4 * _PACK[dtype],
+            size * _SIZE[dtype],
+            (f"loop LDG.128=8 MUFU.EX2={8 * _PACK[dtype]} {more}",),
+        )
+        for dtype in _DTYPES
+        for kernel, size, more in (("sums", 2, "DADD=3 STG=0"), ("gradients", 3, "STG.128=4"))
+    ]
+
+
 def _sparse() -> list[HotPath]:
     """Four packs in the sweep over the tail, whose map of entries is in shared memory, and in that of the gradient."""
     paths = []
-    # with 16 bits the code also takes the exponentials that only a new maximum, or a label at T != 1, needs
-    for dtype, of_tail, of_gradient in (("bf16", 34, 64), ("fp32", 16, 16)):
+    # with 16 bits the code of the tail also takes the exponentials that only a new maximum needs
+    for dtype, of_tail, of_gradient in (("bf16", 34, 32), ("fp32", 16, 16)):
         paths.append(
             HotPath(
                 f"sparse KL, 128256 classes, {dtype}",
@@ -213,4 +229,4 @@ _OTHERS = [
     HotPath("relation, a pair and third point", "triangles_of_pairs<true,true>", 256, 1, 0, ("loop LDS.128=8",)),
 ]
 
-HOT_PATHS = (*_divergences(), *_sweeps(), *_sparse(), *_moments(), *_OTHERS)
+HOT_PATHS = (*_divergences(), *_sweeps(), *_shards(), *_sparse(), *_moments(), *_OTHERS)

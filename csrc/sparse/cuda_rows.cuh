@@ -339,22 +339,29 @@ struct SparseRow {
     const S first = finite<S>(tail_kd + (shared ? tail_task : 0.0)), one = finite<S>(shared ? 0.0 : tail_task);
     const S per_logit = static_cast<S>(by) * kPerUnit<T>, top = static_cast<S>(reference);
     const auto out = dense.student_gradient();
-    each_packs(0, student.parts(), [&](const auto& packs, int64_t part) {
+    const auto store_tail = [&]<bool kOne>() {
+      each_packs(0, student.parts(), [&](const auto& packs, int64_t part) {
 #pragma unroll
-      for (int v = 0; v < kAhead; ++v) {
-        S logits[N], values[N];
-        unpack(packs[v], logits);
+        for (int v = 0; v < kAhead; ++v) {
+          S logits[N], values[N];
+          unpack(packs[v], logits);
 #pragma unroll
-        for (int k = 0; k < N; ++k) {
-          const S below = logits[k] - top;
-          values[k] = first * exp_units<T>(below * per_logit);
-          if (one != 0) values[k] += one * exp_of<T>(below);
-          if (first == 0 && one == 0) values[k] = 0;  // whatever the logit
+          for (int k = 0; k < N; ++k) {
+            const S below = logits[k] - top;
+            values[k] = first * exp_units<T>(below * per_logit);
+            if constexpr (kOne) values[k] += one * exp_of<T>(below);
+            if (!kOne && first == 0) values[k] = 0;  // whatever the logit
+          }
+          const int64_t at = part + static_cast<int64_t>(v) * threads;
+          if (at < student.parts()) out.store(at, pack_of<T>(values));
         }
-        const int64_t at = part + static_cast<int64_t>(v) * threads;
-        if (at < student.parts()) out.store(at, pack_of<T>(values));
-      }
-    });
+      });
+    };
+    if (one != 0) {
+      store_tail.template operator()<true>();
+    } else {
+      store_tail.template operator()<false>();
+    }
     block_barrier();  // what follows is stored over that
     each_entry([&](const Entry& of, double logit) {
       if (of.c < 0) return;
