@@ -15,6 +15,7 @@ from torch import Tensor
 import fastkd
 from benchmarks import floors
 from benchmarks.bench_divergence import ROW_SAMPLE
+from benchmarks.bench_sparse import IN_A_ROW
 from benchmarks.case import Case, Contest, Settings, Work, peers_that_fit, relative_error, short_name
 from fastkd.reference import divergence as reference
 
@@ -115,6 +116,7 @@ def _case(settings: Settings, kind: str, rows: int, dtype: torch.dtype) -> Case:
             floor_bytes=floors.divergence(rows, CLASSES, dtype.itemsize, sweeps=SWEEPS[kind]),
             targets=TARGETS,
             own=("fastkd, one rank",),
+            in_a_row=IN_A_ROW,
         )
         return peers_that_fit(work, PEER_TENSORS * rows * CLASSES * 4, settings, ("torch eager",))
 

@@ -14,6 +14,7 @@ import fastkd
 from benchmarks.bench_divergence import eager_kl, trl_js
 from benchmarks.case import Case, Contest, Settings, Work, peers_that_fit, relative_error, short_name
 from fastkd import functional
+from fastkd.ops.linear_operator import CPU_BUDGET
 from fastkd.reference import divergence as reference
 
 Loss = Callable[
@@ -66,6 +67,37 @@ def liger_js(*sides: Tensor) -> Tensor:
     return loss
 
 
+def gemms(kind: str, sides: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    """The four GEMMs, in fastkd's chunks, with the gradient of the logits at hand: what is left where a loss costs nothing."""
+    hidden, weight, teacher_hidden, teacher_weight = (side.detach() for side in sides)
+    rows, classes = len(hidden), len(weight)
+    chunk = CPU_BUDGET // (2 * classes * hidden.element_size())
+    ready = torch.empty(rows, classes)
+    loss = torch.zeros([])
+    parts = zip(hidden.split(ROW_SAMPLE), teacher_hidden.split(ROW_SAMPLE), ready.split(ROW_SAMPLE), strict=True)
+    for of_student, of_teacher, gradient in parts:
+        logits = (of_student @ weight.T).requires_grad_()
+        value = reference.divergence_rows(logits, of_teacher @ teacher_weight.T, **KINDS[kind]).sum() / rows
+        gradient.copy_(torch.autograd.grad(value, logits)[0])
+        loss += value.detach()
+    buffers = torch.empty(chunk, classes), torch.empty(chunk, classes)
+
+    def run() -> tuple[Tensor, ...]:
+        of_hidden, of_weight = torch.empty_like(hidden), torch.empty_like(weight)
+        for begin in range(0, rows, chunk):
+            some = slice(begin, min(begin + chunk, rows))
+            count = some.stop - begin
+            torch.mm(hidden[some], weight.T, out=buffers[0][:count])
+            torch.mm(teacher_hidden[some], teacher_weight.T, out=buffers[1][:count])
+            torch.addmm(of_weight, ready[some].T, hidden[some], beta=float(begin > 0), out=of_weight)
+            torch.mm(ready[some], weight, out=of_hidden[some])
+        return loss, of_hidden, of_weight
+
+    return run
+
+
+GEMMS = "the four GEMMs alone"
+KINDS: dict[str, dict[str, Any]] = {"KL": {"kind": "forward"}, "JSD": {"kind": "jensen_shannon"}}
 OURS: dict[str, Loss] = {"KL": functional.linear_kl_div, "JSD": functional.linear_js_div}
 LOGITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"KL": fastkd.KLDivLoss(), "JSD": fastkd.JSDivLoss()}
 EAGER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"KL": eager_kl, "JSD": trl_js}
@@ -109,6 +141,9 @@ def _loss(settings: Settings, kind: str, size: Size, dtype: torch.dtype, *, froz
         }
         if kind == "JSD":
             losses["Liger-Kernel"] = liger_js
+        alone = {}
+        if settings.device.type == "cpu" and dtype == torch.float32 and not frozen:
+            alone[GEMMS] = gemms(kind, sides)
         if settings.compile:
             torch._dynamo.reset()
             losses["torch.compile"] = torch.compile(of_logits(EAGER[kind]), dynamic=False)
@@ -116,13 +151,13 @@ def _loss(settings: Settings, kind: str, size: Size, dtype: torch.dtype, *, froz
         targets = GPU_TARGETS if on_gpu else TARGETS[kind] if dtype == torch.float32 and not frozen else {}
         work = Work(
             partial(step, OURS[kind], sides),
-            {peer: partial(step, loss, sides) for peer, loss in losses.items()},
+            {peer: partial(step, loss, sides) for peer, loss in losses.items()} | alone,
             _truth(kind, sides),
             # of 16 bits, logits in memory are rounded, and gradients near the teacher are off by more than that
             *((1e-2, 0.3) if dtype == torch.bfloat16 else (1e-4, 1e-2)),
             targets=targets if size in (QUICK[0], *GPU) else {},
             target_ms=GPU_TARGET_MS if on_gpu and size == GPU[0] and kind == "JSD" else None,
-            own=("fastkd, logits in memory",),
+            own=("fastkd, logits in memory", GEMMS),
         )
         if settings.device.type == "cpu" and dtype != torch.float32:
             work.leave_out("TRL", "widens the weights of both heads at every tile")
@@ -209,12 +244,11 @@ def _sides(settings: Settings, size: Size, dtype: torch.dtype) -> list[Tensor]:
 
 def _truth(kind: str, sides: list[Tensor]) -> Callable[[tuple[Tensor, ...]], float]:
     """The relative error of a step: of the loss of all rows, and of the gradient of some rows' hidden states."""
-    kinds: dict[str, Any] = {"KL": {"kind": "forward"}, "JSD": {"kind": "jensen_shannon"}}
     hidden, weight, teacher_hidden, teacher_weight = (side.detach() for side in sides)
 
     def rows(hidden: Tensor, teacher_hidden: Tensor, dtype: torch.dtype) -> Tensor:
         logits = hidden @ weight.to(dtype).T, teacher_hidden.to(dtype) @ teacher_weight.to(dtype).T
-        return reference.divergence_rows(*logits, **kinds[kind])
+        return reference.divergence_rows(*logits, **KINDS[kind])
 
     parts = zip(hidden.split(ROW_SAMPLE), teacher_hidden.split(ROW_SAMPLE), strict=True)
     loss = torch.stack([rows(s.float(), t, torch.float32).double().sum() for s, t in parts]).sum() / len(hidden)
