@@ -89,7 +89,7 @@ $(VENV)/.bench: $(VENV)/.built
 	@$(INSTALL) ".[bench]"
 	@touch $@
 
-bench: $(VENV)/.bench  ## fastkd and its peers on this machine: table, JSON and figures in benchmarks/results/; 5 minutes
+bench: $(VENV)/.bench  ## fastkd and its peers on this machine: table, JSON and figures in benchmarks/results/; 10 minutes
 	$(BIN)/fastkd bench
 
 bench-full: $(VENV)/.bench  ## the same over sweeps of sizes and threads; half an hour
