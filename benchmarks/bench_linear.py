@@ -12,10 +12,12 @@ from torch import Tensor
 
 import fastkd
 from benchmarks.bench_divergence import eager_kl, trl_js
+from benchmarks.bench_sparse import ENTRIES, eager_bucket
 from benchmarks.case import Case, Contest, Settings, Work, peers_that_fit, relative_error, short_name
 from fastkd import functional
 from fastkd.ops.linear_operator import CPU_BUDGET
 from fastkd.reference import divergence as reference
+from fastkd.reference import sparse as sparse_reference
 
 Loss = Callable[
     [Tensor, Tensor, Tensor, Tensor], Tensor
@@ -113,6 +115,7 @@ def cases(settings: Settings) -> Iterator[Case]:
     first = _sizes(settings)[0]
     yield _loss(settings, "KL", first, dtypes[0], frozen=True)
     yield _cross_entropy(settings, first, dtypes[0])
+    yield _sparse(settings, first, dtypes[0])
     if settings.sizes == "full":
         yield _loss(settings, "KL", first, torch.bfloat16)
 
@@ -200,7 +203,7 @@ def _cross_entropy(settings: Settings, size: Size, dtype: torch.dtype) -> Case:
         work = Work(
             partial(step, ours, sides),
             {peer: partial(step, loss, sides) for peer, loss in losses.items()},
-            _labels_truth(sides, target),
+            _truth_by_rows(sides, lambda logits, some: F.cross_entropy(logits, target[some], reduction="sum")),
             *((1e-2, 0.3) if dtype == torch.bfloat16 else (1e-4, 1e-2)),
         )
         return peers_that_fit(work, 4 * rows * classes * 4 + classes * student * dtype.itemsize, settings)
@@ -209,16 +212,58 @@ def _cross_entropy(settings: Settings, size: Size, dtype: torch.dtype) -> Case:
     return Case(f"linear KD, alpha 0, {rows}x{student}, {classes} classes, {short_name(dtype)}", build, nbytes)
 
 
-def _labels_truth(sides: list[Tensor], target: Tensor) -> Callable[[tuple[Tensor, ...]], float]:
-    """The relative error of a step, of the loss and the gradient of the hidden states, by parts in float64."""
+def _sparse(settings: Settings, size: Size, dtype: torch.dtype) -> Case:
+    """A teacher of which a cache holds the most probable classes."""
+    rows, student, _, classes = size
+
+    def build() -> Work:
+        sides = _sides(settings, size, dtype)[:2]
+        sides[1].requires_grad_()
+        logits = 2 * torch.randn(rows, classes, device=settings.device)
+        log_probs, indices = (x.clone() for x in torch.log_softmax(logits, -1).topk(ENTRIES))
+        entries = {"teacher_indices": indices, "teacher_log_probs": log_probs}
+
+        def truth(logits: Tensor, some: slice) -> Tensor:
+            return sparse_reference.sparse_divergence(logits, indices[some], log_probs[some], reduction="sum")
+
+        losses: dict[str, Any] = {
+            "fastkd, logits in memory": lambda h, w: functional.sparse_kl_div(h @ w.T, **entries),
+            "torch eager": lambda h, w: eager_bucket((h @ w.T).float(), indices, log_probs, 1.0),
+        }
+        if settings.compile:
+            torch._dynamo.reset()
+            losses["torch.compile"] = torch.compile(losses["torch eager"], dynamic=False)
+        work = Work(
+            partial(step, partial(functional.sparse_linear_kl_div, **entries), sides),
+            {peer: partial(step, loss, sides) for peer, loss in losses.items()},
+            _truth_by_rows(sides, truth),
+            *((1e-2, 0.3) if dtype == torch.bfloat16 else (1e-4, 1e-2)),
+            own=("fastkd, logits in memory",),
+        )
+        return peers_that_fit(work, 7 * rows * classes * 4 + classes * student * dtype.itemsize, settings)
+
+    nbytes = 2 * rows * classes * 4 + 2 * student * classes * dtype.itemsize
+    name = f"linear KL {rows}x{student}, {classes} classes, {ENTRIES} entries, bucket, {short_name(dtype)}"
+    return Case(name, build, nbytes)
+
+
+def _truth_by_rows(
+    sides: list[Tensor], loss: Callable[[Tensor, slice], Tensor]
+) -> Callable[[tuple[Tensor, ...]], float]:
+    """The relative error of a step, of the loss and the gradient of the hidden states, by parts in float64.
+
+    Args:
+        loss: the sum of some rows', of their logits and which they are.
+    """
     hidden, weight = (side.detach() for side in sides)
     losses, gradients = [], []
-    for part, labels in zip(hidden.split(ROW_SAMPLE), target.split(ROW_SAMPLE), strict=True):
-        few = part.double().requires_grad_()
-        losses.append(F.cross_entropy(few @ weight.double().T, labels, reduction="sum"))
+    for begin in range(0, len(hidden), ROW_SAMPLE):
+        some = slice(begin, begin + ROW_SAMPLE)
+        few = hidden[some].double().requires_grad_()
+        losses.append(loss(few @ weight.double().T, some))
         gradients.append(torch.autograd.grad(losses[-1], few)[0])
-    loss, gradient = torch.stack(losses).sum() / len(target), torch.cat(gradients) / len(target)
-    return lambda result: max(relative_error(result[0], loss), relative_error(result[1], gradient))
+    mean, gradient = torch.stack(losses).sum() / len(hidden), torch.cat(gradients) / len(hidden)
+    return lambda result: max(relative_error(result[0], mean), relative_error(result[1], gradient))
 
 
 def step(loss: Callable[..., Tensor], sides: list[Tensor]) -> tuple[Tensor, ...]:
