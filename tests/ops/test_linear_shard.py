@@ -18,7 +18,7 @@ from torch import Tensor
 from fastkd.ops._rank_group import RankGroup
 from fastkd.ops.divergence import REDUCTIONS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.no_kernels, pytest.mark.usefixtures("one_thread")]  # the kernels: test_divergence_shard.py
 
 KINDS = {
     "forward": {"kind": "forward"},
