@@ -105,7 +105,7 @@ FASTKD_KERNEL(kMaxRowThreads, 1)
 shard_gradients(const DeviceParams p) {
   for_rows<DenseRow<T>, ClusterGroup>(p, [&](const DenseRow<T>& row, ClusterGroup& group) {
     auto numbers = row.numbers();
-    if (p.exchanged.label != nullptr) numbers.label = p.exchanged.label[row.index];
+    numbers.label = p.exchanged.label[row.index];
     const Known<T> known(p.exchanged, row.index);
     const Compute<T> student_top = row.swap() ? known.top[1] : known.top[0];
     const StreamingRow<T, kJensenShannon, ClusterGroup> sweeps(row, group);

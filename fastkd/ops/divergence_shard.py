@@ -18,6 +18,7 @@ from torch import Tensor
 from fastkd import _library as _library  # registers the operators
 from fastkd.ops._autograd import once, register_autograd, save_tensors, transforms_active
 from fastkd.ops._fake import register_fake
+from fastkd.ops._numbers import take_numbers
 from fastkd.ops._rank_group import RankGroup
 from fastkd.ops.divergence import KINDS, REDUCTIONS, check_labels, check_temperatures, reduced
 
@@ -73,7 +74,7 @@ class Rows(NamedTuple):
         return cls(target, torch.where(good | ~counts, made, torch.nan), torch.where(good, wide, 1.0))
 
 
-class Exchanged(NamedTuple):
+class Compared(NamedTuple):
     """What all ranks know of the rows after the exchange, and of the labels this one."""
 
     rows: Rows
@@ -86,17 +87,20 @@ class Exchanged(NamedTuple):
     """``[]``: of all ranks."""
 
 
-def exchange(
+def compare(
     student_logits: Tensor,
     teacher_logits: Tensor,
     rows: Rows,
     kind: int,
     beta: float,
-    task: bool,
+    kd_scale: float,
+    task_scale: float,
     ignore_index: int,
     ranks: RankGroup,
-) -> Exchanged:
+) -> Compared:
     """Rows of logits ``[N, V of this rank]``, compared with the help of all ranks."""
+    teacher_logits = teacher_logits if kd_scale != 0 else student_logits  # of weight 0: not looked at
+    kind, task = _kind_of(kind, beta), rows.target is not None and task_scale != 0
     ops, jensen_shannon = torch.ops.fastkd, kind == KINDS["jensen_shannon"]
     weight, temperatures = rows.weight, rows.temperatures
     own = ops.divergence_shard_sums(student_logits, teacher_logits, weight, temperatures, kind, task)
@@ -137,10 +141,11 @@ def exchange(
         c = 0.0 if kind == KINDS["soft_cross_entropy"] else 1.0
         divergence = torch.where(terms[1] == ranks.ranks, terms[0], d / z_x - c * z_x.log() + z_y.log())
         terms = torch.stack([divergence, terms[1]])
-    kd = torch.where(divergence == 0, 0.0, divergence * temperatures * temperatures)  # T^2 may be infinite
+    nothing = divergence == 0 if kd_scale != 0 else torch.ones_like(divergence, dtype=torch.bool)
+    kd = torch.where(nothing, 0.0, divergence * temperatures * temperatures)  # T^2 may be infinite
     losses = torch.stack([z_task.log() - sums[4] if task else torch.zeros_like(kd), kd])
     losses = torch.where(weight == 0, 0.0, losses * weight)
-    return Exchanged(Rows(rows.target, weight, temperatures), found, terms, label, losses, classes)
+    return Compared(Rows(rows.target, weight, temperatures), found, terms, label, losses, classes)
 
 
 def _relative(own: Tensor, tops: Tensor, inverse_temperatures: Tensor, student: int, kind: int) -> Tensor:
@@ -174,7 +179,7 @@ def divergence_in_place(
     """``torch.ops.fastkd.divergence_`` of rows that lie on several ranks: terms ``[2, N]``, gradients where the logits were."""
     task_scale = task_scale if target is not None else 0.0
     rows = Rows.of(student_logits, target, weight, temperatures, temperature, ignore_index)
-    made = _compare(student_logits, teacher_logits, rows, kind, beta, kd_scale, task_scale, ignore_index, ranks)
+    made = compare(student_logits, teacher_logits, rows, kind, beta, kd_scale, task_scale, ignore_index, ranks)
     _write_gradients(
         student_logits,
         teacher_logits,
@@ -194,25 +199,6 @@ def _kind_of(kind: int, beta: float) -> int:
     if kind != KINDS["jensen_shannon"] or 0 < beta < 1:
         return kind
     return KINDS["forward"] if beta == 0 else KINDS["reverse"]
-
-
-def _compare(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    rows: Rows,
-    kind: int,
-    beta: float,
-    kd_scale: float,
-    task_scale: float,
-    ignore_index: int,
-    ranks: RankGroup,
-) -> Exchanged:
-    teacher_logits = teacher_logits if kd_scale != 0 else student_logits  # of weight 0: not looked at
-    kind, task = _kind_of(kind, beta), rows.target is not None and task_scale != 0
-    made = exchange(student_logits, teacher_logits, rows, kind, beta, task, ignore_index, ranks)
-    if kd_scale == 0:
-        made.losses[1] = 0
-    return made
 
 
 def _write_gradients(
@@ -251,30 +237,14 @@ def _write_gradients(
 
 
 @torch.library.impl(_library_of_python, "divergence_shard", "CompositeExplicitAutograd")
-def _divergence_shard(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    kind: int,
-    beta: float,
-    kd_scale: float,
-    task_scale: float,
-    ignore_index: int,
-    reduction: int,
-    group: str,
-    rank: int,
-    ranks: int,
-    numbers: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    if numbers is not None:
-        temperature, beta, kd_scale, task_scale = numbers.tolist()
+def _divergence_shard(*args: Any) -> tuple[Tensor, ...]:
+    arguments = take_numbers("divergence_shard", args)
+    student_logits, teacher_logits, target, weight, temperatures = arguments[:5]
+    temperature, kind, beta, kd_scale, task_scale, ignore_index, reduction, *ranks, _ = arguments[5:]
     with torch.no_grad():
         rows = Rows.of(student_logits, target, weight, temperatures, temperature, ignore_index)
-        over = RankGroup(group, rank, ranks)
-        made = _compare(student_logits, teacher_logits, rows, kind, beta, kd_scale, task_scale, ignore_index, over)
+        over = RankGroup(*ranks)
+        made = compare(student_logits, teacher_logits, rows, kind, beta, kd_scale, task_scale, ignore_index, over)
         valid = None if target is None else target != ignore_index
         sums, share = reduced(made.losses, reduction, valid, made.classes)
         loss = task_scale * sums[0] + (kd_scale * sums[1] if kd_scale != 0 else 0)
@@ -298,28 +268,15 @@ def _divergence_shard_fake(student_logits: Tensor, *rest: Any) -> tuple[Tensor, 
 
 
 @torch.library.impl(_library_of_python, "divergence_shard_backward", "CompositeExplicitAutograd")
-def _divergence_shard_backward(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    found: Tensor,
-    label: Tensor,
-    grad_loss: Tensor,
-    kind: int,
-    beta: float,
-    kd_scale: float,
-    task_scale: float,
-    student_gradient: bool,
-    teacher_gradient: bool,
-    numbers: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    if numbers is not None:
-        beta, kd_scale, task_scale = numbers.tolist()
+def _divergence_shard_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    student_logits, teacher_logits, found, label, grad_loss, *scalars, student_gradient, teacher_gradient, _ = (
+        take_numbers("divergence_shard_backward", args)
+    )
     shape = student_logits.shape
     made = [student_logits.new_empty(shape if wanted else [0]) for wanted in (student_gradient, teacher_gradient)]
     sums, terms, (weight, temperatures) = found.split([_SUMS, _TERMS, 2])
-    rows = Rows(
-        None, torch.where(weight == 0, 0.0, weight * grad_loss), temperatures
-    )  # the gradient is one more weight
+    weight = torch.where(weight == 0, 0.0, weight * grad_loss)  # what comes in is one more weight
+    rows = Rows(None, weight, temperatures)
     _write_gradients(
         student_logits,
         teacher_logits,
@@ -327,7 +284,7 @@ def _divergence_shard_backward(
         label,
         sums,
         terms,
-        (kind, beta, kd_scale, task_scale),
+        tuple(scalars),
         made[0] if student_gradient else None,
         made[1] if teacher_gradient else None,
     )

@@ -70,7 +70,8 @@ _SCHEMA = (
     "bool skip_ignored, bool student_entropy, str group, int rank, int ranks, bool[] wanted, Tensor? numbers=None) "
     "-> (Tensor loss, Tensor terms, Tensor entropy, Tensor share, {gradients})"
 )
-_REDUCTION = -10  # where it stands in the scalars
+_COMMON = -11  # where the scalars behind the teacher's begin
+_REDUCTION = -10
 _ENTROPY = -5
 _ALONE = RankGroup("", 0, 1)
 _library = torch.library.Library("fastkd", "FRAGMENT")
@@ -203,8 +204,8 @@ class LinearOperator:
         args = tuple(take_numbers(self.name, args)[:-1])
         hidden, head_weight, head_bias = args[:_SIDE]
         target, weight, temperatures = values = RowValues(*args[self.tensors : self.tensors + 3])
-        temperature, kind, beta, kd_scale, task_scale, scale, softcap, *theirs = args[self.tensors + 3 : -11]
-        ignore_index, reduction, classes, logits_dtype, memory_budget, skip, entropy, *ranks, wanted = args[-11:]
+        temperature, kind, beta, kd_scale, task_scale, scale, softcap, *theirs = args[self.tensors + 3 : _COMMON]
+        ignore_index, reduction, classes, logits_dtype, memory_budget, skip, entropy, *ranks, wanted = args[_COMMON:]
         group = RankGroup(*ranks) if ranks[0] else None
         device = hidden.device
         head = head_weight, head_bias, (scale, softcap)
@@ -233,10 +234,8 @@ class LinearOperator:
             check_temperatures(temperatures, counts)
         with torch.autocast(device.type, enabled=False), torch.no_grad():
             scalars = Scalars(temperature, kind, beta, kd_scale, task_scale, ignore_index)
-            of_rows = divergence_in_chunks(
-                student, teacher, values, counts, skip, memory_budget // row_bytes, scalars, entropy
-            )
-            terms, entropies = of_rows
+            most_rows = memory_budget // row_bytes
+            terms, entropies = divergence_in_chunks(student, teacher, values, counts, skip, most_rows, scalars, entropy)
             sums, share = reduced(terms, reduction, valid, total)
             loss = task_scale * sums[0] + (kd_scale * sums[1] if kd_scale != 0 else 0)
             return (
